@@ -1,0 +1,81 @@
+# Each target makes the virtual environment if it is not there, installs what it needs from constraints.txt, and does
+# its job. Another interpreter: make test PYTHON=python3.13.
+
+PYTHON ?= python3
+VENV ?= .venv
+# GPU machines whose PyTorch comes from another index, extra pip options: make test PIP_FLAGS="--index-url ..."
+PIP_FLAGS ?=
+
+# Keeps this folder off sys.path: its kernels/ is installed as fastpo.kernels, and `kernels` is another package's name.
+export PYTHONSAFEPATH = 1
+
+BIN = $(VENV)/bin
+# --no-compile: Python compiles what is imported when it is, a small part of what is installed.
+PIP_INSTALL = $(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
+SOURCES = pyproject.toml constraints.txt $(wildcard setup.py csrc/*)
+
+.DEFAULT_GOAL = help
+.PHONY: help quickstart test lint check bench clean
+
+help:
+	@echo "make quickstart  train a small model on a task with a checkable answer, and show that it got better"
+	@echo "make test        every test that needs no GPU"
+	@echo "make lint        ruff and mypy"
+	@echo "make check       kernels and backends of this machine against the fp64 reference"
+	@echo "make bench       benchmarks against TRL, Liger and cut-cross-entropy (installs them)"
+	@echo "make clean       remove what was built; the environment too with: make clean VENV_TOO=1"
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' || \
+		{ echo "fastpo needs Python 3.11 to 3.13; set PYTHON, for example: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# pip does not show a build's warnings, and an extension that is missing costs speed.
+SAY_WITHOUT_EXTENSION = $(BIN)/python -c 'import fastpo._C' 2>/dev/null || \
+	echo "warning: no C++ compiler, so csrc/ was not built; PyTorch code does the same on the CPU, slower" >&2
+
+# The quickstart needs fastpo alone; everything else installs the tools too.
+$(VENV)/.installed: $(SOURCES) | $(BIN)/python
+	$(PIP_INSTALL) -e .
+	@$(SAY_WITHOUT_EXTENSION)
+	@touch $@
+
+$(VENV)/.installed-dev: $(SOURCES) | $(BIN)/python
+	$(PIP_INSTALL) -e ".[test,lint]"
+	@$(SAY_WITHOUT_EXTENSION)
+	@touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-bench: $(SOURCES) | $(BIN)/python
+	$(PIP_INSTALL) -e ".[test,lint,bench]"
+	@$(SAY_WITHOUT_EXTENSION)
+	@touch $@ $(VENV)/.installed $(VENV)/.installed-dev
+
+quickstart: $(VENV)/.installed
+	$(BIN)/fastpo quickstart $(ARGS)
+
+check: $(VENV)/.installed-dev
+	$(BIN)/fastpo check $(ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --diff .
+	$(BIN)/mypy
+
+# Triton reads TRITON_INTERPRET when a kernel is decorated, so kernels in the interpreter have a process of their own.
+test: $(VENV)/.installed-dev
+	@rc=0; \
+	$(BIN)/pytest -m "not gpu" --ignore tests/test_kernels_interpreter.py --durations 10 $(ARGS) || rc=1; \
+	if [ -z "$(ARGS)" ]; then \
+		TRITON_INTERPRET=1 $(BIN)/pytest -m "not gpu" tests/test_kernels_interpreter.py || rc=1; \
+	fi; \
+	if [ $$rc = 0 ]; then echo "make test: all passed"; else echo "make test: FAILED" >&2; fi; \
+	exit $$rc
+
+bench: $(VENV)/.installed-bench
+	$(BIN)/pytest bench --benchmark-only $(ARGS)
+
+clean:
+	rm -rf build dist *.egg-info fastpo/*.so .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	find fastpo kernels tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -f $(VENV)/.installed*
+	$(if $(VENV_TOO),rm -rf $(VENV))

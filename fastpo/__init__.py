@@ -1,0 +1,49 @@
+"""fastpo: preference optimisation of language models at the speed of the matrix multiply."""
+
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastpo.config import TrainConfig as TrainConfig
+    from fastpo.ops import available_backends as available_backends
+    from fastpo.ops import linear_logprob as linear_logprob
+    from fastpo.ops import preference_loss as preference_loss
+    from fastpo.trainer import TrainResult as TrainResult
+    from fastpo.trainer import train as train
+
+__version__ = "0.1.0"
+
+# An editable install cannot serve the remapped sub-package `fastpo.kernels` (the checkout's `kernels/` has no
+# __init__.py, so that it never hides Hugging Face's package of that name). Only in a checkout, where the parent folder
+# holds both names, the checkout's root joins the search path of this package.
+_root = Path(__file__).resolve().parent.parent
+if (_root / "pyproject.toml").is_file() and (_root / "kernels").is_dir():
+    __path__.append(str(_root))
+
+# Public names are resolved on first use, so that `import fastpo` and `fastpo --help` do not wait for PyTorch.
+_EXPORTS = {
+    "train": "fastpo.trainer",
+    "TrainResult": "fastpo.trainer",
+    "TrainConfig": "fastpo.config",
+    "linear_logprob": "fastpo.ops",
+    "preference_loss": "fastpo.ops",
+    "available_backends": "fastpo.ops",
+}
+_SUBMODULES = ("config", "data", "errors", "losses", "model", "ops", "packing", "ref_policy", "trainer")
+
+__all__ = ["__version__", *_EXPORTS, *_SUBMODULES]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        value = getattr(import_module(_EXPORTS[name]), name)
+        globals()[name] = value
+        return value
+    if name in _SUBMODULES:
+        return import_module(f"fastpo.{name}")
+    raise AttributeError(f"module 'fastpo' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,353 @@
+"""The command line: `fastpo train`, `quickstart`, `check`, `env`.
+
+Exit codes: 0 done, 1 a run or a check failed, 2 a user's mistake (one line on stderr; FASTPO_TRACEBACK=1 shows where),
+130 on Ctrl-C. PyTorch is imported only by the command that runs, so that --help is quick.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import json
+import os
+import re
+import shutil
+import sys
+import types
+import typing
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from fastpo import __version__, config
+from fastpo.errors import ConfigError, FastpoError, TrainingError
+
+# What a run needs beside TrainConfig: argument of `fastpo.train` -> (its other name, help). YAML takes both names too.
+INPUTS = {
+    "model": ("model_name_or_path", "model to train: a folder, or a name on the Hugging Face hub"),
+    "train_dataset": ("dataset_name", "rows to train on: a .jsonl, .jsonl.gz, .json or .parquet file, or a hub name"),
+    "eval_dataset": (None, "rows to evaluate on; as above"),
+    "ref_model": ("ref_model_name_or_path", "reference model (default: the model as it is before training)"),
+    "peft_config": (None, "train an adapter: arguments of peft.LoraConfig, such as '{\"r\": 16}'"),
+    "quantization_config": (None, "load quantised: arguments of transformers' BitsAndBytesConfig"),
+}
+JSON_INPUTS = ("peft_config", "quantization_config")
+ALIASES = {alias: name for name, (alias, _) in INPUTS.items() if alias}
+
+# Packages of fastpo's extras, for the message when one is missing.
+EXTRAS = {"datasets": "data", "pyarrow": "data", "peft": "peft", "bitsandbytes": "quant", "pytest": "test"}
+
+
+class UsageError(FastpoError):
+    """A command line that cannot be read."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Options in kebab or snake case, no abbreviations; an unknown one is answered with the nearest."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("allow_abbrev", False)
+        kwargs.setdefault("formatter_class", _help_formatter)
+        super().__init__(*args, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+def _help_formatter(prog: str) -> argparse.HelpFormatter:
+    width = min(shutil.get_terminal_size((120, 24)).columns, 140)
+    return argparse.HelpFormatter(prog, max_help_position=44, width=width)
+
+
+def _kebab(argv: Sequence[str]) -> list[str]:
+    """Option names to kebab case: --learning_rate=1e-5 becomes --learning-rate=1e-5."""
+    out = []
+    for token in argv:
+        if re.match(r"--[A-Za-z]", token):
+            name, equals, value = token.partition("=")
+            token = name.replace("_", "-") + equals + value
+        out.append(token)
+    return out
+
+
+def _kinds(annotation: Any) -> tuple[Any, ...]:
+    """The plain types of an annotation: `float | None` gives (float, NoneType)."""
+    union = isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union
+    args = typing.get_args(annotation) if union else (annotation,)
+    return tuple(typing.get_origin(a) or a for a in args)
+
+
+def _parse_value(text: str, kinds: tuple[Any, ...]) -> Any:
+    """An option's text to a value; numbers stay text, which TrainConfig converts and checks."""
+    if type(None) in kinds and text.strip().lower() in ("none", "null"):
+        return None
+    if bool in kinds:
+        if text.lower() in ("true", "yes", "on", "1"):
+            return True
+        if text.lower() in ("false", "no", "off", "0"):
+            return False
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    if dict in kinds:
+        return _parse_json_object(text)
+    if list in kinds:
+        if text.lstrip().startswith("["):
+            import yaml
+
+            try:
+                return yaml.safe_load(text)
+            except yaml.YAMLError:
+                raise argparse.ArgumentTypeError(f"{text!r} is not a list") from None
+        parts = [part.strip() for part in text.split(",")]
+        return parts if len(parts) > 1 or str not in kinds else text
+    return text
+
+
+def _parse_json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"must be a JSON object such as '{{\"key\": 1}}', not {text!r}")
+    return value
+
+
+def _default_text(field: dataclasses.Field) -> str:
+    if field.default_factory is not dataclasses.MISSING:
+        return json.dumps(field.default_factory())
+    if isinstance(field.default, bool):
+        return "on" if field.default else "off"
+    return str(field.default)
+
+
+def _metavar(kinds: tuple[Any, ...], choices: Sequence[str] | None) -> str:
+    if choices and len(choices) <= 4:
+        return "{" + ",".join(choices) + "}"
+    for kind, name in ((dict, "JSON"), (list, "LIST"), (float, "FLOAT"), (int, "INT")):
+        if kind in kinds:
+            return name
+    return "NAME" if choices else "TEXT"
+
+
+def _add_train_options(parser: argparse.ArgumentParser) -> None:
+    inputs = parser.add_argument_group("inputs")
+    inputs.add_argument("--config", metavar="YAML", help="file of options; those given on the command line win")
+    for name, (alias, text) in INPUTS.items():
+        names = ["--" + n.replace("_", "-") for n in (name, alias) if n]
+        is_json = name in JSON_INPUTS
+        kind = _parse_json_object if is_json else str
+        metavar = "JSON" if is_json else "PATH"
+        inputs.add_argument(*names, dest=name, type=kind, metavar=metavar, default=argparse.SUPPRESS, help=text)
+    inputs.add_argument("--print-config", action="store_true", help="print the configuration as YAML and stop")
+
+    hints = typing.get_type_hints(config.TrainConfig)
+    groups: dict[str, Any] = {}
+    for field in dataclasses.fields(config.TrainConfig):
+        title = field.metadata["group"]
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        group = groups[title]
+        kinds = _kinds(hints[field.name])
+        choices = field.metadata.get("choices")
+        text = field.metadata["help"]
+        if choices and len(choices) > 4:
+            text += ": " + ", ".join(choices)
+        text = f"{text} [{_default_text(field)}]".replace("%", "%%")
+        flag = "--" + field.name.replace("_", "-")
+        common: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS}
+        parse = _typed(kinds)
+        if bool in kinds:
+            group.add_argument(flag, nargs="?", const=True, type=parse, metavar="BOOL", help=text, **common)
+            no_flag = "--no-" + field.name.replace("_", "-")
+            group.add_argument(no_flag, action="store_const", const=False, help=argparse.SUPPRESS, **common)
+        else:
+            group.add_argument(flag, type=parse, metavar=_metavar(kinds, choices), help=text, **common)
+
+
+def _typed(kinds: tuple[Any, ...]) -> Any:
+    def parse(text: str) -> Any:
+        return _parse_value(text, kinds)
+
+    return parse
+
+
+def _other_options(extras: Sequence[str]) -> dict[str, Any]:
+    """Options that are no field of TrainConfig, as name -> value: TrainConfig says for each what is the matter."""
+    options: dict[str, Any] = {}
+    name = None
+    for token in extras:
+        if token.startswith("--"):
+            name, equals, value = token[2:].replace("-", "_").partition("=")
+            if equals:
+                value = token.partition("=")[2]
+            options[name] = value if equals else True
+            name = None if equals else name
+        elif name is not None:
+            lowered = token.lower()
+            options[name] = lowered == "true" if lowered in ("true", "false") else token
+            name = None
+        else:
+            raise UsageError(f"unexpected argument {token!r} (see fastpo train --help)")
+    return options
+
+
+def _check_names(options: dict[str, Any], source: str) -> None:
+    """Refuses a misspelt input, which TrainConfig does not know of; TrainConfig refuses the rest."""
+    settings = [*config.field_names(), *config.RENAMED, *config.NO_EFFECT, *config.REFUSED]
+    inputs = [*INPUTS, *ALIASES]
+    for name in options:
+        if name not in settings and name not in inputs:
+            near = difflib.get_close_matches(str(name), [*settings, *inputs], n=1, cutoff=0.5)
+            if near and near[0] in inputs:
+                raise ConfigError(f"unknown option {name!r} {source}; did you mean {near[0]!r}?")
+
+
+def _merge_train_options(namespace: argparse.Namespace, extras: Sequence[str]) -> tuple[dict[str, Any], Any]:
+    """The inputs of `fastpo.train` and its TrainConfig: command line over YAML over defaults."""
+    given = {k: v for k, v in vars(namespace).items() if k not in ("command", "config", "print_config")}
+    others = _other_options(extras)
+    _check_names(others, "on the command line")
+    given.update(others)
+    from_file = config.read_yaml(namespace.config) if namespace.config else {}
+    _check_names(from_file, f"in {namespace.config}")
+    for alias, name in ALIASES.items():
+        if alias in from_file:
+            if name in from_file:
+                raise ConfigError(f"{namespace.config} sets both {name!r} and {alias!r}")
+            from_file[name] = from_file.pop(alias)
+    merged = {**from_file, **given}
+    inputs = {name: merged.pop(name) for name in INPUTS if name in merged}
+    for name in JSON_INPUTS:
+        if inputs.get(name) is not None and not isinstance(inputs[name], dict):
+            raise ConfigError(f"{name} must be a mapping, not {inputs[name]!r}")
+    for name in set(inputs) - set(JSON_INPUTS):
+        if inputs[name] is not None and not isinstance(inputs[name], str):
+            raise ConfigError(f"{name} must be a path or a name, not {inputs[name]!r}")
+    return inputs, config.TrainConfig.build(merged)
+
+
+def _train(namespace: argparse.Namespace, extras: Sequence[str]) -> int:
+    inputs, args = _merge_train_options(namespace, extras)
+    if namespace.print_config:
+        import yaml
+
+        print(yaml.safe_dump({**inputs, **args.to_dict()}, sort_keys=False), end="")
+        return 0
+    for name in ("model", "train_dataset"):
+        if not inputs.get(name):
+            raise ConfigError(f"no {name} given: --{name.replace('_', '-')} PATH, or {name}: PATH in the YAML file")
+    if inputs.get("peft_config") is not None:
+        from peft import LoraConfig
+
+        inputs["peft_config"] = _construct(LoraConfig, {"task_type": "CAUSAL_LM", **inputs["peft_config"]})
+    if inputs.get("quantization_config") is not None:
+        import bitsandbytes  # noqa: F401  # its absence is said here, before the model loads
+        from transformers import BitsAndBytesConfig
+
+        inputs["quantization_config"] = _construct(BitsAndBytesConfig, inputs["quantization_config"])
+    from fastpo.trainer import train
+
+    train(args=args, **inputs)
+    return 0
+
+
+def _construct(kind: type, options: dict[str, Any]) -> Any:
+    try:
+        return kind(**options)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{kind.__name__}: {error}") from None
+
+
+def _env(namespace: argparse.Namespace) -> int:
+    from fastpo import env
+
+    report = env.collect()
+    print(json.dumps(report, indent=2) if namespace.json else env.format_text(report))
+    return 0
+
+
+def build_parser(command: str | None = None) -> argparse.ArgumentParser:
+    """The parser; options of `quickstart` and `check`, which their own modules define, only for that `command`."""
+    parser = _Parser(prog="fastpo", description="Preference optimisation at the speed of the matrix multiply.")
+    parser.add_argument("--version", action="version", version=f"fastpo {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
+    train = commands.add_parser(
+        "train",
+        help="train a model on preference data",
+        description="Train a model on preference data. Every option is a key of the YAML file too, spelt with "
+        "underscores. Defaults are in brackets; lists are separated by commas, mappings are JSON; --OPTION and "
+        "--no-OPTION turn a BOOL on and off.",
+        usage="fastpo train [--config run.yaml] [--model PATH] [--train-dataset PATH] [--OPTION VALUE ...]",
+    )
+    _add_train_options(train)
+    quickstart = commands.add_parser(
+        "quickstart", help="train a small model on a task with a checkable answer, and show that it got better"
+    )
+    if command == "quickstart":
+        from fastpo import quickstart as quickstart_module
+
+        quickstart_module.add_arguments(quickstart)
+    check = commands.add_parser("check", help="kernels and backends of this machine against the fp64 reference")
+    if command == "check":
+        from fastpo import check as check_module
+
+        if hasattr(check_module, "add_arguments"):
+            check_module.add_arguments(check)
+    env = commands.add_parser("env", help="versions, devices and backends, for a bug report")
+    env.add_argument("--json", action="store_true", help="as JSON")
+    return parser
+
+
+def _dispatch(argv: Sequence[str]) -> int:
+    argv = _kebab(argv)
+    command = next((token for token in argv if not token.startswith("-")), None)
+    parser = build_parser(command)
+    if not argv:
+        parser.print_help()
+        return 0
+    namespace, extras = parser.parse_known_args(argv)
+    if namespace.command == "train":
+        return _train(namespace, extras)
+    if extras:
+        raise UsageError(f"unrecognised argument {extras[0]!r} (see fastpo {namespace.command or ''} --help)")
+    if namespace.command is None:
+        raise UsageError("no command given: train, quickstart, check or env (see fastpo --help)")
+    if namespace.command == "env":
+        return _env(namespace)
+    if namespace.command == "quickstart":
+        from fastpo.quickstart import run
+
+        return run(namespace)
+    from fastpo.check import run_check
+
+    return run_check(namespace)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    try:
+        return _dispatch(sys.argv[1:] if argv is None else argv)
+    except SystemExit as stop:  # argparse after --help and --version
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except KeyboardInterrupt:
+        print("fastpo: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of a pipe, such as head, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if os.environ.get("FASTPO_TRACEBACK", "0") not in ("", "0"):
+            raise
+        if isinstance(error, FastpoError):
+            message, code = _one_line(error), 1 if isinstance(error, TrainingError) else 2
+        elif isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
+            message, code = f"{error.name} is not installed: pip install 'fastpo[{EXTRAS[error.name]}]'", 2
+        elif type(error).__name__ == "OutOfMemoryError":
+            message = f"out of device memory; lower max_tokens or turn on gradient_checkpointing ({_one_line(error)})"
+            code = 1
+        else:
+            raise
+        print(f"fastpo: error: {message}", file=sys.stderr)
+        return code

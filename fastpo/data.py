@@ -1,0 +1,518 @@
+"""Rows to token ids: TRL's dataset rules, and what of them is refused, dropped or shortened.
+
+Preference rows have `chosen` and `rejected`, with `prompt` or with the prompt inside both; sft rows have `prompt` and
+`completion`. Conversations go through the tokenizer's chat template, with the row's `tools` and `chat_template_kwargs`.
+
+The prompt (with the generation prompt) and prompt + response are tokenised whole; the response begins where the
+first token differs. Texts get an EOS; conversations end as their template ends them. Three things differ from TRL, and
+each is counted and said once: a BOS (or EOS) that the tokenizer adds to a text that already has it is removed; a text
+that already ends with a special token, such as an end of turn, gets no EOS behind it; and pairs whose responses are the
+same after truncation are dropped. So a pre-rendered chat text gives the ids of the conversation it was rendered from.
+
+Truncation is `(prompt + response)[:max_length]` for each sequence, or `[-max_length:]` with `keep_end`. With the latter
+the responses of one pair may keep prompts of different length: `Example.response_prompts`.
+"""
+
+import itertools
+import logging
+import multiprocessing
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import numpy as np
+
+from fastpo.errors import DataError
+from fastpo.rows import (
+    BOUNDS,
+    COMPLETIONS,
+    PAIR_COLUMNS,
+    RESPONSE_COLUMNS,
+    InvalidRow,
+    Row,
+    Schema,
+    column_names,
+    common_length,
+    extract_prompt,
+    load_rows,
+    nearest,
+    one_line,
+    parse_row,
+    quoted,
+    read_schema,
+)
+
+__all__ = [
+    "DataError",
+    "DataReport",
+    "Example",
+    "describe_example",
+    "extract_prompt",
+    "load_rows",
+    "prepare_examples",
+    "require_columns",
+]
+
+logger = logging.getLogger(__name__)
+
+_CHUNK_ROWS = 1000  # rows that are tokenised in one call: enough to keep all threads of a fast tokenizer busy
+
+
+@dataclass(slots=True)
+class Example:
+    """One prompt with its K responses; a classic pair is `responses = [chosen, rejected]`, `pairs = [(0, 1)]`."""
+
+    prompt_ids: np.ndarray  # [prompt_len] int32, never empty
+    responses: list[np.ndarray]  # K arrays [len_k] int32, never empty, with the EOS where there is one
+    pairs: list[tuple[int, int]] = field(default_factory=list)  # (preferred, other): indices into responses
+    pair_columns: dict[str, list[float]] = field(default_factory=dict)  # one value a pair, only columns in the data
+    response_columns: dict[str, list[float]] = field(default_factory=dict)  # one value a response
+    # Only where keep_end truncation left the responses with different prompts: K arrays, never empty. `prompt_ids` is
+    # then the shortest of them.
+    response_prompts: list[np.ndarray] | None = None
+
+    def prompt_of(self, response: int) -> np.ndarray:
+        """The prompt ids that response number `response` continues."""
+        return self.prompt_ids if self.response_prompts is None else self.response_prompts[response]
+
+
+@dataclass(slots=True)
+class DataReport:
+    """What became of the rows; the counts of responses and prompts are of sequences, all others of rows."""
+
+    rows: int = 0
+    kept: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)  # by reason
+    responses: int = 0
+    truncated: int = 0  # responses that lost tokens to max_length
+    truncated_eos: int = 0  # of these, how many lost their EOS or end of turn
+    truncated_prompts: int = 0  # prompts that lost tokens (keep_end)
+    boundary_moved: int = 0  # the prompt's tokens are not the beginning of the whole's: the response begins earlier
+    doubled_specials: int = 0  # a second BOS or EOS was removed
+    own_endings: int = 0  # texts that end with a special token of their own: no EOS added
+    repeated_prompts: int = 0  # chosen and rejected both begin with the prompt, which is in its own column too
+    prompt_tokens: int = 0
+    response_tokens: int = 0
+    longest_sequence: int = 0
+    max_length: int | None = None
+    kept_rows: list[int] = field(default_factory=list)  # row number of each example
+    columns: list[str] = field(default_factory=list)  # names in the data
+    warnings: list[str] = field(default_factory=list)
+    moved_text: str = ""  # an end of a prompt that was left out, for the warning
+
+    def add(self, other: "DataReport") -> None:
+        """Adds the counts of another part of the same rows."""
+        for item in fields(self):
+            mine, theirs = getattr(self, item.name), getattr(other, item.name)
+            if item.name == "dropped":
+                for reason, count in theirs.items():
+                    mine[reason] = mine.get(reason, 0) + count
+            elif item.name == "longest_sequence":
+                self.longest_sequence = max(mine, theirs)
+            elif item.name == "moved_text":
+                self.moved_text = mine or theirs
+            elif item.name == "kept_rows":
+                mine.extend(theirs)
+            elif item.name not in ("max_length", "columns", "warnings"):
+                setattr(self, item.name, mine + theirs)
+
+    def summary(self) -> str:
+        """One line: rows kept and dropped, responses truncated, mean lengths."""
+        parts = [f"{self.kept} of {self.rows} rows kept"]
+        parts += [f"{count} dropped: {reason}" for reason, count in self.dropped.items()]
+        if self.truncated or self.truncated_prompts:
+            cut = f"{self.truncated} of {self.responses} responses truncated at max_length {self.max_length}"
+            parts.append(f"{cut} ({self.truncated_eos} lost their end of sequence)")
+        if self.truncated_prompts:
+            parts.append(f"{self.truncated_prompts} prompts truncated")
+        if self.kept:
+            prompt, response = self.prompt_tokens / self.kept, self.response_tokens / self.responses
+            parts.append(f"mean prompt {prompt:.0f} tokens, response {response:.0f}, longest {self.longest_sequence}")
+        return "; ".join(parts)
+
+
+class _Encoder:
+    """Rows to the token ids of the prompt and of prompt + response, each tokenised whole."""
+
+    def __init__(self, tokenizer: Any, conversational: bool):
+        if hasattr(tokenizer, "image_processor") or not hasattr(tokenizer, "eos_token"):
+            name = type(tokenizer).__name__
+            raise DataError(f"processing_class must be a tokenizer, not a {name} (a processor has one as .tokenizer)")
+        self.tokenizer = tokenizer
+        self.conversational = conversational
+        if conversational and not getattr(tokenizer, "chat_template", None) and _renders_as_text(tokenizer):
+            raise DataError(
+                "the rows are conversations and the tokenizer has no chat template: set tokenizer.chat_template, or "
+                "give prompt, chosen and rejected as texts"
+            )
+        eos, eos_id = tokenizer.eos_token, tokenizer.eos_token_id
+        if not conversational:
+            if eos is None or eos_id is None:
+                raise DataError(
+                    "the tokenizer has no EOS token, which ends every response: set it, as tokenizer.eos_token = '</s>'"
+                )
+            if self._ids([eos], special=False)[0][-1:] != [eos_id]:
+                raise DataError(f"the tokenizer does not read its own EOS text {eos!r} as one token: add it as special")
+            # What the tokenizer adds to any text by itself.
+            bare, whole = self._ids(["a"], special=False)[0], self._ids(["a"], special=True)[0]
+            bos_id = tokenizer.bos_token_id
+            self.leading = bos_id if bos_id is not None and whole[:1] == [bos_id] != bare[:1] else None
+            self.trailing = eos_id if whole[-1:] == [eos_id] != bare[-1:] else None
+        added = getattr(tokenizer, "added_tokens_decoder", {})
+        special = {token.content: number for number, token in added.items() if token.special}
+        no_ending = {getattr(tokenizer, f"{role}_token", None) for role in ("bos", "unk", "pad", "cls", "mask")} - {eos}
+        self.endings = tuple(text for text in special if text not in no_ending) + ((eos,) if eos else ())
+        self.ending_ids = {special[text] for text in self.endings if text in special} | {eos_id}
+
+    def __call__(self, rows: Sequence[Row], report: DataReport) -> list[list[list[int]]]:
+        """[[prompt, prompt + response, ...], ...] for each row."""
+        if self.conversational and not _renders_as_text(self.tokenizer):
+            return [
+                [self._chat(row, k, tokenize=True)["input_ids"] for k in range(-1, len(row.completions))]
+                for row in rows
+            ]
+        texts = [text for row in rows for text in self._texts(row, report)]
+        ids = self._ids(texts, special=not self.conversational)
+        per_row = len(texts) // len(rows)
+        grouped = [ids[start : start + per_row] for start in range(0, len(ids), per_row)]
+        if not self.conversational:
+            for row_ids in grouped:
+                self._undouble(row_ids, report)
+        return grouped
+
+    def _texts(self, row: Row, report: DataReport) -> list[str]:
+        if self.conversational:
+            return [self._chat(row, k, tokenize=False) for k in range(-1, len(row.completions))]
+        texts = [row.prompt]
+        for completion in row.completions:
+            if not completion.endswith(self.tokenizer.eos_token):
+                if completion.rstrip().endswith(self.endings):
+                    report.own_endings += 1
+                else:
+                    completion = completion + self.tokenizer.eos_token
+            texts.append(row.prompt + completion)
+        return texts
+
+    def _chat(self, row: Row, response: int, tokenize: bool) -> Any:
+        """The prompt (response -1, with the generation prompt) or the whole conversation, rendered."""
+        turns = row.prompt if response < 0 else [*row.prompt, *row.completions[response]]
+        output = {"tokenize": tokenize, "return_dict": tokenize, "add_generation_prompt": response < 0}
+        try:
+            return self.tokenizer.apply_chat_template(turns, **output, **row.template_kwargs)
+        except Exception as error:  # whatever a template raises, jinja's errors and Python's alike
+            message = f"row {row.number}: the chat template failed: {one_line(error)}"
+            raise InvalidRow("refused by the chat template", message) from error
+
+    def _ids(self, texts: list[str], special: bool) -> list[list[int]]:
+        return self.tokenizer(text=texts, add_special_tokens=special, return_attention_mask=False)["input_ids"]
+
+    def _undouble(self, row_ids: list[list[int]], report: DataReport) -> None:
+        """Removes, in place, what the tokenizer adds by itself although the text has it (an EOS or ending always)."""
+        doubled = self.trailing is not None
+        for index, ids in enumerate(row_ids):
+            if self.leading is not None and ids[1:2] == [self.leading]:
+                ids = ids[1:]
+                doubled = True
+            row_ids[index] = ids if self.trailing is None else ids[:-1]
+        report.doubled_specials += doubled
+
+
+def _renders_as_text(tokenizer: Any) -> bool:
+    """False for tokenizers with a way of their own (mistral-common): those turn conversations into ids directly."""
+    return type(tokenizer).apply_chat_template.__module__ == "transformers.tokenization_utils_base"
+
+
+@dataclass(frozen=True)
+class _Preparer:
+    """Everything that turns a chunk of rows into examples; can be sent to another process."""
+
+    encoder: _Encoder
+    schema: Schema
+    max_length: int | None
+    keep_end: bool
+    drop_invalid: bool
+
+    def __call__(self, start: int, raw_rows: Sequence[Mapping]) -> tuple[list[Example], DataReport]:
+        report = DataReport(rows=len(raw_rows))
+        rows = []
+        for number, raw in enumerate(raw_rows, start=start):
+            try:
+                row = parse_row(raw, number, self.schema)
+            except InvalidRow as error:
+                self._refuse(error, report)
+                continue
+            rows.append(row)
+            size = len(row.prompt)
+            if self.schema.explicit_prompt and size and all(text[:size] == row.prompt for text in row.completions):
+                report.repeated_prompts += 1
+        examples = []
+        for row, ids in self._encode(rows, report):
+            try:
+                example = self._build(row, ids, report)
+            except InvalidRow as error:
+                self._refuse(error, report)
+                continue
+            if example is not None:
+                examples.append(example)
+                report.kept_rows.append(row.number)
+        report.kept = len(examples)
+        return examples, report
+
+    def _refuse(self, error: InvalidRow, report: DataReport) -> None:
+        if not self.drop_invalid:
+            raise DataError(f"{error} (invalid_rows='drop' leaves such rows out and counts them)") from error
+        report.dropped[error.reason] = report.dropped.get(error.reason, 0) + 1
+
+    def _encode(self, rows: list[Row], report: DataReport) -> Iterable[tuple[Row, list[list[int]]]]:
+        if not rows:
+            return []
+        try:
+            return list(zip(rows, self.encoder(rows, report), strict=True))
+        except InvalidRow as error:
+            if not self.drop_invalid or len(rows) == 1:
+                self._refuse(error, report)
+                return []
+        # A template refused some row: go through them one by one. Texts cannot fail, so nothing is counted twice.
+        return list(itertools.chain.from_iterable(self._encode([row], report) for row in rows))
+
+    def _build(self, row: Row, ids: list[list[int]], report: DataReport) -> Example | None:
+        prompt, *wholes = ids
+        boundary = min(common_length(prompt, whole) for whole in wholes)
+        responses = [whole[boundary:] for whole in wholes]
+        if not boundary:
+            why = "merges whole into the first token of the response" if prompt else "is empty"
+            message = f"row {row.number}: the prompt {why}, so no token is left to predict the response from"
+            raise InvalidRow("empty prompt", message)
+        if not all(responses):
+            raise InvalidRow("empty completion", f"row {row.number}: a response has no tokens of its own")
+        pair = self.schema.kind == "preference"
+        if pair and responses[0] == responses[1]:
+            raise InvalidRow("identical pair", f"row {row.number}: 'chosen' and 'rejected' have the same token ids")
+        if boundary < len(prompt):
+            report.boundary_moved += 1
+            report.moved_text = report.moved_text or self.encoder.tokenizer.decode(prompt[boundary:])
+
+        prompts, kept = self._truncate(prompt[:boundary], responses)
+        dropped = None
+        if not all(kept):
+            dropped = "prompt fills max_length"
+        elif pair and kept[0] == kept[1]:
+            dropped = "identical pair after truncation"
+        if dropped:
+            report.dropped[dropped] = report.dropped.get(dropped, 0) + 1
+            return None
+        self._count(boundary, prompts, responses, kept, report)
+        arrays = [np.array(ids, dtype=np.int32) for ids in prompts]
+        shortest = min(arrays, key=len)
+        values = row.values
+        return Example(
+            prompt_ids=shortest,
+            responses=[np.array(ids, dtype=np.int32) for ids in kept],
+            pairs=[(0, 1)] if pair else [],
+            pair_columns={name: [values[name]] for name in PAIR_COLUMNS if name in values},
+            response_columns={
+                name: [values[column] for column in columns]
+                for name, columns in RESPONSE_COLUMNS.items()
+                if columns[0] in values
+            },
+            response_prompts=None if all(ids == prompts[0] for ids in prompts) else arrays,
+        )
+
+    def _truncate(self, prompt: list[int], responses: list[list[int]]) -> tuple[list[list[int]], list[list[int]]]:
+        """Each response's prompt and itself within max_length; an empty response where nothing of it can be trained."""
+        if self.max_length is None:
+            return [prompt] * len(responses), responses
+        if not self.keep_end:
+            room = max(self.max_length - len(prompt), 0)
+            return [prompt] * len(responses), [ids[:room] for ids in responses]
+        prompts, kept = [], []
+        for ids in responses:
+            ids = ids[-self.max_length :]
+            room = self.max_length - len(ids)
+            if room == 0:
+                # Nothing predicts the first token that is kept: it serves as context, as it does in TRL's shifted mask.
+                prompts.append(ids[:1])
+                kept.append(ids[1:])
+            else:
+                prompts.append(prompt[-room:])
+                kept.append(ids)
+        return prompts, kept
+
+    def _count(self, prompt_len: int, prompts: list, responses: list, kept: list, report: DataReport) -> None:
+        report.responses += len(kept)
+        for own_prompt, before, after in zip(prompts, responses, kept, strict=True):
+            report.response_tokens += len(after)
+            report.longest_sequence = max(report.longest_sequence, len(own_prompt) + len(after))
+            if len(after) < len(before):
+                report.truncated += 1
+                if not self.keep_end:
+                    lost = before[len(after) :]
+                    report.truncated_eos += any(token in self.encoder.ending_ids for token in lost)
+        shortest = min(map(len, prompts))
+        report.prompt_tokens += shortest
+        report.truncated_prompts += shortest < prompt_len
+
+
+def prepare_examples(
+    dataset: Any,
+    tokenizer: Any,
+    *,
+    kind: str = "preference",
+    max_length: int | None = None,
+    truncation_mode: str = "keep_start",
+    columns: Collection[str] | None = None,
+    invalid: str = "raise",
+    num_proc: int | None = None,
+) -> tuple[list[Example], DataReport]:
+    """Examples in the order of the rows, and what became of every row.
+
+    `kind` is "preference" or "sft". `columns` names the optional columns to read (default: all that are there); the
+    others may hold anything. `invalid="drop"` counts rows with NaN, None or out-of-range values, empty texts or
+    identical pairs where "raise" refuses the first of them; rows lost to `max_length` are always dropped and counted.
+    """
+    for name, value, allowed in (
+        ("kind", kind, tuple(COMPLETIONS)),
+        ("truncation_mode", truncation_mode, ("keep_start", "keep_end")),
+        ("invalid", invalid, ("raise", "drop")),
+    ):
+        if value not in allowed:
+            raise DataError(f"{name}={value!r}: expected one of {quoted(allowed)}")
+    if max_length is not None and max_length < 2:
+        raise DataError(f"max_length={max_length}: a prompt token and a response token need at least 2")
+    rows = load_rows(dataset)
+    if len(rows) == 0:
+        raise DataError("the dataset has no rows")
+    names = column_names(rows)
+    schema = read_schema(names, next(_chunks(rows, names))[1], kind, columns)
+    encoder = _Encoder(tokenizer, schema.conversational)
+    prepare = _Preparer(encoder, schema, max_length, truncation_mode == "keep_end", invalid == "drop")
+
+    report = DataReport(max_length=max_length, columns=names)
+    examples: list[Example] = []
+    for part, part_report in _run(prepare, _chunks(rows, names), num_proc):
+        examples += part
+        report.add(part_report)
+    _warn(report, schema, names)
+    if not examples:
+        raise DataError(f"no row is left to train on: {report.summary()}")
+    return examples, report
+
+
+def _chunks(rows: Any, names: list[str]) -> Iterator[tuple[int, list[Mapping]]]:
+    """(number of the first row, rows), a thousand at a time and without columns that nobody reads."""
+    if isinstance(rows, list):
+        for start in range(0, len(rows), _CHUNK_ROWS):
+            yield start, rows[start : start + _CHUNK_ROWS]
+        return
+    read = {"prompt", "chosen", "rejected", "completion", "tools", "chat_template_kwargs", *BOUNDS}
+    plain = rows.with_format(None).select_columns([name for name in names if name in read])
+    for start in range(0, len(plain), _CHUNK_ROWS):
+        batch = plain[start : start + _CHUNK_ROWS]
+        yield start, [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+
+
+def _run(prepare: _Preparer, chunks: Iterable, num_proc: int | None) -> Iterator[tuple[list[Example], DataReport]]:
+    if num_proc is None or num_proc <= 1:
+        yield from itertools.starmap(prepare, chunks)
+        return
+    # Forked, so that the tokenizer (seconds to pickle where the vocabulary is large) is inherited.
+    fork = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(num_proc, mp_context=fork, initializer=_set_worker, initargs=(prepare,)) as pool:
+        yield from pool.map(_work, *zip(*chunks, strict=True))
+
+
+_worker: _Preparer | None = None
+
+
+def _set_worker(prepare: _Preparer) -> None:
+    global _worker
+    _worker = prepare
+
+
+def _work(start: int, raw_rows: Sequence[Mapping]) -> tuple[list[Example], DataReport]:
+    assert _worker is not None
+    return _worker(start, raw_rows)
+
+
+def _warn(report: DataReport, schema: Schema, names: list[str]) -> None:
+    """Says each thing once, whatever the number of rows."""
+    add = report.warnings.append
+    if report.boundary_moved:
+        add(
+            f"in {report.boundary_moved} rows the prompt's own tokens are not how prompt and response begin together "
+            "(the chat template writes a prompt alone differently, or tokens merge across the boundary). There the "
+            f"response starts at the first difference; left out, for example: {report.moved_text!r}"
+        )
+    if report.doubled_specials:
+        add(
+            f"in {report.doubled_specials} rows the text already holds the BOS or EOS that the tokenizer adds "
+            "(a chat template was applied before?): the second one was removed"
+        )
+    if report.own_endings:
+        add(f"{report.own_endings} responses end with a special token of their own: no EOS was added to them")
+    if report.repeated_prompts * 2 > report.rows:
+        add(f"in {report.repeated_prompts} rows the responses begin with the prompt, which then stands twice")
+    if report.truncated and "ref_chosen_logps" in schema.numbers:
+        add("responses were truncated: ref_chosen_logps and ref_rejected_logps must be of the truncated ones")
+    unread = [name for name in BOUNDS if name in names] if schema.kind == "sft" else []
+    if unread:
+        add(f"the columns {quoted(unread)} are not used for sft")
+    if "tools" in names and not schema.conversational:
+        add("the column 'tools' is not used: the rows are texts, and only a chat template can show tools")
+    known = {*BOUNDS, "tools", "chat_template_kwargs"}
+    for name in names:
+        close = nearest(name, known, 0.8)
+        if close and close not in names and name not in known:
+            add(f"the column '{name}' is not read: did you mean '{close}'?")
+    for message in report.warnings:
+        logger.warning(message)
+
+
+def require_columns(
+    examples: Sequence[Example], names: Iterable[str | tuple[str, ...]], loss_name: str, columns: Iterable[str] = ()
+) -> None:
+    """DataError unless every example has each of the columns (of a tuple: any one of them).
+
+    Names are those of the dataset ("chosen_score") or of the example ("score"); `columns` are the dataset's own, for a
+    hint at a misspelt one.
+    """
+    fields_of = {column: name for name, pair in RESPONSE_COLUMNS.items() for column in pair}
+    for alternatives in names:
+        wanted = (alternatives,) if isinstance(alternatives, str) else alternatives
+        keys = dict.fromkeys(fields_of.get(name, name) for name in wanted)
+        if all(any(key in e.pair_columns or key in e.response_columns for key in keys) for e in examples):
+            continue
+        in_data = " or ".join(" with ".join(map(repr, RESPONSE_COLUMNS.get(key, (key,)))) for key in keys)
+        message = f"loss_type={loss_name!r} needs the column {in_data}, which the dataset has not"
+        close = nearest(wanted[0], columns, 0.7)
+        raise DataError(f"{message}: did you mean '{close}'?" if close else message)
+
+
+def describe_example(example: Example, tokenizer: Any, max_chars: int = 600) -> str:
+    """The decoded prompt and responses, each marked as context or as trained on."""
+    if example.pairs == [(0, 1)] and len(example.responses) == 2:
+        labels = ["chosen", "rejected"]
+    elif len(example.responses) == 1:
+        labels = ["completion"]
+    else:
+        labels = [f"response {k}" for k in range(len(example.responses))]
+
+    def line(label: str, ids: np.ndarray, mask: str) -> str:
+        text = tokenizer.decode(ids.tolist(), skip_special_tokens=False)
+        if len(text) > max_chars:
+            text = f"{text[: max_chars * 2 // 3]} [...] {text[-max_chars // 3 :]}"
+        return f"{label:<10} {len(ids):>6} tokens, {mask}: {text!r}"
+
+    lines = []
+    for k, (label, response) in enumerate(zip(labels, example.responses, strict=True)):
+        if example.response_prompts is not None:
+            lines.append(line("prompt", example.response_prompts[k], "context, no loss"))
+        elif k == 0:
+            lines.append(line("prompt", example.prompt_ids, "context, no loss"))
+        ends = "" if response[-1] == tokenizer.eos_token_id else " (no EOS at the end)"
+        lines.append(line(label, response, f"trained on{ends}"))
+    values = {**example.pair_columns, **example.response_columns}
+    if values:
+        lines.append("columns    " + ", ".join(f"{name} {value}" for name, value in values.items()))
+    return "\n".join(lines)

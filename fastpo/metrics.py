@@ -1,0 +1,192 @@
+"""Training metrics: sums on the device, means under TRL's keys on the host, throughput of real tokens."""
+
+import resource
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastpo import ops
+from fastpo.errors import TrainingError
+from fastpo.losses import Pairs, Term, segment_sum
+from fastpo.packing import PackedBatch
+
+# Sums over pairs that every pair loss reports, in this order.
+PAIR_METRICS = ("chosen_logratios", "rejected_logratios", "accuracies", "logps/chosen", "logps/rejected", "pairs")
+
+
+def pair_inputs(logp: Tensor, batch: PackedBatch, sums: tuple[Tensor, ...] | None = None) -> Pairs:
+    """Response sums and lengths of each pair, differentiable in `logp` [N].
+
+    `sums` are the four sums per pair where a kernel has formed them already (zero where there is no reference).
+    """
+    chosen, rejected = batch.pairs.long().unbind(1)
+    lengths = batch.response_offsets.diff().to(logp.dtype)
+    has_ref = batch.ref_logp is not None or batch.ref_response_logps is not None
+    if sums is None:
+        of_response = segment_sum(logp, batch.response_offsets)
+        ref = batch.ref_response_logps
+        if batch.ref_logp is not None:
+            ref = segment_sum(batch.ref_logp, batch.response_offsets)
+        sums = (of_response[chosen], of_response[rejected])
+        sums += (ref[chosen], ref[rejected]) if ref is not None else ()
+    return Pairs(
+        sums[0], sums[1], sums[2] if has_ref else None, sums[3] if has_ref else None,
+        lengths[chosen], lengths[rejected], batch.win_prob_chosen, batch.win_prob_rejected,
+    )  # fmt: skip
+
+
+def fused_pair_loss(term: Term, logp: Tensor, batch: PackedBatch) -> tuple[Tensor, ops.PreferenceOutput]:
+    """One loss term through the fused kernel: (sum over pairs of weight * loss, what it was made of)."""
+    hyper = dict(term.hyper)
+    ipo_mean = hyper.pop("ipo_reduce", "mean") == "mean"
+    return ops.preference_loss(
+        logp, batch.ref_logp, batch.response_offsets, batch.pairs, batch.pair_weight,
+        batch.win_prob_chosen, batch.win_prob_rejected, loss_type=term.name, ipo_mean=ipo_mean, unique=batch.unique,
+        ref_response_logps=batch.ref_response_logps if batch.ref_logp is None else None, **hyper,
+    )  # fmt: skip
+
+
+def pair_metrics(x: Pairs, term: Term) -> Tensor:
+    """[len(PAIR_METRICS)] sums. The reward is beta times the log-ratio, or times SimPO's mean logp."""
+    if x.ref_chosen_logps is not None:
+        chosen, rejected = x.chosen_logratios, x.rejected_logratios
+    elif term.loss.length:
+        chosen, rejected = x.chosen_logps / x.chosen_len, x.rejected_logps / x.rejected_len
+    else:
+        chosen, rejected = x.chosen_logps, x.rejected_logps
+    wins = (chosen > rejected).to(chosen.dtype)
+    sums = (chosen, rejected, wins, x.chosen_logps, x.rejected_logps, torch.ones_like(chosen))
+    return torch.stack(sums).detach().sum(1)
+
+
+def metric_means(sums: Sequence[float], terms: Sequence[Term]) -> dict[str, float]:
+    """TRL's keys from the sums of PAIR_METRICS."""
+    chosen, rejected, accuracies, logps_chosen, logps_rejected, pairs = sums
+    beta = terms[0].beta
+    return {
+        "rewards/chosen": beta * chosen / pairs,
+        "rewards/rejected": beta * rejected / pairs,
+        "rewards/accuracies": accuracies / pairs,
+        "rewards/margins": beta * (chosen - rejected) / pairs,
+        "logps/chosen": logps_chosen / pairs,
+        "logps/rejected": logps_rejected / pairs,
+    }
+
+
+class Window:
+    """Metrics since the last log line, kept on the device until `flush`; and the run's totals."""
+
+    def __init__(self, device: torch.device, policy: Any, terms: Sequence[Term], max_tokens: int, max_nonfinite: int):
+        self.device, self.max_tokens, self.max_nonfinite = device, max_tokens, max_nonfinite
+        self.pair_terms = [t for t in terms if t.loss is not None]
+        self.flops = Flops(policy, device)
+        # steps that counted, loss, skipped in a row now and at most, skipped in all
+        self.run = torch.zeros(5, device=device)
+        self.tokens_at_flush = 0
+        self._reset()
+
+    def _reset(self) -> None:
+        self.sums = torch.zeros(2 + len(PAIR_METRICS), device=self.device)  # steps that counted, loss, pair metrics
+        self.norm = torch.zeros((), device=self.device)
+        self.trunk_tokens = self.micro_batches = 0
+        self.flops.reset()
+        self.started = time.monotonic()
+
+    def trunk(self, batch: PackedBatch) -> None:
+        """Count one micro-batch's work."""
+        self.trunk_tokens += batch.cu_seqlens[-1]
+        self.micro_batches += 1
+        self.flops.add(batch)
+
+    def add(self, loss: Tensor, metrics: Tensor, norm: Tensor, finite: Tensor) -> None:
+        """One optimiser step; a skipped one enters only the count of skipped steps."""
+        step = torch.cat([torch.ones(1, device=self.device), loss.reshape(1), metrics])
+        step = torch.where(finite, step, 0.0)
+        self.sums += step
+        self.norm = norm
+        self.run[:2] += step[:2]
+        skipped = (~finite).float()
+        self.run[2] = (self.run[2] + 1) * skipped
+        self.run[3] = torch.maximum(self.run[3], self.run[2])
+        self.run[4] += skipped
+
+    def flush(self, learning_rate: float, num_tokens: int) -> dict[str, float]:
+        """The log line: one host read, then a new window. Raises TrainingError after too many non-finite steps."""
+        steps, loss, *metrics = self.sums.tolist()
+        skipped = int(self.run[4])
+        if (in_a_row := int(self.run[3])) >= self.max_nonfinite:
+            raise TrainingError(
+                f"{in_a_row} steps in a row had a non-finite loss or gradient and were skipped; lower the learning "
+                "rate, or look at the data (max_nonfinite_steps sets the limit)"
+            )
+        seconds = time.monotonic() - self.started
+        mean_loss = loss / steps if steps else float("nan")
+        out = {"loss": mean_loss, "grad_norm": float(self.norm), "learning_rate": learning_rate}
+        if self.pair_terms and steps:
+            out |= metric_means(metrics, self.pair_terms)
+            out["pairs_per_second"] = metrics[-1] / seconds
+        out["num_tokens"] = num_tokens
+        out["tokens_per_second"] = (num_tokens - self.tokens_at_flush) / seconds
+        out["packing_efficiency"] = self.trunk_tokens / max(1, self.micro_batches * self.max_tokens)
+        if self.flops.peak:
+            out["mfu"] = self.flops.total / seconds / self.flops.peak
+        out["peak_memory_gb"] = peak_memory_gb(self.device)
+        if skipped:
+            out["skipped_steps"] = skipped
+        self.tokens_at_flush = num_tokens
+        self._reset()
+        return out
+
+    def summary(self, seconds: float, steps: int, rows: int, num_tokens: int) -> dict[str, float]:
+        """The run's last line."""
+        counted, loss, _, _, skipped = self.run.tolist()
+        return {
+            "train_loss": loss / counted if counted else float("nan"),
+            "train_runtime": seconds,
+            "train_samples_per_second": rows / seconds,
+            "train_steps_per_second": steps / seconds,
+            "tokens_per_second": num_tokens / seconds,
+            "num_tokens": num_tokens,
+            "skipped_steps": int(skipped),
+            "peak_memory_gb": peak_memory_gb(self.device),
+        }
+
+
+# Dense bf16 peaks in FLOP/s, from the vendors' data sheets; other devices report no mfu.
+_PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "B200": 2250e12,
+               "L40S": 362e12, "MI300X": 1307e12}  # fmt: skip
+
+
+class Flops:
+    """Model FLOPs of the work done: 6 per parameter and token, attention's scores, the head on its own rows."""
+
+    def __init__(self, policy: Any, device: torch.device):
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+        self.peak = next((peak for chip, peak in _PEAK_FLOPS.items() if chip in name), None)
+        head = policy.head().weight
+        embeddings = policy.model.get_input_embeddings().weight
+        skip = {id(head), id(embeddings)}
+        self.trunk_parameters = sum(p.numel() for p in policy.model.parameters() if id(p) not in skip)
+        self.head_parameters = head.numel()
+        config = policy.model.config
+        config = config.get_text_config() if hasattr(config, "get_text_config") else config
+        self.attention = getattr(config, "num_hidden_layers", 0) * getattr(config, "hidden_size", 0)
+        self.reset()
+
+    def reset(self) -> None:
+        self.total = 0.0
+
+    def add(self, batch: PackedBatch) -> None:
+        squares = sum((b - a) ** 2 for a, b in zip(batch.cu_seqlens, batch.cu_seqlens[1:], strict=False))
+        self.total += 6 * self.trunk_parameters * batch.cu_seqlens[-1] + 6 * self.attention * squares
+        self.total += 6 * self.head_parameters * batch.target.numel()
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Peak GiB: the CUDA allocator's, or the process's resident set on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,0 +1,551 @@
+"""What training needs of a Hugging Face causal language model: its trunk, its head, and packed attention in both.
+
+The rule from hidden states to log-probabilities is `log_softmax(softcap(scale * (hidden W^T + b)))`; `verify_policy`
+holds it against the model's own `logits` before anything is trained.
+
+T = packed tokens, N = head rows (completion tokens), D = hidden size, V = vocabulary, S = responses, P = pairs.
+"""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface
+
+from fastpo import attention, ops
+from fastpo.attention import Layout
+from fastpo.errors import ConfigError, DeviceError, UnsupportedModelError
+from fastpo.packing import PackedBatch, collate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from fastpo.data import Example
+
+_PROBE = "fastpo_probe"  # the attention implementation that records what the model's masks and layers ask for
+_MAX_GUARD_ROWS = 4
+
+# Layers in which tokens meet in plain attention; the others (recurrent, convolutional, sparse) would mix the chains.
+_PACKABLE_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
+
+# Scalars that families apply to their logits, by configuration field: whether logits are divided by it.
+_SCALE_FIELDS = {
+    "logit_scale": False,  # Cohere
+    "logits_scaling": True,  # Granite, MiniCPM3 (which divides the hidden states)
+    "output_multiplier": False,  # Muse
+    "lm_head_multiplier": False,  # Falcon-H1
+    "logits_mup_width_multiplier": True,  # Inkling
+}
+_MULTIPLIED = {("hyperclovax", "logits_scaling")}  # the exception: muP, as Granite's field but the other way round
+_SOFTCAP_FIELDS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The output head as it stands now: adapters may have been switched since the last call."""
+
+    weight: Tensor  # [V, D]
+    bias: Tensor | None  # [V]
+    softcap: float | None
+    logit_scale: float
+
+
+class Policy:
+    """A causal language model, with or without a PEFT adapter, seen as packed log-probabilities."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.causal_lm = _causal_lm(model)
+        self.trunk = _trunk(self.causal_lm)
+        self.softcap, self.logit_scale = _logit_rule(self.causal_lm)
+        self.head()  # refuses here what it would refuse in the first step
+        _refuse_router_loss(self.causal_lm)
+        self._originals: list[tuple[object, str | None]] | None = None  # (config, implementation) while attached
+        attention.register()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the head's weight: what the checkpoint was loaded in."""
+        return self.head().weight.dtype
+
+    def head(self) -> Head:
+        """The head's tensors, looked up anew: an adapter may hold a copy of its own, or be switched off."""
+        module = _unwrap_head(self.causal_lm)
+        return Head(module.weight, getattr(module, "bias", None), self.softcap, self.logit_scale)
+
+    def hidden(self, batch: PackedBatch) -> Tensor:
+        """Last hidden states [T, D], after the final norm, of a packed batch. The policy must be attached."""
+        if self._originals is None:
+            raise RuntimeError("Policy.hidden needs packed attention: call it inside `with policy.attach():`")
+        layout = Layout.from_chains(batch.cu_seqlens, batch.input_ids.device)
+        return self._trunk_forward(batch.input_ids, batch.position_ids, layout)
+
+    def logp(
+        self, batch: PackedBatch, memory_budget: int | None = None, return_entropy: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Token log-probabilities [N] fp32 of the batch's targets (and the entropies [N], detached)."""
+        hidden = self.hidden(batch).index_select(0, batch.logit_rows)  # [N, D]
+        head = self.head()
+        if hidden.dtype != head.weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
+            hidden = hidden.to(head.weight.dtype)  # a head kept in another precision, as the model's own forward has it
+        return ops.linear_logprob(
+            hidden.to(head.weight.device),
+            head.weight,
+            batch.target,
+            head.bias,
+            softcap=head.softcap,
+            logit_scale=head.logit_scale,
+            return_entropy=return_entropy,
+            memory_budget=memory_budget,
+        )
+
+    @contextlib.contextmanager
+    def attach(self) -> Iterator["Policy"]:
+        """Packed attention inside the block, backward included; the model's own attention after it. Nests."""
+        if self._originals is not None:
+            yield self
+            return
+        self._originals = _implementations(self.causal_lm)
+        try:
+            _switch(self.causal_lm, attention.NAME)
+            yield self
+        finally:
+            _restore(self._originals)
+            self._originals = None
+
+    @contextlib.contextmanager
+    def detached(self) -> Iterator[nn.Module]:
+        """The model with its own attention inside the block, for generate(), forward() and saving."""
+        originals, self._originals = self._originals, None
+        if originals is not None:
+            attached = [(config, config._attn_implementation_internal) for config, _ in originals]
+            _restore(originals)
+        try:
+            yield self.model
+        finally:
+            if originals is not None:
+                _restore(attached)
+                self._originals = originals
+
+    def _trunk_forward(self, input_ids: Tensor, position_ids: Tensor, layout: Layout) -> Tensor:
+        outputs = self.trunk(
+            input_ids=input_ids.unsqueeze(0),
+            position_ids=position_ids.unsqueeze(0),
+            use_cache=False,
+            return_dict=True,
+            fastpo_layout=layout,
+        )
+        return outputs.last_hidden_state.squeeze(0)
+
+
+# ---- what kind of model this is
+
+
+def _causal_lm(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside a PEFT wrapper, if it is one that can be trained here."""
+    name = type(model).__name__
+    inner = model
+    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+        if any(getattr(c, "is_prompt_learning", False) for c in model.peft_config.values()):
+            raise UnsupportedModelError(f"{name}: prompt tuning adds virtual tokens, which do not pack; use LoRA")
+        inner = model.get_base_model()
+        name = type(inner).__name__
+    if not isinstance(inner, PreTrainedModel):
+        raise UnsupportedModelError(f"{name} is not a transformers causal language model; pass a PreTrainedModel")
+    config = inner.config
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"{name} is an encoder-decoder; fastpo trains decoder-only language models")
+    if inner.get_output_embeddings() is None:
+        raise UnsupportedModelError(
+            f"{name} has no output head; load it with AutoModelForCausalLM, or pass a ...ForCausalLM model"
+        )
+    text = config.get_text_config(decoder=True)
+    others = sorted(set(getattr(text, "layer_types", None) or ()) - _PACKABLE_LAYERS)
+    if others or not inner._can_set_attn_implementation():
+        what = f"has {others[0]} layers" if others else "does not take custom attention"
+        raise UnsupportedModelError(
+            f"{name} ({config.model_type}) {what}, so its sequences cannot be packed; fastpo needs a model whose tokens "
+            "meet in transformers' attention interface only"
+        )
+    if not getattr(text, "is_causal", True):
+        raise UnsupportedModelError(f"{name} is configured with is_causal=False; fastpo trains causal models")
+    return inner
+
+
+def _trunk(causal_lm: PreTrainedModel) -> nn.Module:
+    """The module from token ids to the last hidden states: all but the head, and of a multimodal model the text."""
+    trunk = getattr(causal_lm, causal_lm.base_model_prefix, None)
+    if causal_lm.config.get_text_config(decoder=True) is not causal_lm.config:
+        trunk = causal_lm.get_decoder()
+    if trunk is None or trunk is causal_lm:
+        raise UnsupportedModelError(
+            f"{type(causal_lm).__name__} has no trunk apart from its head (base_model_prefix "
+            f"'{causal_lm.base_model_prefix}'); fastpo cannot run the head on completion tokens only"
+        )
+    return trunk
+
+
+def _unwrap_head(causal_lm: PreTrainedModel) -> nn.Module:
+    """The module whose `weight` and `bias` are the head's, out of the wrappers that people and PEFT put around it."""
+    name = type(causal_lm).__name__
+    head = causal_lm.get_output_embeddings()
+    while True:
+        kind = type(head).__name__
+        if hasattr(head, "lora_A") or hasattr(head, "base_layer"):
+            raise UnsupportedModelError(
+                f"{name}: the output head carries an adapter ({kind}), which fastpo does not apply; leave it out of "
+                "target_modules, or train it whole with modules_to_save"
+            )
+        if hasattr(head, "token_adapter"):
+            raise UnsupportedModelError(f"{name}: trainable_token_indices on the output head are not supported")
+        if hasattr(head, "modules_to_save") and hasattr(head, "original_module"):
+            adapters = [] if head.disable_adapters else [a for a in head.active_adapters if a in head.modules_to_save]
+            head = head.modules_to_save[adapters[0]] if adapters else head.original_module
+        elif "weight" not in dict(head.named_parameters(recurse=False)) and len(list(head.children())) == 1:
+            head = next(head.children())  # e.g. an nn.Sequential that casts its output
+        else:
+            break
+    weight = getattr(head, "weight", None)
+    if not isinstance(weight, Tensor) or weight.dim() != 2:
+        raise UnsupportedModelError(f"{name}: the output head ({kind}) has no weight matrix [vocabulary, hidden]")
+    if weight.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        raise UnsupportedModelError(
+            f"{name}: the output head is quantised ({kind}, {weight.dtype}); keep it in 16 bits, for instance with "
+            "llm_int8_skip_modules=['lm_head']"
+        )
+    return head
+
+
+def _logit_rule(causal_lm: PreTrainedModel) -> tuple[float | None, float]:
+    """(softcap, scale) by which this family turns `hidden W^T + b` into logits; verify_policy checks it."""
+    config = causal_lm.config.get_text_config(decoder=True)
+    softcap = next((c for f in _SOFTCAP_FIELDS if (c := getattr(config, f, None))), None)
+    scale = 1.0
+    for field, divides in _SCALE_FIELDS.items():
+        value = getattr(config, field, None)
+        if value is None:
+            continue
+        if not isinstance(value, int | float):
+            raise UnsupportedModelError(f"{type(causal_lm).__name__}: {field}={value!r} is not a number")
+        divides = divides and (config.model_type, field) not in _MULTIPLIED
+        scale = scale / value if divides else scale * value
+    return (None if softcap is None else float(softcap)), float(scale)
+
+
+def _refuse_router_loss(causal_lm: PreTrainedModel) -> None:
+    config = causal_lm.config.get_text_config(decoder=True)
+    coefficient = getattr(config, "router_aux_loss_coef", 0.0)
+    if getattr(config, "output_router_logits", False) and coefficient:
+        raise UnsupportedModelError(
+            f"{type(causal_lm).__name__} asks for a router loss (output_router_logits=True, router_aux_loss_coef="
+            f"{coefficient}), which fastpo does not compute; set model.config.output_router_logits = False"
+        )
+
+
+# ---- which attention it runs
+
+
+def _implementations(causal_lm: PreTrainedModel) -> list[tuple[object, str | None]]:
+    """Every configuration inside the model and its attention implementation, each configuration once."""
+    configs = [causal_lm.config]
+    configs += [m.config for m in causal_lm.modules() if isinstance(m, PreTrainedModel)]
+    configs += [
+        c for config in list(configs) for k in config.sub_configs if (c := getattr(config, k, None)) is not None
+    ]
+    unique = {id(c): c for c in configs}
+    return [(c, c._attn_implementation_internal) for c in unique.values()]
+
+
+def _switch(causal_lm: PreTrainedModel, implementation: str) -> None:
+    causal_lm.set_attn_implementation(implementation)
+    if causal_lm.config._attn_implementation != implementation:
+        raise UnsupportedModelError(
+            f"{type(causal_lm).__name__} does not take custom attention, so its sequences cannot be packed"
+        )
+
+
+def _restore(implementations: list[tuple[object, str | None]]) -> None:
+    for config, implementation in implementations:
+        config._attn_implementation_internal = implementation
+
+
+# ---- the guards before training
+
+
+def verify_policy(policy: Policy, examples: "Sequence[Example]", tolerance: float | None = None) -> None:
+    """Hold the packed log-probabilities of a few rows against the model's own logits; raise UnsupportedModelError.
+
+    Every response's token log-probabilities from one packed batch must equal those of its row run alone, unpadded, by
+    the model's own forward and attention; and so must the sums that each pair of the batch puts together. The error
+    allowed is the dtype's (`tolerance` per token overrides it). Call it under the autocast that training uses. Leaves
+    the model's mode, attention and random state as they were; one row's logits are alive at a time.
+    """
+    examples = _short_rows(examples)
+    name = type(policy.causal_lm).__name__
+    device = policy.causal_lm.get_input_embeddings().weight.device
+    cuda = [device] if device.type == "cuda" else []
+    with torch.no_grad(), torch.random.fork_rng(cuda), _evaluating(policy.model):
+        with policy.detached():
+            own, allowed = _own_logps(policy, examples, device, tolerance)
+        try:
+            with policy.attach():
+                _check_attention_pattern(policy, device)
+                batch = collate(examples, range(len(examples))).to(device)
+                packed = policy.logp(batch)
+        except TypeError as error:  # a trunk whose forward does not know the keywords
+            raise UnsupportedModelError(f"{name} cannot run packed: {error}") from error
+        _compare_tokens(name, packed, torch.cat(own), torch.cat(allowed))
+        _compare_pairs(name, packed, batch, examples, own, allowed)
+
+
+def _short_rows(examples: "Sequence[Example]") -> "list[Example]":
+    """At most four rows, the shortest."""
+    return sorted(examples, key=lambda e: len(e.prompt_ids) + sum(map(len, e.responses)))[:_MAX_GUARD_ROWS]
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _own_logps(
+    policy: Policy, examples: "Sequence[Example]", device: torch.device, tolerance: float | None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Per response, from the model's own forward: token log-probabilities and the error allowed for each, both [len].
+
+    The allowance has two parts. Logits and log-probabilities of magnitude z are stored with a spacing of eps * z, on
+    either side. And rounding inside the trunk is amplified by it: how much is measured, as the change of the log-probabilities when the
+    embeddings change by one spacing, with a factor for the many roundings that packing and other kernels reorder.
+    """
+    embeddings = policy.causal_lm.get_input_embeddings()
+    own, allowed = [], []
+    for example in examples:
+        for k, response in enumerate(example.responses):
+            row = torch.as_tensor([*example.prompt_of(k), *response], dtype=torch.int64, device=device)
+            logp, peak = _own_row(policy.model, row, len(response))
+            eps = _working_eps(policy, device)
+            if tolerance is None:
+                handle = embeddings.register_forward_hook(lambda _m, _i, out, eps=eps: _nudged(out, eps))
+                try:
+                    nudged, _ = _own_row(policy.model, row, len(response))
+                finally:
+                    handle.remove()
+                amplified = (nudged - logp).abs().max()
+                allowed.append((4 * eps * peak + 16 * amplified).expand_as(logp))
+            else:
+                allowed.append(torch.full_like(logp, tolerance))
+            own.append(logp)
+    return own, allowed
+
+
+def _own_row(model: nn.Module, row: Tensor, response_length: int) -> tuple[Tensor, Tensor]:
+    """(log-probabilities [response_length] of the row's last tokens, the largest magnitude of them and the logits)."""
+    logits = model(input_ids=row[None, :-1], use_cache=False).logits[0, -response_length:]
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logp = wide.log_softmax(-1).gather(-1, row[-response_length:, None]).squeeze(-1)
+    return logp, torch.maximum(wide.abs().max(), logp.abs().max())
+
+
+def _nudged(out: Tensor, eps: float) -> Tensor:
+    """Neighbouring values one spacing up and one spacing down: no random numbers are drawn."""
+    sign = torch.ones_like(out)
+    sign[..., ::2] = -1
+    return out * (1 + eps * sign)
+
+
+def _working_eps(policy: Policy, device: torch.device) -> float:
+    """Spacing of the precision that the matrix multiplies run in."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.finfo(torch.get_autocast_dtype(device.type)).eps
+    dtypes = {p.dtype for p in policy.causal_lm.parameters() if p.is_floating_point()}
+    eps = max(torch.finfo(d).eps for d in dtypes)
+    tf32 = device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
+    return max(eps, 2.0**-10) if tf32 else eps
+
+
+def _compare_tokens(name: str, packed: Tensor, own: Tensor, allowed: Tensor) -> None:
+    error = (packed.to(own.dtype) - own).abs()
+    beyond = (error > allowed) | ~torch.isfinite(error)
+    # In 16 bits a router may send a token elsewhere, or a cap saturate: single tokens may miss, not one in ten.
+    few = 0.1 if allowed.max() > 1e-3 else 0.0
+    if beyond.float().mean() > few:
+        worst = int(torch.nan_to_num(error - allowed, nan=torch.inf).argmax())
+        raise UnsupportedModelError(
+            f"{name}: fastpo's log-probabilities differ from the model's own logits ({packed[worst]:.6g} instead of "
+            f"{own[worst]:.6g}; {int(beyond.sum())} of {len(own)} tokens off, allowed {allowed[worst]:.2g}): it has a "
+            "logit or attention rule that fastpo does not know, and training would be wrong; use another model class, "
+            "or report the family"
+        )
+
+
+def _compare_pairs(
+    name: str,
+    packed: Tensor,
+    batch: PackedBatch,
+    examples: "Sequence[Example]",
+    own: list[Tensor],
+    allowed: list[Tensor],
+) -> None:
+    """A pair of the batch must join the responses that its example pairs: mispaired ones start at ln 2 all the same."""
+    offsets = batch.response_offsets.tolist()
+    pairs = iter(batch.pairs.tolist())
+    first = 0
+    for number, example in enumerate(examples):
+        for pair in example.pairs:
+            for index, response in zip(next(pairs), pair, strict=True):
+                got = packed[offsets[index] : offsets[index + 1]].sum()
+                want = own[first + response].sum()
+                if not (got - want).abs() <= allowed[first + response].sum():
+                    raise UnsupportedModelError(
+                        f"{name}: in the packed batch a response of row {number} has log-probability {got:.6g}, alone "
+                        f"{want:.6g}: responses are paired or packed wrongly; please report this"
+                    )
+        first += len(example.responses)
+
+
+# ---- the attention pattern, which short rows cannot show
+
+_FAR = 1 << 20  # tokens; a window that reaches this far back is none
+
+
+def _check_attention_pattern(policy: Policy, device: torch.device) -> None:
+    """Every layer must tell its attention about the window that its mask has.
+
+    Packed attention sees the layers' keywords and no mask. A family that puts a sliding window, chunks or bidirectional
+    blocks into the mask alone would agree on rows shorter than the window, and be wrong beyond it.
+    """
+    wrong: set[str] = set()
+
+    def layer(module, query, key, value, attention_mask=None, *args, **kwargs):  # noqa: ANN001, ANN002, ANN003, ANN202
+        window = kwargs.get("sliding_window") or _FAR
+        masked = window if attention_mask is None else int(attention_mask.flatten()[0])
+        if min(window, _FAR) != masked:
+            told = "no window" if window >= _FAR else f"a window of {window}"
+            wrong.add(f"{type(module).__name__} is told of {told} but masked {_described(masked)}")
+        return attention.packed_attention(module, query, key, value, None, *args, **kwargs)
+
+    AttentionInterface.register(_PROBE, layer)
+    AttentionMaskInterface.register(_PROBE, _probe_mask)
+    attached = _implementations(policy.causal_lm)
+    try:
+        _switch(policy.causal_lm, _PROBE)
+        tokens = torch.arange(2, device=device)
+        policy._trunk_forward(tokens, tokens, Layout.from_chains((0, 2), device))
+    finally:
+        _restore(attached)
+    if wrong:
+        raise UnsupportedModelError(
+            f"{type(policy.causal_lm).__name__}: {'; '.join(sorted(wrong))}; fastpo would not see the mask. If no row "
+            "is longer than that, switch it off in the model's config"
+        )
+
+
+def _probe_mask(*, q_length: int, kv_length: int, mask_function: Callable[..., Tensor], **kwargs: object) -> Tensor:
+    """A mask that holds, in place of values, the window that its rule has far from the start; -1 for no window."""
+    back = torch.arange(-64, _FAR)
+    zero, query = torch.tensor(0), torch.tensor(2 * _FAR - 1)  # the last of a chunk of any power of two
+    try:
+        visible = mask_function(zero, zero, query, query - back).expand(back.shape)
+    except (IndexError, RuntimeError):  # a rule that looks positions up in a tensor of this very row
+        visible = torch.ones_like(back, dtype=torch.bool)
+    reach = int(visible.sum())
+    if visible[:64].any() or not visible[64 : 64 + reach].all():
+        reach = -1
+    return torch.full((1, 1, q_length, kv_length), reach, device=kwargs.get("device"))
+
+
+def _described(window: int) -> str:
+    if window == -1:
+        return "in another pattern"
+    return "in full" if window == _FAR else f"by {window} tokens"
+
+
+# ---- loading
+
+
+def load_model(
+    name_or_path: str | os.PathLike[str],
+    *,
+    dtype: str | torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    use_cpu: bool = False,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    quantization_config: object | None = None,
+    model_init_kwargs: dict[str, object] | None = None,
+) -> PreTrainedModel:
+    """A causal language model by name or path, in the checkpoint's own dtype unless `dtype` says otherwise.
+
+    `attn_implementation` is what the model runs outside fastpo (generation, the guard); inside, attention is packed.
+    """
+    kwargs = dict(model_init_kwargs or {})
+    dtype = dtype or kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None) or "auto"
+    kwargs.update(dtype=_parse_dtype(dtype), trust_remote_code=trust_remote_code)
+    for key, value in (
+        ("revision", revision),
+        ("attn_implementation", attn_implementation),
+        ("quantization_config", quantization_config),
+    ):
+        if value is not None:
+            kwargs[key] = value
+    target = resolve_device(device, use_cpu=use_cpu)
+    if quantization_config is not None and "device_map" not in kwargs:
+        kwargs["device_map"] = {"": target}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(os.fspath(name_or_path), **kwargs)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"cannot load the model {os.fspath(name_or_path)!r}: {_first_line(error)}") from error
+    return model if "device_map" in kwargs else model.to(target)
+
+
+def load_tokenizer(
+    name_or_path: str | os.PathLike[str], *, trust_remote_code: bool = False, revision: str | None = None
+) -> "PreTrainedTokenizerBase":
+    """The tokenizer that lies with the model."""
+    where = os.fspath(name_or_path)
+    if not where:
+        raise ConfigError("the model does not say where its tokenizer is: pass processing_class=")
+    try:
+        return AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code, revision=revision)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"cannot load a tokenizer from {where!r}: {_first_line(error)}") from error
+
+
+def resolve_device(device: torch.device | str | None = None, *, use_cpu: bool = False) -> torch.device:
+    """The device asked for, or the accelerator that is there, or the CPU."""
+    if use_cpu:
+        return torch.device("cpu")
+    if device is None:
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    device = torch.device(device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise DeviceError(f"device {device} was asked for, but PyTorch sees no GPU; use_cpu=True trains on the CPU")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise DeviceError(f"device {device} was asked for, but there are {torch.cuda.device_count()} GPUs")
+    return device
+
+
+def _parse_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
+    if isinstance(dtype, torch.dtype) or dtype == "auto":
+        return dtype
+    short = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
+    parsed = getattr(torch, short.get(dtype, dtype.removeprefix("torch.")), None)
+    if not isinstance(parsed, torch.dtype) or not parsed.is_floating_point:
+        raise ConfigError(f"dtype={dtype!r}: expected 'auto', 'bfloat16', 'float16' or 'float32'")
+    return parsed
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -1,0 +1,377 @@
+"""The public ops: fused linear log-probabilities and the preference loss over them.
+
+N = head rows (completion tokens), D = hidden, V = vocabulary, S = responses, P = pairs. 16-bit inputs: GEMMs in the
+input dtype, row arithmetic and results in fp32. Definitions: `kernels/reference.py`; cost regimes: `backends.py`. Both
+are `torch.library` ops, so they compile without a graph break.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastpo import backends
+from fastpo.backends import IGNORE_INDEX, Head, acc_dtype
+from fastpo.errors import FastpoError
+from fastpo.kernels import reference
+
+GIB = 1 << 30
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class OpError(FastpoError):
+    """A tensor or an option that an op cannot take."""
+
+
+def available_backends() -> list[str]:
+    """Backends that run on this machine, the preferred one first."""
+    return ["torch"]
+
+
+def default_memory_budget(weight: Tensor) -> int:
+    """Bytes the N x V matrix may take: the larger of 1 GiB and an fp32 gradient of `weight` [V, D]."""
+    return max(GIB, 4 * weight.shape[0] * weight.shape[1])
+
+
+def linear_logprob(
+    hidden: Tensor,  # [N, D]
+    weight: Tensor,  # [V, D]
+    target: Tensor,  # [N] int
+    bias: Tensor | None = None,  # [V]
+    *,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    return_entropy: bool = False,
+    memory_budget: int | None = None,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """log_softmax(softcap(logit_scale * (hidden W^T + b)))[target] -> logp [N], or (logp, entropy [N]), fp32 or fp64.
+
+    Differentiable once in hidden, weight and bias; the entropy is detached; rows with target -100 give 0. One N x V
+    matrix in the input dtype is kept for the backward where it fits `memory_budget` bytes (default:
+    `default_memory_budget`); over that, and with 0, the backward recomputes it a vocabulary slice at a time.
+    """
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight, bias = (
+            t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (hidden, weight, bias)
+        )
+    backend = _check(hidden, weight, target, bias, memory_budget, backend)
+    regime = _regime(hidden, weight, bias, memory_budget)
+    logp, entropy, _, _ = _linear_logprob(
+        hidden, weight, target.long(), bias, softcap, logit_scale, regime, backend, return_entropy
+    )
+    return (logp, entropy) if return_entropy else logp
+
+
+def _check(
+    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, memory_budget: int | None, backend: str
+) -> str:
+    """Refuse what the ops cannot take; the backend to use."""
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        raise OpError(f"hidden {list(hidden.shape)} and weight {list(weight.shape)} must be [N, D] and [V, D]")
+    if weight.shape[0] == 0:
+        raise OpError("weight has no rows: the vocabulary is empty")
+    if target.shape != hidden.shape[:1]:
+        raise OpError(f"target {list(target.shape)} must be [N] = {list(hidden.shape[:1])}")
+    if target.dtype.is_floating_point or target.dtype.is_complex or target.dtype == torch.bool:
+        raise OpError(f"target must be an integer tensor, not {target.dtype}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise OpError(f"bias {list(bias.shape)} must be [V] = {list(weight.shape[:1])}")
+    tensors = [t for t in (hidden, weight, bias) if t is not None]
+    if hidden.dtype not in DTYPES or any(t.dtype != hidden.dtype for t in tensors):
+        raise OpError(f"hidden, weight and bias must share one floating dtype, not {[str(t.dtype) for t in tensors]}")
+    if any(t.device != hidden.device for t in (*tensors, target)):
+        raise OpError(f"tensors are on several devices: {[str(t.device) for t in (*tensors, target)]}")
+    if memory_budget is not None and memory_budget < 0:
+        raise OpError(f"memory_budget must be at least 0 bytes, not {memory_budget}")
+    return _choose(backend, hidden)
+
+
+def _choose(backend: str, tensor: Tensor) -> str:
+    """The backend to use: the one asked for, or the best one for the tensor's device and dtype."""
+    names = available_backends()
+    if backend == "auto":
+        on_gpu = tensor.device.type == "cuda" and "triton" in names and tensor.dtype != torch.float64
+        return "triton" if on_gpu else "torch"
+    if backend not in names:
+        raise OpError(f"backend {backend!r} is not available here; one of auto, {', '.join(names)}")
+    return backend
+
+
+def _regime(hidden: Tensor, weight: Tensor, bias: Tensor | None, memory_budget: int | None) -> str:
+    """Decided outside the op, inside which grad mode always reads False: none, frozen, kept or sliced."""
+    trained = weight.requires_grad or (bias is not None and bias.requires_grad)
+    if not torch.is_grad_enabled() or not (hidden.requires_grad or trained):
+        return "none"
+    if not trained:
+        return "frozen"
+    budget = default_memory_budget(weight) if memory_budget is None else memory_budget
+    return "kept" if hidden.shape[0] * weight.shape[0] * hidden.dtype.itemsize <= budget else "sliced"
+
+
+@torch.library.custom_op("fastpo::linear_logprob", mutates_args=())
+def _linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    regime: str,
+    backend: str,
+    entropy: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(logp [N], entropy [N] or [0], saved, stats [3, N] or [0]); see backends.py for what each regime saves."""
+    head = Head(hidden, weight, target, bias, softcap, logit_scale)
+    if target.device.type == "cpu":
+        _check_range(target, weight.shape[0])
+    with torch.autocast(hidden.device.type, enabled=False):
+        return tuple(backends.torch_forward(head, regime, entropy))
+
+
+def _check_range(target: Tensor, vocabulary: int) -> None:
+    bad = ((target < 0) & (target != IGNORE_INDEX)) | (target >= vocabulary)
+    if bad.any():
+        row = int(bad.nonzero()[0])
+        raise OpError(f"target[{row}] = {int(target[row])} is outside the vocabulary of {vocabulary}")
+
+
+@_linear_logprob.register_fake
+def _(hidden, weight, target, bias, softcap, logit_scale, regime, backend, entropy):
+    n, acc = hidden.shape[0], acc_dtype(hidden.dtype)
+    saved = {
+        "frozen": lambda: torch.empty_like(hidden, dtype=acc, memory_format=torch.contiguous_format),
+        "kept": lambda: hidden.new_empty(n, weight.shape[0]),
+    }.get(regime, lambda: hidden.new_empty(0, dtype=acc))()
+    stats = hidden.new_empty((3, n) if _has_stats(regime, backend) else 0, dtype=acc)
+    return hidden.new_empty(n, dtype=acc), hidden.new_empty(n if entropy else 0, dtype=acc), saved, stats
+
+
+def _has_stats(regime: str, backend: str) -> bool:
+    return regime == "sliced"
+
+
+@torch.library.custom_op("fastpo::linear_logprob_backward", mutates_args=())
+def _linear_logprob_backward(
+    grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    saved: Tensor,
+    stats: Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    regime: str,
+    backend: str,
+    need: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dhidden [N, D], dweight [V, D], dbias [V]), each [0] where `need` does not ask; regimes kept and sliced."""
+    head = Head(hidden, weight, target, bias, softcap, logit_scale)
+    grad = grad.where(target != IGNORE_INDEX, 0.0).contiguous()
+    with torch.autocast(grad.device.type, enabled=False):
+        if regime == "kept":
+            grads = backends.kept_backward(head, grad, saved, need)
+        else:
+            grads = backends.torch_sliced_backward(head, grad, stats, need)
+    return tuple(hidden.new_empty(0) if g is None else g for g in grads)
+
+
+@_linear_logprob_backward.register_fake
+def _(grad, hidden, weight, target, bias, saved, stats, softcap, logit_scale, regime, backend, need):
+    shapes = (hidden.shape, weight.shape, weight.shape[:1])
+    return tuple(hidden.new_empty(shape if asked else 0) for shape, asked in zip(shapes, need))
+
+
+@torch.library.custom_op("fastpo::scaled", mutates_args=())
+def _scaled(saved: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A gradient that the forward formed, times the upstream one of each row (or the only one), in `dtype`."""
+    factor = factor.reshape(factor.shape + (1,) * (saved.dim() - factor.dim()))
+    return torch.mul(saved, factor, out=saved.new_empty(saved.shape, dtype=dtype))
+
+
+@_scaled.register_fake
+def _(saved, factor, dtype):
+    return saved.new_empty(saved.shape, dtype=dtype)
+
+
+def _once_only(ctx, *grads):
+    raise RuntimeError("fastpo ops are differentiable once: their gradients come from closed forms without a graph")
+
+
+for _op in (_linear_logprob_backward, _scaled):
+    _op.register_autograd(_once_only)
+
+
+def _setup_linear_logprob(ctx, inputs, output) -> None:
+    hidden, weight, target, bias, *options, _ = inputs
+    _, entropy, saved, stats = output
+    ctx.mark_non_differentiable(entropy, saved, stats)
+    ctx.set_materialize_grads(False)  # else autograd makes zeros of the size of `saved` for the backward
+    ctx.options, ctx.dtype = options, hidden.dtype
+    if options[2] == "frozen":  # neither hidden nor weight is needed again
+        ctx.save_for_backward(saved)
+    else:
+        ctx.save_for_backward(hidden, weight, target, bias, saved, stats)
+
+
+def _backward_linear_logprob(ctx, grad, *_):
+    need = list(ctx.needs_input_grad)
+    need = [need[0], need[1], need[3]]
+    grads = [None, None, None]
+    if grad is not None and ctx.options[2] == "frozen":
+        grads[0] = _scaled(*ctx.saved_tensors, grad, ctx.dtype)
+    elif grad is not None:
+        grads = _linear_logprob_backward(grad, *ctx.saved_tensors, *ctx.options, need)
+        grads = [g if asked else None for g, asked in zip(grads, need)]
+    return grads[0], grads[1], None, grads[2], *[None] * (len(ctx.options) + 1)
+
+
+_linear_logprob.register_autograd(_backward_linear_logprob, setup_context=_setup_linear_logprob)
+
+
+class PreferenceOutput(NamedTuple):
+    """Per-pair results, detached, each [P]."""
+
+    losses: Tensor  # unweighted
+    chosen_logps: Tensor  # sums over the response
+    rejected_logps: Tensor
+    ref_chosen_logps: Tensor  # 0 without a reference
+    ref_rejected_logps: Tensor
+
+
+def preference_loss(
+    logp: Tensor,  # [N]
+    ref_logp: Tensor | None,  # [N]
+    response_offsets: Tensor,  # [S + 1] int32
+    pairs: Tensor,  # [P, 2] int32: preferred, other
+    weight: Tensor,  # [P]
+    win_prob_chosen: Tensor | None = None,  # [P], sppo
+    win_prob_rejected: Tensor | None = None,  # [P], sppo
+    *,
+    loss_type: str,
+    beta: float,
+    label_smoothing: float = 0.0,
+    gamma_beta_ratio: float = 0.0,
+    ipo_mean: bool = True,
+    unique: bool = False,
+    ref_response_logps: Tensor | None = None,  # [S], instead of ref_logp
+    backend: str = "auto",
+) -> tuple[Tensor, PreferenceOutput]:
+    """(sum over pairs of weight * loss, differentiable once in logp; what it was made of).
+
+    unique=True promises that every response is in exactly one pair, which lets a GPU do everything in one launch.
+    """
+    if loss_type not in reference.LOSS_TYPES:
+        raise OpError(f"unknown loss_type {loss_type!r}; one of {', '.join(reference.LOSS_TYPES)}")
+    if logp.dim() != 1 or pairs.dim() != 2 or pairs.shape[1] != 2 or weight.shape != pairs.shape[:1]:
+        shapes = [list(t.shape) for t in (logp, pairs, weight)]
+        raise OpError(f"logp, pairs and weight must be [N], [P, 2] and [P], not {', '.join(map(str, shapes))}")
+    if ref_logp is not None and ref_response_logps is not None:
+        raise OpError("a reference comes per token (ref_logp) or per response (ref_response_logps), not both")
+    if ref_logp is not None and ref_logp.shape != logp.shape:
+        raise OpError(f"ref_logp {list(ref_logp.shape)} must have the shape of logp {list(logp.shape)}")
+    if loss_type == "sppo" and (win_prob_chosen is None or win_prob_rejected is None):
+        raise OpError("sppo needs win_prob_chosen and win_prob_rejected")
+    hyper = (loss_type, beta, label_smoothing, gamma_beta_ratio, ipo_mean)
+    tensors = (logp, ref_logp, ref_response_logps, response_offsets, pairs, weight, win_prob_chosen, win_prob_rejected)
+    if _choose(backend, logp) == "triton":
+        total, terms, _ = _preference_loss(*tensors, *hyper, unique)
+    else:
+        total, terms = _torch_preference_loss(*tensors, *hyper)
+    return total, PreferenceOutput(*terms.unbind())
+
+
+def _torch_preference_loss(
+    logp: Tensor,
+    ref_logp: Tensor | None,
+    ref_response_logps: Tensor | None,
+    response_offsets: Tensor,
+    pairs: Tensor,
+    weight: Tensor,
+    win_prob_chosen: Tensor | None,
+    win_prob_rejected: Tensor | None,
+    loss_type: str,
+    beta: float,
+    label_smoothing: float,
+    gamma_beta_ratio: float,
+    ipo_mean: bool,
+) -> tuple[Tensor, Tensor]:
+    """(total, terms [5, P]) by autograd's own ops. Segment sums run in a fixed order, so they are deterministic."""
+    offsets = response_offsets.long()
+    sums = _segment_sums(logp, offsets)
+    if ref_response_logps is not None:
+        ref_sums = ref_response_logps.to(logp.dtype)
+    else:
+        ref_sums = torch.zeros_like(sums) if ref_logp is None else _segment_sums(ref_logp.to(logp.dtype), offsets)
+    chosen, rejected = pairs.long().unbind(1)
+    lengths = offsets.diff().clamp(min=1).to(logp.dtype)
+    terms = (sums[chosen], sums[rejected], ref_sums[chosen], ref_sums[rejected])
+    losses = reference.pair_losses(
+        loss_type, *terms, lengths[chosen], lengths[rejected], win_prob_chosen, win_prob_rejected,
+        beta=beta, label_smoothing=label_smoothing, gamma_beta_ratio=gamma_beta_ratio, ipo_mean=ipo_mean,
+    )  # fmt: skip
+    return (weight * losses).sum(), torch.stack([losses, *terms]).detach()
+
+
+def _segment_sums(values: Tensor, offsets: Tensor) -> Tensor:
+    """Sums of values [N] between consecutive offsets [S + 1] -> [S]. A segment's sum is sequential, hence in fp64."""
+    return torch.segment_reduce(values.double(), "sum", offsets=offsets, initial=0).to(values.dtype)
+
+
+@torch.library.custom_op("fastpo::preference_loss", mutates_args=())
+def _preference_loss(
+    logp: Tensor,
+    ref_logp: Tensor | None,
+    ref_response_logps: Tensor | None,
+    response_offsets: Tensor,
+    pairs: Tensor,
+    weight: Tensor,
+    win_prob_chosen: Tensor | None,
+    win_prob_rejected: Tensor | None,
+    loss_type: str,
+    beta: float,
+    label_smoothing: float,
+    gamma_beta_ratio: float,
+    ipo_mean: bool,
+    unique: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(total, terms [5, P], dtotal/dlogp [N]) by the fused Triton kernel."""
+    from fastpo.kernels.preference import preference_fwd
+
+    def fp32(t: Tensor | None) -> Tensor | None:
+        return None if t is None else t.float().contiguous()
+
+    result = preference_fwd(
+        fp32(logp), fp32(ref_logp), response_offsets.int().contiguous(), pairs.int().contiguous(), fp32(weight),
+        fp32(win_prob_chosen), fp32(win_prob_rejected), loss_type=loss_type, beta=beta, label_smoothing=label_smoothing,
+        gamma_beta_ratio=gamma_beta_ratio, ipo_mean=ipo_mean, unique=unique,
+        ref_response_logps=fp32(ref_response_logps),
+    )  # fmt: skip
+    sums = (result.chosen_logps, result.rejected_logps, result.ref_chosen_logps, result.ref_rejected_logps)
+    return (weight * result.losses).sum(), torch.stack([result.losses, *sums]), result.dlogp
+
+
+@_preference_loss.register_fake
+def _(logp, ref_logp, ref_response_logps, response_offsets, pairs, weight, *_):
+    fp32 = {"dtype": torch.float32}
+    return weight.new_empty((), **fp32), logp.new_empty(5, pairs.shape[0], **fp32), logp.new_empty(logp.shape, **fp32)
+
+
+def _setup_preference_loss(ctx, inputs, output) -> None:
+    _, terms, dlogp = output
+    ctx.mark_non_differentiable(terms, dlogp)
+    ctx.set_materialize_grads(False)
+    ctx.dtype, ctx.inputs = inputs[0].dtype, len(inputs)
+    ctx.save_for_backward(dlogp)
+
+
+def _backward_preference_loss(ctx, grad, *_):
+    dlogp = None if grad is None else _scaled(*ctx.saved_tensors, grad, ctx.dtype)
+    return dlogp, *[None] * (ctx.inputs - 1)
+
+
+_preference_loss.register_autograd(_backward_preference_loss, setup_context=_setup_preference_loss)

@@ -1,0 +1,208 @@
+"""Token ids to packed batches: all bookkeeping on the host, so that no step ever asks the device for a length.
+
+T = packed tokens of the trunk, N = head rows (completion tokens), S = responses, P = pairs, C = chains.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastpo.data import Example
+
+
+@dataclass(slots=True)
+class PackedBatch:
+    """One micro-batch: a forest of prompts and their responses, without padding.
+
+    A prompt is a segment; each response is a segment whose parent is its prompt. Without sharing, every response has
+    its own copy of the prompt, the two are adjacent, and together they form one causal chain. The last token of a
+    response predicts nothing, so it never enters the trunk; the last of a prompt predicts the first of its response.
+    """
+
+    input_ids: Tensor  # [T] int64
+    position_ids: Tensor  # [T] int64; a response continues its prompt's positions
+    seg_offsets: tuple[int, ...]  # G + 1 cumulative tokens; host
+    seg_parents: tuple[int, ...]  # G; -1 for a prompt; host
+    cu_seqlens: tuple[int, ...]  # C + 1 boundaries of the causal chains; host
+    logit_rows: Tensor  # [N] int64: the position whose hidden state predicts each target
+    target: Tensor  # [N] int64
+    response_offsets: Tensor  # [S + 1] int32, cumulative rows per response
+    pairs: Tensor  # [P, 2] int32: preferred, other; indices of responses
+    pair_weight: Tensor  # [P] fp32
+    nll_weight: Tensor  # [N] fp32: the sft term's weight of each token; 0 for responses that are never preferred
+    win_prob_chosen: Tensor | None  # [P] fp32
+    win_prob_rejected: Tensor | None  # [P] fp32
+    ref_logp: Tensor | None  # [N] fp32, the reference's token log-probabilities
+    ref_response_logps: Tensor | None  # [S] fp32, where the data give only their sums
+    examples: tuple[int, ...]  # which rows of the data set; host
+    num_tokens: int  # prompt and response tokens of every response, as TRL counts them; host
+    unique: bool  # every response is in exactly one pair; host
+
+    @property
+    def max_seqlen(self) -> int:
+        return max(b - a for a, b in zip(self.cu_seqlens, self.cu_seqlens[1:], strict=False))
+
+    def to(self, device: torch.device) -> Self:
+        """The same batch with its tensors on `device`; host bookkeeping is shared."""
+        if device.type == "cpu":
+            return self
+        moved = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, Tensor):
+                moved[f.name] = value.pin_memory().to(device, non_blocking=True)
+        return replace(self, **moved)
+
+
+def trunk_tokens(example: Example) -> int:
+    """Tokens that the example puts through the trunk: its prompt once a response, every response but its last token."""
+    return sum(len(example.prompt_of(k)) + len(r) - 1 for k, r in enumerate(example.responses))
+
+
+def nll_tokens(example: Example) -> int:
+    """Tokens that the sft term counts: those of responses that win a pair; all of them where there are no pairs."""
+    chosen = {winner for winner, _ in example.pairs} if example.pairs else range(len(example.responses))
+    return sum(len(example.responses[k]) for k in chosen)
+
+
+def collate(
+    examples: Sequence[Example], indices: Sequence[int], ref_logps: Sequence[Sequence[np.ndarray]] | None = None
+) -> PackedBatch:
+    """Pack `examples[i] for i in indices`; `ref_logps[i][k]` are the reference's log-probabilities of response k."""
+    ids, positions, rows, targets, ref = [], [], [], [], []
+    seg_lengths: list[int] = []
+    seg_parents: list[int] = []
+    chain_lengths, response_lengths, nll = [], [], []
+    pairs, weights, win_chosen, win_rejected, ref_sums = [], [], [], [], []
+    start = 0
+    for i in indices:
+        example = examples[i]
+        first_response = len(response_lengths)
+        pair_weights = example.pair_columns.get("weight", [1.0] * len(example.pairs))
+        preferred = {}  # response -> weight of its token NLL
+        for (winner, loser), weight in zip(example.pairs, pair_weights, strict=True):
+            pairs.append((first_response + winner, first_response + loser))
+            weights.append(weight)
+            preferred.setdefault(winner, weight)
+        _win_probs(example, win_chosen, win_rejected)
+        for k, response in enumerate(example.responses):
+            prompt = example.prompt_of(k)
+            length = len(prompt) + len(response) - 1
+            ids += [prompt, response[:-1]]
+            positions.append(np.arange(length))
+            seg_parents += [-1, len(seg_parents)]
+            seg_lengths += [len(prompt), len(response) - 1]
+            rows.append(np.arange(start + len(prompt) - 1, start + length))
+            targets.append(response)
+            weight = preferred.get(k, 0.0) if example.pairs else 1.0
+            nll.append(np.full(len(response), weight, np.float32))
+            chain_lengths.append(length)
+            response_lengths.append(len(response))
+            start += length
+            if ref_logps is not None:
+                ref.append(ref_logps[i][k])
+        ref_sums += example.response_columns.get("ref_logps", [])
+    n_responses = len(response_lengths)
+    flat_pairs = [r for pair in pairs for r in pair]
+    return PackedBatch(
+        input_ids=_int64(ids),
+        position_ids=_int64(positions),
+        seg_offsets=_offsets(seg_lengths),
+        seg_parents=tuple(seg_parents),
+        cu_seqlens=_offsets(chain_lengths),
+        logit_rows=_int64(rows),
+        target=_int64(targets),
+        response_offsets=torch.tensor(_offsets(response_lengths), dtype=torch.int32),
+        pairs=torch.tensor(pairs, dtype=torch.int32).reshape(-1, 2),
+        pair_weight=torch.tensor(weights, dtype=torch.float32),
+        nll_weight=torch.from_numpy(np.concatenate(nll)),
+        win_prob_chosen=torch.tensor(win_chosen, dtype=torch.float32) if len(win_chosen) == len(pairs) else None,
+        win_prob_rejected=torch.tensor(win_rejected, dtype=torch.float32) if len(win_rejected) == len(pairs) else None,
+        ref_logp=torch.from_numpy(np.concatenate(ref).astype(np.float32)) if ref else None,
+        ref_response_logps=torch.tensor(ref_sums, dtype=torch.float32) if len(ref_sums) == n_responses else None,
+        examples=tuple(indices),
+        num_tokens=start + n_responses,
+        unique=sorted(flat_pairs) == list(range(n_responses)),
+    )
+
+
+def _win_probs(example: Example, chosen: list[float], rejected: list[float]) -> None:
+    """SPPO's two targets; `win_prob`, P(chosen beats rejected), stands in for both in the paper's single form."""
+    columns = example.pair_columns
+    if "win_prob_chosen" in columns and "win_prob_rejected" in columns:
+        chosen += columns["win_prob_chosen"]
+        rejected += columns["win_prob_rejected"]
+    elif "win_prob" in columns:
+        chosen += columns["win_prob"]
+        rejected += [1 - p for p in columns["win_prob"]]
+
+
+def _int64(parts: list[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.concatenate(parts).astype(np.int64, copy=False))
+
+
+def _offsets(lengths: list[int]) -> tuple[int, ...]:
+    return (0, *np.cumsum(lengths).tolist())
+
+
+def epoch_order(n: int, *, seed: int, epoch: int, strategy: str) -> list[int]:
+    """The order of n rows in one epoch: as they stand, or transformers' seeded permutation (seed + epoch)."""
+    if strategy == "sequential":
+        return list(range(n))
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed + epoch)).tolist()
+
+
+def epoch_steps(order: Sequence[int], batch_size: int, accumulation: int, drop_last: bool = False) -> list[list[int]]:
+    """The rows of each optimiser step of one epoch: `accumulation` batches of `batch_size` rows; the last may be short.
+
+    `drop_last` leaves out an incomplete last batch, as a data loader does, not an incomplete step.
+    """
+    if drop_last:
+        order = order[: len(order) // batch_size * batch_size]
+    step = batch_size * accumulation
+    return [list(order[start : start + step]) for start in range(0, len(order), step)]
+
+
+def pack_step(rows: Sequence[int], tokens: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Split one step's rows into as few micro-batches of at most `max_tokens` trunk tokens as best-fit finds.
+
+    `tokens[i]` is row i's size; longest rows first. Where the same number of micro-batches can be filled evenly, they
+    are: the largest one sets the peak memory. A row over the budget gets a micro-batch of its own. Deterministic; a row
+    stays whole, because its loss couples its responses.
+    """
+    ordered = sorted(rows, key=lambda i: -tokens[i])
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for row in ordered:
+        fitting = [b for b, free in enumerate(room) if free >= tokens[row]]
+        if fitting:
+            best = min(fitting, key=lambda b: room[b])
+            bins[best].append(row)
+            room[best] -= tokens[row]
+        else:
+            bins.append([row])
+            room.append(max_tokens - tokens[row])
+    even: list[list[int]] = [[] for _ in bins]
+    filled = [0] * len(bins)
+    for row in ordered:
+        smallest = filled.index(min(filled))
+        even[smallest].append(row)
+        filled[smallest] += tokens[row]
+    return even if max(filled, default=0) <= max_tokens else bins
+
+
+def pack_all(rows: Sequence[int], tokens: Sequence[int] | Mapping[int, int], max_tokens: int) -> list[list[int]]:
+    """Micro-batches for a pass without gradients over many rows: rows of similar length together, filled in order."""
+    batches: list[list[int]] = []
+    size = max_tokens + 1
+    for row in sorted(rows, key=lambda i: -tokens[i]):
+        if size + tokens[row] > max_tokens:
+            batches.append([])
+            size = 0
+        batches[-1].append(row)
+        size += tokens[row]
+    return batches

@@ -1,0 +1,358 @@
+"""Where rows come from, and what each must hold: loading, the form of the columns, and the checks of every row.
+
+Text columns (`prompt`, `chosen`, `rejected`, `completion`) are texts or conversations (turns with `role` and
+`content`). The first row decides, as in TRL, and a row that differs is an error.
+"""
+
+import difflib
+import gzip
+import json
+import math
+import numbers
+import os
+import re
+import sys
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fastpo.errors import DataError
+
+_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
+COMPLETIONS = {"preference": ("chosen", "rejected"), "sft": ("completion",)}
+_FORM_NAMES = {"text": "a text", "chat": "a conversation"}
+
+# Optional columns of preference rows: lowest and highest value. A sum of log-probabilities may round to just above 0.
+BOUNDS = {
+    "weight": (0.0, math.inf),
+    "win_prob": (0.0, 1.0),
+    "win_prob_chosen": (0.0, 1.0),
+    "win_prob_rejected": (0.0, 1.0),
+    "chosen_score": (-math.inf, math.inf),
+    "rejected_score": (-math.inf, math.inf),
+    "ref_chosen_logps": (-math.inf, 1e-3),
+    "ref_rejected_logps": (-math.inf, 1e-3),
+}
+PAIR_COLUMNS = ("weight", "win_prob", "win_prob_chosen", "win_prob_rejected")
+RESPONSE_COLUMNS = {
+    "score": ("chosen_score", "rejected_score"),
+    "ref_logps": ("ref_chosen_logps", "ref_rejected_logps"),
+}
+_TOGETHER = (*RESPONSE_COLUMNS.values(), ("win_prob_chosen", "win_prob_rejected"))
+
+
+def load_rows(dataset: Any, *, split: str | None = None, config_name: str | None = None) -> Any:
+    """A `datasets.Dataset` or a list of dicts from either, a path, or a hub id (`split` defaults to train there)."""
+    if isinstance(dataset, str | os.PathLike):
+        return _load_path(os.fspath(dataset), split, config_name)
+    hf = sys.modules.get("datasets")  # an object of that library means that it is imported
+    if hf is not None:
+        if isinstance(dataset, hf.Dataset):
+            return dataset
+        if isinstance(dataset, hf.DatasetDict):
+            if split in dataset:
+                return dataset[split]
+            raise DataError(f"a DatasetDict with the splits {quoted(dataset)}: pass one of them, as dataset['...']")
+        if isinstance(dataset, hf.IterableDataset | hf.IterableDatasetDict):
+            raise DataError("streamed datasets are not supported: pass a Dataset, or list(dataset.take(n))")
+    if isinstance(dataset, list | tuple):
+        for number, row in enumerate(dataset):
+            if not isinstance(row, Mapping):
+                raise DataError(f"row {number} is a {type(row).__name__}, not a dict of columns")
+        return list(dataset)
+    raise DataError(
+        f"cannot read rows from a {type(dataset).__name__}: pass a datasets.Dataset, a list of dicts, a path "
+        f"({', '.join(_SUFFIXES)}) or a hub id"
+    )
+
+
+def _load_path(name: str, split: str | None, config_name: str | None) -> Any:
+    path = Path(name).expanduser()
+    suffix = next((s for s in sorted(_SUFFIXES, key=len, reverse=True) if name.endswith(s)), None)
+    if path.is_file():
+        if suffix is None:
+            raise DataError(f"{name}: unknown kind of file, expected one of {', '.join(_SUFFIXES)}")
+        return _load_parquet(path) if suffix == ".parquet" else _load_json(path)
+    if suffix is not None:
+        raise DataError(f"no such file: {name}")
+    if not path.is_dir() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        raise DataError(f"neither a file nor the id of a hub dataset: {name}")
+    try:
+        import datasets
+    except ImportError:
+        raise DataError(f"loading '{name}' needs the package datasets: pip install 'fastpo[data]'") from None
+    try:
+        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+            loaded = datasets.load_from_disk(str(path))
+            if isinstance(loaded, datasets.DatasetDict):
+                split = split or "train"
+        else:
+            loaded = datasets.load_dataset(str(path) if path.is_dir() else name, config_name)
+            split = split or "train"
+    except Exception as error:  # the library raises a dozen kinds: no network, no such id, no such configuration, ...
+        raise DataError(f"cannot load the dataset '{name}': {one_line(error)}") from error
+    if split is not None and isinstance(loaded, datasets.DatasetDict) and split not in loaded:
+        raise DataError(f"the dataset '{name}' has no split '{split}'; its splits are {quoted(loaded)}")
+    return load_rows(loaded, split=split)
+
+
+def _load_json(path: Path) -> list[dict]:
+    """One object a line, or one list of objects."""
+    raw = path.read_bytes()
+    if path.suffix == ".gz":
+        raw = gzip.decompress(raw)
+    text = raw.decode("utf-8-sig")
+    if ".jsonl" not in path.name:
+        try:
+            rows = json.loads(text)
+            if isinstance(rows, list):
+                return load_rows(rows)
+            if "\n" in text.strip():
+                raise DataError(f"{path}: expected a list of objects, or one object a line")
+        except json.JSONDecodeError as error:
+            if not text.lstrip().startswith("{"):  # many files called .json hold one object a line
+                raise DataError(f"{path}: {error}") from None
+    rows = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise DataError(f"{path}, line {number}: {error.msg} at column {error.colno}") from None
+            if not isinstance(rows[-1], dict):
+                raise DataError(f"{path}, line {number}: expected an object, found a {type(rows[-1]).__name__}")
+    return rows
+
+
+def _load_parquet(path: Path) -> list[dict]:
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise DataError(f"reading {path.name} needs the package pyarrow: pip install 'fastpo[data]'") from None
+    return pyarrow.parquet.read_table(path).to_pylist()
+
+
+class InvalidRow(Exception):
+    """A row that the option `invalid` refuses or drops; `reason` is what the report counts."""
+
+    def __init__(self, reason: str, message: str):
+        super().__init__(message)
+        self.reason = reason
+
+
+class Row(NamedTuple):
+    """One row that passed the checks."""
+
+    number: int
+    prompt: Any  # str or list of turns
+    completions: tuple  # the same, one for each response
+    template_kwargs: dict
+    values: dict[str, float]  # optional columns
+
+
+@dataclass(frozen=True)
+class Schema:
+    """What the columns and the first row say about all rows."""
+
+    kind: str
+    conversational: bool
+    explicit_prompt: bool  # the prompt is read from its column
+    forms: dict[str, str]  # text columns that are read -> "text" or "chat"
+    numbers: tuple[str, ...]  # optional columns that are read
+
+    @property
+    def completions(self) -> tuple[str, ...]:
+        return COMPLETIONS[self.kind]
+
+
+def column_names(rows: Any) -> list[str]:
+    """Names of the columns; for a list of dicts all that occur in any row."""
+    if not isinstance(rows, list):
+        return list(rows.column_names)
+    names: dict[str, None] = {}
+    for row in rows:
+        if row.keys() - names.keys():
+            names.update(dict.fromkeys(row))
+    return list(names)
+
+
+def read_schema(columns: list[str], rows: list[Mapping], kind: str, wanted: Collection[str] | None) -> Schema:
+    """The form of all rows from the column names and the first rows; `wanted` are the optional columns to read."""
+    required = ("prompt", "completion") if kind == "sft" else ("chosen", "rejected")
+    for name in required:
+        if name not in columns:
+            raise DataError(_missing_column(name, required, columns, kind))
+    if kind == "preference" and "prompt" not in columns:
+        close = nearest("prompt", columns, 0.85)
+        if close:
+            raise DataError(
+                f"no column 'prompt' but '{close}': did you mean 'prompt'? (if the prompt is the common beginning of "
+                "chosen and rejected, remove that column)"
+            )
+    for name in ("image", "images"):
+        if name in columns:
+            raise DataError(f"the column '{name}' is not supported: fastpo trains on text only")
+    if kind == "preference":
+        for pair in _TOGETHER:
+            given = [name for name in pair if name in columns and (wanted is None or name in wanted)]
+            if len(given) == 1:
+                lacking = pair[1 - pair.index(given[0])]
+                raise DataError(f"the column '{given[0]}' needs '{lacking}' beside it")
+
+    texts = [name for name in ("prompt", *COMPLETIONS[kind]) if name in columns]
+    first = next((row for row in rows if all(row.get(name) is not None for name in texts)), rows[0])
+    forms = {name: _form(first.get(name), name, 0) for name in texts}
+    explicit = "prompt" in columns
+    if kind == "preference" and forms.get("prompt") == "text" and forms["chosen"] == "chat":
+        # A common layout: the prompt's text in its own column, and whole conversations that contain it as a turn.
+        del forms["prompt"]
+        explicit = False
+    if len(set(forms.values())) > 1:
+        found = ", ".join(f"'{name}' is {_FORM_NAMES[form]}" for name, form in forms.items())
+        raise DataError(f"the columns must all be texts or all be conversations: {found}")
+    optional = () if kind == "sft" else BOUNDS
+    numbers_read = tuple(name for name in optional if name in columns and (wanted is None or name in wanted))
+    return Schema(kind, "chat" in forms.values(), explicit, forms, numbers_read)
+
+
+def _missing_column(name: str, required: Sequence[str], columns: list[str], kind: str) -> str:
+    message = f"{kind} rows need the columns {quoted(required)}; '{name}' is missing from {quoted(columns)}"
+    others = [column for column in columns if column not in required]
+    close = nearest(name, others, 0.6)
+    if close:
+        return f"{message}: did you mean '{close}'? Rename it to '{name}'"
+    if kind == "sft" and "chosen" in columns:
+        return f"{message}: to train on the chosen responses rename 'chosen' to 'completion'"
+    if kind == "preference" and "completion" in columns:
+        return f"{message}: rows with 'completion' are for loss_type='sft'"
+    return message
+
+
+def _form(value: Any, name: str, number: int) -> str:
+    if isinstance(value, str):
+        return "text"
+    if isinstance(value, list | tuple):
+        if not value or (isinstance(value[0], Mapping) and "role" in value[0]):
+            return "chat"
+        if isinstance(value[0], Mapping):
+            raise DataError(
+                f"row {number}: the turns of '{name}' need the keys 'role' and 'content', found {quoted(value[0])}"
+            )
+    found = f"a list of {type(value[0]).__name__}" if isinstance(value, list | tuple) else f"a {type(value).__name__}"
+    raise DataError(f"row {number}: column '{name}' must be a text or a list of turns, found {found}")
+
+
+def parse_row(raw: Mapping, number: int, schema: Schema) -> Row:
+    """Checks one row; InvalidRow for what may be dropped, DataError for what breaks the form of the others."""
+    values = {}
+    for name in schema.forms:
+        if name not in raw:
+            close = nearest(name, [key for key in raw if key not in schema.forms], 0.6)
+            hint = f": did you mean '{close}'?" if close else f", only {quoted(raw)}"
+            raise DataError(f"row {number} has no column '{name}'{hint}")
+        if raw[name] is None:
+            raise InvalidRow(f"'{name}' is None", f"row {number}: column '{name}' is None")
+        if _form(raw[name], name, number) != schema.forms[name]:
+            raise DataError(
+                f"row {number}: column '{name}' is {_FORM_NAMES[_form(raw[name], name, number)]}, "
+                f"where it is {_FORM_NAMES[schema.forms[name]]} in the rows before"
+            )
+        values[name] = raw[name]
+
+    completions = [values[name] for name in schema.completions]
+    for name, completion in zip(schema.completions, completions, strict=True):
+        if _says_nothing(completion):
+            raise InvalidRow("empty completion", f"row {number}: '{name}' is empty")
+    if schema.kind == "preference" and completions[0] == completions[1]:
+        raise InvalidRow("identical pair", f"row {number}: 'chosen' and 'rejected' are identical")
+    if schema.explicit_prompt:
+        prompt = values["prompt"]
+    else:
+        prompt, *completions = extract_prompt(*completions)
+    if schema.conversational and not prompt:
+        hint = "" if schema.explicit_prompt else ": chosen and rejected share no turns, so give it as a list of turns"
+        raise InvalidRow("empty prompt", f"row {number}: the prompt is empty{hint}")
+    numbers_read = {name: _number(raw, name, number) for name in schema.numbers}
+    return Row(number, prompt, tuple(completions), _template_kwargs(raw, number), numbers_read)
+
+
+def extract_prompt(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
+    """(prompt, chosen, rejected) of two texts or conversations that begin with the same prompt.
+
+    As in TRL: the prompt is the longest common beginning, less one trailing space; where one of the two is the
+    beginning of the other, its last character (or turn) stays with the responses.
+    """
+    shared = common_length(chosen, rejected)
+    if shared == min(len(chosen), len(rejected)):
+        shared -= 1
+    elif shared and chosen[shared - 1] == " ":
+        shared -= 1
+    return chosen[:shared], chosen[shared:], rejected[shared:]
+
+
+def common_length(a: Sequence, b: Sequence) -> int:
+    """Length of the longest common beginning; halving compares slices in C, ten times faster than a loop."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _says_nothing(completion: Any) -> bool:
+    if isinstance(completion, str):
+        return not completion
+    turns = [turn for turn in completion if isinstance(turn, Mapping)]
+    return not any(value for turn in turns for key, value in turn.items() if key != "role")
+
+
+def _number(raw: Mapping, name: str, number: int) -> float:
+    value = raw.get(name)
+    low, high = BOUNDS[name]
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        value = float(value)
+        if math.isfinite(value) and low <= value <= high:
+            return value
+    if math.isfinite(low) and math.isfinite(high):
+        expected = f"a number from {low:g} to {high:g}"
+    elif math.isfinite(low):
+        expected = f"a finite number, at least {low:g}"
+    else:
+        expected = "a finite number" + ", at most 0 (a sum of log-probabilities)" * math.isfinite(high)
+    raise InvalidRow(f"bad '{name}'", f"row {number}: column '{name}' is {value!r}, expected {expected}")
+
+
+def _template_kwargs(raw: Mapping, number: int) -> dict:
+    tools, kwargs = raw.get("tools"), raw.get("chat_template_kwargs")
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except json.JSONDecodeError as error:
+            raise DataError(f"row {number}: column 'tools' is not JSON: {error}") from None
+    if tools is not None and not isinstance(tools, list):
+        raise DataError(f"row {number}: column 'tools' must be a list, or a list as JSON text")
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise DataError(f"row {number}: column 'chat_template_kwargs' must be a dict, found a {type(kwargs).__name__}")
+    return {"tools": tools, **(kwargs or {})}
+
+
+def nearest(name: str, candidates: Iterable[str], cutoff: float) -> str | None:
+    """The candidate that `name` most probably stands for: the same words in another order, or else its spelling."""
+    by_lower = {candidate.lower(): candidate for candidate in candidates}
+    for lower, candidate in by_lower.items():
+        if sorted(lower.split("_")) == sorted(name.lower().split("_")):
+            return candidate
+    close = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=cutoff)
+    return by_lower[close[0]] if close else None
+
+
+def quoted(names: Iterable[str]) -> str:
+    return ", ".join(f"'{name}'" for name in names)
+
+
+def one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

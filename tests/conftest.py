@@ -1,0 +1,132 @@
+"""Shared by all tests: offline, two threads, seeded, a cache of their own; the `gpu` marker; fixtures."""
+
+import os
+import random
+import sys
+from pathlib import Path
+
+import pytest
+
+# Before torch and transformers are imported.
+os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", MPLBACKEND="Agg", PYTHONSAFEPATH="1")
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips what needs a GPU where there is none."""
+    gpu_items = [item for item in items if item.get_closest_marker("gpu")]
+    if not gpu_items:
+        return
+    import torch
+
+    reason = None
+    if not torch.cuda.is_available():
+        reason = "needs a GPU: torch.cuda.is_available() is False"
+    elif os.environ.get("TRITON_INTERPRET") == "1":
+        reason = "needs compiled kernels: TRITON_INTERPRET=1"
+    if reason:
+        for item in gpu_items:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory: pytest.TempPathFactory):
+    """No test reads or writes the user's cache of reference log-probabilities."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FASTPO_CACHE", str(tmp_path_factory.mktemp("fastpo-cache")))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _seeds() -> None:
+    random.seed(0)
+    if "numpy" in sys.modules:
+        import numpy
+
+        numpy.random.seed(0)
+    if "torch" in sys.modules:
+        import torch
+
+        torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def repo_root() -> Path:
+    """The checkout that holds these tests."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def shared_data():
+    """`shared_data(name)`: path of a real data set in the workplace's shared/data; skips where that is absent."""
+
+    def find(name: str) -> Path:
+        for folder in (ROOT.parent / "shared" / "data", ROOT / "shared" / "data"):
+            if (folder / name).is_file():
+                return folder / name
+        pytest.skip(f"no shared/data/{name} beside the checkout")
+
+    return find
+
+
+@pytest.fixture
+def poison_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fresh floating-point memory holds NaN, so that reading what was never written shows."""
+    import torch
+
+    def poisoned(allocate):
+        def wrapper(*args, **kwargs):
+            out = allocate(*args, **kwargs)
+            return out.fill_(float("nan")) if out.is_floating_point() else out
+
+        return wrapper
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+
+
+class Toy:
+    """A tiny vocabulary of words, random Llama models over it, and seeded rows: what trainer tests are made of."""
+
+    words = 97
+
+    @staticmethod
+    def tokenizer():
+        from tokenizers import Tokenizer, models, pre_tokenizers
+        from transformers import PreTrainedTokenizerFast
+
+        vocabulary = ["<eos>", "<unk>", "<pad>", *(f"w{i}" for i in range(Toy.words))]
+        inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(vocabulary)}, unk_token="<unk>"))
+        inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        return PreTrainedTokenizerFast(
+            tokenizer_object=inner, eos_token="<eos>", unk_token="<unk>", pad_token="<pad>"
+        )
+
+    @staticmethod
+    def model(seed: int = 0, **changes):
+        import torch
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        torch.manual_seed(seed)
+        options = dict(
+            vocab_size=Toy.words + 3, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=256,
+        )  # fmt: skip
+        return LlamaForCausalLM(LlamaConfig(**{**options, **changes}))
+
+    @staticmethod
+    def text(rng: random.Random, low: int, high: int) -> str:
+        return " ".join(f"w{rng.randrange(Toy.words)}" for _ in range(rng.randint(low, high)))
+
+    @staticmethod
+    def rows(n: int, seed: int = 0) -> list[dict]:
+        rng = random.Random(seed)
+        row = lambda: {"prompt": Toy.text(rng, 3, 20), "chosen": " " + Toy.text(rng, 2, 15), "rejected": " " + Toy.text(rng, 2, 15)}  # noqa: E731, E501
+        return [row() for _ in range(n)]
+
+
+@pytest.fixture(scope="session")
+def toy() -> Toy:
+    return Toy()

@@ -1,0 +1,298 @@
+"""`fastpo` on the command line: precedence, every option, exit codes, one-line errors, a quick --help."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+import types
+
+import pytest
+import yaml
+
+from fastpo import cli, config
+from fastpo.errors import DataError, TrainingError
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """Stands in for the trainer; collects the arguments of each call of `fastpo.train`."""
+    calls = []
+    module = types.ModuleType("fastpo.trainer")
+    module.train = lambda **kwargs: calls.append(kwargs)
+    monkeypatch.setitem(sys.modules, "fastpo.trainer", module)
+    return calls
+
+
+INPUTS = ["--model", "m", "--train-dataset", "d.jsonl"]
+
+
+def run_train(trained, *options):
+    assert cli.main(["train", *INPUTS, *options]) == 0
+    return trained[-1]["args"]
+
+
+def fail(capsys, *argv):
+    """Exit code 2 with exactly one line on stderr; returns the line."""
+    assert cli.main(list(argv)) == 2
+    captured = capsys.readouterr()
+    lines = captured.err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("fastpo: error: "), captured.err
+    assert "Traceback" not in captured.out
+    return lines[0]
+
+
+# --- precedence and spelling
+
+
+def test_command_line_over_yaml_over_default(trained, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("model: from-yaml\ndataset_name: rows.jsonl\nbeta: 0.3\nlearning_rate: 1e-5\nloss_type: ipo\n")
+    assert cli.main(["train", "--config", str(path), "--beta", "0.2", "--model", "from-cli"]) == 0
+    call = trained[0]
+    assert call["model"] == "from-cli"
+    assert call["train_dataset"] == "rows.jsonl"
+    args = call["args"]
+    assert (args.beta, args.learning_rate, args.loss_type) == (0.2, 1e-5, "ipo")
+    assert args.max_length == config.TrainConfig().max_length
+    assert "eval_dataset" not in call
+
+
+@pytest.mark.parametrize(
+    "options", [["--learning-rate", "3e-4"], ["--learning_rate", "3e-4"], ["--learning_rate=3e-4"]], ids=str
+)
+def test_kebab_and_snake_case(trained, options):
+    assert run_train(trained, *options).learning_rate == 3e-4
+
+
+def test_underscores_in_values_are_kept(trained, tmp_path):
+    args = run_train(trained, "--run-name=my_run", "--output_dir", str(tmp_path / "a_b"))
+    assert args.run_name == "my_run" and args.output_dir.endswith("a_b")
+
+
+@pytest.mark.parametrize(
+    "options, value",
+    [
+        ([], None),
+        (["--bf16"], True),
+        (["--no-bf16"], False),
+        (["--no_bf16"], False),
+        (["--bf16", "true"], True),
+        (["--bf16=False"], False),
+        (["--bf16", "none"], None),
+    ],
+    ids=str,
+)
+def test_booleans(trained, options, value):
+    assert run_train(trained, *options).bf16 is value
+
+
+def test_lists_and_mappings(trained):
+    args = run_train(
+        trained, "--loss-type", "sigmoid, sft", "--loss_weights", "1,0.5", "--lr-scheduler-kwargs", '{"num_cycles": 2}'
+    )
+    assert args.loss_type == ["sigmoid", "sft"]
+    assert args.loss_weights == [1.0, 0.5]
+    assert args.lr_scheduler_kwargs == {"num_cycles": 2}
+    assert run_train(trained, "--loss-type", "[sigmoid, sft]").loss_type == ["sigmoid", "sft"]
+    assert run_train(trained, "--loss-type", "simpo").loss_type == "simpo"
+
+
+def test_none_and_negative_numbers(trained):
+    args = run_train(trained, "--max-length", "none", "--max-steps", "-1")
+    assert args.max_length is None and args.max_steps == -1
+
+
+def _other_value(field):
+    """A value unlike the default, as text, and what it must become."""
+    choices = field.metadata.get("choices")
+    if choices:
+        value = next(c for c in choices if c != field.default)
+        return value, value
+    special = {"loss_type": ("simpo", "simpo"), "loss_weights": ("2", [2.0]), "report_to": ("none", "none")}
+    if field.name in special:
+        return special[field.name]
+    kinds = cli._kinds(field.type)
+    if bool in kinds:
+        return (("false", False), ("true", True))[field.default is not True]
+    if dict in kinds:
+        return '{"a": 1}', {"a": 1}
+    if float in kinds:
+        return "0.25", 0.25
+    if int in kinds:
+        return "3", 3
+    return "text", "text"
+
+
+@pytest.mark.parametrize("field", dataclasses.fields(config.TrainConfig), ids=lambda f: f.name)
+def test_every_field_is_an_option_and_a_yaml_key(trained, tmp_path, field):
+    text, value = _other_value(field)
+    args = run_train(trained, "--" + field.name.replace("_", "-"), text)
+    assert getattr(args, field.name) == value
+    for other in dataclasses.fields(config.TrainConfig):
+        if other.name != field.name:
+            assert getattr(args, other.name) == getattr(config.TrainConfig(), other.name)
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({"model": "m", "train_dataset": "d", field.name: value}))
+    assert cli.main(["train", "--config", str(path)]) == 0
+    assert trained[-1]["args"] == args
+
+
+def test_print_config_round_trips(trained, tmp_path, capsys):
+    options = [*INPUTS, "--beta", "0.7", "--loss-type", "dpo,sft", "--loss-weights", "1,0.1", "--print-config"]
+    assert cli.main(["train", *options]) == 0
+    first = capsys.readouterr().out
+    path = tmp_path / "run.yaml"
+    path.write_text(first)
+    assert cli.main(["train", "--config", str(path), "--print-config"]) == 0
+    assert capsys.readouterr().out == first
+    assert yaml.safe_load(first)["model"] == "m" and not trained
+
+
+def test_adapter_from_json(trained):
+    pytest.importorskip("peft")
+    run_train(trained, "--peft-config", '{"r": 4, "target_modules": ["q_proj"]}')
+    adapter = trained[-1]["peft_config"]
+    assert type(adapter).__name__ == "LoraConfig" and adapter.r == 4 and adapter.task_type == "CAUSAL_LM"
+
+
+# --- mistakes
+
+
+def test_unknown_option_names_the_nearest(trained, capsys):
+    assert "did you mean 'learning_rate'?" in fail(capsys, "train", *INPUTS, "--lerning-rate", "1e-5")
+    assert "did you mean 'train_dataset'?" in fail(capsys, "train", "--model", "m", "--train-datset", "d")
+    assert not trained
+
+
+def test_unknown_yaml_key_names_the_nearest(trained, tmp_path, capsys):
+    path = tmp_path / "run.yaml"
+    path.write_text("model: m\ntrain_dataset: d\nbetta: 0.1\n")
+    assert "did you mean 'beta'?" in fail(capsys, "train", "--config", str(path))
+    path.write_text("modle: m\ntrain_dataset: d\n")
+    assert "did you mean 'model'?" in fail(capsys, "train", "--config", str(path))
+    assert not trained
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["train", *INPUTS, "--fp16"], ["fp16", "not honoured"]),
+        (["train", *INPUTS, "--rpo-alpha", "1.0"], ["rpo_alpha", "sft"]),
+        (["train", *INPUTS, "--learning-rate", "fast"], ["learning_rate", "fast"]),
+        (["train", *INPUTS, "--learning-rate"], ["learning-rate", "expected one argument"]),
+        (["train", *INPUTS, "--max-length", "1.5"], ["max_length", "1.5"]),
+        (["train", *INPUTS, "--bf16", "perhaps"], ["bf16", "perhaps"]),
+        (["train", *INPUTS, "--optim", "adamw"], ["optim", "adamw"]),
+        (["train", *INPUTS, "--model-init-kwargs", "{"], ["model-init-kwargs", "JSON"]),
+        (["train", *INPUTS, "--model-init-kwargs", "[1]"], ["model-init-kwargs", "JSON"]),
+        (["train", *INPUTS, "--loss-type", "[a"], ["loss-type", "list"]),
+        (["train", *INPUTS, "stray"], ["stray"]),
+        (["train", "--train-dataset", "d"], ["--model"]),
+        (["train", "--model", "m"], ["--train-dataset"]),
+        (["train", "--config", "/nowhere/run.yaml"], ["/nowhere/run.yaml"]),
+        (["train", *INPUTS, "--learning", "1"], ["learning"]),
+        (["trian"], ["trian", "train"]),
+        (["env", "--jsn"], ["--jsn"]),
+        (["--nonsense"], ["--nonsense"]),
+    ],
+    ids=lambda value: " ".join(value[-2:]) if len(value) > 1 else value[0],
+)
+def test_mistakes_are_one_line(trained, capsys, argv, words):
+    line = fail(capsys, *argv)
+    assert all(word in line for word in words), line
+    assert not trained
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("- a\n- b\n", ["option names"]),
+        ("a: [1\n", ["YAML"]),
+        ("model: m\nmodel_name_or_path: m\ntrain_dataset: d\n", ["model_name_or_path"]),
+        ("model: {a: 1}\ntrain_dataset: d\n", ["model"]),
+        ("model: m\ntrain_dataset: d\npeft_config: 3\n", ["peft_config", "mapping"]),
+        ("model: m\ntrain_dataset: d\nbf16: 3\n", ["bf16"]),
+    ],
+    ids=lambda value: repr(value) if isinstance(value, str) else "",
+)
+def test_bad_yaml_is_one_line(trained, tmp_path, capsys, text, words):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    line = fail(capsys, "train", "--config", str(path))
+    assert all(word in line for word in words), line
+
+
+# --- exit codes
+
+
+@pytest.mark.parametrize(
+    "error, code, line",
+    [
+        (DataError("row 3 has\nno prompt"), 2, "fastpo: error: row 3 has no prompt"),
+        (TrainingError("5 non-finite steps"), 1, "fastpo: error: 5 non-finite steps"),
+        (ModuleNotFoundError("no", name="datasets"), 2, "pip install 'fastpo[data]'"),
+        (KeyboardInterrupt(), 130, "fastpo: interrupted"),
+    ],
+    ids=["user", "run", "missing extra", "ctrl-c"],
+)
+def test_exit_codes(monkeypatch, capsys, trained, error, code, line):
+    def train(**kwargs):
+        raise error
+
+    monkeypatch.setattr(sys.modules["fastpo.trainer"], "train", train)
+    monkeypatch.delenv("FASTPO_TRACEBACK", raising=False)
+    assert cli.main(["train", *INPUTS]) == code
+    stderr = capsys.readouterr().err
+    assert line in stderr and len(stderr.splitlines()) == 1
+
+
+def test_traceback_on_request_and_for_bugs(monkeypatch, trained):
+    def train(**kwargs):
+        raise error
+
+    monkeypatch.setattr(sys.modules["fastpo.trainer"], "train", train)
+    error = ZeroDivisionError("a bug")
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["train", *INPUTS])
+    error = DataError("a mistake")
+    monkeypatch.setenv("FASTPO_TRACEBACK", "1")
+    with pytest.raises(DataError):
+        cli.main(["train", *INPUTS])
+
+
+# --- help, version, env
+
+
+def test_help_groups_the_fields_and_gives_defaults(capsys):
+    assert cli.main(["train", "--help"]) == 0
+    text = capsys.readouterr().out
+    for group in {f.metadata["group"] for f in dataclasses.fields(config.TrainConfig)}:
+        assert f"\n{group}:\n" in text
+    for field in dataclasses.fields(config.TrainConfig):
+        assert "--" + field.name.replace("_", "-") in text
+    flat = " ".join(text.split())
+    assert "optimiser [adamw_torch_fused]" in flat and "peak learning rate [1e-06]" in flat
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["--version"], ["train", "--help"], []], ids=str)
+def test_help_and_version_do_not_import_torch(argv):
+    code = (
+        "import sys, fastpo.cli\n"
+        f"assert fastpo.cli.main({argv!r}) == 0\n"
+        "assert not {'torch', 'transformers', 'numpy', 'matplotlib'} & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "fastpo" in done.stdout
+
+
+def test_env_reports_this_machine(capsys):
+    import torch
+
+    assert cli.main(["env", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["packages"]["torch"] == torch.__version__
+    assert "torch" in report["backends"]
+    assert cli.main(["env"]) == 0
+    text = capsys.readouterr().out
+    assert torch.__version__ in text and "backends" in text and "cache" in text

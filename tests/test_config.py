@@ -1,0 +1,84 @@
+"""TrainConfig from every source, and every mistake a one-line error."""
+
+import dataclasses
+
+import pytest
+
+from fastpo.config import NO_EFFECT, REFUSED, RENAMED, TrainConfig, field_names
+from fastpo.errors import ConfigError
+
+
+def test_sources_agree(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("learning_rate: 1e-5\nloss_type: [sigmoid, sft]\nloss_weights: [1, 0.5]\nbeta: 0.2\n")
+    options = {"learning_rate": "1e-5", "loss_type": ["sigmoid", "sft"], "loss_weights": [1, 0.5], "beta": 0.2}
+    assert TrainConfig.build(path) == TrainConfig.build(options) == TrainConfig.build(TrainConfig.build(options))
+    config = TrainConfig.build(path, beta=0.3)
+    assert (config.learning_rate, config.beta, config.loss_weights) == (1e-5, 0.3, [1.0, 0.5])
+    assert config.losses == ["sigmoid", "sft"]
+
+
+def test_every_field_has_help_and_a_group():
+    for f in dataclasses.fields(TrainConfig):
+        assert f.metadata["help"] and f.metadata["group"], f.name
+    assert not set(field_names()) & (set(RENAMED) | set(NO_EFFECT) | set(REFUSED))
+
+
+def test_options_of_transformers_and_trl():
+    assert TrainConfig.build({"activation_checkpointing": False}).gradient_checkpointing is False
+    assert TrainConfig.build({"padding_free": True, "dataloader_num_workers": 4, "fp16": False}) == TrainConfig()
+    # a transformers field that nobody listed is refused too, not taken for a typing error
+    with pytest.raises(ConfigError, match="hub_model_id='x' is not honoured"):
+        TrainConfig.build(hub_model_id="x")
+
+
+def test_training_arguments_object():
+    from transformers import TrainingArguments
+
+    args = TrainingArguments(output_dir="here", learning_rate=3e-4, max_steps=7, use_cpu=True, lr_scheduler_type="cosine")
+    config = TrainConfig.build(args)
+    assert (config.output_dir, config.learning_rate, config.max_steps) == ("here", 3e-4, 7)
+    assert config.lr_scheduler_type == "cosine" and config.bf16 is False and config.use_cpu
+    assert config.logging_steps == 500  # transformers' default keeps its meaning
+    with pytest.raises(ConfigError, match="push_to_hub=True is not honoured"):
+        TrainConfig.build(TrainingArguments(output_dir="here", use_cpu=True, push_to_hub=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bta": 0.1}, "unknown option 'bta'; did you mean 'beta'"),
+        ({"fp16": True}, "fp16=True is not honoured by fastpo: use bf16"),
+        ({"sync_ref_model": True}, "sync_ref_model=True is not honoured"),
+        ({"beta": 0}, "beta must be positive, not 0"),
+        ({"beta": float("nan")}, "beta must be positive, not nan"),
+        ({"label_smoothing": 1.0}, r"label_smoothing must be in \[0, 1\)"),
+        ({"learning_rate": "fast"}, "learning_rate must be a number, not 'fast'"),
+        ({"max_steps": 1.5}, "max_steps must be a whole number, not 1.5"),
+        ({"bf16": "maybe"}, "bf16 must be true or false, not 'maybe'"),
+        ({"optim": "lion"}, "optim must be one of adamw_torch"),
+        ({"max_steps": 0}, "max_steps must be positive, or -1"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be positive"),
+        ({"report_to": "wandb"}, "report_to='wandb' is not honoured yet"),
+        ({"loss_type": ["dpo", "sft"], "loss_weights": [1]}, "loss_weights has 1 entries for 2 losses"),
+        ({"gradient_checkpointing": None}, "gradient_checkpointing must not be None"),
+    ],
+)  # fmt: skip
+def test_mistakes(options, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        TrainConfig.build(options)
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_files(tmp_path):
+    with pytest.raises(ConfigError, match="cannot read the configuration"):
+        TrainConfig.build(tmp_path / "absent.yaml")
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("beta: [1\n")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        TrainConfig.build(broken)
+    broken.write_text("- beta\n")
+    with pytest.raises(ConfigError, match="must hold option names"):
+        TrainConfig.build(str(broken))
+    with pytest.raises(ConfigError, match="args must be .* not list"):
+        TrainConfig.build([1])

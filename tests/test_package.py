@@ -1,0 +1,313 @@
+"""The package as users get it: wheel and editable, with and without the other package called `kernels`."""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import tomllib
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+import fastpo
+
+ROOT = Path(__file__).resolve().parent.parent
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+REAL_KERNELS = "kernels==0.17.2"
+
+# Run in a fresh process. argv: folder that fastpo must come from, what `import kernels` must be.
+PROBE = """
+import importlib.util
+import sys
+from pathlib import Path
+
+where, kernels = Path(sys.argv[1]), sys.argv[2]
+
+import fastpo
+assert "torch" not in sys.modules and "transformers" not in sys.modules, "import fastpo is not light"
+assert Path(fastpo.__file__).is_relative_to(where / "fastpo"), fastpo.__file__
+
+spec = importlib.util.find_spec("kernels")
+if kernels == "none":
+    assert spec is None, spec
+elif kernels == "namespace":  # the checkout's own folder, seen from its root: harmless to transformers
+    assert spec.origin is None, spec
+else:
+    import kernels as other
+    assert spec.origin is not None and "site-packages" in spec.origin, spec
+    assert getattr(other, "STAND_IN", None) == (True if kernels == "stand-in" else None)
+
+from transformers import LlamaConfig, LlamaForCausalLM
+assert LlamaForCausalLM(LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+                                    num_attention_heads=1)).lm_head is not None
+
+import torch
+import fastpo.kernels.reference as reference
+assert Path(reference.__file__).is_relative_to(where), reference.__file__
+torch.manual_seed(0)
+hidden, weight = torch.randn(5, 8, dtype=torch.float64), torch.randn(11, 8, dtype=torch.float64)
+target = torch.randint(0, 11, (5,))
+expected = reference.linear_logprob(hidden, weight, target)
+for backend in fastpo.available_backends():
+    if backend == "triton":
+        continue
+    got = fastpo.linear_logprob(hidden.float(), weight.float().requires_grad_(), target, backend=backend)
+    got.sum().backward()
+    assert (got - expected).abs().max() < 1e-5, backend
+print("backends", *fastpo.available_backends())
+"""
+
+
+def run(*command, check=True, **kwargs):
+    """Runs a command in an environment without this process's Python settings; fails with its output."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")} | kwargs.pop("env", {})
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=300, env=env, **kwargs)
+    if check:
+        assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done
+
+
+def call_backend(hook, folder, out, env=None):
+    """One PEP 517 hook of setuptools on a source folder, in this environment; returns the file it made."""
+    code = f"from setuptools import build_meta; print(build_meta.{hook}({str(out)!r}))"
+    done = run(sys.executable, "-c", code, cwd=folder, env=env or {})
+    return out / done.stdout.splitlines()[-1]
+
+
+def copy_sources(folder):
+    """What git would hold of the package: never builds in the checkout itself."""
+    ignore = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info")
+    for name in ("fastpo", "kernels", "csrc"):
+        shutil.copytree(ROOT / name, folder / name, ignore=ignore)
+    for path in ROOT.iterdir():
+        if path.is_file():
+            shutil.copy2(path, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    return copy_sources(tmp_path_factory.mktemp("checkout"))
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory):
+    return call_backend("build_sdist", copy_sources(tmp_path_factory.mktemp("sdist")), tmp_path_factory.mktemp("dist"))
+
+
+@pytest.fixture(scope="module")
+def unpacked(sdist, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("unpacked")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder, filter="data")
+    return next(folder.iterdir())
+
+
+@pytest.fixture(scope="module")
+def wheel(unpacked, tmp_path_factory):
+    return call_backend("build_wheel", unpacked, tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="module")
+def editable_wheel(checkout, tmp_path_factory):
+    return call_backend("build_editable", checkout, tmp_path_factory.mktemp("editable"))
+
+
+class CleanEnvironment:
+    """A virtual environment with nothing in it but what is installed, and this environment's dependencies."""
+
+    def __init__(self, folder):
+        venv.create(folder, symlinks=True)
+        self.python = folder / "bin" / "python"
+        self.site = folder / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
+        self.dependencies = self.site / "dependencies.pth"
+
+    def pip(self, *arguments, **kwargs):
+        return run(sys.executable, "-m", "pip", "--python", self.python, *arguments, "--quiet", **kwargs)
+
+    def install(self, wheel):
+        # Before the dependencies are visible, so that pip never sees, let alone touches, the outer environment.
+        assert not self.dependencies.exists()
+        self.pip("install", "--no-deps", "--no-index", wheel)
+
+    def show_dependencies(self):
+        """The outer environment's packages; nested .pth files are not read, so its editable fastpo stays hidden."""
+        self.dependencies.write_text(sysconfig.get_path("purelib") + "\n")
+
+    def probe(self, where, kernels, cwd, env=None):
+        return run(self.python, "-c", PROBE, where, kernels, cwd=cwd, env=env or {}).stdout
+
+
+def add_kernels(environment, which):
+    """The other package called `kernels`, installed by pip: a stand-in, or the real one where PyPI can be reached."""
+    if which == "stand-in":
+        source = environment.site.parent / "stand-in"
+        (source / "kernels").mkdir(parents=True)
+        (source / "kernels" / "__init__.py").write_text("STAND_IN = True\n")
+        (source / "setup.py").write_text(
+            "from setuptools import setup; setup(name='kernels', version='9.9', packages=['kernels'])"
+        )
+        environment.install(call_backend("build_wheel", source, source))
+    elif which == "real":
+        environment.show_dependencies()
+        done = environment.pip("install", REAL_KERNELS, "-c", ROOT / "constraints.txt", check=False)
+        environment.dependencies.unlink()
+        if done.returncode != 0:
+            pytest.skip(f"cannot install {REAL_KERNELS}: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
+
+
+# --- what is declared
+
+
+def test_packages_are_the_folders():
+    declared = PYPROJECT["tool"]["setuptools"]
+    assert declared["package-dir"] == {"fastpo.kernels": "kernels"}
+    found = set()
+    for top, name in (("fastpo", "fastpo"), ("kernels", "fastpo.kernels")):
+        for path in (ROOT / top).rglob("*.py"):
+            below = path.parent.relative_to(ROOT / top).parts
+            found.add(".".join((name, *below)))
+    assert set(declared["packages"]) == found
+
+
+def test_kernels_is_no_regular_package():
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert not (ROOT / "tests" / "__init__.py").exists()
+
+
+def test_no_module_hides_another_when_its_folder_is_the_search_path():
+    names = {path.stem for folder in ("fastpo", "kernels") for path in (ROOT / folder).glob("*.py")}
+    taken = {"datasets", "kernels", "peft", "safetensors", "torch", "train", "transformers", "triton", "trl"}
+    assert not names & (taken | (set(sys.stdlib_module_names) - {"__main__"}))
+
+
+def test_constraints_satisfy_what_is_declared():
+    project = PYPROJECT["project"]
+    pins = {}
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        if line and not line.startswith("#"):
+            requirement = Requirement(line)
+            (specifier,) = requirement.specifier
+            assert specifier.operator == "==" and "+" not in specifier.version, line
+            pins[requirement.name.lower().replace("_", "-")] = specifier.version
+    assert pins["torch"] == "2.13.0"
+    extras = project["optional-dependencies"]
+    for line in [*project["dependencies"], *extras["test"], *extras["lint"], *extras["bench"], *extras["peft"]]:
+        requirement = Requirement(line)
+        assert requirement.specifier.contains(pins[requirement.name.lower().replace("_", "-")]), line
+
+
+def test_ci_runs_what_the_readme_names():
+    script = (ROOT / ".ci" / "run").read_text()
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+    readme = (ROOT / "README.md").read_text()
+    for command in ("make quickstart", "make test"):
+        assert command in readme and command in script
+    assert "make lint" in script
+
+
+# --- import
+
+
+def test_import_is_light_and_exports_resolve(tmp_path):
+    code = (
+        "import sys, fastpo\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'matplotlib', 'yaml', 'triton'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+        "dir(fastpo)\n"
+        "fastpo.TrainConfig, fastpo.config, fastpo.errors\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+    )
+    run(sys.executable, "-c", code, cwd=tmp_path)
+    for name in fastpo.__all__:
+        assert getattr(fastpo, name) is not None
+        assert name in dir(fastpo)
+    assert fastpo.train.__module__ == "fastpo.trainer"
+    with pytest.raises(AttributeError, match="no attribute 'trian'"):
+        fastpo.trian  # noqa: B018
+
+
+# --- what is built
+
+
+def test_sdist_holds_the_sources(unpacked):
+    for folder in ("fastpo", "kernels", "csrc"):
+        wanted = {p.relative_to(ROOT) for p in (ROOT / folder).rglob("*") if p.suffix in (".py", ".cpp", ".h", ".hpp")}
+        assert wanted
+        assert not {path for path in wanted if not (unpacked / path).is_file()}
+
+
+def test_wheel_contents(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        (metadata,) = (archive.read(n).decode() for n in names if n.endswith(".dist-info/METADATA"))
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"fastpo"}  # nothing under `kernels`, nothing beside
+    for folder, into in (("fastpo", "fastpo"), ("kernels", "fastpo/kernels")):
+        wanted = {f"{into}/{p.name}" for p in (ROOT / folder).glob("*.py")}
+        assert wanted <= names
+    assert "fastpo/py.typed" in names
+    assert not any(name.endswith((".cpp", ".h", ".pth")) for name in names)
+    assert "License-Expression: Apache-2.0" in metadata
+    if shutil.which(os.environ.get("CXX", "c++")):
+        assert any(name.startswith("fastpo/_C") and name.endswith(".so") for name in names)
+
+
+@pytest.mark.parametrize(
+    "kind, kernels",
+    [("wheel", "none"), ("wheel", "stand-in"), ("wheel", "real"), ("editable", "none"), ("editable", "stand-in")],
+    ids="-".join,
+)
+def test_installed(kind, kernels, request, tmp_path):
+    environment = CleanEnvironment(tmp_path / "venv")
+    add_kernels(environment, kernels)
+    before = sorted(environment.site.glob("kernels*/**/*.py"))
+    if kind == "wheel":
+        where = environment.site
+        environment.install(request.getfixturevalue("wheel"))
+    else:
+        where = request.getfixturevalue("checkout")
+        environment.install(request.getfixturevalue("editable_wheel"))
+    environment.show_dependencies()
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    environment.probe(where, kernels, cwd=outside)
+    if kind == "editable":
+        # From the root, which joins sys.path: a folder without __init__.py never wins over a package.
+        environment.probe(where, "namespace" if kernels == "none" else kernels, cwd=where)
+    if kind == "wheel" and kernels == "stand-in":
+        script = environment.python.with_name("fastpo")
+        assert run(script, "--version", cwd=outside).stdout == f"fastpo {fastpo.__version__}\n"
+        assert str(where) in run(script, "env", cwd=outside).stdout
+        assert run(environment.python, "-m", "fastpo", "nonsense", cwd=outside, check=False).returncode == 2
+
+    environment.dependencies.unlink()
+    environment.pip("uninstall", "--yes", "fastpo")
+    assert not (environment.site / "fastpo").exists()
+    assert sorted(environment.site.glob("kernels*/**/*.py")) == before
+    if kernels == "stand-in":
+        run(environment.python, "-c", "import kernels; assert kernels.STAND_IN", cwd=outside)
+
+
+def test_build_without_a_compiler(tmp_path):
+    false = {"CC": "/bin/false", "CXX": "/bin/false", "LDSHARED": "/bin/false"}
+    source = tmp_path / "source"
+    source.mkdir()
+    wheel = call_backend("build_wheel", copy_sources(source), tmp_path, env=false)
+    with zipfile.ZipFile(wheel) as archive:
+        assert not any(name.endswith(".so") for name in archive.namelist())
+    environment = CleanEnvironment(tmp_path / "venv")
+    environment.install(wheel)
+    environment.show_dependencies()
+    assert "torch" in environment.probe(environment.site, "none", cwd=tmp_path).split()
+
+
+# --- this checkout, as the tests run it
+
+
+def test_module_from_the_root():
+    assert f"checkout {ROOT}" in run(sys.executable, "-m", "fastpo", "env", cwd=ROOT).stdout
