@@ -58,13 +58,15 @@ def bpe_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL_TOKENS)
 
 
-def llama(vocab_size: int, *, hidden: int, layers: int, heads: int, seed: int = 0) -> LlamaForCausalLM:
+def llama(
+    vocab_size: int, *, hidden: int, intermediate: int, layers: int, heads: int, seed: int = 0
+) -> LlamaForCausalLM:
     """Random fp32 Llama with SDPA attention and an untied head (Llama's default)."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=hidden,
-        intermediate_size=4 * hidden,
+        intermediate_size=intermediate,
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=heads,

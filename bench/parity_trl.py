@@ -20,7 +20,7 @@ import torch
 from torch.nn import functional as F
 
 PAIRS, STEPS, BATCH, ACCUMULATION = 64, 10, 2, 4
-MODEL = {"hidden": 64, "layers": 2, "heads": 4}
+MODEL = {"hidden": 64, "intermediate": 176, "layers": 2, "heads": 4}
 VOCAB = 2_000
 MAX_LENGTH = 344  # truncates some of the 64 pairs, drops none
 OPTIONS = {

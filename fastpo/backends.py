@@ -3,19 +3,25 @@
 N = head rows, D = hidden, V = vocabulary. Every backend walks tiles [rows, columns] of the logits; GEMMs are the
 vendor's and keep the input dtype, the row arithmetic is fp32 (fp64 for fp64 inputs).
 
-With z = softcap(logit_scale * raw), raw = hidden W^T + b, the row gradient is U = d logp / d raw = (onehot - P) * dz/draw
-[N, V], whatever the loss: dX = c * (U W), dW = U^T (c * X), dbias = U^T c for the upstream c [N].
+With z = softcap(logit_scale * raw) and raw = hidden W^T + b, the row gradient U = d logp / d raw = (onehot - P) dz/draw
+[N, V] is the same for every loss: dX = c * (U W), dW = U^T (c * X), dbias = U^T c for the upstream c [N].
 
 regime   forward keeps            GEMMs
 none     nothing                  1
 frozen   U W [N, D]               2
 kept     U [N, V] (input dtype)   3
-sliced   row statistics [3, N]    4, a vocabulary slice at a time
+sliced   row statistics           4, a vocabulary slice at a time
+
+In fp32 the `cpu` backend keeps E [N, V] and one factor per row, U = factor * E, which saves a pass over the matrix: E
+is exp(z - m) (dz/draw) / logit_scale, with m the maximum that the row had in its first tile, and in the column of the
+target minus the sum of the others; factor = -logit_scale / sum exp(z - m).
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -23,12 +29,13 @@ from torch import Tensor
 
 IGNORE_INDEX = -100
 
-# Scratch of one tile of logits in the accumulation dtype. On a CPU 4 MiB stay in the caches (L2 + L3) between the GEMM
-# that writes a tile and the pass that reads it.
-CPU_TILE_BYTES = 4 << 20
-DEVICE_TILE_BYTES = 256 << 20
+# Scratch for one tile of logits, whatever N and V are. On a CPU 8 MiB stay in the caches (L2 and L3) between the GEMM
+# that writes a tile and the pass that reads it. On a GPU 512 MiB hold 2048 bf16 rows of a vocabulary of 128,256.
+CPU_TILE_BYTES = 8 << 20
 CPU_TILE_ROWS = 1024
+DEVICE_TILE_BYTES = 512 << 20
 DEVICE_TILE_ROWS = 8192
+HUGE_PAGE_BYTES = 32 << 20  # above glibc's largest mmap threshold, so that the advice ends with the tensor
 
 
 class Head(NamedTuple):
@@ -48,22 +55,61 @@ class Kept(NamedTuple):
     logp: Tensor  # [N], accumulation dtype
     entropy: Tensor  # [N], or [0] when not asked for
     saved: Tensor  # by regime: [0], [N, D], [N, V], [0]
-    stats: Tensor  # [3, N] where the backward needs the rows' statistics, else [0]
+    stats: Tensor  # [stats_rows(regime, backend), N]
 
 
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def stats_rows(regime: str, backend: str) -> int:
+    """How many numbers of each row the backward needs: (m, sum, sum without target), the log-sum-exp, or a factor."""
+    if regime == "sliced":
+        return 1 if backend == "triton" else 3
+    return int(regime == "kept" and backend == "cpu")
+
+
+def saved_columns(vocabulary: int, backend: str) -> int:
+    """Row length of the kept matrix: on a GPU rows start on 16-byte boundaries, for whole-vector reads at any V."""
+    return -(-vocabulary // 16) * 16 if backend == "triton" else vocabulary
+
+
+def load_extension():
+    """The compiled module, or None where there is none or FASTPO_NO_CSRC is set."""
+    if os.environ.get("FASTPO_NO_CSRC", "0") not in ("", "0"):
+        return None
+    try:
+        from fastpo import _C
+    except ImportError:
+        return None
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu"
+    _C.use_openmp_of(str(library.with_suffix(".dylib" if os.uname().sysname == "Darwin" else ".so")))
+    return _C
+
+
+_C = load_extension()
+
+
+def _empty(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """A new tensor; on Linux CPUs in huge pages: the first touch of 4 KiB pages costs a tenth of the GEMM over them."""
+    out = like.new_empty(shape)
+    if _C is not None and out.device.type == "cpu" and out.nbytes >= HUGE_PAGE_BYTES:
+        _C.advise_huge_pages(out.data_ptr(), out.nbytes)
+    return out
+
+
+def _slices(columns: int, column_bytes: int, device: torch.device) -> list[slice]:
+    """Column slices of a tile whose columns take column_bytes."""
+    budget = CPU_TILE_BYTES if device.type == "cpu" else DEVICE_TILE_BYTES
+    width = max(128, budget // max(column_bytes, 1) // 128 * 128)
+    return [slice(v, min(v + width, columns)) for v in range(0, columns, width)]
+
+
 def _tiles(rows: int, columns: int, device: torch.device, itemsize: int) -> Iterator[tuple[slice, list[slice]]]:
-    """Row blocks, each with its column slices; the scratch of a tile does not depend on rows or columns."""
-    on_cpu = device.type == "cpu"
-    block = min(rows, CPU_TILE_ROWS if on_cpu else DEVICE_TILE_ROWS)
-    budget = CPU_TILE_BYTES if on_cpu else DEVICE_TILE_BYTES
-    width = max(128, budget // (max(block, 1) * itemsize) // 128 * 128)
-    columns_of = [slice(v, min(v + width, columns)) for v in range(0, columns, width)]
-    for r in range(0, rows, max(block, 1)):
-        yield slice(r, min(r + block, rows)), columns_of
+    """Row blocks, each with its column slices."""
+    block = max(1, min(rows, CPU_TILE_ROWS if device.type == "cpu" else DEVICE_TILE_ROWS))
+    for r in range(0, rows, block):
+        yield slice(r, min(r + block, rows)), _slices(columns, block * itemsize, device)
 
 
 def _rule(head: Head, raw: Tensor, v: slice) -> tuple[Tensor, Tensor | None]:
@@ -86,11 +132,17 @@ def _target_column(target: Tensor, v: slice) -> tuple[Tensor, Tensor]:
     return column.clamp(0, width - 1), (column >= 0) & (column < width)
 
 
-def _target_slope(head: Head, z_target: Tensor) -> Tensor | float:
-    """dz/draw at the target."""
+def _target_slope(head: Head, z_target: Tensor, live: Tensor) -> Tensor | float:
+    """dz/draw at the target, [N] or one number."""
     if head.softcap is None:
         return head.logit_scale
-    return (1 - (z_target / head.softcap).square()) * head.logit_scale
+    return (1 - (z_target.where(live, 0.0) / head.softcap).square()) * head.logit_scale
+
+
+def _finish_frozen(head: Head, sums: Tensor, total: Tensor, target_grad: Tensor, live: Tensor) -> None:
+    """In place: sums [N, D] = (exp(z - m) dz/draw) W without the target's column -> U W."""
+    sums.neg_().add_(head.weight[head.target.where(live, 0)].to(sums.dtype).mul_(target_grad.unsqueeze(1)))
+    sums.mul_((live / total).unsqueeze(1))
 
 
 def _finish_rows(m: Tensor, others: Tensor, z_target: Tensor, ez: Tensor, live: Tensor) -> tuple[Tensor, ...]:
@@ -106,18 +158,40 @@ def _finish_rows(m: Tensor, others: Tensor, z_target: Tensor, ez: Tensor, live: 
     return logp.where(live, 0.0), total, total.log() - ez / total
 
 
+def _new_saved(head: Head, regime: str) -> Tensor:
+    if regime == "kept":
+        return _empty((head.hidden.shape[0], head.weight.shape[0]), head.hidden)
+    shape = head.hidden.shape if regime == "frozen" else (0,)
+    return head.hidden.new_zeros(shape, dtype=acc_dtype(head.hidden.dtype))
+
+
+def _mm_wide(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a b in `dtype`, without rounding in between where the vendor's GEMM can write a wider dtype than it reads."""
+    if a.dtype == dtype or not a.is_cuda or torch.version.hip:
+        return torch.mm(a, b).to(dtype)
+    return torch.mm(a, b, out_dtype=dtype)
+
+
+def _add_mm(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out += a b, in the dtype of out, which may be wider."""
+    if out.dtype == a.dtype:
+        out.addmm_(a, b)
+    else:
+        out += _mm_wide(a, b, out.dtype)
+
+
 def torch_forward(head: Head, regime: str, entropy: bool) -> Kept:
     """Any device, any floating dtype, plain PyTorch: an online softmax over vocabulary tiles."""
     n, v_size, acc = head.hidden.shape[0], head.weight.shape[0], acc_dtype(head.hidden.dtype)
     new = head.hidden.new_empty
-    saved = new(n, v_size) if regime == "kept" else new(head.hidden.shape if regime == "frozen" else 0, dtype=acc)
+    saved = _new_saved(head, regime)
     logp, stats, entropies = new(n, dtype=acc), new(3, n, dtype=acc), new(n if entropy else 0, dtype=acc)
-    for r, columns in _tiles(n, v_size, head.hidden.device, acc.itemsize):
+    for r, columns in _tiles(n, v_size, head.hidden.device, 4 * acc.itemsize):  # a tile has about four temporaries
         block = head._replace(hidden=head.hidden[r], target=head.target[r])
         logp[r], stats[:, r], row_entropy = _torch_forward_rows(block, columns, regime, saved[r])
         if entropy:
             entropies[r] = row_entropy
-    return Kept(logp, entropies, saved, stats if regime == "sliced" else new(0, dtype=acc))
+    return Kept(logp, entropies, saved, stats[: stats_rows(regime, "torch")].clone())
 
 
 def _torch_forward_rows(head: Head, columns: list[slice], regime: str, saved: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -125,8 +199,6 @@ def _torch_forward_rows(head: Head, columns: list[slice], regime: str, saved: Te
     x, y = head.hidden, head.target
     m = x.new_full((len(y), 1), -torch.inf, dtype=acc_dtype(x.dtype))
     z_target, others, ez = m, torch.zeros_like(m), torch.zeros_like(m)  # an ignored row keeps z_target = -inf
-    if regime == "frozen":
-        saved.zero_()
     for v in columns:
         raw = torch.mm(x, head.weight[v].t(), out=saved[:, v] if regime == "kept" else None)
         z, slope = _rule(head, raw, v)
@@ -143,17 +215,17 @@ def _torch_forward_rows(head: Head, columns: list[slice], regime: str, saved: Te
         others = others * decay + e.sum(1, keepdim=True)
         if regime == "frozen":
             e = e if slope is None else e.mul_(slope)
-            saved.mul_(decay).add_(torch.mm(e.to(x.dtype), head.weight[v]))
+            share = e.sum(1, keepdim=True).clamp(min=torch.finfo(e.dtype).tiny)  # keeps e W in the range of fp16
+            saved.mul_(decay).add_(_mm_wide(e.div_(share).to(x.dtype), head.weight[v], e.dtype).mul_(share))
         m = m_new
     live = y != IGNORE_INDEX
     m, others, ez, z_target = (t.squeeze(1) for t in (m, others, ez, z_target))
     logp, total, entropy = _finish_rows(m, others, z_target, ez, live)
     stats = torch.stack([m, total, others])
     if regime == "frozen":
-        saved.mul_(-1.0 if head.softcap is not None else -head.logit_scale)
-        target_rows = head.weight[y.where(live, 0)].to(saved.dtype)
-        saved.add_(target_rows.mul_((others * _target_slope(head, z_target.where(live, 0.0))).unsqueeze(1)))
-        saved.mul_((live / total).unsqueeze(1))
+        if slope is None:
+            saved *= head.logit_scale
+        _finish_frozen(head, saved, total, others * _target_slope(head, z_target, live), live)
     if regime == "kept":
         for v in columns:
             saved[:, v] = _torch_tile_grad(head, saved[:, v], stats, v)
@@ -170,25 +242,40 @@ def _torch_tile_grad(head: Head, raw: Tensor, stats: Tensor, v: slice) -> Tensor
     return u.mul_(head.logit_scale if slope is None else slope).to(raw.dtype)
 
 
-def kept_backward(head: Head, grad: Tensor, saved: Tensor, need: list[bool]) -> tuple[Tensor | None, ...]:
-    """Gradients from U [N, V] for the upstream grad [N], one GEMM each: grad scales [N, D] operands, never N x V."""
-    c = grad.unsqueeze(1)
-    dhidden = (torch.mm(saved, head.weight) * c).to(saved.dtype) if need[0] else None
-    dweight = torch.mm(saved.t(), (head.hidden * c).to(saved.dtype)) if need[1] else None
-    dbias = torch.mv(saved.t(), grad.to(saved.dtype)) if need[2] else None
+def kept_backward(
+    head: Head, grad: Tensor, saved: Tensor, stats: Tensor, need: list[bool]
+) -> tuple[Tensor | None, ...]:
+    """Gradients from the kept matrix [N, V], one GEMM each: row factors scale the [N, D] operands, never N x V."""
+    c = (grad * stats[0] if stats.shape[0] else grad).unsqueeze(1)
+    saved = saved[:, : head.weight.shape[0]]
+    dhidden = dweight = dbias = None
+    if need[0]:
+        dhidden = _mm_wide(saved, head.weight, c.dtype).mul_(c).to(saved.dtype)
+    if need[1]:
+        dweight = torch.mm(saved.t(), (head.hidden * c).to(saved.dtype), out=_empty(head.weight.shape, head.weight))
+    if need[2]:
+        dbias = _column_sums(saved, c.squeeze(1))
     return dhidden, dweight, dbias
 
 
-def torch_sliced_backward(
-    head: Head, grad: Tensor, stats: Tensor, need: list[bool]
-) -> tuple[Tensor | None, ...]:
+def _column_sums(matrix: Tensor, c: Tensor) -> Tensor:
+    """matrix^T c [V] for matrix [N, V] and c [N], accumulated in the dtype of c."""
+    if matrix.dtype == c.dtype:
+        return torch.mv(matrix.t(), c)
+    out = matrix.new_empty(matrix.shape[1])
+    for v in _slices(matrix.shape[1], matrix.shape[0] * c.dtype.itemsize, matrix.device):
+        out[v] = torch.mv(matrix[:, v].t().to(c.dtype), c)
+    return out
+
+
+def torch_sliced_backward(head: Head, grad: Tensor, stats: Tensor, need: list[bool]) -> tuple[Tensor | None, ...]:
     """Gradients from recomputed tiles; each slice of dweight is written once, dhidden accumulates in fp32."""
     x, w, acc = head.hidden, head.weight, acc_dtype(head.hidden.dtype)
     dhidden = torch.zeros_like(x, dtype=acc) if need[0] else None
     dweight = torch.empty_like(w, memory_format=torch.contiguous_format) if need[1] else None
     dbias = w.new_empty(w.shape[0]) if need[2] else None
     cx = (x * grad.unsqueeze(1)).to(x.dtype) if need[1] else None
-    tiles = list(_tiles(x.shape[0], w.shape[0], x.device, acc.itemsize))
+    tiles = list(_tiles(x.shape[0], w.shape[0], x.device, 4 * acc.itemsize))
     for v in tiles[0][1]:
         dw = w.new_zeros(v.stop - v.start, w.shape[1], dtype=acc) if need[1] else None
         db = w.new_zeros(v.stop - v.start, dtype=acc) if need[2] else None
@@ -196,7 +283,7 @@ def torch_sliced_backward(
             raw = torch.mm(x[r], w[v].t())
             u = _torch_tile_grad(head._replace(target=head.target[r]), raw, stats[:, r], v)
             if dhidden is not None:
-                dhidden[r] += torch.mm(u, w[v])
+                _add_mm(dhidden[r], u, w[v])
             if cx is not None:
                 dw = torch.mm(u.t(), cx[r]) if len(tiles) == 1 else dw.add_(torch.mm(u.t(), cx[r]))
             if db is not None:
@@ -208,3 +295,176 @@ def torch_sliced_backward(
     if dhidden is not None:
         dhidden = dhidden.mul_(grad.unsqueeze(1)).to(x.dtype)
     return dhidden, dweight, dbias
+
+
+def _cpu_pass(
+    head: Head,
+    tile: Tensor,  # [rows, columns], raw logits in, E out when `keep`
+    rows: Tensor,  # [4, rows]: m, others, z_target, ez
+    v: slice,
+    *,
+    keep: bool = True,
+    entropy: bool = False,
+    sums: Tensor | None = None,  # [rows, D] fp32, restated with the rows when their shift changes
+    past: int = 0,  # columns of E before the tile, in the same rows, restated too
+    factor: Tensor | None = None,  # [rows], for the backward
+) -> None:
+    """The compiled pass over one tile: forward E and the rows' sums; backward factor * E, for given m and others."""
+    m, others, z_target, ez = (row.data_ptr() for row in rows)
+    bias = 0 if head.bias is None else head.bias[v].data_ptr()
+    sums_ptr, sums_columns = (0, 0) if sums is None else (sums.data_ptr(), sums.shape[1])
+    _C.tile_pass(
+        tile.data_ptr(), tile.data_ptr() if keep else 0, bias, head.target.data_ptr(), m, others, z_target,
+        ez if entropy else 0, sums_ptr, 0 if factor is None else factor.data_ptr(),
+        tile.stride(0), tile.stride(0), *tile.shape, v.start, past, sums_columns,
+        head.softcap or 0.0, head.logit_scale, tile.dtype == torch.bfloat16, torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def _contiguous(head: Head) -> Head:
+    """What compiled code reads through a pointer, dense; the weight only ever goes through GEMMs."""
+    bias = None if head.bias is None else head.bias.contiguous()
+    return head._replace(hidden=head.hidden.contiguous(), target=head.target.contiguous(), bias=bias)
+
+
+def cpu_forward(head: Head, regime: str, entropy: bool) -> Kept:
+    """fp32 and bf16: the pass over a tile runs while the tile is in cache; E is written over the logits."""
+    head = _contiguous(head)
+    x, w = head.hidden, head.weight
+    # In bf16 a row factor would be one more rounding of every element, the large one of the target among them: a second
+    # pass writes U itself.
+    keep_logits = x.dtype != torch.float32
+    saved = _new_saved(head, regime)
+    rows = torch.empty(4, len(x), dtype=torch.float32)
+    rows[0::2] = -torch.inf
+    rows[1::2] = 0.0
+    scratch = None
+    for r, columns in _tiles(len(x), len(w), x.device, 4):
+        block = head._replace(hidden=x[r], target=head.target[r])
+        for v in columns:
+            shape = (r.stop - r.start, v.stop - v.start)
+            if regime == "kept":
+                tile = saved[r, v]
+            else:
+                scratch = x.new_empty(shape).view(-1) if scratch is None else scratch
+                tile = scratch[: shape[0] * shape[1]].view(shape)
+            torch.mm(block.hidden, w[v].t(), out=tile)
+            if regime == "frozen":
+                _cpu_pass(block, tile, rows[:, r], v, entropy=entropy, sums=saved[r])
+                _add_mm(saved[r], tile, w[v])
+            else:
+                keep = regime == "kept" and not keep_logits
+                _cpu_pass(block, tile, rows[:, r], v, keep=keep, entropy=entropy, past=v.start)
+    live = head.target != IGNORE_INDEX
+    m, others, z_target, ez = rows
+    logp, total, entropies = _finish_rows(m, others, z_target, ez, live)
+    target_grad = others * _target_slope(head, z_target, live)
+    stats = rows.new_empty(0, len(x))
+    if regime == "frozen":
+        _finish_frozen(head, saved.mul_(head.logit_scale), total, target_grad, live)
+    elif regime == "kept":
+        stats = (-head.logit_scale / total).unsqueeze(0)
+        if keep_logits:
+            _cpu_pass(head, saved, torch.stack([m, others, m, others]), slice(0, len(w)), factor=stats[0])
+            stats.fill_(1.0)
+        else:
+            column = head.target.where(live, 0).unsqueeze(1)
+            saved.scatter_(1, column, (target_grad / -head.logit_scale).unsqueeze(1))
+    elif regime == "sliced":
+        stats = torch.stack([m, total, others])
+    return Kept(logp, entropies if entropy else rows.new_empty(0), saved, stats)
+
+
+def cpu_sliced_backward(head: Head, grad: Tensor, stats: Tensor, need: list[bool]) -> tuple[Tensor | None, ...]:
+    """As `torch_sliced_backward`, with the compiled pass."""
+    head = _contiguous(head)
+    x, w = head.hidden, head.weight
+    m, total, others = stats
+    rows = torch.stack([m, others, m, others])
+    factor = grad * (-head.logit_scale / total)
+    dhidden = torch.zeros_like(x, dtype=torch.float32) if need[0] else None
+    dweight = _empty(w.shape, w) if need[1] else None
+    dbias = w.new_empty(len(w)) if need[2] else None
+    tiles = list(_tiles(len(x), len(w), x.device, 4))
+    scratch = None
+    for v in tiles[0][1] if tiles else []:
+        dw = factor.new_zeros(v.stop - v.start, w.shape[1]) if need[1] and len(tiles) > 1 else None
+        db = factor.new_zeros(v.stop - v.start)
+        for r, _ in tiles:
+            shape = (r.stop - r.start, v.stop - v.start)
+            scratch = x.new_empty(shape).view(-1) if scratch is None else scratch
+            tile = torch.mm(x[r], w[v].t(), out=scratch[: shape[0] * shape[1]].view(shape))
+            _cpu_pass(head._replace(target=head.target[r]), tile, rows[:, r], v, factor=factor[r])
+            if dhidden is not None:
+                _add_mm(dhidden[r], tile, w[v])
+            if dw is not None:
+                _add_mm(dw, tile.t(), x[r])
+            elif dweight is not None:
+                torch.mm(tile.t(), x[r], out=dweight[v])
+            if dbias is not None:
+                db += tile.sum(0, dtype=db.dtype)
+        if dw is not None:
+            dweight[v] = dw
+        if dbias is not None:
+            dbias[v] = db
+    return None if dhidden is None else dhidden.to(x.dtype), dweight, dbias
+
+
+def triton_forward(head: Head, regime: str, entropy: bool) -> Kept:
+    """GPUs, or the interpreter: vendor GEMM per block of whole rows, then the row kernel in place."""
+    from fastpo.kernels import logprob as kernels
+
+    head = _contiguous(head)
+    x, w = head.hidden, head.weight
+    n, v_size = len(x), len(w)
+    rule = {"softcap": head.softcap, "logit_scale": head.logit_scale, "entropy": entropy}
+    logp, lse = (x.new_empty(n, dtype=torch.float32) for _ in range(2))
+    entropies = torch.empty_like(logp) if entropy else logp.new_empty(0)
+    block = max(1, min(n, max(256, DEVICE_TILE_BYTES // (v_size * x.element_size()) // 256 * 256)))
+    if regime == "kept":
+        saved, block = x.new_empty(n, saved_columns(v_size, "triton")), max(n, 1)
+        logits = saved[:, :v_size]
+    else:
+        logits = kernels.empty_logits(block, v_size, x.dtype, x.device)
+        saved = logp.new_empty(x.shape if regime == "frozen" else 0)
+    write = None if regime in ("none", "sliced") else "grad"
+    for begin in range(0, n, block):
+        r = slice(begin, min(begin + block, n))
+        u = torch.mm(x[r], w.t(), out=logits[: r.stop - begin])
+        logp[r], lse[r], row_entropy = kernels.logprob_row_fwd(u, head.target[r], head.bias, write=write, **rule)
+        if entropy:
+            entropies[r] = row_entropy
+        if regime == "frozen":
+            saved[r] = _mm_wide(u, w, saved.dtype)
+    return Kept(logp, entropies, saved, lse.unsqueeze(0) if regime == "sliced" else lse.new_empty(0, n))
+
+
+def triton_sliced_backward(head: Head, grad: Tensor, stats: Tensor, need: list[bool]) -> tuple[Tensor | None, ...]:
+    """Gradients from recomputed vocabulary slices of all rows."""
+    from fastpo.kernels import logprob as kernels
+
+    head = _contiguous(head)
+    x, w = head.hidden, head.weight
+    c = grad.unsqueeze(1)
+    cx = (x * c).to(x.dtype) if need[1] else None
+    dhidden = torch.zeros_like(x, dtype=torch.float32) if need[0] else None
+    dweight = w.new_empty(w.shape) if need[1] else None
+    dbias = w.new_empty(len(w)) if need[2] else None
+    logits = None
+    for v in _slices(len(w), len(x) * x.element_size(), torch.device("cuda")):
+        logits = kernels.empty_logits(len(x), v.stop - v.start, x.dtype, x.device) if logits is None else logits
+        u = torch.mm(x, w[v].t(), out=logits[:, : v.stop - v.start])
+        bias = None if head.bias is None else head.bias[v]
+        rule = {"softcap": head.softcap, "logit_scale": head.logit_scale, "col_offset": v.start}
+        kernels.logprob_slice_grad(u, head.target, stats[0], bias, **rule)
+        if dhidden is not None:
+            _add_mm(dhidden, u, w[v])
+        if cx is not None:
+            torch.mm(u.t(), cx, out=dweight[v])
+        if dbias is not None:
+            dbias[v] = _column_sums(u, grad)
+    return None if dhidden is None else dhidden.mul_(c).to(x.dtype), dweight, dbias
+
+
+FORWARD = {"torch": torch_forward, "cpu": cpu_forward, "triton": triton_forward}
+SLICED_BACKWARD = {"torch": torch_sliced_backward, "cpu": cpu_sliced_backward, "triton": triton_sliced_backward}

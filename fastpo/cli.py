@@ -289,8 +289,7 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     if command == "check":
         from fastpo import check as check_module
 
-        if hasattr(check_module, "add_arguments"):
-            check_module.add_arguments(check)
+        check_module.add_arguments(check)
     env = commands.add_parser("env", help="versions, devices and backends, for a bug report")
     env.add_argument("--json", action="store_true", help="as JSON")
     return parser

@@ -155,7 +155,10 @@ class _Encoder:
             if self._ids([eos], special=False)[0][-1:] != [eos_id]:
                 raise DataError(f"the tokenizer does not read its own EOS text {eos!r} as one token: add it as special")
             # What the tokenizer adds to any text by itself.
-            bare, whole = self._ids(["a"], special=False)[0], self._ids(["a"], special=True)[0]
+            try:
+                bare, whole = self._ids(["a"], special=False)[0], self._ids(["a"], special=True)[0]
+            except Exception:  # a vocabulary of whole words without an unknown token cannot read the probe
+                bare, whole = self._ids([""], special=False)[0], self._ids([""], special=True)[0]
             bos_id = tokenizer.bos_token_id
             self.leading = bos_id if bos_id is not None and whole[:1] == [bos_id] != bare[:1] else None
             self.trailing = eos_id if whole[-1:] == [eos_id] != bare[-1:] else None

@@ -225,8 +225,8 @@ def resolve_terms(
     if not terms:
         raise ConfigError("loss_type names no loss")
     if unread:
-        loss = " + ".join(t.name for t in terms)
-        raise ConfigError(f"{', '.join(sorted(unread))} is set, but {loss} does not read it")
+        names = [t.name for t in terms]
+        raise ConfigError(f"{', '.join(sorted(unread))} is set, but {' + '.join(names)} does not read it")
     return terms
 
 

@@ -57,7 +57,10 @@ def pair_metrics(x: Pairs, term: Term) -> Tensor:
         chosen, rejected = x.chosen_logps / x.chosen_len, x.rejected_logps / x.rejected_len
     else:
         chosen, rejected = x.chosen_logps, x.rejected_logps
-    wins = (chosen > rejected).to(chosen.dtype)
+    # At the start policy and reference differ by the rounding of two sums; a tie within it is no win, as in TRL, whose
+    # two sums round alike.
+    rounding = 2.0**-21 * (x.chosen_logps.abs() + x.rejected_logps.abs())
+    wins = (chosen - rejected > rounding).to(chosen.dtype)
     sums = (chosen, rejected, wins, x.chosen_logps, x.rejected_logps, torch.ones_like(chosen))
     return torch.stack(sums).detach().sum(1)
 

@@ -7,6 +7,8 @@ are `torch.library` ops, so they compile without a graph break.
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from typing import NamedTuple
 
 import torch
@@ -19,6 +21,9 @@ from fastpo.kernels import reference
 
 GIB = 1 << 30
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+NATIVE_DTYPES = {"triton": DTYPES[:3], "cpu": DTYPES[:2], "torch": DTYPES}
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"  # Triton kernels on CPU tensors, for tests
 
 
 class OpError(FastpoError):
@@ -26,8 +31,10 @@ class OpError(FastpoError):
 
 
 def available_backends() -> list[str]:
-    """Backends that run on this machine, the preferred one first."""
-    return ["torch"]
+    """Backends that run on this machine: `triton` on GPUs, `cpu` (compiled, fp32 and bf16), `torch` anywhere."""
+    triton = HAS_TRITON and (torch.cuda.is_available() or INTERPRETED)
+    found = {"triton": triton, "cpu": backends._C is not None, "torch": True}
+    return [name for name in found if found[name]]
 
 
 def default_memory_budget(weight: Tensor) -> int:
@@ -92,12 +99,15 @@ def _check(
 
 def _choose(backend: str, tensor: Tensor) -> str:
     """The backend to use: the one asked for, or the best one for the tensor's device and dtype."""
-    names = available_backends()
+    on_cpu = tensor.device.type == "cpu"
     if backend == "auto":
-        on_gpu = tensor.device.type == "cuda" and "triton" in names and tensor.dtype != torch.float64
-        return "triton" if on_gpu else "torch"
-    if backend not in names:
-        raise OpError(f"backend {backend!r} is not available here; one of auto, {', '.join(names)}")
+        backend = ("cpu" if backends._C is not None else "torch") if on_cpu else "triton" if HAS_TRITON else "torch"
+        return backend if tensor.dtype in NATIVE_DTYPES[backend] else "torch"
+    if backend not in available_backends():
+        raise OpError(f"backend {backend!r} is not available here; one of auto, {', '.join(available_backends())}")
+    on_right_device = {"cpu": on_cpu, "triton": not on_cpu or INTERPRETED, "torch": True}[backend]
+    if tensor.dtype not in NATIVE_DTYPES[backend] or not on_right_device:
+        raise OpError(f"backend {backend!r} does not take {tensor.dtype} on {tensor.device.type}; use 'auto'")
     return backend
 
 
@@ -124,12 +134,12 @@ def _linear_logprob(
     backend: str,
     entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(logp [N], entropy [N] or [0], saved, stats [3, N] or [0]); see backends.py for what each regime saves."""
+    """(logp [N], entropy [N] or [0], saved, stats [k, N]); see backends.py for what each regime saves."""
     head = Head(hidden, weight, target, bias, softcap, logit_scale)
     if target.device.type == "cpu":
         _check_range(target, weight.shape[0])
     with torch.autocast(hidden.device.type, enabled=False):
-        return tuple(backends.torch_forward(head, regime, entropy))
+        return tuple(backends.FORWARD[backend](head, regime, entropy))
 
 
 def _check_range(target: Tensor, vocabulary: int) -> None:
@@ -144,14 +154,10 @@ def _(hidden, weight, target, bias, softcap, logit_scale, regime, backend, entro
     n, acc = hidden.shape[0], acc_dtype(hidden.dtype)
     saved = {
         "frozen": lambda: torch.empty_like(hidden, dtype=acc, memory_format=torch.contiguous_format),
-        "kept": lambda: hidden.new_empty(n, weight.shape[0]),
+        "kept": lambda: hidden.new_empty(n, backends.saved_columns(weight.shape[0], backend)),
     }.get(regime, lambda: hidden.new_empty(0, dtype=acc))()
-    stats = hidden.new_empty((3, n) if _has_stats(regime, backend) else 0, dtype=acc)
+    stats = hidden.new_empty(backends.stats_rows(regime, backend), n, dtype=acc)
     return hidden.new_empty(n, dtype=acc), hidden.new_empty(n if entropy else 0, dtype=acc), saved, stats
-
-
-def _has_stats(regime: str, backend: str) -> bool:
-    return regime == "sliced"
 
 
 @torch.library.custom_op("fastpo::linear_logprob_backward", mutates_args=())
@@ -174,9 +180,9 @@ def _linear_logprob_backward(
     grad = grad.where(target != IGNORE_INDEX, 0.0).contiguous()
     with torch.autocast(grad.device.type, enabled=False):
         if regime == "kept":
-            grads = backends.kept_backward(head, grad, saved, need)
+            grads = backends.kept_backward(head, grad, saved, stats, need)
         else:
-            grads = backends.torch_sliced_backward(head, grad, stats, need)
+            grads = backends.SLICED_BACKWARD[backend](head, grad, stats, need)
     return tuple(hidden.new_empty(0) if g is None else g for g in grads)
 
 

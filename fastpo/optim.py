@@ -60,8 +60,8 @@ class Gradients:
     def step_(self, optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
         """Step unless `finite` is false. Fused optimisers skip on the device; the others need to know on the host."""
         if finite.is_cuda and getattr(optimizer, "_step_supports_amp_scaling", False):
-            optimizer.grad_scale = None
-            optimizer.found_inf = (~finite).float().reshape(1)
+            optimizer.grad_scale = None  # type: ignore[attr-defined]
+            optimizer.found_inf = (~finite).float().reshape(1)  # type: ignore[attr-defined]
             optimizer.step()
         elif finite:
             optimizer.step()
@@ -74,7 +74,8 @@ _NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     """The optimiser that `config.optim` names over the trainable parameters; biases and norms are not decayed."""
     norms = {name for name, m in model.named_modules() if isinstance(m, nn.LayerNorm)}
-    decayed, kept = [], []
+    decayed: list[nn.Parameter] = []
+    kept: list[nn.Parameter] = []
     for name, p in model.named_parameters():
         if p.requires_grad:
             exempt = name.rpartition(".")[0] in norms or _NO_DECAY.search(name.lower())

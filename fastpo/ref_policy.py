@@ -74,8 +74,8 @@ _CONFIG_WITHOUT_EFFECT = {"_name_or_path", "use_cache", "transformers_version", 
 def _tensor_digest(tensor: torch.Tensor) -> bytes:
     data = tensor.detach().cpu().contiguous()
     header = f"{data.dtype}{tuple(data.shape)}".encode()
-    raw = data.reshape(-1).view(torch.uint8).numpy() if data.numel() else np.empty(0, np.uint8)
-    return hashlib.blake2b(memoryview(raw), digest_size=16, person=b"fastpo", key=header[:64]).digest()
+    raw = data.reshape(-1).view(torch.uint8).numpy().data if data.numel() else b""
+    return hashlib.blake2b(raw, digest_size=16, person=b"fastpo", key=header[:64]).digest()
 
 
 def response_key(prompt_ids: np.ndarray, response_ids: np.ndarray) -> bytes:
@@ -119,7 +119,7 @@ class RefCache:
         if self.folder is None or not self.fresh:
             return
         lengths = [len(v) for v in self.fresh.values()]
-        tensors = {
+        tensors: dict[str, np.ndarray] = {
             "keys": np.frombuffer(b"".join(self.fresh), np.uint8).reshape(-1, 16),
             "offsets": np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
             "logp": np.concatenate(list(self.fresh.values())).astype(np.float32),

@@ -236,7 +236,7 @@ class Trainer:
         fingerprint = model_fingerprint(policy.model, compute=compute, without_adapter=self.new_adapter)
         cache = RefCache(fingerprint, cache_folder())
         # A new adapter's reference is the base model; one that was trained before is its own reference, as in TRL.
-        adapter_off = policy.model.disable_adapter if self.new_adapter else contextlib.nullcontext
+        adapter_off: Any = policy.model.disable_adapter if self.new_adapter else contextlib.nullcontext
         visited = sorted({row for _, rows in plan for row in rows})
         with torch.no_grad(), _eval_mode(policy.model), policy.attach(), adapter_off():
             for name, examples in sets.items():
@@ -262,7 +262,9 @@ class Trainer:
             torch.autocast(self.device.type, self.autocast_dtype) if self.autocast_dtype else contextlib.nullcontext()
         )
         with autocast:
-            return policy.logp(batch, memory_budget=self.config.logits_memory_budget)
+            logp = policy.logp(batch, memory_budget=self.config.logits_memory_budget)
+        assert isinstance(logp, Tensor)
+        return logp
 
     def _objective(self, logp: Tensor, batch: PackedBatch, pair_count: int, nll_count: int) -> tuple[Tensor, Tensor]:
         """This micro-batch's share of the step's loss, and its metrics [len(PAIR_METRICS)], both on the device."""

@@ -72,6 +72,18 @@ def _load_logits(
 
 
 @triton.jit
+def _block_columns(BLOCK_V: tl.constexpr, VEC: tl.constexpr, ALIGNED: tl.constexpr):
+    """Columns [LANES, VEC] of one block, a lane's in one thread: VEC neighbours where rows start on 16 bytes, so that
+    they come in one access; else LANES apart, so that neighbouring threads still read neighbouring elements."""
+    LANES: tl.constexpr = BLOCK_V // VEC
+    lanes = tl.arange(0, LANES)[:, None]
+    if ALIGNED:
+        return lanes * VEC + tl.arange(0, VEC)[None, :]
+    else:
+        return lanes + tl.arange(0, VEC)[None, :] * LANES
+
+
+@triton.jit
 def _rescale(m, s, e, m_new):
     """(s, e) of a partial softmax with maximum m, restated for the maximum m_new >= m (finite)."""
     shift = tl.where(m == float("-inf"), 0.0, m - m_new)
@@ -110,11 +122,12 @@ def _row_stats(
     ENTROPY: tl.constexpr,
     BLOCK_V: tl.constexpr,
     VEC: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
     """(m, s, e) of one row. Every lane keeps its own maximum over its own 16-byte vectors, so warps run through the row
     without meeting; the price is one more exp per VEC logits."""
     LANES: tl.constexpr = BLOCK_V // VEC
-    offs_v = tl.arange(0, LANES)[:, None] * VEC + tl.arange(0, VEC)[None, :]
+    offs_v = _block_columns(BLOCK_V, VEC, ALIGNED)
     m = tl.full([LANES], float("-inf"), tl.float32)
     s = tl.zeros([LANES], tl.float32)
     e = tl.zeros([LANES], tl.float32)
@@ -154,10 +167,11 @@ def _row_grad(
     logit_scale,
     BLOCK_V: tl.constexpr,
     VEC: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
     """Overwrites one row with U, from its end to its start: what the first pass read last is still in cache."""
     target = tl.where((target >= 0) & (target < n_cols), target, -1).to(tl.int32)
-    offs_v = tl.arange(0, BLOCK_V // VEC)[:, None] * VEC + tl.arange(0, VEC)[None, :]
+    offs_v = _block_columns(BLOCK_V, VEC, ALIGNED)
     n_full = n_cols // BLOCK_V * BLOCK_V
     if n_full < n_cols:
         cols = n_full + offs_v
@@ -196,6 +210,7 @@ def _logprob_row_fwd_kernel(
     WRITE_GRAD: tl.constexpr,
     BLOCK_V: tl.constexpr,
     VEC: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
     pid_n = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + pid_n * stride_ln
@@ -204,7 +219,9 @@ def _logprob_row_fwd_kernel(
     hit, z_target = _target_logit(row_ptr, bias_ptr, target, n_cols, softcap, logit_scale)
     live = target != _IGNORE
 
-    m, s, e = _row_stats(row_ptr, bias_ptr, n_cols, softcap, logit_scale, entropy_ptr is not None, BLOCK_V, VEC)
+    m, s, e = _row_stats(
+        row_ptr, bias_ptr, n_cols, softcap, logit_scale, entropy_ptr is not None, BLOCK_V, VEC, ALIGNED
+    )
     log_s = tl.log(s)
     # A target outside the vocabulary is NaN, never a plausible number. (z - m) - log s keeps the digits that
     # z - lse loses when the logits share a large offset.
@@ -215,7 +232,7 @@ def _logprob_row_fwd_kernel(
         tl.store(entropy_ptr + pid_n, log_s - e / s)
     if WRITE_GRAD:
         factor = tl.where(live, 1.0 / s, 0.0)
-        _row_grad(row_ptr, bias_ptr, n_cols, target, m, factor, softcap, logit_scale, BLOCK_V, VEC)
+        _row_grad(row_ptr, bias_ptr, n_cols, target, m, factor, softcap, logit_scale, BLOCK_V, VEC, ALIGNED)
 
 
 @triton.jit
@@ -234,6 +251,7 @@ def _logprob_slice_fwd_kernel(
     logit_scale,
     BLOCK_V: tl.constexpr,
     VEC: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
     pid_n = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + pid_n * stride_ln
@@ -246,7 +264,7 @@ def _logprob_slice_fwd_kernel(
     if e_acc_ptr is not None:
         e_old = tl.load(e_acc_ptr + pid_n)
 
-    m, s, e = _row_stats(row_ptr, bias_ptr, n_cols, softcap, logit_scale, e_acc_ptr is not None, BLOCK_V, VEC)
+    m, s, e = _row_stats(row_ptr, bias_ptr, n_cols, softcap, logit_scale, e_acc_ptr is not None, BLOCK_V, VEC, ALIGNED)
     m_new = tl.maximum(m, m_old)
     m_safe = _finite(m_new)
     s, e = _rescale(m, s, e, m_safe)
@@ -270,6 +288,7 @@ def _logprob_slice_grad_kernel(
     logit_scale,
     BLOCK_V: tl.constexpr,
     VEC: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
     pid_n = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + pid_n * stride_ln
@@ -287,6 +306,7 @@ def _logprob_slice_grad_kernel(
         logit_scale,
         BLOCK_V,
         VEC,
+        ALIGNED,
     )
 
 
@@ -299,14 +319,20 @@ class SliceState(NamedTuple):
     e_acc: Tensor | None  # sum of (z - m) exp(z - m), for the entropy
 
 
-def row_config(n_cols: int, itemsize: int, warp_size: int = 32) -> tuple[int, int, int]:
-    """(BLOCK_V, VEC, num_warps): every thread has two 16-byte loads in flight, which hides HBM latency at one block per
-    multiprocessor (32 KiB in flight; Little's law asks for about 20 KiB at 3.35 TB/s). Long rows take all threads of a
-    multiprocessor, so that few rows are open at once and the second pass finds its row in the L2 cache (128,256 bf16
-    logits are 250 KiB, times 132 multiprocessors 33 MiB of an H100's 50)."""
-    threads = 128 if n_cols <= 4096 else 256 if n_cols <= 16384 else 512 if n_cols <= 65536 else 1024
+def row_config(n_cols: int, itemsize: int, aligned: bool, has_bias: bool, warp_size: int) -> tuple[int, int, int]:
+    """(BLOCK_V, VEC, num_warps). Reasoned from the hardware's figures, not measured: no GPU was at hand.
+
+    Every thread has two 16-byte loads in flight, which hides HBM latency with one block on a multiprocessor (32 KiB in
+    flight; Little's law asks for about 20 KiB at 3.35 TB/s). Long rows take 1,024 threads, so that few rows are open at
+    once and the second pass finds much of its row in the L2 cache (128,256 bf16 logits are 250 KiB; one row on each of
+    132 multiprocessors is 33 MiB of an H100's 50).
+
+    Two cases would spill: rows that do not start on 16 bytes are read by elements, with an address each; a bias is a
+    load of its own. They take one vector a thread, and the former never more than 512 threads."""
+    threads = 128 if n_cols <= 4096 else 256 if n_cols <= 16384 else 512 if n_cols <= 65536 or not aligned else 1024
     vec = 16 // itemsize
-    return 2 * vec * threads, vec, threads // warp_size
+    vectors = 2 if aligned and not has_bias else 1
+    return vectors * vec * threads, vec, threads // warp_size
 
 
 def empty_logits(n_rows: int, n_cols: int, dtype: torch.dtype, device: torch.device | str) -> Tensor:
@@ -329,9 +355,12 @@ def _launch_args(logits: Tensor, target: Tensor, bias: Tensor | None, softcap: f
     assert target.shape == (n,) and target.is_contiguous(), f"target must be contiguous [N], got {tuple(target.shape)}"
     assert bias is None or (bias.shape == (v,) and bias.is_contiguous()), "bias must be contiguous [V]"
     assert softcap is None or softcap > 0, f"softcap must be positive, got {softcap}"
-    block_v, vec, num_warps = row_config(v, logits.element_size(), 64 if torch.version.hip else 32)
+    aligned = logits.data_ptr() % 16 == 0 and (logits.stride(0) * logits.element_size()) % 16 == 0
+    block_v, vec, num_warps = row_config(
+        v, logits.element_size(), aligned, bias is not None, 64 if torch.version.hip else 32
+    )
     # FMA contraction is asked for: it was Triton's default up to 3.9, which warns when it is left unsaid.
-    return {"BLOCK_V": block_v, "VEC": vec, "num_warps": num_warps, "enable_fp_fusion": True}
+    return {"BLOCK_V": block_v, "VEC": vec, "ALIGNED": aligned, "num_warps": num_warps, "enable_fp_fusion": True}
 
 
 def logprob_row_fwd(

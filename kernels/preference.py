@@ -299,11 +299,11 @@ def preference_fwd(
     ):
         _check(name, tensor, (p,), torch.float32, logp.device)
 
-    if p == 0:
-        empty = [logp.new_empty(shape) for shape in ((0,), (0, 2), (0,), (0,), (0,), (0,))]
-        return PreferenceResult(*empty, dlogp=torch.zeros_like(logp))
     losses, coef, *sums = (logp.new_empty(shape) for shape in ((p,), (p, 2), (p,), (p,), (p,), (p,)))
-    dlogp = torch.empty_like(logp)
+    dlogp = torch.empty_like(logp) if p else torch.zeros_like(logp)
+    result = PreferenceResult._make([losses, coef, *sums, dlogp])
+    if p == 0:
+        return result
     if ref_logp is not None:
         ref, ref_kind = ref_logp, _TOKEN_REF
     else:
@@ -335,4 +335,4 @@ def preference_fwd(
             _preference_dlogp_kernel[(s,)](
                 coef, pairs, response_offsets, dlogp, p, BLOCK_P=BLOCK_P, BLOCK_N=BLOCK_N, **OPTIONS
             )
-    return PreferenceResult(losses, coef, *sums, dlogp)
+    return result

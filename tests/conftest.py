@@ -100,9 +100,7 @@ class Toy:
         vocabulary = ["<eos>", "<unk>", "<pad>", *(f"w{i}" for i in range(Toy.words))]
         inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(vocabulary)}, unk_token="<unk>"))
         inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-        return PreTrainedTokenizerFast(
-            tokenizer_object=inner, eos_token="<eos>", unk_token="<unk>", pad_token="<pad>"
-        )
+        return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>", unk_token="<unk>", pad_token="<pad>")
 
     @staticmethod
     def model(seed: int = 0, **changes):
@@ -123,7 +121,11 @@ class Toy:
     @staticmethod
     def rows(n: int, seed: int = 0) -> list[dict]:
         rng = random.Random(seed)
-        row = lambda: {"prompt": Toy.text(rng, 3, 20), "chosen": " " + Toy.text(rng, 2, 15), "rejected": " " + Toy.text(rng, 2, 15)}  # noqa: E731, E501
+
+        def row() -> dict:
+            responses = {k: " " + Toy.text(rng, 2, 15) for k in ("chosen", "rejected")}
+            return {"prompt": Toy.text(rng, 3, 20), **responses}
+
         return [row() for _ in range(n)]
 
 

@@ -9,6 +9,7 @@ import types
 import pytest
 import yaml
 
+import fastpo
 from fastpo import cli, config
 from fastpo.errors import DataError, TrainingError
 
@@ -260,6 +261,17 @@ def test_traceback_on_request_and_for_bugs(monkeypatch, trained):
         cli.main(["train", *INPUTS])
 
 
+@pytest.mark.parametrize("command, function", [("quickstart", "run"), ("check", "run_check")])
+def test_other_commands_get_their_options_and_give_their_exit_code(monkeypatch, capsys, command, function):
+    module = types.ModuleType(f"fastpo.{command}")
+    module.add_arguments = lambda parser: parser.add_argument("--two-words", type=int)
+    setattr(module, function, lambda namespace: namespace.two_words)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(fastpo, command, module, raising=False)
+    assert cli.main([command, "--two_words", "1"]) == 1
+    assert "--two" in fail(capsys, command, "--two", "1")
+
+
 # --- help, version, env
 
 
@@ -296,3 +308,78 @@ def test_env_reports_this_machine(capsys):
     assert cli.main(["env"]) == 0
     text = capsys.readouterr().out
     assert torch.__version__ in text and "backends" in text and "cache" in text
+
+
+# --- a real run
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A folder with a saved model of two layers, `model`, and eight pairs, `pairs.jsonl`."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("tiny")
+    words = ["<eos>", "<unk>", *"abcdefghij"]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>").save_pretrained(
+        folder / "model"
+    )
+    shape = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(words), eos_token_id=0, **shape)).save_pretrained(folder / "model")
+    rows = [{"prompt": f"{a} b c", "chosen": f" d {a} e", "rejected": f" {a} {a}"} for a in "abcdefgh"]
+    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+def test_train_end_to_end(tiny, tmp_path, capsys):
+    from transformers import AutoModelForCausalLM
+
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        f"model: {tiny}/model\ntrain_dataset: {tiny}/pairs.jsonl\noutput_dir: {tmp_path}/out\n"
+        "max_steps: 3\nlearning_rate: 1e-3\nper_device_train_batch_size: 4\nlogging_steps: 1\nuse_cpu: true\n"
+    )
+    assert cli.main(["train", "--config", str(path), "--beta", "0.5", "--disable-tqdm"]) == 0
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.hidden_size == 16
+    records = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    losses = [record["loss"] for record in records if "loss" in record]
+    assert len(losses) == 3 and losses[0] == pytest.approx(0.6931, abs=1e-3) and losses[2] < losses[0]
+    saved = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())
+    assert saved["beta"] == 0.5 and saved["learning_rate"] == 1e-3
+    capsys.readouterr()
+    assert str(tmp_path / "out") in fail_last(capsys, "train", "--config", str(path))
+
+
+def fail_last(capsys, *argv):
+    """As `fail`, for mistakes found once the run has begun to say what it does."""
+    assert cli.main(list(argv)) == 2
+    stderr = capsys.readouterr().err
+    assert "Traceback" not in stderr
+    line = stderr.splitlines()[-1]
+    assert line.startswith("fastpo: error: ")
+    return line
+
+
+@pytest.mark.parametrize(
+    "options, word",
+    [
+        (["--train-dataset", "/nowhere/rows.jsonl"], "/nowhere/rows.jsonl"),
+        (["--model", "/nowhere/model"], "/nowhere/model"),
+        (["--loss-type", "dop"], "dpo"),
+        (["--loss-type", "sppo,simpo", "--loss-weights", "1"], "loss_weights"),
+        (["--device", "cuda:7"], "cuda"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_mistakes_of_a_run_are_one_line(tiny, tmp_path, capsys, options, word):
+    inputs = [
+        "--model",
+        f"{tiny}/model",
+        "--train-dataset",
+        f"{tiny}/pairs.jsonl",
+        "--output-dir",
+        str(tmp_path / "out"),
+    ]
+    assert word in fail_last(capsys, "train", *inputs, "--max-steps", "1", *options)

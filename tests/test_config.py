@@ -35,7 +35,9 @@ def test_options_of_transformers_and_trl():
 def test_training_arguments_object():
     from transformers import TrainingArguments
 
-    args = TrainingArguments(output_dir="here", learning_rate=3e-4, max_steps=7, use_cpu=True, lr_scheduler_type="cosine")
+    args = TrainingArguments(
+        output_dir="here", learning_rate=3e-4, max_steps=7, use_cpu=True, lr_scheduler_type="cosine"
+    )
     config = TrainConfig.build(args)
     assert (config.output_dir, config.learning_rate, config.max_steps) == ("here", 3e-4, 7)
     assert config.lr_scheduler_type == "cosine" and config.bf16 is False and config.use_cpu

@@ -552,3 +552,14 @@ def test_extract_prompt_is_trl_s():
         theirs = trl.extract_prompt({"chosen": chosen, "rejected": rejected})
         if chosen[0] == rejected[0] or chosen[-1] != " ":  # else TRL's index of -1 takes nearly all as the prompt
             assert extract_prompt(chosen, rejected) == (theirs["prompt"], theirs["chosen"], theirs["rejected"])
+
+
+def test_a_tokenizer_without_an_unknown_token():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer(models.WordLevel({"<eos>": 0, "x": 1, "y": 2}))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>")
+    (example,), _ = prepare_examples([{"prompt": "x", "chosen": " y", "rejected": " x"}], tokenizer)
+    assert example.prompt_ids.tolist() == [1] and [r.tolist() for r in example.responses] == [[2, 0], [1, 0]]

@@ -82,7 +82,7 @@ def test_value_and_coefficients(pairs, case):
 def test_central_differences(pairs, case):
     name, hyper, *_ = formulas(pairs)[case]
     lw, ll = (pairs[k].clone().requires_grad_() for k in ("lw", "ll"))
-    assert torch.autograd.gradcheck(lambda w, l: call(name, pairs, w, l, **hyper), (lw, ll), eps=1e-6, atol=1e-4)
+    assert torch.autograd.gradcheck(lambda w, r: call(name, pairs, w, r, **hyper), (lw, ll), eps=1e-6, atol=1e-4)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -120,7 +120,11 @@ def test_extreme_margins_stay_finite(pairs):
 
 def test_defaults_follow_the_loss():
     hyper = {t.name: t.hyper for t in resolve_terms(["sigmoid", "simpo", "sppo", "ipo", "sft"])}
-    assert hyper["dpo"]["beta"] == 0.1 and hyper["simpo"] == {"beta": 2.0, "gamma_beta_ratio": 0.5, "label_smoothing": 0}
+    assert hyper["dpo"]["beta"] == 0.1 and hyper["simpo"] == {
+        "beta": 2.0,
+        "gamma_beta_ratio": 0.5,
+        "label_smoothing": 0,
+    }
     assert hyper["sppo"]["beta"] == 0.001 and hyper["ipo"]["beta"] == 0.1 and hyper["sft"] == {}
     assert [t.hyper["beta"] for t in resolve_terms(["dpo", "simpo"], beta=0.7)] == [0.7, 0.7]
 
@@ -147,6 +151,8 @@ def test_segment_sum_with_empty_segments():
     values = torch.randn(9, dtype=torch.float64, requires_grad=True)
     offsets = torch.tensor([0, 0, 4, 4, 9, 9], dtype=torch.int32)
     out = segment_sum(values, offsets)
-    torch.testing.assert_close(out, torch.stack([values[a:b].sum() for a, b in zip(offsets, offsets[1:], strict=False)]))
+    torch.testing.assert_close(
+        out, torch.stack([values[a:b].sum() for a, b in zip(offsets, offsets[1:], strict=False)])
+    )
     assert torch.autograd.gradcheck(lambda v: segment_sum(v, offsets), (values,))
     assert segment_sum(values[:0], torch.zeros(3, dtype=torch.int32)).tolist() == [0, 0]

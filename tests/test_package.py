@@ -237,7 +237,7 @@ def test_import_is_light_and_exports_resolve(tmp_path):
 
 def test_sdist_holds_the_sources(unpacked):
     for folder in ("fastpo", "kernels", "csrc"):
-        wanted = {p.relative_to(ROOT) for p in (ROOT / folder).rglob("*") if p.suffix in (".py", ".cpp", ".h", ".hpp")}
+        wanted = {p.relative_to(ROOT) for p in (ROOT / folder).rglob("*") if p.suffix in (".py", ".cpp", ".inc", ".h")}
         assert wanted
         assert not {path for path in wanted if not (unpacked / path).is_file()}
 
@@ -251,16 +251,22 @@ def test_wheel_contents(wheel):
         wanted = {f"{into}/{p.name}" for p in (ROOT / folder).glob("*.py")}
         assert wanted <= names
     assert "fastpo/py.typed" in names
-    assert not any(name.endswith((".cpp", ".h", ".pth")) for name in names)
+    assert not any(name.endswith((".cpp", ".inc", ".h", ".pth")) for name in names)
     assert "License-Expression: Apache-2.0" in metadata
     if shutil.which(os.environ.get("CXX", "c++")):
         assert any(name.startswith("fastpo/_C") and name.endswith(".so") for name in names)
+        assert "-cp311-abi3-" in wheel.name  # the stable ABI: one wheel for every Python
 
 
 @pytest.mark.parametrize(
     "kind, kernels",
-    [("wheel", "none"), ("wheel", "stand-in"), ("wheel", "real"), ("editable", "none"), ("editable", "stand-in")],
-    ids="-".join,
+    [
+        pytest.param("wheel", "none", id="wheel"),
+        pytest.param("wheel", "stand-in", id="wheel-beside-stand-in"),
+        pytest.param("wheel", "real", id="wheel-beside-real-kernels"),
+        pytest.param("editable", "none", id="editable"),
+        pytest.param("editable", "stand-in", id="editable-beside-stand-in"),
+    ],
 )
 def test_installed(kind, kernels, request, tmp_path):
     environment = CleanEnvironment(tmp_path / "venv")

@@ -53,7 +53,9 @@ def test_columns_reach_their_pairs_and_tokens():
     torch.testing.assert_close(batch.win_prob_rejected, torch.tensor([0.3, 0.1]))
     assert batch.ref_logp.tolist() == [x for i in (1, 0) for r in ref[i] for x in r.tolist()]
     lengths = [len(r) for e in (b, a) for r in e.responses]
-    assert batch.nll_weight.tolist() == [1.0] * lengths[0] + [0.0] * lengths[1] + [2.0] * lengths[2] + [0.0] * lengths[3]
+    assert (
+        batch.nll_weight.tolist() == [1.0] * lengths[0] + [0.0] * lengths[1] + [2.0] * lengths[2] + [0.0] * lengths[3]
+    )
     assert nll_tokens(a) == len(a.responses[0])
     # a column that only some rows have is no column
     assert collate([a, example(rng)], [0, 1]).win_prob_chosen is None

@@ -14,14 +14,15 @@ from fastpo.errors import ConfigError, DataError, DeviceError, FastpoError, Trai
 LR = 1e-2
 
 
-@pytest.fixture
-def run(toy, tmp_path):
-    """`run(model, rows, **options)`: a short, quiet run in a fresh folder."""
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def run(toy, tmp_path, request):
+    """`run(model, rows, **options)`: a short, quiet fp32 run in a fresh folder; on a GPU too with -m gpu."""
     count = iter(range(1000))
 
     def call(model=None, rows=None, *, rest=None, **options):
         defaults = dict(
-            output_dir=str(tmp_path / f"run{next(count)}"), disable_tqdm=True, use_cpu=True, logging_steps=1, max_steps=3,
+            output_dir=str(tmp_path / f"run{next(count)}"), disable_tqdm=True, use_cpu=request.param == "cpu",
+            bf16=False, logging_steps=1, max_steps=3,
             learning_rate=LR, lr_scheduler_type="constant", gradient_checkpointing=False, save_final=False,
         )  # fmt: skip
         return fastpo.train(
@@ -33,7 +34,7 @@ def run(toy, tmp_path):
 
 
 def weights(model) -> torch.Tensor:
-    return torch.cat([p.detach().double().flatten() for p in model.parameters()])
+    return torch.cat([p.detach().double().flatten().cpu() for p in model.parameters()])
 
 
 def plain_logps(model, tokenizer, prompt: str, response: str) -> torch.Tensor:
@@ -68,11 +69,11 @@ def plain_training(toy, rows, steps, batch, loss, max_grad_norm=1.0, optimizer=t
 
 
 PLAIN = {
-    "dpo": ({}, lambda w, l, rw, rl: -logsigmoid(0.1 * (w.sum() - rw.sum() - l.sum() + rl.sum()))),
-    "ipo": ({}, lambda w, l, rw, rl: ((w - rw).mean() - (l - rl).mean() - 5) ** 2),
-    "hinge": ({}, lambda w, l, rw, rl: torch.relu(1 - 0.1 * (w.sum() - rw.sum() - l.sum() + rl.sum()))),
-    "simpo": ({}, lambda w, l, rw, rl: -logsigmoid(2 * (w.mean() - l.mean()) - 1)),
-    "sppo_hard": ({"beta": 0.1}, lambda w, l, rw, rl: ((w - rw).sum() - 5) ** 2 + ((l - rl).sum() + 5) ** 2),
+    "dpo": ({}, lambda w, r, rw, rr: -logsigmoid(0.1 * (w.sum() - rw.sum() - r.sum() + rr.sum()))),
+    "ipo": ({}, lambda w, r, rw, rr: ((w - rw).mean() - (r - rr).mean() - 5) ** 2),
+    "hinge": ({}, lambda w, r, rw, rr: torch.relu(1 - 0.1 * (w.sum() - rw.sum() - r.sum() + rr.sum()))),
+    "simpo": ({}, lambda w, r, rw, rr: -logsigmoid(2 * (w.mean() - r.mean()) - 1)),
+    "sppo_hard": ({"beta": 0.1}, lambda w, r, rw, rr: ((w - rw).sum() - 5) ** 2 + ((r - rr).sum() + 5) ** 2),
 }
 
 
@@ -108,8 +109,7 @@ def test_packing_and_accumulation_change_nothing(toy, run, loss):
     for name, result in runs.items():
         assert (weights(result.model) - base).abs().max() < 1e-6, name
         assert result.log_history[0]["loss"] == pytest.approx(runs[1].log_history[0]["loss"], rel=1e-6), name
-    used = {n: round(1 / (r.log_history[0]["packing_efficiency"] * 1)) for n, r in runs.items() if n == 16}
-    assert used  # a budget of one token really made a micro-batch of every pair
+    # a budget of one token is exceeded by every micro-batch; the others are within theirs
     assert runs[16].log_history[0]["packing_efficiency"] > 1 > runs[1].log_history[0]["packing_efficiency"]
 
 
@@ -228,11 +228,11 @@ def test_lora(toy, run, tmp_path):
     result = run(base, rest={"peft_config": config()}, output_dir=folder, save_final=True, gradient_checkpointing=True)
     losses = [line["loss"] for line in result.log_history if "loss" in line]
     assert losses[0] == pytest.approx(math.log(2), abs=1e-6) and losses[-1] < losses[0]
-    frozen = torch.cat([p.detach().double().flatten() for n, p in base.named_parameters() if "lora_" not in n])
+    frozen = torch.cat([p.detach().double().flatten().cpu() for n, p in base.named_parameters() if "lora_" not in n])
     assert torch.equal(frozen, before)
     again = peft.PeftModel.from_pretrained(toy.model(), folder, is_trainable=True)
     saved = {k: v for k, v in again.state_dict().items() if "lora_" in k}
-    assert saved and all(torch.equal(v, result.model.state_dict()[k]) for k, v in saved.items())
+    assert saved and all(torch.equal(v, result.model.state_dict()[k].cpu()) for k, v in saved.items())
     # a trained adapter that is continued is its own reference
     assert run(again).log_history[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     with pytest.raises(ConfigError, match="has an adapter already"):
@@ -247,7 +247,7 @@ def test_bf16_weights_accumulate_in_fp32(toy, run):
 
     class Keep(torch.optim.SGD):
         def step(self, closure=None):
-            seen["grad"] = torch.cat([p.grad.flatten().double() for g in self.param_groups for p in g["params"]])
+            seen["grad"] = torch.cat([p.grad.flatten().double().cpu() for g in self.param_groups for p in g["params"]])
 
     def gradient(model, **more):
         optimizer = Keep(model.parameters(), lr=1.0)
@@ -338,7 +338,9 @@ def test_an_interrupted_run_saves_its_weights(run, tmp_path):
 def test_non_finite_steps_are_skipped_counted_and_stop_the_run(toy, run):
     rows = [{**r, "weight": math.inf if i == 2 else 1.0} for i, r in enumerate(toy.rows(8))]
     rows = [{**r, "weight": 3e38} if math.isinf(r["weight"]) else r for r in rows]  # overflows in fp32
-    options = dict(per_device_train_batch_size=1, train_sampling_strategy="sequential", loss_type="sppo_hard", max_steps=4)
+    options = dict(
+        per_device_train_batch_size=1, train_sampling_strategy="sequential", loss_type="sppo_hard", max_steps=4
+    )
     result = run(rows=rows, **options)
     assert result.metrics["skipped_steps"] == 1 and torch.isfinite(weights(result.model)).all()
     with pytest.raises(TrainingError, match="1 steps in a row had a non-finite"):

@@ -1,0 +1,275 @@
+"""`fastpo check`: every op, backend and cost regime of this machine against the fp64 reference.
+
+The criterion is the project's: the error against fp64 is at most 1.5 times that of plain PyTorch on the same inputs
+(the GEMM in the input dtype, the rest in fp32, autograd), plus eps32 * max|logits|: log-probabilities are differences
+of logits, and rounding one of them once costs that much. Errors are root mean squares over a tensor; the largest single
+error, which is one draw, may be 4 times plain PyTorch's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastpo import ops
+from fastpo.errors import DeviceError
+from fastpo.kernels import reference
+
+REGIMES = ("none", "frozen", "kept", "sliced")
+SOFTCAPPED = {"softcap": 20.0, "logit_scale": 0.5}
+
+
+@dataclass(frozen=True)
+class Case:
+    """Inputs of one comparison. `kind`: normal, negative (all logits below 0), offset (all near 1e3), rising (each
+    tile's logits above the last one's, by more than fp32's exp can span in all), peaked (p(target) nearly 1)."""
+
+    n: int
+    d: int
+    v: int
+    kind: str = "normal"
+    bias: bool = False
+    softcap: float | None = None
+    logit_scale: float = 1.0
+    ignored: bool = True  # some targets are -100
+
+    def __str__(self) -> str:
+        extras = [self.kind] if self.kind != "normal" else []
+        extras += ["bias"] if self.bias else []
+        extras += [f"cap{self.softcap:g}"] if self.softcap else []
+        extras += [f"scale{self.logit_scale:g}"] if self.logit_scale != 1 else []
+        return " ".join([f"{self.n}x{self.d}x{self.v}", *extras])
+
+    def tensors(self, dtype: torch.dtype, device: str, seed: int = 0) -> dict[str, Tensor]:
+        """hidden, weight, target, bias (perhaps) and the upstream gradient, non-uniform."""
+        generator = torch.Generator().manual_seed(seed)
+        hidden = torch.randn(self.n, self.d, generator=generator)
+        weight = torch.randn(self.v, self.d, generator=generator) * (2 / self.d**0.5)
+        target = torch.randint(0, self.v, (self.n,), generator=generator)
+        bias = torch.randn(self.v, generator=generator)
+        upstream = torch.randn(self.n, generator=generator)
+        # Half of the columns shift the logits of a token, for all rows alike: 10 in hidden times `step` in weight.
+        half, step = self.d // 2, 1 / (10 * max(1, self.d // 2))
+        if self.kind in ("negative", "offset"):
+            hidden[:, :half], weight[:, :half] = 10.0, (-1000.0 if self.kind == "negative" else 1000.0) * step
+        elif self.kind == "rising":
+            hidden[:, :half], weight[:, :half] = 10.0, torch.linspace(0, 240, self.v).unsqueeze(1) * step
+        elif self.kind == "peaked":
+            hidden += 6 * weight[target] / weight[target].square().sum(1, keepdim=True).sqrt()
+        if self.ignored and self.n > 2:
+            target[1::5] = -100
+        out = {"hidden": hidden, "weight": weight, "bias": bias} if self.bias else {"hidden": hidden, "weight": weight}
+        out = {name: t.to(device, dtype) for name, t in out.items()}
+        return out | {"target": target.to(device), "upstream": upstream.to(device)}
+
+
+@dataclass(frozen=True)
+class Result:
+    """One comparison: the output whose error came nearest to what is allowed, or went over it."""
+
+    op: str
+    shape: str
+    dtype: torch.dtype
+    backend: str
+    regime: str
+    output: str
+    error: float
+    allowed: float
+
+    @property
+    def ok(self) -> bool:
+        return self.error <= self.allowed  # False for NaN
+
+
+def head_outputs(fn, tensors: dict[str, Tensor], regime: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """fn(hidden, weight, target, bias) -> (logp, entropy), with the gradients that the regime asks for."""
+    trained = {"none": (), "frozen": ("hidden",)}.get(regime, ("hidden", "weight", "bias"))
+    x = {n: t.detach().to(dtype or t.dtype, copy=True) for n, t in tensors.items() if n in ("hidden", "weight", "bias")}
+    for name in x:
+        x[name].requires_grad_(name in trained)
+    logp, entropy = fn(x["hidden"], x["weight"], tensors["target"], x.get("bias"))
+    if trained:
+        logp.backward(tensors["upstream"].to(logp.dtype))
+    grads = {f"d{name}": t.grad for name, t in x.items() if t.grad is not None}
+    return {"logp": logp.detach(), "entropy": entropy, **grads}
+
+
+def head_results(
+    case: Case, dtype: torch.dtype, device: str, backends: list[str], regimes: tuple[str, ...] = REGIMES
+) -> Iterator[Result]:
+    """`linear_logprob` in every backend and regime: its worst output each."""
+    tensors = case.tensors(dtype, device)
+    rule = {"softcap": case.softcap, "logit_scale": case.logit_scale, "return_entropy": True}
+
+    def plain(*args: Tensor) -> tuple[Tensor, Tensor]:
+        return reference.linear_logprob(*args, **rule)
+
+    exact = head_outputs(plain, tensors, "kept", torch.float64)
+    naive = head_outputs(plain, tensors, "kept")
+    magnitude = _largest_logit(case, tensors)
+    for backend in backends:
+        for regime in regimes:
+            budget = {"kept": 1 << 62, "sliced": 0}.get(regime)
+
+            def fused(*args: Tensor, budget=budget, backend=backend) -> tuple[Tensor, Tensor]:
+                return ops.linear_logprob(*args, **rule, memory_budget=budget, backend=backend)
+
+            ours = head_outputs(fused, tensors, regime)
+            errors = {name: budgeted_error(ours[name], naive[name], exact[name], magnitude) for name in ours}
+            yield _worst("linear_logprob", str(case), dtype, backend, regime, errors)
+
+
+def _largest_logit(case: Case, tensors: dict[str, Tensor]) -> float:
+    raw = tensors["hidden"].double() @ tensors["weight"].double().t()
+    raw += tensors.get("bias", raw.new_zeros(()))
+    return reference.logit_rule(raw, case.softcap, case.logit_scale).abs().max().item()
+
+
+def budgeted_error(ours: Tensor, naive: Tensor, exact: Tensor, magnitude: float) -> tuple[float, float]:
+    """(error, allowed) of one tensor, of the norm that is nearer to its limit; NaN where ours is not finite."""
+    if ours.shape != exact.shape or not ours.isfinite().all():
+        return float("nan"), 0.0
+    floor = torch.finfo(torch.float32).eps * magnitude
+    if ours.dtype == torch.float64:
+        floor = torch.finfo(torch.float64).eps * 100 * max(1.0, magnitude)
+    worst = (0.0, floor)
+    for norm, factor in ((_rms, 1.5), (_largest, 4.0)):
+        # A gradient's elements scale with the operands; the floor scales with the tensor's own size.
+        scale = min(1.0, norm(exact)) if exact.dim() > 1 else 1.0
+        error, allowed = norm(ours.double() - exact), factor * norm(naive.double() - exact) + floor * scale
+        if error * worst[1] >= worst[0] * allowed:
+            worst = (error, allowed)
+    return worst
+
+
+def _rms(x: Tensor) -> float:
+    return x.square().mean().sqrt().item() if x.numel() else 0.0
+
+
+def _largest(x: Tensor) -> float:
+    return x.abs().max().item() if x.numel() else 0.0
+
+
+def _worst(
+    op: str, shape: str, dtype: torch.dtype, backend: str, regime: str, errors: dict[str, tuple[float, float]]
+) -> Result:
+    def ratio(name: str) -> float:
+        error, allowed = errors[name]
+        return float("inf") if error != error else error / allowed if allowed else float(error > 0)
+
+    output = max(errors, key=ratio)
+    return Result(op, shape, dtype, backend, regime, output, *errors[output])
+
+
+def preference_results(device: str, backends: list[str]) -> Iterator[Result]:
+    """`preference_loss` for every loss: total, per-pair outputs and the gradient of every token."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.tensor([1, 7, 200, 1500, 33, 4, 60, 61])
+    offsets = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)]).int().to(device)
+    logp, ref = (-3 * torch.rand(2, int(lengths.sum()), generator=generator)).to(device)
+    weight, win, lose = torch.rand(3, 4, generator=generator).to(device)
+    layouts = {"unique": [[0, 1], [2, 3], [5, 4], [7, 6]], "shared": [[0, 1], [2, 1], [2, 6], [7, 2]]}
+    for loss_type in reference.LOSS_TYPES:
+        hyper = {"loss_type": loss_type, "beta": 0.3, "gamma_beta_ratio": 0.5}
+        hyper["label_smoothing"] = 0.1 if loss_type in ("dpo", "robust", "simpo") else 0.0
+        for layout, rows in layouts.items():
+            pairs = torch.tensor(rows, dtype=torch.int32, device=device)
+
+            def plain(x: Tensor, pairs=pairs, hyper=hyper) -> tuple[Tensor, ...]:
+                wide = [t.to(x.dtype) for t in (ref, win, lose)]
+                out = reference.preference_loss(x, wide[0], offsets, pairs, *wide[1:], **hyper)
+                return ((weight.to(x.dtype) * out.losses).sum(), *out)
+
+            exact, naive = (_preference_outputs(plain, logp.to(dtype)) for dtype in (torch.float64, torch.float32))
+            magnitude = exact["chosen_logps"].abs().max().item()
+            for backend in backends:
+
+                def fused(x: Tensor, pairs=pairs, hyper=hyper, backend=backend, layout=layout) -> tuple[Tensor, ...]:
+                    options = {"unique": layout == "unique", "backend": backend, **hyper}
+                    total, out = ops.preference_loss(x, ref, offsets, pairs, weight, win, lose, **options)
+                    return total, *out
+
+                ours = _preference_outputs(fused, logp)
+                # Losses and coefficients are at most quadratic in the sums, with slopes of the size of their values.
+                errors = {
+                    name: budgeted_error(
+                        ours[name], naive[name], exact[name], magnitude * max(1.0, exact[name].abs().max().item())
+                    )
+                    for name in exact
+                }
+                yield _worst(f"preference {loss_type}", f"4 pairs {layout}", torch.float32, backend, "-", errors)
+
+
+def _preference_outputs(fn, logp: Tensor) -> dict[str, Tensor]:
+    x = logp.detach().clone().requires_grad_()
+    total, *terms = fn(x)
+    total.backward()
+    names = ops.PreferenceOutput._fields
+    return {"total": total.detach(), **{n: t.detach() for n, t in zip(names, terms)}, "dlogp": x.grad}
+
+
+def cases(device: str) -> Iterator[tuple[Case, torch.dtype]]:
+    """What `fastpo check` runs: odd shapes, real vocabularies, the logit rules of real models, extreme logits."""
+    fp32, bf16, fp16 = torch.float32, torch.bfloat16, torch.float16
+    rules = [{}, {"bias": True}, SOFTCAPPED, {**SOFTCAPPED, "bias": True}, {"logit_scale": 0.0625}]
+    for dtype in (fp32, bf16, fp16):
+        for rule in rules:
+            yield Case(67, 40, 5003, **rule), dtype
+        for kind in ("negative", "offset", "rising", "peaked"):
+            yield Case(33, 24, 9001, kind), dtype
+    yield Case(9, 16, 701), torch.float64
+    for shape in ((1, 1, 1), (1, 8, 17), (3, 130, 257)):
+        yield Case(*shape, bias=True), fp32
+    if device == "cpu":
+        yield Case(60, 40, 50257, bias=True), fp32
+        yield Case(12, 40, 151936), bf16
+        return
+    for v in (50257, 128256, 151936, 256000):
+        yield Case(520, 256, v), bf16
+        yield Case(70, 136, v, bias=True, **SOFTCAPPED), bf16
+    yield Case(66000, 64, 1031), bf16
+    yield Case(2100, 1024, 128256), bf16
+
+
+def _table(results: list[Result]) -> str:
+    header = ("op", "shape", "dtype", "backend", "regime", "worst", "error", "allowed", "")
+    rows = [
+        (r.op, r.shape, str(r.dtype).removeprefix("torch."), r.backend, r.regime, r.output)
+        + (f"{r.error:.2e}", f"{r.allowed:.2e}", "ok" if r.ok else "FAILED")
+        for r in results
+    ]
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in [header, *rows])
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    parser.add_argument("--quiet", action="store_true", help="print failures and the count only")
+
+
+def run_check(options: argparse.Namespace | None = None, *, device: str | None = None, verbose: bool = True) -> int:
+    """Check everything that runs on `device`, print a table; 0 if all is within the criterion, else 1."""
+    if options is not None:
+        device, verbose = options.device, not options.quiet
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise DeviceError(f"device {device!r} was asked for, but torch.cuda.is_available() is False")
+    begin = time.perf_counter()
+    on_cpu = device == "cpu"
+    backends = [b for b in ops.available_backends() if (b == "cpu") <= on_cpu and (b == "triton") <= (not on_cpu)]
+    results: list[Result] = []
+    for case, dtype in cases(device):
+        able = [b for b in backends if dtype in ops.NATIVE_DTYPES[b]]
+        results += head_results(case, dtype, device, able)
+    results += preference_results(device, [b for b in backends if b != "cpu"])
+    failed = [r for r in results if not r.ok]
+    if verbose or failed:
+        print(_table(results if verbose else failed))
+    seconds = time.perf_counter() - begin
+    print(f"{len(results) - len(failed)} of {len(results)} checks passed on {device} in {seconds:.1f} s")
+    return 1 if failed else 0
