@@ -11,7 +11,7 @@ setup(
             sources=["csrc/ext.cpp"],
             depends=["csrc/tile.inc"],
             language="c++",
-            extra_compile_args=[] if sys.platform == "win32" else ["-std=c++17", "-O3", "-g0", "-Wno-psabi"],
+            extra_compile_args=[] if sys.platform == "win32" else ["-std=c++17", "-O2", "-g0", "-Wno-psabi"],
             define_macros=[("Py_LIMITED_API", "0x030B0000")],
             py_limited_api=True,
             optional=True,  # without a compiler the install succeeds, and PyTorch code does the same

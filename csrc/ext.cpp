@@ -6,6 +6,7 @@
 
 #include <math.h>
 #include <stdint.h>
+#include <string.h>
 
 #include <atomic>
 #include <thread>
@@ -102,19 +103,22 @@ struct Isa {
   RowsFn rows;
 };
 
-Isa pick_isa() {
+// The best instruction set that this machine has, or the one named; rows is null where it cannot run here.
+Isa pick_isa(const char* wanted) {
+  const bool any = wanted == nullptr;
 #if FASTPO_X86
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    return {"avx512", avx512::rows};
-  if (avx2) return {"avx2", avx2::rows};
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (has_avx512 && (any || !strcmp(wanted, "avx512"))) return {"avx512", avx512::rows};
+  if (has_avx2 && (any || !strcmp(wanted, "avx2"))) return {"avx2", avx2::rows};
 #endif
-  return {"generic", generic::rows};
+  if (any || !strcmp(wanted, "generic")) return {"generic", generic::rows};
+  return {wanted, nullptr};
 }
 
-const Isa kIsa = pick_isa();
+Isa current_isa = pick_isa(nullptr);
 
 // PyTorch's own OpenMP team, when found: its threads are awake between two GEMMs, and a second pool would fight them for
 // the cores. Every OpenMP runtime on Linux exports this entry point.
@@ -130,7 +134,7 @@ void work_through(void* arg) {
   Work* work = static_cast<Work*>(arg);
   const int64_t rows = work->tile->rows;
   for (int64_t begin; (begin = work->next.fetch_add(kRowsPerTake)) < rows;)
-    kIsa.rows(*work->tile, begin, begin + kRowsPerTake < rows ? begin + kRowsPerTake : rows);
+    current_isa.rows(*work->tile, begin, begin + kRowsPerTake < rows ? begin + kRowsPerTake : rows);
 }
 
 // A row's result does not depend on which thread computes it, so neither does anything on the number of threads.
@@ -193,10 +197,11 @@ PyObject* tile_pass(PyObject*, PyObject* args) {
 
 PyObject* use_openmp_of(PyObject*, PyObject* args) {
   const char* path;
-  if (!PyArg_ParseTuple(args, "s", &path)) return nullptr;
+  if (!PyArg_ParseTuple(args, "z", &path)) return nullptr;
+  gomp_parallel = nullptr;
 #if defined(__linux__) || defined(__APPLE__)
   // A handle's symbols include those of its dependencies: this finds the runtime that PyTorch itself is linked to.
-  if (void* handle = dlopen(path, RTLD_LAZY | RTLD_NOLOAD))
+  if (void* handle = path ? dlopen(path, RTLD_LAZY | RTLD_NOLOAD) : nullptr)
     gomp_parallel = reinterpret_cast<GompParallel>(dlsym(handle, "GOMP_parallel"));
 #endif
   return PyBool_FromLong(gomp_parallel != nullptr);
@@ -215,14 +220,24 @@ PyObject* advise_huge_pages(PyObject*, PyObject* args) {
   return PyBool_FromLong(done);
 }
 
-PyObject* isa(PyObject*, PyObject*) { return PyUnicode_FromString(kIsa.name); }
+PyObject* isa(PyObject*, PyObject*) { return PyUnicode_FromString(current_isa.name); }
+
+PyObject* use_isa(PyObject*, PyObject* args) {
+  const char* name;
+  if (!PyArg_ParseTuple(args, "z", &name)) return nullptr;
+  const Isa found = pick_isa(name);
+  if (found.rows) current_isa = found;
+  return PyBool_FromLong(found.rows != nullptr);
+}
 
 PyMethodDef methods[] = {
     {"tile_pass", tile_pass, METH_VARARGS,
      "One pass over a tile of logits; arguments are the fields of struct Tile in order, then the number of threads."},
-    {"use_openmp_of", use_openmp_of, METH_VARARGS, "Run on the OpenMP threads of a loaded library; whether it has any."},
+    {"use_openmp_of", use_openmp_of, METH_VARARGS,
+     "Run on the OpenMP threads of a loaded library (None: on threads of its own); whether it has any."},
     {"advise_huge_pages", advise_huge_pages, METH_VARARGS, "Ask for huge pages for memory not yet touched."},
     {"isa", isa, METH_NOARGS, "The instruction set in use: avx512, avx2 or generic."},
+    {"use_isa", use_isa, METH_VARARGS, "Use this instruction set (None: the best one); whether it is there."},
     {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "fastpo._C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};

@@ -7,6 +7,7 @@ T = packed tokens, N = head rows (completion tokens), D = hidden size, V = vocab
 """
 
 import contextlib
+import inspect
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -372,10 +373,17 @@ def _own_logps(policy: Policy, examples: "Sequence[Example]", device: torch.devi
 
 def _own_row(model: nn.Module, row: Tensor, response_length: int) -> tuple[Tensor, Tensor]:
     """(log-probabilities [response_length] of the row's last tokens, the largest magnitude of them and the logits)."""
-    logits = model(input_ids=row[None, :-1], use_cache=False).logits[0, -response_length:]
+    keep = {"logits_to_keep": response_length} if _keeps_logits(model) else {}  # the head on the response alone
+    logits = model(input_ids=row[None, :-1], use_cache=False, **keep).logits[0, -response_length:]
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     logp = wide.log_softmax(-1).gather(-1, row[-response_length:, None]).squeeze(-1)
     return logp, torch.maximum(wide.abs().max(), logp.abs().max())
+
+
+def _keeps_logits(model: nn.Module) -> bool:
+    """Whether the model's forward takes `logits_to_keep`, through a PEFT wrapper too."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return "logits_to_keep" in inspect.signature(inner.forward).parameters
 
 
 def _nudged(out: Tensor, eps: float) -> Tensor:

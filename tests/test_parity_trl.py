@@ -1,4 +1,4 @@
-"""bench/parity_trl.py passes, one loss at a time. Needs TRL: here, or in the interpreter FASTPO_BENCH_PYTHON names."""
+"""bench/parity_trl.py passes, case by case. Needs TRL: here, or in the interpreter FASTPO_BENCH_PYTHON names."""
 
 import importlib.util
 import os
@@ -21,8 +21,8 @@ def _python() -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "hinge", "simpo"])
-def test_parity_with_trl(loss_type, tmp_path):
+@pytest.mark.parametrize("case", ["sigmoid", "ipo", "hinge", "shuffled", "simpo"])
+def test_parity_with_trl(case, tmp_path):
     python = _python()
     if not DATA.exists():
         pytest.skip(f"{DATA} is not there (FASTPO_BENCH_DATA names its folder)")
@@ -35,7 +35,7 @@ def test_parity_with_trl(loss_type, tmp_path):
     }
     script = ROOT / "bench" / "parity_trl.py"
     run = subprocess.run(
-        [python, str(script), "--loss", loss_type, "--no-write"], env=environment, capture_output=True, text=True
+        [python, str(script), "--case", case, "--no-write"], env=environment, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stdout + run.stderr[-4000:]
-    assert f"| {loss_type} |" in run.stdout
+    assert f"| {case} |" in run.stdout

@@ -310,8 +310,9 @@ def test_callbacks_steer(run):
     events = []
 
     class Stop(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
             events.append(state.global_step)
+            model.generate(torch.tensor([[5, 6]], device=model.device), max_new_tokens=2, pad_token_id=0)
             control.should_training_stop = state.global_step == 2
 
         def on_log(self, args, state, control, logs=None, **kwargs):
