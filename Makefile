@@ -72,7 +72,9 @@ test: $(VENV)/.installed-dev
 	exit $$rc
 
 bench: $(VENV)/.installed-bench
-	$(BIN)/pytest bench --benchmark-only $(ARGS)
+	$(BIN)/python bench/bench_head.py
+	$(BIN)/python bench/parity_trl.py
+	$(BIN)/python bench/train_vs_trl.py
 
 clean:
 	rm -rf build dist *.egg-info fastpo/*.so .pytest_cache .mypy_cache .ruff_cache .benchmarks

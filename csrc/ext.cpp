@@ -9,6 +9,7 @@
 #include <string.h>
 
 #include <atomic>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -147,7 +148,11 @@ void run(const Tile& tile, int threads) {
       return;
     }
     std::vector<std::thread> helpers;
-    for (int i = 1; i < threads; i++) helpers.emplace_back(work_through, &work);
+    try {
+      for (int i = 1; i < threads; i++) helpers.emplace_back(work_through, &work);
+    } catch (const std::system_error&) {
+      // No more threads to be had: those that started share the rows.
+    }
     work_through(&work);
     for (auto& helper : helpers) helper.join();
     return;

@@ -9,6 +9,7 @@ T = packed tokens, C = chains, H = query heads, G = key and value heads (H a mul
 
 import functools
 import importlib.util
+import inspect
 import os
 from dataclasses import dataclass
 from typing import Any, Self
@@ -195,7 +196,9 @@ def _varlen_attention(
     # One head size for all three, a multiple of 8: zeros add nothing to the scores, and their columns are cut off.
     head_v = value.shape[-1]
     head = -(-max(query.shape[-1], head_v) // 8) * 8
-    q, k, v = (F.pad(x[0].transpose(0, 1), (0, head - x.shape[-1])) for x in (query, key, value))  # [T, heads, head]
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, head]
+    # F.pad copies even where there is nothing to add.
+    q, k, v = (x if x.shape[-1] == head else F.pad(x, (0, head - x.shape[-1])) for x in (q, k, v))
     cu_seqlens = layout.cu_seqlens_device.to(q.device, non_blocking=True)  # a model may span devices
     window_size = (-1, 0) if window is None else (window - 1, 0)  # tokens before, tokens after
     if backend == "flash_attn":
@@ -229,9 +232,17 @@ def _varlen_attention(
             layout.max_seqlen,
             scale=scale,
             window_size=window_size,
-            enable_gqa=q.shape[1] != k.shape[1],
+            **_gqa(q.shape[1] != k.shape[1]),
         )
     return out[..., :head_v].unsqueeze(0)
+
+
+@functools.cache
+def _gqa(grouped: bool) -> dict[str, Any]:
+    """PyTorch 2.11's varlen_attn takes grouped heads as they come; from 2.12 on it wants to be told."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return {"enable_gqa": True} if grouped and "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
 def _segment_attention(

@@ -424,6 +424,7 @@ def triton_forward(head: Head, regime: str, entropy: bool) -> Kept:
     if regime == "kept":
         saved, block = x.new_empty(n, saved_columns(v_size, "triton")), max(n, 1)
         logits = saved[:, :v_size]
+        saved[:, v_size:] = 0.0
     else:
         logits = kernels.empty_logits(block, v_size, x.dtype, x.device)
         saved = logp.new_empty(x.shape if regime == "frozen" else 0)

@@ -7,7 +7,9 @@ accepted is an option that has its effect.
 
 import dataclasses
 import difflib
+import functools
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,7 +82,7 @@ class TrainConfig:
     adam_beta1: float = _opt(0.9, "optimisation", "AdamW's beta1")
     adam_beta2: float = _opt(0.999, "optimisation", "AdamW's beta2")
     adam_epsilon: float = _opt(1e-8, "optimisation", "AdamW's epsilon")
-    max_grad_norm: float = _opt(1.0, "optimisation", "gradients are scaled down to this norm (0: never)")
+    max_grad_norm: float = _opt(1.0, "optimisation", "gradients are scaled down to this norm (0 or less: never)")
     max_nonfinite_steps: int = _opt(5, "optimisation", "stop after this many non-finite steps in a row; each is skipped")
 
     bf16: bool | None = _opt(None, "precision and memory", "autocast to bfloat16 over the weights as loaded (None: on a GPU that has it)")
@@ -88,7 +90,7 @@ class TrainConfig:
     gradient_checkpointing_kwargs: dict | None = _opt(None, "precision and memory", "arguments of gradient_checkpointing_enable")
     logits_memory_budget: int | None = _opt(None, "precision and memory", "bytes that the head may keep from forward to backward (None: DESIGN's rule; 0: nothing of size N x V)")
 
-    eval_strategy: str = _opt("no", "evaluation", "when to evaluate", ("no", "steps", "epoch"))
+    eval_strategy: str = _opt("no", "evaluation", "when to evaluate; steps where eval_steps is set", ("no", "steps", "epoch"))
     eval_steps: float | None = _opt(None, "evaluation", "steps between evaluations (None: logging_steps); below 1, a share of all steps")
     eval_on_start: bool = _opt(False, "evaluation", "evaluate before the first step")
 
@@ -98,7 +100,7 @@ class TrainConfig:
     report_to: str | list[str] = _opt("none", "logging", "none: metrics go to output_dir/metrics.jsonl")
     run_name: str | None = _opt(None, "logging", "name of the run, kept in config.yaml")
 
-    save_strategy: str = _opt("no", "saving", "when to save the model beside the final save", ("no", "steps", "epoch"))
+    save_strategy: str = _opt("no", "saving", "when to save the model beside the final save; steps where save_steps is set", ("no", "steps", "epoch"))
     save_steps: float = _opt(500, "saving", "steps between saves; below 1, a share of all steps")
     save_total_limit: int | None = _opt(None, "saving", "how many checkpoint folders to keep")
     save_final: bool = _opt(True, "saving", "save the model in output_dir at the end")
@@ -113,13 +115,16 @@ class TrainConfig:
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size",
                      "num_train_epochs", "adam_epsilon", "logging_steps", "save_steps", "max_nonfinite_steps"):  # fmt: skip
             self._require(name, getattr(self, name) > 0, "positive")
-        for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps"):
+        for name in ("learning_rate", "weight_decay", "warmup_steps"):
             self._require(name, getattr(self, name) >= 0, "zero or more")
         for name in ("beta", "max_length", "max_tokens", "eval_steps", "save_total_limit", "dataset_num_proc"):
             value = getattr(self, name)
             self._require(name, value is None or value > 0, "positive")
         for name in ("adam_beta1", "adam_beta2"):
             self._require(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
+        self._require("max_grad_norm", True, "a finite number")
+        if self.warmup_ratio is not None and self.warmup_steps:
+            raise ConfigError("warmup_steps and warmup_ratio are both set; give one")
         self._require("label_smoothing", 0 <= self.label_smoothing < 1, "in [0, 1)")
         self._require("warmup_ratio", self.warmup_ratio is None or 0 <= self.warmup_ratio < 1, "in [0, 1)")
         self._require("logits_memory_budget", (self.logits_memory_budget or 0) >= 0, "zero or more bytes")
@@ -166,13 +171,19 @@ class TrainConfig:
             values = check_options(args)
         elif isinstance(args, str | Path):
             values = check_options(read_yaml(args))
-        elif dataclasses.is_dataclass(args) and hasattr(args, "per_device_train_batch_size"):
+        elif _is_dpo_arguments(args):
             values = check_options(_explicit_fields(args))
         else:
             raise ConfigError(
                 f"args must be a TrainConfig, a dict, a YAML path or a TRL DPOConfig, not {type(args).__name__}"
             )
-        return cls(**{**values, **check_options(overrides)})
+        values |= check_options(overrides)
+        # A cadence that is given says that it is wanted.
+        if ("save_steps" in values or "save_total_limit" in values) and "save_strategy" not in values:
+            values["save_strategy"] = "steps"
+        if values.get("eval_steps") is not None and "eval_strategy" not in values:
+            values["eval_strategy"] = "steps"
+        return cls(**values)
 
 
 def field_names() -> list[str]:
@@ -233,7 +244,6 @@ NO_EFFECT = {
     "save_on_each_node": "one process",
     "save_only_model": "checkpoints hold the model",
     "local_rank": "one process",
-    "full_determinism": "fastpo's own operations are deterministic",
     "project": "belongs to trackers, see report_to",
     "label_names": "rows have fixed column names",
     "length_column_name": "belongs to group_by_length",
@@ -244,6 +254,7 @@ NO_EFFECT = {
 
 # Options that would change the training and are not built: setting one raises.
 REFUSED = {
+    "full_determinism": "call torch.use_deterministic_algorithms(True); fastpo's own operations are deterministic",
     "fp16": "use bf16, or load the model in float32",
     "tf32": "set torch.set_float32_matmul_precision yourself",
     "torch_compile": "not honoured yet",
@@ -282,8 +293,9 @@ def check_options(values: Mapping[str, Any]) -> dict[str, Any]:
             out[name] = value
         elif name in NO_EFFECT:
             continue
-        elif name in REFUSED or name in _hf_field_names():
-            if value is None or value is False:  # set to "off"
+        elif name in REFUSED or name in _hf_defaults():
+            default = _TRL_DEFAULTS.get(name, _hf_defaults().get(name))
+            if value is None or value is False or value == default:  # off, or as it is anyway
                 continue
             raise ConfigError(f"{name}={value!r} is not honoured by fastpo: {REFUSED.get(name, 'not honoured yet')}")
         else:
@@ -292,12 +304,29 @@ def check_options(values: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def _hf_field_names() -> set[str]:
-    try:
-        from transformers import TrainingArguments
-    except ImportError:
-        return set()
-    return {f.name for f in dataclasses.fields(TrainingArguments)}
+_TRL_DEFAULTS = {"f_divergence_type": "reverse_kl", "f_alpha_divergence_coef": 0.5, "discopop_tau": 0.05,
+                 "ref_model_mixup_alpha": 0.6, "ref_model_sync_steps": 512}  # fmt: skip
+
+
+@functools.cache
+def _hf_defaults() -> dict[str, Any]:
+    """transformers' TrainingArguments: field -> default."""
+    from transformers import TrainingArguments
+
+    return {f.name: f.default for f in dataclasses.fields(TrainingArguments)}
+
+
+def _is_dpo_arguments(args: Any) -> bool:
+    """TRL's DPOConfig or a subclass of it, or plain TrainingArguments; other trainers' arguments mean other losses."""
+    names = [c.__name__ for c in type(args).__mro__]
+    if "TrainingArguments" in names and names[0] != "TrainingArguments" and "DPOConfig" not in names:
+        raise ConfigError(
+            f"args is a {names[0]}, whose defaults mean another loss; pass a DPOConfig, a dict or a TrainConfig"
+        )
+    return "TrainingArguments" in names
+
+
+_TRL_LOSSES = {"sigmoid", "ipo", "hinge", "robust", "sppo_hard", "sft"}
 
 
 def _explicit_fields(args: Any) -> dict[str, Any]:
@@ -311,7 +340,7 @@ def _explicit_fields(args: Any) -> dict[str, Any]:
     changed = {k: v for k, v in fields.items() if v != getattr(untouched, k)}
     # What TRL or transformers set by default where ours differs keeps their meaning.
     for name in field_names():
-        if name in fields and name not in ("precompute_ref_log_probs", "save_strategy", "bf16"):
+        if name in fields and name not in ("precompute_ref_log_probs", "bf16"):
             changed.setdefault(name, fields[name])
     changed["bf16"] = bool(fields.get("bf16"))
     if "loss_type" in fields:
@@ -319,8 +348,9 @@ def _explicit_fields(args: Any) -> dict[str, Any]:
     for name in ("lr_scheduler_type", "optim", "eval_strategy", "save_strategy"):
         if name in changed:
             changed[name] = getattr(changed[name], "value", changed[name])
-    if changed.get("beta") is not None and changed["beta"] == getattr(untouched, "beta", None):
-        changed["beta"] = None  # an untouched beta takes the loss's own default
+    names = [changed["loss_type"]] if isinstance(changed.get("loss_type"), str) else changed.get("loss_type", [])
+    if changed.get("beta") == getattr(untouched, "beta", None) and not set(names) <= _TRL_LOSSES:
+        changed["beta"] = None  # TRL's default was not meant for a loss that TRL does not have
     if changed.get("report_to") in ([], None):
         changed["report_to"] = "none"
     return changed
@@ -336,6 +366,11 @@ def _coerce(name: str, value: Any, annotation: Any) -> Any:
     value = getattr(value, "value", value)
     if isinstance(value, tuple):
         value = list(value)
+    if str in kinds and not isinstance(value, str | list):
+        if isinstance(value, os.PathLike):
+            value = os.fspath(value)
+        elif type(value).__module__ == "torch":  # a dtype or a device
+            value = str(value)
     if bool in kinds and isinstance(value, str) and value.lower() in ("true", "false"):
         return value.lower() == "true"
     if isinstance(value, str) and str not in kinds and value.lower() == "none" and type(None) in kinds:

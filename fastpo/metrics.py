@@ -1,8 +1,9 @@
 """Training metrics: sums on the device, means under TRL's keys on the host, throughput of real tokens."""
 
+import contextlib
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -68,7 +69,7 @@ def pair_metrics(x: Pairs, term: Term) -> Tensor:
 def metric_means(sums: Sequence[float], terms: Sequence[Term]) -> dict[str, float]:
     """TRL's keys from the sums of PAIR_METRICS."""
     chosen, rejected, accuracies, logps_chosen, logps_rejected, pairs = sums
-    beta = terms[0].beta
+    beta = next((t.beta for t in terms if t.loss.reference), terms[0].beta)  # that of the rewards' own loss
     return {
         "rewards/chosen": beta * chosen / pairs,
         "rewards/rejected": beta * rejected / pairs,
@@ -98,6 +99,13 @@ class Window:
         self.flops.reset()
         self.started = time.monotonic()
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time spent inside is no training time: evaluation, saving, callbacks."""
+        started = time.monotonic()
+        yield
+        self.started += time.monotonic() - started
+
     def trunk(self, batch: PackedBatch) -> None:
         """Count one micro-batch's work."""
         self.trunk_tokens += batch.cu_seqlens[-1]
@@ -118,16 +126,13 @@ class Window:
 
     def flush(self, learning_rate: float, num_tokens: int) -> dict[str, float]:
         """The log line: one host read, then a new window. Raises TrainingError after too many non-finite steps."""
-        steps, loss, *metrics = self.sums.tolist()
-        skipped = int(self.run[4])
-        if (in_a_row := int(self.run[3])) >= self.max_nonfinite:
-            raise TrainingError(
-                f"{in_a_row} steps in a row had a non-finite loss or gradient and were skipped; lower the learning "
-                "rate, or look at the data (max_nonfinite_steps sets the limit)"
-            )
+        norm, *values = torch.cat([self.norm.reshape(1).to(self.device), self.run, self.sums]).tolist()
+        self._check(values[3])
+        skipped = int(values[4])
+        steps, loss, *metrics = values[5:]
         seconds = time.monotonic() - self.started
         mean_loss = loss / steps if steps else float("nan")
-        out = {"loss": mean_loss, "grad_norm": float(self.norm), "learning_rate": learning_rate}
+        out = {"loss": mean_loss, "grad_norm": norm, "learning_rate": learning_rate}
         if self.pair_terms and steps:
             out |= metric_means(metrics, self.pair_terms)
             out["pairs_per_second"] = metrics[-1] / seconds
@@ -143,10 +148,21 @@ class Window:
         self._reset()
         return out
 
+    def _check(self, in_a_row: float) -> None:
+        if in_a_row >= self.max_nonfinite:
+            raise TrainingError(
+                f"{in_a_row:.0f} steps in a row had a non-finite loss or gradient and were skipped; lower the learning "
+                "rate, or look at the data (max_nonfinite_steps sets the limit)"
+            )
+
     def summary(self, seconds: float, steps: int, rows: int, num_tokens: int) -> dict[str, float]:
-        """The run's last line."""
-        counted, loss, _, _, skipped = self.run.tolist()
+        """The run's last line, with the metrics of the window that no log line closed. Raises as `flush` does."""
+        counted, loss, _, in_a_row, skipped = self.run.tolist()
+        self._check(in_a_row)
+        open_steps, _, *metrics = self.sums.tolist()
+        unlogged = metric_means(metrics, self.pair_terms) if self.pair_terms and open_steps else {}
         return {
+            **unlogged,
             "train_loss": loss / counted if counted else float("nan"),
             "train_runtime": seconds,
             "train_samples_per_second": rows / seconds,
@@ -164,7 +180,7 @@ _PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "
 
 
 class Flops:
-    """Model FLOPs of the work done: 6 per parameter and token, attention's scores, the head on its own rows."""
+    """Model FLOPs of the work done: 6 per parameter and token (4 if frozen), attention's scores, the head's rows."""
 
     def __init__(self, policy: Any, device: torch.device):
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
@@ -172,8 +188,9 @@ class Flops:
         head = policy.head().weight
         embeddings = policy.model.get_input_embeddings().weight
         skip = {id(head), id(embeddings)}
-        self.trunk_parameters = sum(p.numel() for p in policy.model.parameters() if id(p) not in skip)
-        self.head_parameters = head.numel()
+        trunk = [p for p in policy.model.parameters() if id(p) not in skip]
+        self.per_token = sum((6 if p.requires_grad else 4) * p.numel() for p in trunk)
+        self.per_row = (6 if head.requires_grad else 4) * head.numel()
         config = policy.model.config
         config = config.get_text_config() if hasattr(config, "get_text_config") else config
         self.attention = getattr(config, "num_hidden_layers", 0) * getattr(config, "hidden_size", 0)
@@ -184,8 +201,8 @@ class Flops:
 
     def add(self, batch: PackedBatch) -> None:
         squares = sum((b - a) ** 2 for a, b in zip(batch.cu_seqlens, batch.cu_seqlens[1:], strict=False))
-        self.total += 6 * self.trunk_parameters * batch.cu_seqlens[-1] + 6 * self.attention * squares
-        self.total += 6 * self.head_parameters * batch.target.numel()
+        self.total += self.per_token * batch.cu_seqlens[-1] + 6 * self.attention * squares
+        self.total += self.per_row * batch.target.numel()
 
 
 def peak_memory_gb(device: torch.device) -> float:

@@ -65,6 +65,8 @@ def linear_logprob(
         hidden, weight, bias = (
             t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (hidden, weight, bias)
         )
+    if softcap is not None and not softcap > 0:
+        raise OpError(f"softcap must be positive or None, not {softcap}")
     backend = _check(hidden, weight, target, bias, memory_budget, backend)
     regime = _regime(hidden, weight, bias, memory_budget)
     logp, entropy, _, _ = _linear_logprob(
@@ -139,7 +141,8 @@ def _linear_logprob(
     if target.device.type == "cpu":
         _check_range(target, weight.shape[0])
     with torch.autocast(hidden.device.type, enabled=False):
-        return tuple(backends.FORWARD[backend](head, regime, entropy))
+        kept = backends.FORWARD[backend](head, regime, entropy)
+    return kept.logp, kept.entropy, kept.saved, kept.stats
 
 
 def _check_range(target: Tensor, vocabulary: int) -> None:
@@ -183,7 +186,8 @@ def _linear_logprob_backward(
             grads = backends.kept_backward(head, grad, saved, stats, need)
         else:
             grads = backends.SLICED_BACKWARD[backend](head, grad, stats, need)
-    return tuple(hidden.new_empty(0) if g is None else g for g in grads)
+    dhidden, dweight, dbias = (hidden.new_empty(0) if g is None else g for g in grads)
+    return dhidden, dweight, dbias
 
 
 @_linear_logprob_backward.register_fake
@@ -215,7 +219,8 @@ for _op in (_linear_logprob_backward, _scaled):
 def _setup_linear_logprob(ctx, inputs, output) -> None:
     hidden, weight, target, bias, *options, _ = inputs
     _, entropy, saved, stats = output
-    ctx.mark_non_differentiable(entropy, saved, stats)
+    # A frozen head's `saved` stays differentiable in name, so that a second derivative meets _once_only.
+    ctx.mark_non_differentiable(*([entropy, stats] if options[2] == "frozen" else [entropy, saved, stats]))
     ctx.set_materialize_grads(False)  # else autograd makes zeros of the size of `saved` for the backward
     ctx.options, ctx.dtype = options, hidden.dtype
     if options[2] == "frozen":  # neither hidden nor weight is needed again

@@ -5,7 +5,7 @@ T = packed tokens of the trunk, N = head rows (completion tokens), S = responses
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -50,7 +50,7 @@ class PackedBatch:
         """The same batch with its tensors on `device`; host bookkeeping is shared."""
         if device.type == "cpu":
             return self
-        moved = {}
+        moved: dict[str, Any] = {}
         for f in fields(self):
             value = getattr(self, f.name)
             if isinstance(value, Tensor):
@@ -73,17 +73,22 @@ def collate(
     examples: Sequence[Example], indices: Sequence[int], ref_logps: Sequence[Sequence[np.ndarray]] | None = None
 ) -> PackedBatch:
     """Pack `examples[i] for i in indices`; `ref_logps[i][k]` are the reference's log-probabilities of response k."""
-    ids, positions, rows, targets, ref = [], [], [], [], []
+    ids, positions, rows, targets, ref, nll = ([] for _ in range(6))  # arrays, one a segment or response
     seg_lengths: list[int] = []
     seg_parents: list[int] = []
-    chain_lengths, response_lengths, nll = [], [], []
-    pairs, weights, win_chosen, win_rejected, ref_sums = [], [], [], [], []
+    chain_lengths: list[int] = []
+    response_lengths: list[int] = []
+    pairs: list[tuple[int, int]] = []
+    weights: list[float] = []
+    win_chosen: list[float] = []
+    win_rejected: list[float] = []
+    ref_sums: list[float] = []
     start = 0
     for i in indices:
         example = examples[i]
         first_response = len(response_lengths)
         pair_weights = example.pair_columns.get("weight", [1.0] * len(example.pairs))
-        preferred = {}  # response -> weight of its token NLL
+        preferred: dict[int, float] = {}  # response -> weight of its token NLL
         for (winner, loser), weight in zip(example.pairs, pair_weights, strict=True):
             pairs.append((first_response + winner, first_response + loser))
             weights.append(weight)

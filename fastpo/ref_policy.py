@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ log = logging.getLogger("fastpo")
 # Entries are written in shards, so that a pass that is cut short loses at most this many seconds of work.
 SHARD_SECONDS = 60.0
 # A change here, or in how log-probabilities are computed, makes every older entry invalid.
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 
 TokenLogps = list[list[np.ndarray]]  # per example, per response, fp32 [len]
 
@@ -54,6 +55,10 @@ def model_fingerprint(model: nn.Module, *, compute: str, without_adapter: bool =
     if config is not None:
         described = {k: v for k, v in config.to_dict().items() if k not in _CONFIG_WITHOUT_EFFECT}
         digest.update(json.dumps(described, sort_keys=True, default=str).encode())
+    if not without_adapter and hasattr(model, "peft_config"):
+        peft: Any = model
+        adapters = {name: c.to_dict() for name, c in peft.peft_config.items()}
+        digest.update(json.dumps([adapters, peft.active_adapters], sort_keys=True, default=str).encode())
     tensors = {
         name.replace("base_model.model.", "").replace(".base_layer", ""): t
         for name, t in [*model.named_parameters(), *model.named_buffers()]
@@ -73,9 +78,15 @@ _CONFIG_WITHOUT_EFFECT = {"_name_or_path", "use_cache", "transformers_version", 
 
 def _tensor_digest(tensor: torch.Tensor) -> bytes:
     data = tensor.detach().cpu().contiguous()
-    header = f"{data.dtype}{tuple(data.shape)}".encode()
+    # A quantised weight is nothing without its scales, which are attributes and not buffers.
+    state = getattr(tensor, "quant_state", None)
+    scales = state.as_dict() if state is not None else {"SCB": getattr(tensor, "SCB", None)}
+    parts = [_tensor_digest(v) if isinstance(v, torch.Tensor) else repr(v).encode() for _, v in sorted(scales.items())]
+    header = hashlib.blake2b(
+        f"{data.dtype}{tuple(data.shape)}".encode() + b"".join(parts), digest_size=32
+    ).digest()  # fmt: skip
     raw = data.reshape(-1).view(torch.uint8).numpy().data if data.numel() else b""
-    return hashlib.blake2b(raw, digest_size=16, person=b"fastpo", key=header[:64]).digest()
+    return hashlib.blake2b(raw, digest_size=16, person=b"fastpo", key=header).digest()
 
 
 def response_key(prompt_ids: np.ndarray, response_ids: np.ndarray) -> bytes:

@@ -6,6 +6,7 @@ numbers do not depend on the packing. Metrics stay on the device until a logging
 """
 
 import contextlib
+import dataclasses
 import json
 import logging
 import math
@@ -22,7 +23,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase, TrainerControl, TrainerState, set_seed
+from transformers import PreTrainedTokenizerBase, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from fastpo import data, losses, ops, rows
 from fastpo.config import TrainConfig
@@ -116,6 +117,8 @@ class Trainer:
             ipo_reduce=config.ipo_reduce if config.ipo_reduce != "mean" else None,
         )  # fmt: skip
         self.pair_terms = [t for t in self.terms if t.loss is not None]
+        if ref_model is not None and not isinstance(ref_model, nn.Module):
+            raise ConfigError(f"ref_model must be a model in memory, not {ref_model!r}: load it first")
         self.ref_model = ref_model
         self.device = _device(config)
         self.output_dir = _fresh_output_dir(config)
@@ -142,16 +145,24 @@ class Trainer:
             model = _with_adapter(model, peft_config)
         if not _is_quantized(model):
             model.to(self.device)
+        elif not hasattr(model, "peft_config"):
+            raise ConfigError("a quantised model cannot be trained itself: pass peft_config for an adapter on top")
         if config.disable_dropout:
             _disable_dropout(model)
         self.model = model
         self.policy = Policy(model)
-        # The closed form at the start holds only where the policy begins as the reference by construction.
-        self.starts_at_reference = ref_model is None and config.disable_dropout
+        for name, examples in {"train": self.examples, **self.eval_sets}.items():
+            _check_ids(self.policy, examples, name)
+        # The closed form at the start holds only where the policy begins as the reference by construction: PiSSA and
+        # its like start an adapter away from zero.
+        zero_adapter = getattr(peft_config, "init_lora_weights", True) in (True, "gaussian")
+        self.starts_at_reference = ref_model is None and config.disable_dropout and zero_adapter
         self.autocast_dtype = torch.bfloat16 if _use_bf16(config, self.device) else None
         self.max_tokens = config.max_tokens or MAX_TOKENS[self.device.type]
-        self.callbacks = list(callbacks or [])
-        self.optimizer, self.scheduler = optimizers
+        self.callbacks = [c() if isinstance(c, type) else c for c in callbacks or []]
+        self.callback_args = CallbackArgs(config)
+        self.optimizer, self.scheduler = optimizers or (None, None)
+        self.written: list[Path] = []  # checkpoints of this run, the oldest first
         self.state = TrainerState()
         self.control = TrainerControl()
         self.num_tokens = 0
@@ -219,7 +230,8 @@ class Trainer:
         self.ref: dict[str, Any] = {"train": None, **dict.fromkeys(self.eval_sets)}
         if not any(t.loss.reference for t in self.pair_terms):
             return
-        sets = {"train": self.examples, **self.eval_sets}
+        evaluates = self.config.eval_strategy != "no" or self.config.eval_on_start
+        sets = {"train": self.examples, **(self.eval_sets if evaluates else {})}
         if self.ref_model is None:
             given = {name: ["ref_logps" in e.response_columns for e in examples] for name, examples in sets.items()}
             sets = {name: examples for name, examples in sets.items() if not all(given[name])}
@@ -232,7 +244,18 @@ class Trainer:
                 log.info("reference: log-probabilities from the data")
                 self.starts_at_reference = False
                 return
-        policy = self.policy if self.ref_model is None else Policy(self.ref_model.to(self.device).eval())
+        with contextlib.ExitStack() as stack:
+            policy = self.policy
+            if self.ref_model is not None:
+                stack.enter_context(_on_device(self.ref_model, self.device))
+                policy = Policy(self.ref_model)
+                self._verify(policy, plan[0][1])
+            self._reference_pass(policy, sets, plan)
+        self.ref_model = None  # its log-probabilities are all that training needs of it
+
+    def _reference_pass(
+        self, policy: Policy, sets: dict[str, list[data.Example]], plan: list[tuple[int, list[int]]]
+    ) -> None:
         compute = f"{self.autocast_dtype or 'as loaded'}|{self.device.type}"
         fingerprint = model_fingerprint(policy.model, compute=compute, without_adapter=self.new_adapter)
         cache = RefCache(fingerprint, cache_folder())
@@ -252,8 +275,6 @@ class Trainer:
                         lambda batch: self._logp(policy, batch.to(self.device)),
                         max_tokens=self.max_tokens, progress=progress,
                     )  # fmt: skip
-        if self.ref_model is not None:
-            self.ref_model = None  # its log-probabilities are all that training needs of it
 
     # ------------------------------------------------------------- forward
 
@@ -300,26 +321,29 @@ class Trainer:
         config = self.config
         plan = self._plan()
         self._tokens = [trunk_tokens(e) for e in self.examples]
-        self._verify(plan[0][1])
-        self._attach_reference(plan)
-        self._write_config()
-
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         if not parameters:
-            raise ConfigError("no parameter of the model requires a gradient")
+            raise ConfigError(
+                "no parameter of the model requires a gradient (an adapter is loaded with is_trainable=True)"
+            )
+        self._start_files()
+        self._verify(self.policy, plan[0][1])
+        self._attach_reference(plan)
+
+        gradients = Gradients(parameters, masters=self.optimizer is None)
         if self.optimizer is None:
-            self.optimizer = build_optimizer(self.model, config)
+            self.optimizer = build_optimizer(self.model, config, gradients)
         if self.scheduler is None:
             self.scheduler = build_scheduler(self.optimizer, config, len(plan))
-        gradients = Gradients(parameters)
-        state, control = self.state, self.control
+        state = self.state
         state.max_steps, state.num_train_epochs = len(plan), math.ceil(config.num_train_epochs)
         state.logging_steps = _interval(config.logging_steps, len(plan))
         state.eval_steps = _interval(config.eval_steps or config.logging_steps, len(plan))
         state.save_steps = _interval(config.save_steps, len(plan))
         state.train_batch_size = config.per_device_train_batch_size
-        window = Window(self.device, self.policy, self.terms, self.max_tokens, config.max_nonfinite_steps)
+        window = self.window = Window(self.device, self.policy, self.terms, self.max_tokens, config.max_nonfinite_steps)
         started = time.monotonic()
+        seen = 0  # rows of the epoch
 
         with self._bar(desc="train", total=len(plan)) as bar, self._training():
             self._call("on_train_begin")
@@ -341,35 +365,37 @@ class Trainer:
                     window.add(loss, metrics, norm, finite)
 
                     state.global_step = step
-                    state.epoch = self._epoch(epoch, plan, step)
+                    seen = len(rows) if first_of_epoch else seen + len(rows)
+                    state.epoch = self._epoch(epoch, seen)
                     bar.update()
                     self._call("on_step_end")
                     first_logged = step == 1 and config.logging_first_step
-                    if step % state.logging_steps == 0 or first_logged or control.should_log:
+                    if step % state.logging_steps == 0 or first_logged or self.control.should_log:
                         self._log(window.flush(learning_rate, self.num_tokens), bar)
                     if last_of_epoch:
                         self._call("on_epoch_end")
-                    at_end = step == len(plan) or control.should_training_stop
+                    at_end = step == len(plan) or self.control.should_training_stop
                     evaluate = self._due(config.eval_strategy, state.eval_steps, last_of_epoch, at_end)
-                    if evaluate or control.should_evaluate:
+                    if evaluate or self.control.should_evaluate:
                         self._evaluate_all()
                     save = self._due(config.save_strategy, state.save_steps, last_of_epoch, False)
-                    if save or control.should_save:
+                    if save or self.control.should_save:
                         self._save_checkpoint()
-                    control.should_log = control.should_evaluate = control.should_save = False
-                    if control.should_training_stop:
+                    self.control.should_log = self.control.should_evaluate = self.control.should_save = False
+                    if self.control.should_training_stop:
                         break
+                rows_seen = sum(len(rows) for _, rows in plan[: state.global_step])
+                seconds = time.monotonic() - started
+                summary = window.summary(seconds, state.global_step, rows_seen, self.num_tokens)
             except BaseException:
                 self._rescue()
                 raise
             finally:
                 gradients.close()
-            seen = sum(len(rows) for _, rows in plan[: state.global_step])
-            summary = window.summary(time.monotonic() - started, state.global_step, seen, self.num_tokens)
+            self._log(summary, None)
             self._call("on_train_end")
         if config.save_final:
             self._save_model(self.output_dir)
-        self._log(summary, None)
         return TrainResult(self.model, state.log_history, summary, state)
 
     def _forward_backward(
@@ -401,7 +427,8 @@ class Trainer:
         model, config = self.model, self.config
         was_training = model.training
         model.train()
-        if config.gradient_checkpointing:
+        already = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+        if config.gradient_checkpointing and not already:
             kwargs = {"use_reentrant": False, **(config.gradient_checkpointing_kwargs or {})}
             _checkpointing(self.policy.causal_lm, kwargs)
         try:
@@ -409,19 +436,19 @@ class Trainer:
                 yield
         finally:
             model.train(was_training)
-            if config.gradient_checkpointing:
+            if config.gradient_checkpointing and not already:
                 _checkpointing(self.policy.causal_lm, None)
 
     # --------------------------------------------------------------- guards
 
-    def _verify(self, rows: list[int]) -> None:
+    def _verify(self, policy: Policy, rows: list[int]) -> None:
         """The packed path must equal the model's own logits on a few real rows; short ones, to keep it cheap."""
         rows = sorted(rows, key=lambda i: self._tokens[i])[:GUARD_ROWS]
         autocast = (
             torch.autocast(self.device.type, self.autocast_dtype) if self.autocast_dtype else contextlib.nullcontext()
         )
         with autocast:
-            verify_policy(self.policy, [self.examples[i] for i in rows])
+            verify_policy(policy, [self.examples[i] for i in rows])
 
     def _check_start(self, logp: Tensor, batch: PackedBatch) -> None:
         """A policy that starts as its reference must reproduce the losses' closed form, to the dtype's error."""
@@ -453,9 +480,10 @@ class Trainer:
 
     def _evaluate_all(self) -> None:
         for name, examples in self.eval_sets.items():
-            metrics = self.evaluate(examples, self.ref[name], name)
+            with self.window.paused():
+                metrics = self.evaluate(examples, self.ref[name], name)
             self._log(metrics, None)
-            self._call("on_evaluate", metrics=metrics)
+            self._call("on_evaluate", metrics={**metrics, "epoch": self.state.epoch})
 
     @torch.no_grad()
     def evaluate(self, examples: Sequence[data.Example], ref: Any, prefix: str = "eval") -> dict[str, float]:
@@ -483,51 +511,58 @@ class Trainer:
             return self.state.global_step % every == 0 or at_end
         return strategy == "epoch" and last_of_epoch
 
-    def _epoch(self, epoch: int, plan: list[tuple[int, list[int]]], step: int) -> float:
-        """TRL's fractional epoch: batches seen over batches of the epoch."""
+    def _epoch(self, epoch: int, seen: int) -> float:
+        """TRL's fractional epoch: batches seen over batches of the epoch, from the epoch's rows seen so far."""
         size = self.config.per_device_train_batch_size
         n = len(self.examples)
         batches = n // size if self.config.dataloader_drop_last else math.ceil(n / size)
-        seen = sum(math.ceil(len(rows) / size) for e, rows in plan[:step] if e == epoch)
-        return epoch + seen / batches
+        return epoch + math.ceil(seen / size) / batches
 
     def _log(self, metrics: dict[str, float], bar: tqdm | None) -> None:
         line = {**metrics, "epoch": round(self.state.epoch or 0.0, 4), "step": self.state.global_step}
         self.state.log_history.append(line)
         with open(self.output_dir / "metrics.jsonl", "a") as f:
-            f.write(json.dumps(line) + "\n")
+            shown = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+            f.write(json.dumps(shown) + "\n")
         if bar is not None:
-            shown = {"loss": "loss", "acc": "rewards/accuracies", "margin": "rewards/margins"}
-            shown["tok/s"] = "tokens_per_second"
-            bar.set_postfix({k: f"{metrics[v]:.4g}" for k, v in shown.items() if v in metrics})
+            names = {"loss": "loss", "acc": "rewards/accuracies", "margin": "rewards/margins"}
+            names["tok/s"] = "tokens_per_second"
+            bar.set_postfix({k: f"{metrics[v]:.4g}" for k, v in names.items() if v in metrics})
         self._call("on_log", logs=metrics)
 
     def _call(self, event: str, **extra: Any) -> None:
-        """transformers' TrainerCallback protocol; a callback steers through `control`."""
+        """transformers' TrainerCallback protocol; a callback steers through `control`, in place or returned.
+
+        The events: on_train_begin, on_epoch_begin, on_step_begin, on_step_end, on_log, on_evaluate, on_save,
+        on_epoch_end, on_train_end.
+        """
         handlers = [h for callback in self.callbacks if (h := getattr(callback, event, None)) is not None]
         if not handlers:
             return
         given = {"model": self.model, "processing_class": self.tokenizer, "optimizer": self.optimizer,
                  "lr_scheduler": self.scheduler}  # fmt: skip
-        with self.policy.detached():  # a callback may call generate() or forward()
+        # A callback may call generate() or forward(), on the model as it came.
+        with self.window.paused(), self.policy.detached():
             for handler in handlers:
-                handler(self.config, self.state, self.control, **given, **extra)
+                self.control = handler(self.callback_args, self.state, self.control, **given, **extra) or self.control
 
     def _bar(self, **kwargs: Any) -> tqdm:
         return tqdm(disable=self.config.disable_tqdm, file=sys.stderr, dynamic_ncols=True, **kwargs)
 
-    def _write_config(self) -> None:
-        (self.output_dir / "config.yaml").write_text(yaml.safe_dump(self.config.to_dict(), sort_keys=False))
+    def _start_files(self) -> None:
+        """What marks the folder as this run's: its configuration, and no metrics of another run."""
+        (self.output_dir / "metrics.jsonl").unlink(missing_ok=True)
+        plain = json.loads(json.dumps(self.config.to_dict(), default=str))
+        (self.output_dir / "config.yaml").write_text(yaml.safe_dump(plain, sort_keys=False))
 
     def _save_checkpoint(self) -> Path:
         folder = self.output_dir / f"checkpoint-{self.state.global_step}"
-        self._save_model(folder)
+        with self.window.paused():
+            self._save_model(folder)
+        self.written = [f for f in self.written if f != folder] + [folder]
+        while self.config.save_total_limit is not None and len(self.written) > self.config.save_total_limit:
+            shutil.rmtree(self.written.pop(0), ignore_errors=True)
         self._call("on_save")
-        limit = self.config.save_total_limit
-        if limit is not None:
-            kept = sorted(self.output_dir.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
-            for old in kept[:-limit]:
-                shutil.rmtree(old)
         return folder
 
     def _save_model(self, folder: Path) -> None:
@@ -582,14 +617,14 @@ def _use_bf16(config: TrainConfig, device: torch.device) -> bool:
 def _fresh_output_dir(config: TrainConfig) -> Path:
     """The output folder, made; one that holds another run is refused."""
     folder = Path(config.output_dir)
-    marks = [name for name in ("metrics.jsonl", "config.json", "adapter_config.json") if (folder / name).exists()]
+    names = ("metrics.jsonl", "config.yaml", "config.json", "adapter_config.json", "checkpoint-*")
+    marks = [path.name for name in names for path in folder.glob(name)]
     if marks and not config.overwrite_output_dir:
         raise ConfigError(
             f"output_dir {str(folder)!r} holds another run ({marks[0]}); choose another, or set overwrite_output_dir"
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "metrics.jsonl").unlink(missing_ok=True)
     except OSError as error:
         raise ConfigError(f"output_dir {str(folder)!r} cannot be written: {error.strerror}") from None
     return folder
@@ -630,3 +665,63 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
 def _interval(value: float, total: int) -> int:
     """Steps; below 1 a share of all steps, as in transformers."""
     return max(1, math.ceil(value * total) if value < 1 else int(value))
+
+
+@contextlib.contextmanager
+def _on_device(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """A reference model where and how it is needed; put back afterwards, so that it holds no device memory."""
+    home, was_training = next(model.parameters()).device, model.training
+    model.eval()
+    if not _is_quantized(model):
+        model.to(device)
+    try:
+        yield
+    finally:
+        model.train(was_training)
+        if not _is_quantized(model):
+            model.to(home)
+
+
+def _check_ids(policy: Policy, examples: Sequence[data.Example], name: str) -> None:
+    """Token ids and positions must exist in the model: on a GPU the look-up of one that does not is a lost context."""
+    rows = policy.causal_lm.get_input_embeddings().weight.shape[0]
+    largest = max(int(ids.max()) for e in examples for ids in (e.prompt_ids, *e.responses))
+    if largest >= rows:
+        raise DataError(
+            f"the {name} data hold token id {largest}, but the model has {rows} embeddings: "
+            "call model.resize_token_embeddings(len(tokenizer)), or use the model's own tokenizer"
+        )
+    positions = ("wpe", "embed_positions")
+    learnt = [
+        module.num_embeddings
+        for path, module in policy.trunk.named_modules()
+        if path.rpartition(".")[2] in positions and isinstance(module, nn.Embedding)
+    ]
+    longest = max(len(e.prompt_of(k)) + len(r) for e in examples for k, r in enumerate(e.responses))
+    if learnt and longest > min(learnt):
+        raise DataError(
+            f"the {name} data hold a row of {longest} tokens, the model has {min(learnt)} positions: set max_length"
+        )
+
+
+class CallbackArgs:
+    """The configuration as a transformers callback expects its `args`: fastpo's fields, else transformers' defaults."""
+
+    world_size, process_index, local_process_index, should_save, is_world_process_zero = 1, 0, 0, True, True
+
+    def __init__(self, config: TrainConfig):
+        self._config = config
+
+    def __getattr__(self, name: str) -> Any:
+        if hasattr(self._config, name):
+            return getattr(self._config, name)
+        for field in dataclasses.fields(TrainingArguments):
+            if field.name == name:
+                return field.default
+        raise AttributeError(f"fastpo's configuration has no {name!r}, nor have transformers' TrainingArguments")
+
+    def to_dict(self) -> dict[str, Any]:
+        return self._config.to_dict()
+
+    def to_json_string(self) -> str:
+        return json.dumps(self.to_dict(), default=str)

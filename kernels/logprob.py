@@ -356,7 +356,8 @@ def _launch_args(logits: Tensor, target: Tensor, bias: Tensor | None, softcap: f
     assert target.shape == (n,) and target.is_contiguous(), f"target must be contiguous [N], got {tuple(target.shape)}"
     assert bias is None or (bias.shape == (v,) and bias.is_contiguous()), "bias must be contiguous [V]"
     assert softcap is None or softcap > 0, f"softcap must be positive, got {softcap}"
-    aligned = logits.data_ptr() % 16 == 0 and (logits.stride(0) * logits.element_size()) % 16 == 0
+    # In elements: Triton specialises a stride on divisibility by 16, whatever the element's size.
+    aligned = logits.data_ptr() % 16 == 0 and logits.stride(0) % 16 == 0
     block_v, vec, num_warps = row_config(
         v, logits.element_size(), aligned, bias is not None, 64 if torch.version.hip else 32
     )

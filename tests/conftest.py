@@ -1,4 +1,4 @@
-"""Shared by all tests: offline, two threads, seeded, a cache of their own; the `gpu` marker; fixtures."""
+"""Shared by all tests: offline, one thread, seeded, a cache of their own; the `gpu` marker; fixtures."""
 
 import os
 import random
@@ -9,7 +9,8 @@ import pytest
 
 # Before torch and transformers are imported.
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", MPLBACKEND="Agg", PYTHONSAFEPATH="1")
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# Test models are tiny: a second thread costs more than it brings, ten times as much where the cores are busy.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
 

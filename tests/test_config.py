@@ -84,3 +84,33 @@ def test_bad_files(tmp_path):
         TrainConfig.build(str(broken))
     with pytest.raises(ConfigError, match="args must be .* not list"):
         TrainConfig.build([1])
+
+
+def test_a_cadence_implies_its_strategy():
+    assert TrainConfig.build(save_steps=5).save_strategy == "steps"
+    assert TrainConfig.build(save_total_limit=2).save_strategy == "steps"
+    assert TrainConfig.build(eval_steps=5).eval_strategy == "steps"
+    assert TrainConfig.build(save_steps=5, save_strategy="no").save_strategy == "no"
+
+
+def test_arguments_of_other_trainers_are_refused():
+    import dataclasses as dc
+
+    from transformers import TrainingArguments
+
+    @dc.dataclass
+    class ORPOConfig(TrainingArguments):
+        beta: float = 0.1
+
+    with pytest.raises(ConfigError, match="args is a ORPOConfig"):
+        TrainConfig.build(ORPOConfig(output_dir="x", use_cpu=True))
+
+
+def test_harmless_values_are_accepted(tmp_path):
+    import torch
+
+    options = {"f_divergence_type": "reverse_kl", "logging_strategy": "steps", "max_grad_norm": -1.0}
+    assert TrainConfig.build(options).max_grad_norm == -1.0
+    assert TrainConfig.build(output_dir=tmp_path, dtype=torch.bfloat16).dtype == "torch.bfloat16"
+    with pytest.raises(ConfigError, match="both set"):
+        TrainConfig.build(warmup_ratio=0.0, warmup_steps=3)

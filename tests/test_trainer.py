@@ -413,3 +413,81 @@ def test_models_that_cannot_be_trained(toy, run):
         run(Halved(toy.model().config))
     with pytest.raises(UnsupportedModelError, match="LlamaModel"):
         run(toy.model().model)
+
+
+def test_fp32_masters_keep_updates_below_a_bf16_spacing():
+    from fastpo.optim import Gradients
+
+    p = torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))  # neighbours of 1 are 2^-8 away
+    for masters, expected in ((False, 1.0), (True, 1 - 20 * 2**-12)):
+        p.data.fill_(1.0)
+        gradients = Gradients([p], masters=masters)
+        optimizer = torch.optim.SGD([gradients.stepped(p)], lr=2**-12)
+        for micro_batches in (1, 2) * 10:
+            gradients.begin(micro_batches)
+            for _ in range(micro_batches):
+                (p.sum() / micro_batches).backward()
+            norm = gradients.clip_(0.0)
+            assert norm.dtype == torch.float32 and norm.item() == pytest.approx(3**0.5)
+            gradients.step_(optimizer, torch.tensor(True))
+        gradients.close()
+        assert p.tolist() == pytest.approx([torch.tensor(expected).bfloat16().item()] * 3)
+        assert p.grad is None and not gradients.buffers
+
+
+def test_only_this_runs_checkpoints_are_pruned(run, tmp_path):
+    folder = tmp_path / "shared"
+    for name in ("checkpoint-500", "checkpoint-best"):
+        (folder / name).mkdir(parents=True)
+    with pytest.raises(ConfigError, match="holds another run"):
+        run(output_dir=str(folder))
+    run(output_dir=str(folder), overwrite_output_dir=True, save_steps=1, save_total_limit=1)
+    assert sorted(p.name for p in folder.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-500", "checkpoint-best"]
+
+
+def test_a_run_that_ends_inside_a_window_still_reports_and_still_stops(toy, run):
+    result = run(logging_steps=100)
+    assert 0 <= result.metrics["rewards/accuracies"] <= 1 and result.metrics["train_loss"] > 0
+    rows = [{**r, "weight": 3e38} for r in toy.rows(8)]
+    with pytest.raises(TrainingError, match="3 steps in a row"):
+        run(rows=rows, loss_type="sppo_hard", logging_steps=100, max_nonfinite_steps=2, per_device_train_batch_size=2)
+
+
+def test_the_reference_model_is_guarded_and_left_as_it_came(toy, run):
+    from transformers import LlamaForCausalLM
+
+    class Halved(LlamaForCausalLM):
+        def forward(self, *args, **kwargs):
+            out = super().forward(*args, **kwargs)
+            out.logits = out.logits * 0.5
+            return out
+
+    with pytest.raises(UnsupportedModelError, match="Halved"):
+        run(rest={"ref_model": Halved(toy.model().config)})
+    ref = toy.model().train()
+    run(rest={"ref_model": ref})
+    assert ref.training and ref.config._attn_implementation == "sdpa" and next(ref.parameters()).device.type == "cpu"
+    with pytest.raises(ConfigError, match="ref_model must be a model in memory"):
+        run(rest={"ref_model": "some/path"})
+
+
+def test_token_ids_beyond_the_model_are_refused(toy, run):
+    with pytest.raises(DataError, match="token id .* but the model has 50 embeddings"):
+        run(toy.model(vocab_size=50))
+
+
+def test_a_frozen_model_is_refused_before_any_work(toy, run):
+    with pytest.raises(ConfigError, match="no parameter of the model requires a gradient"):
+        run(toy.model().requires_grad_(False))
+
+
+def test_adapter_settings_are_part_of_the_fingerprint(toy):
+    peft = pytest.importorskip("peft", reason="needs peft")
+    from fastpo.ref_policy import model_fingerprint
+
+    def key(alpha: int) -> str:
+        torch.manual_seed(0)
+        config = peft.LoraConfig(r=4, lora_alpha=alpha, target_modules=["q_proj"], task_type="CAUSAL_LM")
+        return model_fingerprint(peft.get_peft_model(toy.model(), config), compute="a")
+
+    assert key(8) == key(8) != key(64)
