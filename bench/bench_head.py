@@ -4,10 +4,10 @@
     python bench/bench_head.py --device cuda                      # bf16, N 8192, D 4096, V 128256
     python bench/bench_head.py --only bare_gemms kept naive       # some providers
 
-Every provider does a forward and, where its regime has one, a backward with a non-uniform gradient per row, and allocates
-its outputs afresh. Rounds are interleaved in one process: provider after provider, then again. Before timing, gradients
-are compared with plain PyTorch's. Peak memory: one step in a process of its own, over what was there before it (resident
-size on a CPU, the allocator's peak on a GPU). A provider that cannot run is listed with the reason.
+Every provider does a forward and, where its regime has one, a backward with a non-uniform gradient per row, and
+allocates its outputs afresh. Rounds are interleaved in one process: provider after provider, then again. Before timing,
+gradients are compared with plain PyTorch's. Peak memory: one step in a process of its own, over what was there before
+it (resident size on a CPU, the allocator's peak on a GPU). A provider that cannot run is listed with the reason.
 """
 
 from __future__ import annotations

@@ -29,12 +29,16 @@ from torch import Tensor
 
 IGNORE_INDEX = -100
 
-# Scratch for one tile of logits, whatever N and V are. On a CPU 8 MiB stay in the caches (L2 and L3) between the GEMM
-# that writes a tile and the pass that reads it. On a GPU 512 MiB hold 2048 bf16 rows of a vocabulary of 128,256.
-CPU_TILE_BYTES = 8 << 20
-CPU_TILE_ROWS = 1024
+# Scratch for one tile of logits, whatever N and V are. A tile is two parallel regions on a CPU (GEMM, pass), and threads
+# that meet less often lose less when they share their cores: that beats a tile that fits L2 (measured on two cores of
+# an EPYC 9004, quiet and loaded). Tiles of the kept matrix need no scratch and can be larger still. On a GPU 512 MiB hold
+# 2048 bf16 rows of a vocabulary of 128,256.
+CPU_TILE_BYTES = 16 << 20
+CPU_KEPT_TILE_BYTES = 64 << 20
+CPU_TILE_ROWS = 2048
 DEVICE_TILE_BYTES = 512 << 20
 DEVICE_TILE_ROWS = 8192
+DEVICE_ROW_STEP = 256  # blocks of whole rows are multiples of it: whole tiles of the vendor's GEMM
 HUGE_PAGE_BYTES = 32 << 20  # above glibc's largest mmap threshold, so that the advice ends with the tensor
 
 
@@ -98,18 +102,23 @@ def _empty(shape: tuple[int, ...], like: Tensor) -> Tensor:
     return out
 
 
-def _slices(columns: int, column_bytes: int, device: torch.device) -> list[slice]:
-    """Column slices of a tile whose columns take column_bytes."""
-    budget = CPU_TILE_BYTES if device.type == "cpu" else DEVICE_TILE_BYTES
-    width = max(128, budget // max(column_bytes, 1) // 128 * 128)
+def _slices(columns: int, column_bytes: int, tile_bytes: int) -> list[slice]:
+    """Column slices of about tile_bytes, for columns of column_bytes."""
+    width = max(128, tile_bytes // max(column_bytes, 1) // 128 * 128)
     return [slice(v, min(v + width, columns)) for v in range(0, columns, width)]
 
 
-def _tiles(rows: int, columns: int, device: torch.device, itemsize: int) -> Iterator[tuple[slice, list[slice]]]:
-    """Row blocks, each with its column slices."""
-    block = max(1, min(rows, CPU_TILE_ROWS if device.type == "cpu" else DEVICE_TILE_ROWS))
-    for r in range(0, rows, block):
-        yield slice(r, min(r + block, rows)), _slices(columns, block * itemsize, device)
+def _tiles(
+    rows: int, columns: int, device: torch.device, itemsize: int, kept: bool = False
+) -> Iterator[tuple[slice, list[slice]]]:
+    """Row blocks, each with its column slices; itemsize counts what one element of a tile takes in all."""
+    if device.type == "cpu":
+        step, tile_bytes = CPU_TILE_ROWS, CPU_KEPT_TILE_BYTES if kept else CPU_TILE_BYTES
+    else:
+        step, tile_bytes = DEVICE_TILE_ROWS, DEVICE_TILE_BYTES
+    step = max(1, min(rows, step))
+    for r in range(0, rows, step):
+        yield slice(r, min(r + step, rows)), _slices(columns, step * itemsize, tile_bytes)
 
 
 def _rule(head: Head, raw: Tensor, v: slice) -> tuple[Tensor, Tensor | None]:
@@ -176,8 +185,10 @@ def _add_mm(out: Tensor, a: Tensor, b: Tensor) -> None:
     """out += a b, in the dtype of out, which may be wider."""
     if out.dtype == a.dtype:
         out.addmm_(a, b)
+    elif a.is_cuda and not torch.version.hip:
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
     else:
-        out += _mm_wide(a, b, out.dtype)
+        out += torch.mm(a, b)
 
 
 def torch_forward(head: Head, regime: str, entropy: bool) -> Kept:
@@ -263,7 +274,8 @@ def _column_sums(matrix: Tensor, c: Tensor) -> Tensor:
     if matrix.dtype == c.dtype:
         return torch.mv(matrix.t(), c)
     out = matrix.new_empty(matrix.shape[1])
-    for v in _slices(matrix.shape[1], matrix.shape[0] * c.dtype.itemsize, matrix.device):
+    tile_bytes = CPU_TILE_BYTES if matrix.device.type == "cpu" else DEVICE_TILE_BYTES
+    for v in _slices(matrix.shape[1], matrix.shape[0] * c.dtype.itemsize, tile_bytes):
         out[v] = torch.mv(matrix[:, v].t().to(c.dtype), c)
     return out
 
@@ -339,7 +351,7 @@ def cpu_forward(head: Head, regime: str, entropy: bool) -> Kept:
     rows[0::2] = -torch.inf
     rows[1::2] = 0.0
     scratch = None
-    for r, columns in _tiles(len(x), len(w), x.device, 4):
+    for r, columns in _tiles(len(x), len(w), x.device, 4, kept=regime == "kept"):
         block = head._replace(hidden=x[r], target=head.target[r])
         for v in columns:
             shape = (r.stop - r.start, v.stop - v.start)
@@ -420,7 +432,8 @@ def triton_forward(head: Head, regime: str, entropy: bool) -> Kept:
     rule = {"softcap": head.softcap, "logit_scale": head.logit_scale, "entropy": entropy}
     logp, lse = (x.new_empty(n, dtype=torch.float32) for _ in range(2))
     entropies = torch.empty_like(logp) if entropy else logp.new_empty(0)
-    block = max(1, min(n, max(256, DEVICE_TILE_BYTES // (v_size * x.element_size()) // 256 * 256)))
+    block = max(1, DEVICE_TILE_BYTES // (v_size * x.element_size()) // DEVICE_ROW_STEP) * DEVICE_ROW_STEP
+    block = max(1, min(n, block))
     if regime == "kept":
         saved, block = x.new_empty(n, saved_columns(v_size, "triton")), max(n, 1)
         logits = saved[:, :v_size]
@@ -452,7 +465,7 @@ def triton_sliced_backward(head: Head, grad: Tensor, stats: Tensor, need: list[b
     dweight = w.new_empty(w.shape) if need[1] else None
     dbias = w.new_empty(len(w)) if need[2] else None
     logits = None
-    for v in _slices(len(w), len(x) * x.element_size(), torch.device("cuda")):
+    for v in _slices(len(w), len(x) * x.element_size(), DEVICE_TILE_BYTES):
         logits = kernels.empty_logits(len(x), v.stop - v.start, x.dtype, x.device) if logits is None else logits
         u = torch.mm(x, w[v].t(), out=logits[:, : v.stop - v.start])
         bias = None if head.bias is None else head.bias[v]

@@ -52,10 +52,10 @@ def _one_thread():
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Several row blocks and dozens of column slices even for small problems."""
-    monkeypatch.setattr(backends, "CPU_TILE_BYTES", 16 << 10)
-    monkeypatch.setattr(backends, "CPU_TILE_ROWS", 32)
-    monkeypatch.setattr(backends, "DEVICE_TILE_BYTES", 64 << 10)
-    monkeypatch.setattr(backends, "DEVICE_TILE_ROWS", 32)
+    for name in ("CPU_TILE_BYTES", "CPU_KEPT_TILE_BYTES", "DEVICE_TILE_BYTES"):
+        monkeypatch.setattr(backends, name, 8 << 10)
+    for name, rows in (("CPU_TILE_ROWS", 32), ("DEVICE_TILE_ROWS", 32), ("DEVICE_ROW_STEP", 2)):
+        monkeypatch.setattr(backends, name, rows)
 
 
 def skip_unless_takes(backend: str, dtype: torch.dtype) -> None:
