@@ -20,6 +20,7 @@ target minus the sum of the others; factor = -logit_scale / sum exp(z - m).
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -29,10 +30,10 @@ from torch import Tensor
 
 IGNORE_INDEX = -100
 
-# Scratch for one tile of logits, whatever N and V are. A tile is two parallel regions on a CPU (GEMM, pass), and threads
-# that meet less often lose less when they share their cores: that beats a tile that fits L2 (measured on two cores of
-# an EPYC 9004, quiet and loaded). Tiles of the kept matrix need no scratch and can be larger still. On a GPU 512 MiB hold
-# 2048 bf16 rows of a vocabulary of 128,256.
+# Scratch for one tile of logits, whatever N and V are. On a CPU a tile is two parallel regions (GEMM, pass); threads
+# that meet less often lose less where cores are shared: that outweighs a tile that fits L2 (measured on two cores of an
+# EPYC 9004). Tiles of the kept matrix need no scratch, so they are larger. On a GPU 512 MiB hold 2048 bf16 rows of a
+# vocabulary of 128,256.
 CPU_TILE_BYTES = 16 << 20
 CPU_KEPT_TILE_BYTES = 64 << 20
 CPU_TILE_ROWS = 2048
@@ -87,7 +88,7 @@ def load_extension():
     except ImportError:
         return None
     library = Path(torch.__file__).parent / "lib" / "libtorch_cpu"
-    _C.use_openmp_of(str(library.with_suffix(".dylib" if os.uname().sysname == "Darwin" else ".so")))
+    _C.use_openmp_of(str(library.with_suffix(".dylib" if sys.platform == "darwin" else ".so")))
     return _C
 
 
@@ -340,7 +341,7 @@ def _contiguous(head: Head) -> Head:
 
 
 def cpu_forward(head: Head, regime: str, entropy: bool) -> Kept:
-    """fp32 and bf16: the pass over a tile runs while the tile is in cache; E is written over the logits."""
+    """fp32 and bf16: after the GEMM of a tile one compiled pass over it, which writes E over the logits."""
     head = _contiguous(head)
     x, w = head.hidden, head.weight
     # In bf16 a row factor would be one more rounding of every element, the large one of the target among them: a second

@@ -177,6 +177,27 @@ def _worst(
     return Result(op, shape, dtype, backend, regime, output, *errors[output])
 
 
+def slice_results(device: str) -> Iterator[Result]:
+    """The Triton kernel that takes a row's vocabulary in slices; no regime uses it on one device."""
+    from fastpo.kernels import logprob as kernels
+
+    case = Case(7, 24, 5003, bias=True, **SOFTCAPPED)
+    rule = {"softcap": case.softcap, "logit_scale": case.logit_scale}
+    for dtype in ops.NATIVE_DTYPES["triton"]:
+        x = case.tensors(dtype, device)
+        raw, bias = x["hidden"] @ x["weight"].t(), x["bias"]
+        state = kernels.logprob_slice_init(case.n, device, entropy=True)
+        for begin in range(0, case.v, 2048):
+            v = slice(begin, begin + 2048)
+            kernels.logprob_slice_fwd(raw[:, v], x["target"], bias[v], state, col_offset=begin, **rule)
+        ours = kernels.logprob_slice_finish(state, x["target"])
+        exact = reference.row_logprob(raw.double() + bias.double(), x["target"], **rule)
+        naive = reference.row_logprob(raw.float() + bias.float(), x["target"], **rule)
+        rows = zip(("logp", "lse", "entropy"), ours, naive, exact)
+        errors = {name: budgeted_error(a, b, c, case.softcap) for name, a, b, c in rows}
+        yield _worst("logprob_slice_fwd", str(case), dtype, "triton", "-", errors)
+
+
 def preference_results(device: str, backends: list[str]) -> Iterator[Result]:
     """`preference_loss` for every loss: total, per-pair outputs and the gradient of every token."""
     generator = torch.Generator().manual_seed(0)
@@ -283,6 +304,8 @@ def run_check(options: argparse.Namespace | None = None, *, device: str | None =
     for case, dtype in cases(device):
         able = [b for b in backends if dtype in ops.NATIVE_DTYPES[b]]
         results += head_results(case, dtype, device, able)
+    if "triton" in backends:
+        results += slice_results(device)
     results += preference_results(device, [b for b in backends if b != "cpu"])
     failed = [r for r in results if not r.ok]
     if verbose or failed:

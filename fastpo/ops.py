@@ -60,8 +60,9 @@ def linear_logprob(
     matrix in the input dtype is kept for the backward where it fits `memory_budget` bytes (default:
     `default_memory_budget`); over that, and with 0, the backward recomputes it a vocabulary slice at a time.
     """
-    if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
+    device_type = hidden.device.type
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
         hidden, weight, bias = (
             t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (hidden, weight, bias)
         )
@@ -103,8 +104,9 @@ def _choose(backend: str, tensor: Tensor) -> str:
     """The backend to use: the one asked for, or the best one for the tensor's device and dtype."""
     on_cpu = tensor.device.type == "cpu"
     if backend == "auto":
-        backend = ("cpu" if backends._C is not None else "torch") if on_cpu else "triton" if HAS_TRITON else "torch"
-        return backend if tensor.dtype in NATIVE_DTYPES[backend] else "torch"
+        built = {"cpu": "cpu" if backends._C is not None else "torch", "cuda": "triton" if HAS_TRITON else "torch"}
+        native = built.get(tensor.device.type, "torch")
+        return native if tensor.dtype in NATIVE_DTYPES[native] else "torch"
     if backend not in available_backends():
         raise OpError(f"backend {backend!r} is not available here; one of auto, {', '.join(available_backends())}")
     on_right_device = {"cpu": on_cpu, "triton": not on_cpu or INTERPRETED, "torch": True}[backend]

@@ -136,6 +136,12 @@ def test_interpreted(where, dtype, kind, small_tiles):
     assert_within_criterion(Case(7, 16, 333, kind, **rule), where, dtype)
 
 
+@pytest.mark.parametrize("where", [*INTERPRETED, ON_GPU[1]])
+def test_slice_kernel(where):
+    for result in check.slice_results(where[1]):
+        assert result.ok, result
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("v", VOCABULARIES)
 def test_vocabularies_in_bf16(v):
