@@ -75,6 +75,8 @@ bench: $(VENV)/.installed-bench
 	$(BIN)/python bench/bench_head.py
 	$(BIN)/python bench/parity_trl.py
 	$(BIN)/python bench/train_vs_trl.py
+	$(BIN)/python bench/optim_memory.py
+	$(BIN)/python bench/qlora_cpu.py
 
 clean:
 	rm -rf build dist *.egg-info fastpo/*.so .pytest_cache .mypy_cache .ruff_cache .benchmarks

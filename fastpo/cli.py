@@ -17,7 +17,7 @@ import typing
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from fastpo import __version__, config
+from fastpo import __version__, config, options
 from fastpo.errors import ConfigError, FastpoError, TrainingError
 
 # What a run needs beside TrainConfig: argument of `fastpo.train` -> (its other name, help). YAML takes both names too.
@@ -80,11 +80,13 @@ def _parse_value(text: str, kinds: tuple[Any, ...]) -> Any:
     if type(None) in kinds and text.strip().lower() in ("none", "null"):
         return None
     if bool in kinds:
-        if text.lower() in ("true", "yes", "on", "1"):
-            return True
-        if text.lower() in ("false", "no", "off", "0"):
-            return False
-        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+        words = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+        if str not in kinds:
+            words |= {"1": True, "0": False}
+        if text.lower() in words:
+            return words[text.lower()]
+        if str not in kinds:
+            raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
     if dict in kinds:
         return _parse_json_object(text)
     if list in kinds:
@@ -158,8 +160,21 @@ def _add_train_options(parser: argparse.ArgumentParser) -> None:
             group.add_argument(flag, nargs="?", const=True, type=parse, metavar="BOOL", help=text, **common)
             no_flag = "--no-" + field.name.replace("_", "-")
             group.add_argument(no_flag, action="store_const", const=False, help=argparse.SUPPRESS, **common)
+        elif list in kinds:  # separated by commas, or by spaces as TRL has it
+            group.add_argument(flag, nargs="+", action=_Joined, type=parse, metavar="LIST", help=text, **common)
         else:
             group.add_argument(flag, type=parse, metavar=_metavar(kinds, choices), help=text, **common)
+
+
+class _Joined(argparse.Action):
+    """`--loss-type dpo sft` as `--loss-type dpo,sft`; one value stays as it was parsed."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        if len(values) > 1:
+            values = [part for value in values for part in (value if isinstance(value, list) else [value])]
+        else:
+            values = values[0]
+        setattr(namespace, self.dest, values)
 
 
 def _typed(kinds: tuple[Any, ...]) -> Any:
@@ -171,30 +186,54 @@ def _typed(kinds: tuple[Any, ...]) -> Any:
 
 def _other_options(extras: Sequence[str]) -> dict[str, Any]:
     """Options that are no field of TrainConfig, as name -> value: TrainConfig says for each what is the matter."""
-    options: dict[str, Any] = {}
+    found: dict[str, list[str]] = {}
     name = None
     for token in extras:
         if token.startswith("--"):
             name, equals, value = token[2:].replace("-", "_").partition("=")
             if equals:
                 value = token.partition("=")[2]
-            options[name] = value if equals else True
+            found[name] = [value] if equals else []
             name = None if equals else name
         elif name is not None:
-            lowered = token.lower()
-            options[name] = lowered == "true" if lowered in ("true", "false") else token
-            name = None
+            found[name].append(token)
         else:
             raise UsageError(f"unexpected argument {token!r} (see fastpo train --help)")
-    return options
+    settings: dict[str, Any] = {}
+    for name, values in found.items():
+        positive = name.removeprefix("no_")
+        if not values and positive != name and options.lookup(positive) is not None:
+            settings[positive] = False
+        elif len(values) > 1 and name not in LIST_OPTIONS:
+            raise UsageError(f"unexpected argument {values[1]!r} (see fastpo train --help)")
+        else:
+            parsed = [_scalar(value) for value in values]
+            settings[name] = parsed if len(parsed) > 1 else parsed[0] if parsed else True
+    return settings
 
 
-def _check_names(options: dict[str, Any], source: str) -> None:
+def _scalar(text: str) -> Any:
+    """An option's text as YAML reads it: a number, true, false, none or the text itself."""
+    import yaml
+
+    if text.lower() == "none":
+        return None
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    try:
+        return float(value) if isinstance(value, str) else value  # 5e-6, a text to YAML
+    except ValueError:
+        return value
+
+
+def _check_names(given: dict[str, Any], source: str) -> None:
     """Refuses a misspelt input, which TrainConfig does not know of; TrainConfig refuses the rest."""
-    settings = [*config.field_names(), *config.RENAMED, *config.NO_EFFECT, *config.REFUSED]
+    settings = [*config.field_names(), *options.all_names()]
     inputs = [*INPUTS, *ALIASES]
-    for name in options:
-        if name not in settings and name not in inputs:
+    for name in given:
+        if name not in settings and name not in inputs and "." not in name:
             near = difflib.get_close_matches(str(name), [*settings, *inputs], n=1, cutoff=0.5)
             if near and near[0] in inputs:
                 raise ConfigError(f"unknown option {name!r} {source}; did you mean {near[0]!r}?")
@@ -208,6 +247,8 @@ def _merge_train_options(namespace: argparse.Namespace, extras: Sequence[str]) -
     given.update(others)
     from_file = config.read_yaml(namespace.config) if namespace.config else {}
     _check_names(from_file, f"in {namespace.config}")
+    for name, value in (from_file.pop("env", None) or {}).items():  # as in TRL's files
+        os.environ[str(name)] = str(value)
     for alias, name in ALIASES.items():
         if alias in from_file:
             if name in from_file:
@@ -215,17 +256,86 @@ def _merge_train_options(namespace: argparse.Namespace, extras: Sequence[str]) -
             from_file[name] = from_file.pop(alias)
     merged = {**from_file, **given}
     inputs = {name: merged.pop(name) for name in INPUTS if name in merged}
+    _script_options(merged, inputs)
     for name in JSON_INPUTS:
         if inputs.get(name) is not None and not isinstance(inputs[name], dict):
             raise ConfigError(f"{name} must be a mapping, not {inputs[name]!r}")
     for name in set(inputs) - set(JSON_INPUTS):
         if inputs[name] is not None and not isinstance(inputs[name], str):
             raise ConfigError(f"{name} must be a path or a name, not {inputs[name]!r}")
-    return inputs, config.TrainConfig.build(merged)
+    args = config.TrainConfig.build(merged)
+    data = inputs.get("train_dataset")
+    if args.eval_strategy != "no" and not inputs.get("eval_dataset") and data and not os.path.isfile(data):
+        inputs["eval_dataset"] = data  # its dataset_test_split, as `trl dpo`
+    return inputs, args
+
+
+# TRL's ModelConfig: option -> argument of peft.LoraConfig and of BitsAndBytesConfig.
+LORA = {"lora_r": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout",
+        "lora_target_modules": "target_modules", "lora_target_parameters": "target_parameters",
+        "lora_modules_to_save": "modules_to_save", "lora_task_type": "task_type", "use_rslora": "use_rslora",
+        "use_dora": "use_dora"}  # fmt: skip
+FOUR_BIT = {"bnb_4bit_quant_type": "bnb_4bit_quant_type", "use_bnb_nested_quant": "bnb_4bit_use_double_quant",
+            "bnb_4bit_quant_storage": "bnb_4bit_quant_storage"}  # fmt: skip
+LIST_OPTIONS = ("lora_target_modules", "lora_target_parameters", "lora_modules_to_save")
+
+
+def _script_options(merged: dict[str, Any], inputs: dict[str, Any]) -> None:
+    """TRL's options for adapters, quantisation and loading, taken out of `merged`, as arguments of fastpo.train."""
+    loading = {"model_revision": "revision", "attn_implementation": "attn_implementation"}
+    kwargs = {key: merged.pop(name) for name, key in loading.items() if merged.get(name) is not None}
+    if kwargs:
+        merged["model_init_kwargs"] = {**kwargs, **_mapping(merged, "model_init_kwargs")}
+
+    lora = {key: merged.pop(name) for name, key in LORA.items() if name in merged}
+    use_peft = merged.pop("use_peft", None)
+    if use_peft and inputs.get("peft_config") is not None:
+        raise ConfigError("use_peft and peft_config are both set; give one")
+    if lora and not use_peft and use_peft is not False:
+        name = next(name for name, key in LORA.items() if key in lora)
+        raise ConfigError(f"{name} needs use_peft")
+    if use_peft:
+        lora = {key: value for key, value in lora.items() if value is not None}
+        for key in ("target_modules", "target_parameters", "modules_to_save"):
+            if isinstance(lora.get(key), str) and re.fullmatch(
+                r"[\w.,\s]+", lora[key]
+            ):  # else all-linear, or a pattern
+                lora[key] = [part.strip() for part in lora[key].split(",")]
+        if lora.get("task_type", "CAUSAL_LM") != "CAUSAL_LM":
+            raise ConfigError(f"lora_task_type must be CAUSAL_LM, not {lora['task_type']!r}")
+        inputs["peft_config"] = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05, **lora}
+
+    four, eight = merged.pop("load_in_4bit", None), merged.pop("load_in_8bit", None)
+    bnb = {key: merged.pop(name) for name, key in FOUR_BIT.items() if name in merged}
+    if (four or eight) and inputs.get("quantization_config") is not None:
+        raise ConfigError("load_in_4bit or load_in_8bit and quantization_config are both set; give one")
+    if four and eight:
+        raise ConfigError("load_in_4bit and load_in_8bit are both set; give one")
+    if four:
+        dtype = str(merged.get("dtype") or merged.get("torch_dtype") or "auto").removeprefix("torch.")
+        bnb = {"bnb_4bit_quant_type": "nf4", **{key: value for key, value in bnb.items() if value is not None}}
+        # As in TRL the base computes in the model's dtype; where that is left to the checkpoint, as QLoRA does.
+        compute = "bfloat16" if dtype == "auto" else dtype
+        inputs["quantization_config"] = {"load_in_4bit": True, "bnb_4bit_compute_dtype": compute, **bnb}
+    elif bnb and four is None:
+        raise ConfigError(f"{next(name for name, key in FOUR_BIT.items() if key in bnb)} needs load_in_4bit")
+    if eight:
+        inputs["quantization_config"] = {"load_in_8bit": True}
+
+
+def _mapping(merged: dict[str, Any], name: str) -> dict[str, Any]:
+    value = merged.get(name) or {}
+    if not isinstance(value, dict):
+        raise ConfigError(f"{name} must be a mapping, not {value!r}")
+    return value
 
 
 def _train(namespace: argparse.Namespace, extras: Sequence[str]) -> int:
-    inputs, args = _merge_train_options(namespace, extras)
+    try:
+        inputs, args = _merge_train_options(namespace, extras)
+    except FastpoError as error:
+        error.in_options = True  # type: ignore[attr-defined]
+        raise
     if namespace.print_config:
         import yaml
 
@@ -274,7 +384,8 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
         help="train a model on preference data",
         description="Train a model on preference data. Every option is a key of the YAML file too, spelt with "
         "underscores. Defaults are in brackets; lists are separated by commas, mappings are JSON; --OPTION and "
-        "--no-OPTION turn a BOOL on and off.",
+        "--no-OPTION turn a BOOL on and off. Options of `trl dpo`, such as --use-peft --lora-r 16 or --load-in-4bit, "
+        "work too.",
         usage="fastpo train [--config run.yaml] [--model PATH] [--train-dataset PATH] [--OPTION VALUE ...]",
     )
     _add_train_options(train)
@@ -324,6 +435,18 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def _print_error(error: BaseException, message: str) -> None:
+    """The one line. Under torchrun it says the rank, and what every rank finds alike is said once a node."""
+    rank, local_rank = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK"))
+    if os.environ.get("WORLD_SIZE", "1") in ("", "1"):
+        print(f"fastpo: error: {message}", file=sys.stderr)
+        return
+    in_options = isinstance(error, UsageError) or getattr(error, "in_options", False)
+    relayed = getattr(error, "relayed", False)  # from rank 0, which says it
+    if not (in_options and local_rank != "0") and not (relayed and rank != "0"):
+        print(f"fastpo: error on rank {rank}: {message}", file=sys.stderr)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     try:
@@ -348,5 +471,5 @@ def main(argv: Sequence[str] | None = None) -> int:
             code = 1
         else:
             raise
-        print(f"fastpo: error: {message}", file=sys.stderr)
+        _print_error(error, message)
         return code

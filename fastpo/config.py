@@ -6,8 +6,8 @@ accepted is an option that has its effect.
 """
 
 import dataclasses
-import difflib
-import functools
+import enum
+import json
 import math
 import os
 from collections.abc import Mapping
@@ -15,19 +15,32 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fastpo import options
 from fastpo.errors import ConfigError
 
 
-def _opt(default: Any, group: str, help: str, choices: tuple[str, ...] | None = None) -> Any:
+def _opt(default: Any, group: str, help: str, choices: tuple[str, ...] | None = None, secret: bool = False) -> Any:
     metadata = {"group": group, "help": help, "choices": choices}
     if isinstance(default, list | dict):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
+    return field(default=default, metadata=metadata, repr=not secret)
 
 
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
              "inverse_sqrt", "cosine_with_min_lr", "warmup_stable_decay")  # fmt: skip
-OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "rmsprop", "sgd")
+OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit",
+              "rmsprop", "muon", "sgd")  # fmt: skip
+
+
+# What to do instead of a value that transformers or TRL know and fastpo does not.
+_CHOICE_HINTS = {
+    ("save_strategy", "best"): "load_best_model_at_end=True keeps the best checkpoint and ends with it",
+    ("hub_strategy", "checkpoint"): "checkpoints stay in output_dir; every_save pushes the model",
+    ("hub_strategy", "all_checkpoints"): "checkpoints stay in output_dir; every_save pushes the model",
+    ("train_sampling_strategy", "group_by_length"): "nothing is padded, so rows of different length cost nothing",
+    ("train_sampling_strategy", "batch_rebalance"): "ranks are always balanced",
+    ("lr_scheduler_type", "reduce_lr_on_plateau"): "pass optimizers=(optimizer, scheduler) and step it in a callback",
+}
 
 
 @dataclass
@@ -37,15 +50,24 @@ class TrainConfig:
     # fmt: off
     output_dir: str = _opt("fastpo-output", "run", "folder for the trained model, metrics.jsonl and config.yaml")
     overwrite_output_dir: bool = _opt(False, "run", "use an output_dir that already holds a run")
+    resume_from_checkpoint: str | bool | None = _opt(None, "run", "go on from a checkpoint: its folder; true for the newest in output_dir; auto for the newest if there is one, else from the start")
     seed: int = _opt(42, "run", "seed of the row order, dropout and initialisation")
     data_seed: int | None = _opt(None, "run", "seed of the row order alone (None: seed)")
     use_cpu: bool = _opt(False, "run", "train on the CPU even where there is a GPU")
     device: str | None = _opt(None, "run", "device to train on, such as cuda:1 (None: the first GPU, else the CPU)")
+    full_determinism: bool = _opt(False, "run", "only deterministic algorithms of PyTorch and its libraries; slower")
+
+    fsdp: str | bool = _opt("no", "several processes", "no: every rank holds the model (data parallel); full_shard: FSDP2, parameters gathered per layer; shard_grad_op: kept gathered from forward to backward", )
+    fsdp_cpu_offload: bool = _opt(False, "several processes", "fsdp: parameters, gradients and optimiser state live in host memory")
+    ddp_timeout: int = _opt(1800, "several processes", "seconds after which a rank that waits for the others gives up")
+    ddp_backend: str | None = _opt(None, "several processes", "process group's backend (None: nccl and gloo on GPUs, gloo on CPUs)")
 
     model_init_kwargs: dict | None = _opt(None, "model", "keyword arguments of from_pretrained, where the model is a name or path")
     dtype: str | None = _opt(None, "model", "dtype to load the model in; None or auto: the checkpoint's own")
     trust_remote_code: bool = _opt(False, "model", "let a checkpoint's own code run")
     disable_dropout: bool = _opt(True, "model", "set every dropout probability of the policy to zero")
+    use_liger_kernel: bool = _opt(False, "model", "Liger's kernels for the norms, MLPs and rotary embeddings of the trunk; needs a GPU and liger-kernel")
+    liger_kernel_config: dict | None = _opt(None, "model", "which of Liger's layer kernels, such as {rope: false}")
 
     dataset_config: str | None = _opt(None, "data", "configuration of a hub dataset")
     dataset_train_split: str = _opt("train", "data", "split to train on, for a hub dataset")
@@ -64,6 +86,9 @@ class TrainConfig:
     gamma_beta_ratio: float | None = _opt(None, "loss", "simpo: target margin over beta (None: 0.5)")
     ipo_reduce: str = _opt("mean", "loss", "ipo: log-ratios per token (mean, as TRL) or per response (sum, as the paper)", ("mean", "sum"))
     precompute_ref_log_probs: bool = _opt(True, "loss", "the reference is always computed once, ahead, and cached: True and False train alike")
+    sync_ref_model: bool = _opt(False, "loss", "TR-DPO: every ref_model_sync_steps steps the reference moves towards the policy")
+    ref_model_mixup_alpha: float = _opt(0.6, "loss", "sync_ref_model: reference <- alpha policy + (1 - alpha) reference")
+    ref_model_sync_steps: int = _opt(512, "loss", "sync_ref_model: steps between two moves")
 
     per_device_train_batch_size: int = _opt(8, "batch", "pairs per device and accumulation step")
     gradient_accumulation_steps: int = _opt(1, "batch", "an optimiser step takes this many times per_device_train_batch_size pairs")
@@ -78,6 +103,8 @@ class TrainConfig:
     warmup_steps: float = _opt(0, "optimisation", "warm-up steps; below 1, a share of all steps")
     warmup_ratio: float | None = _opt(None, "optimisation", "warm-up as a share of all steps")
     optim: str = _opt("adamw_torch_fused", "optimisation", "optimiser", OPTIMIZERS)
+    optim_args: str | None = _opt(None, "optimisation", "further arguments of the optimiser, as 'momentum=0.9,nesterov=true'")
+    master_weights: str = _opt("fp32", "optimisation", "16-bit trainable weights: step an fp32 copy (fp32), round stochastically and keep none (stochastic), or round to nearest (none), which loses small updates", ("fp32", "stochastic", "none"))
     weight_decay: float = _opt(0.0, "optimisation", "decoupled weight decay, not on biases and norms")
     adam_beta1: float = _opt(0.9, "optimisation", "AdamW's beta1")
     adam_beta2: float = _opt(0.999, "optimisation", "AdamW's beta2")
@@ -86,6 +113,7 @@ class TrainConfig:
     max_nonfinite_steps: int = _opt(5, "optimisation", "stop after this many non-finite steps in a row; each is skipped")
 
     bf16: bool | None = _opt(None, "precision and memory", "autocast to bfloat16 over the weights as loaded (None: on a GPU that has it)")
+    tf32: bool | None = _opt(None, "precision and memory", "TF32 in fp32 matrix multiplies of NVIDIA GPUs (None: PyTorch's setting)")
     gradient_checkpointing: bool = _opt(True, "precision and memory", "recompute each layer in the backward pass")
     gradient_checkpointing_kwargs: dict | None = _opt(None, "precision and memory", "arguments of gradient_checkpointing_enable")
     logits_memory_budget: int | None = _opt(None, "precision and memory", "bytes that the head may keep from forward to backward (None: DESIGN's rule; 0: nothing of size N x V)")
@@ -93,16 +121,38 @@ class TrainConfig:
     eval_strategy: str = _opt("no", "evaluation", "when to evaluate; steps where eval_steps is set", ("no", "steps", "epoch"))
     eval_steps: float | None = _opt(None, "evaluation", "steps between evaluations (None: logging_steps); below 1, a share of all steps")
     eval_on_start: bool = _opt(False, "evaluation", "evaluate before the first step")
+    eval_delay: float = _opt(0, "evaluation", "no evaluation before this step (or epoch, with eval_strategy=epoch)")
+    sample_generations: int = _opt(0, "evaluation", "prompts of the evaluation (else training) data to answer at every evaluation, into samples.jsonl")
+    generation_kwargs: dict | None = _opt(None, "evaluation", "arguments of generate() for the samples, such as {max_new_tokens: 128}")
 
     logging_steps: float = _opt(10, "logging", "steps between log lines; below 1, a share of all steps")
+    logging_strategy: str = _opt("steps", "logging", "when to log", ("no", "steps", "epoch"))
     logging_first_step: bool = _opt(False, "logging", "log the first step too")
     disable_tqdm: bool = _opt(False, "logging", "no progress bar")
-    report_to: str | list[str] = _opt("none", "logging", "none: metrics go to output_dir/metrics.jsonl")
-    run_name: str | None = _opt(None, "logging", "name of the run, kept in config.yaml")
+    report_to: str | list[str] = _opt("none", "logging", "trackers beside output_dir/metrics.jsonl: tensorboard, wandb, trackio, mlflow, ... as transformers names them; all; none")
+    report: bool = _opt(True, "logging", "write report.html, one file with curves, settings, counts and warnings, after training")
+    guardrails: bool = _opt(True, "logging", "warn, with the reason, when a run looks wrong")
+    run_name: str | None = _opt(None, "logging", "name of the run, for config.yaml and the trackers")
+    project: str = _opt("huggingface", "logging", "trackio: the project that the run belongs to")
+    trackio_space_id: str | None = _opt(None, "logging", "trackio: Hugging Face Space to log to")
+    trackio_bucket_id: str | None = _opt(None, "logging", "trackio: bucket of that Space")
+    trackio_static_space_id: str | bool | None = _opt(None, "logging", "trackio: static Space for the finished run; false for none")
 
     save_strategy: str = _opt("no", "saving", "when to save the model beside the final save; steps where save_steps is set", ("no", "steps", "epoch"))
     save_steps: float = _opt(500, "saving", "steps between saves; below 1, a share of all steps")
     save_total_limit: int | None = _opt(None, "saving", "how many checkpoint folders to keep")
+    save_only_model: bool = _opt(False, "saving", "checkpoints without the state that resuming needs")
+    max_shard_size: str = _opt("5GB", "saving", "largest file of a saved model")
+    load_best_model_at_end: bool = _opt(False, "saving", "end with the weights of the best checkpoint, which save_total_limit keeps")
+    metric_for_best_model: str | None = _opt(None, "saving", "evaluation metric that says which checkpoint is best (None: loss)")
+    greater_is_better: bool | None = _opt(None, "saving", "whether larger is better (None: not for a metric that ends in loss)")
+    save_merged: bool = _opt(False, "saving", "also save the model with its adapter merged, in output_dir/merged")
+    push_to_hub: bool = _opt(False, "saving", "upload the saved model to the Hugging Face hub")
+    hub_model_id: str | None = _opt(None, "saving", "repository to push to (None: the name of output_dir, in your account)")
+    hub_strategy: str = _opt("every_save", "saving", "push at every save and at the end, or at the end only", ("every_save", "end"))
+    hub_token: str | None = _opt(None, "saving", "token to push with (None: the one that you are logged in with); kept out of every file", secret=True)
+    hub_private_repo: bool | None = _opt(None, "saving", "make the repository private")
+    hub_revision: str | None = _opt(None, "saving", "branch to push to")
     save_final: bool = _opt(True, "saving", "save the model in output_dir at the end")
     # fmt: on
 
@@ -110,12 +160,16 @@ class TrainConfig:
         for f in dataclasses.fields(self):
             setattr(self, f.name, _coerce(f.name, getattr(self, f.name), f.type))
             choices = f.metadata["choices"]
-            if choices and getattr(self, f.name) not in choices:
-                raise ConfigError(f"{f.name} must be one of {', '.join(choices)}, not {getattr(self, f.name)!r}")
+            if choices and (value := getattr(self, f.name)) not in choices:
+                hint = _CHOICE_HINTS.get((f.name, value)) if isinstance(value, str) else None
+                raise ConfigError(
+                    f"{f.name} must be one of {', '.join(choices)}, not {value!r}" + (f": {hint}" if hint else "")
+                )
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size",
-                     "num_train_epochs", "adam_epsilon", "logging_steps", "save_steps", "max_nonfinite_steps"):  # fmt: skip
+                     "num_train_epochs", "adam_epsilon", "logging_steps", "save_steps", "max_nonfinite_steps",
+                     "ref_model_sync_steps", "ddp_timeout"):  # fmt: skip
             self._require(name, getattr(self, name) > 0, "positive")
-        for name in ("learning_rate", "weight_decay", "warmup_steps"):
+        for name in ("learning_rate", "weight_decay", "warmup_steps", "eval_delay", "sample_generations"):
             self._require(name, getattr(self, name) >= 0, "zero or more")
         for name in ("beta", "max_length", "max_tokens", "eval_steps", "save_total_limit", "dataset_num_proc"):
             value = getattr(self, name)
@@ -130,13 +184,39 @@ class TrainConfig:
         self._require("logits_memory_budget", (self.logits_memory_budget or 0) >= 0, "zero or more bytes")
         if self.max_steps == 0 or self.max_steps < -1:
             raise ConfigError(f"max_steps must be positive, or -1 for num_train_epochs, not {self.max_steps}")
-        reports = [self.report_to] if isinstance(self.report_to, str) else self.report_to
-        if any(r != "none" for r in reports):
-            raise ConfigError(
-                f"report_to={self.report_to!r} is not honoured yet; metrics are written to output_dir/metrics.jsonl"
-            )
+        self._require("ref_model_mixup_alpha", 0 <= self.ref_model_mixup_alpha <= 1, "in [0, 1]")
+        self._check_fsdp()
+        self._check_best()
+        self._check_resume()
         if self.loss_weights is not None and len(self.loss_weights) != len(self.losses):
             raise ConfigError(f"loss_weights has {len(self.loss_weights)} entries for {len(self.losses)} losses")
+
+    def _check_fsdp(self) -> None:
+        self.fsdp, offload = options.fsdp_mode(self.fsdp)
+        self.fsdp_cpu_offload = self.fsdp_cpu_offload or offload
+        if self.fsdp_cpu_offload and self.fsdp == "no":
+            raise ConfigError("fsdp_cpu_offload needs fsdp=full_shard")
+
+    def _check_resume(self) -> None:
+        """None for no, True for the newest, `auto`, or a path."""
+        value = self.resume_from_checkpoint
+        words: dict[str, Any] = dict.fromkeys(("", "false", "no", "none")) | {"true": True, "yes": True, "auto": "auto"}
+        if isinstance(value, str):
+            self.resume_from_checkpoint = words.get(value.lower(), value)
+        elif value is False:
+            self.resume_from_checkpoint = None
+
+    def _check_best(self) -> None:
+        if self.load_best_model_at_end:
+            if self.save_strategy != self.eval_strategy or self.save_strategy == "no":
+                raise ConfigError(
+                    "load_best_model_at_end needs save_strategy and eval_strategy alike, steps or epoch, not "
+                    f"{self.save_strategy!r} and {self.eval_strategy!r}"
+                )
+            if self.save_strategy == "steps" and self.save_steps % (self.eval_steps or self.logging_steps):
+                raise ConfigError("load_best_model_at_end needs save_steps to be a multiple of eval_steps")
+        if self.push_to_hub and not self.save_final:
+            raise ConfigError("push_to_hub needs save_final")
 
     def _require(self, name: str, ok: bool, what: str) -> None:
         value = getattr(self, name)
@@ -153,9 +233,15 @@ class TrainConfig:
         """Pairs (or rows, for sft) of one optimiser step on one device."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
+    @property
+    def report_names(self) -> list[str]:
+        """The trackers asked for, as a list; empty for none."""
+        names = [self.report_to] if isinstance(self.report_to, str) else list(self.report_to)
+        return [name for name in names if name != "none"]
+
     def to_dict(self) -> dict[str, Any]:
-        """The fields as a plain dict, in order."""
-        return dataclasses.asdict(self)
+        """The fields as a plain dict, in order; without the hub's token."""
+        return {k: v for k, v in dataclasses.asdict(self).items() if k != "hub_token"}
 
     @classmethod
     def build(cls, args: Any = None, **overrides: Any) -> "TrainConfig":
@@ -168,16 +254,16 @@ class TrainConfig:
         elif isinstance(args, cls):
             values = {f.name: getattr(args, f.name) for f in dataclasses.fields(args)}
         elif isinstance(args, Mapping):
-            values = check_options(args)
+            values = _given(args)
         elif isinstance(args, str | Path):
-            values = check_options(read_yaml(args))
+            values = _given(read_yaml(args))
         elif _is_dpo_arguments(args):
-            values = check_options(_explicit_fields(args))
+            values = _given(_explicit_fields(args))
         else:
             raise ConfigError(
                 f"args must be a TrainConfig, a dict, a YAML path or a TRL DPOConfig, not {type(args).__name__}"
             )
-        values |= check_options(overrides)
+        values |= _given(overrides)
         # A cadence that is given says that it is wanted.
         if ("save_steps" in values or "save_total_limit" in values) and "save_strategy" not in values:
             values["save_strategy"] = "steps"
@@ -189,6 +275,20 @@ class TrainConfig:
 def field_names() -> list[str]:
     """Names of all options, in the order of `--help`."""
     return [f.name for f in dataclasses.fields(TrainConfig)]
+
+
+def _given(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Checked options; None for a field that cannot be None here, but is by TRL's default, leaves it as it is."""
+    hints = {f.name: f.type for f in dataclasses.fields(TrainConfig)}
+    out = options.check_options(values, hints)
+    return {
+        name: value
+        for name, value in out.items()
+        if value is not None
+        or type(None) in _kinds(hints[name])
+        or name not in options.OPTIONS
+        or options.OPTIONS[name].default is not None
+    }
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -206,116 +306,6 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return data or {}
 
 
-# Names that mean the same under another name here.
-RENAMED = {
-    "activation_checkpointing": "gradient_checkpointing",
-    "activation_checkpointing_kwargs": "gradient_checkpointing_kwargs",
-    "evaluation_strategy": "eval_strategy",
-    "no_cuda": "use_cpu",
-}
-
-# Options without meaning here: any value trains alike, so they are accepted.
-NO_EFFECT = {
-    "padding_free": "fastpo is always padding-free",
-    "pad_to_multiple_of": "nothing is padded",
-    "precompute_ref_batch_size": "the reference pass is packed to max_tokens",
-    "remove_unused_columns": "columns that are not used are ignored",
-    "dataloader_num_workers": "batches are packed ahead from token ids in memory",
-    "dataloader_pin_memory": "as above",
-    "dataloader_persistent_workers": "as above",
-    "dataloader_prefetch_factor": "as above",
-    "dataloader_in_order": "as above",
-    "dataloader_multiprocessing_context": "as above",
-    "use_cache": "training never uses the key-value cache",
-    "do_train": "read by example scripts, not by a trainer",
-    "do_eval": "as above",
-    "do_predict": "as above",
-    "skip_memory_metrics": "peak memory is always logged",
-    "include_num_input_tokens_seen": "num_tokens is always logged",
-    "eval_do_concat_batches": "evaluation keeps no predictions",
-    "eval_use_gather_object": "as above",
-    "eval_accumulation_steps": "as above",
-    "prediction_loss_only": "as above",
-    "average_tokens_across_devices": "every term is normalised over the whole step",
-    "log_on_each_node": "one process",
-    "log_level": "Python's logging decides",
-    "log_level_replica": "as above",
-    "logging_nan_inf_filter": "a non-finite step is skipped, counted and shown",
-    "save_on_each_node": "one process",
-    "save_only_model": "checkpoints hold the model",
-    "local_rank": "one process",
-    "project": "belongs to trackers, see report_to",
-    "label_names": "rows have fixed column names",
-    "length_column_name": "belongs to group_by_length",
-    "ddp_timeout": "one process",
-    "use_liger_kernel": "the head is always fused",
-    "hub_strategy": "belongs to push_to_hub",
-}
-
-# Options that would change the training and are not built: setting one raises.
-REFUSED = {
-    "full_determinism": "call torch.use_deterministic_algorithms(True); fastpo's own operations are deterministic",
-    "fp16": "use bf16, or load the model in float32",
-    "tf32": "set torch.set_float32_matmul_precision yourself",
-    "torch_compile": "not honoured yet",
-    "neftune_noise_alpha": "not honoured",
-    "auto_find_batch_size": "set max_tokens: it bounds memory without changing the step",
-    "label_smoothing_factor": "use label_smoothing",
-    "push_to_hub": "push the folder that output_dir names yourself",
-    "load_best_model_at_end": "not honoured yet",
-    "resume_from_checkpoint": "not honoured yet",
-    "deepspeed": "one process for now",
-    "fsdp": "one process for now",
-    "sync_ref_model": "a reference that moves is not honoured yet",
-    "f_divergence_type": "only reverse_kl is built",
-    "ld_alpha": "LD-DPO is not built yet",
-    "use_weighting": "WPO is not built yet",
-    "router_aux_loss_coef": "the router's auxiliary loss is not added",
-    "discopop_tau": "DiscoPOP is not built yet",
-    "activation_offloading": "not honoured yet",
-    "padding_value": "nothing is padded",
-    "max_prompt_length": "TRL removed it too: max_length counts prompt plus response",
-    "max_completion_length": "TRL removed it too: max_length counts prompt plus response",
-    "simpo_gamma": "set gamma_beta_ratio (gamma over beta)",
-    "cpo_alpha": "add a weighted sft loss: loss_type=['simpo', 'sft'], loss_weights=[1, alpha]",
-    "rpo_alpha": "add a weighted sft loss: loss_type=['dpo', 'sft'], loss_weights=[1, alpha]",
-    "reference_free": "use simpo, or give ref_chosen_logps and ref_rejected_logps of zero",
-}
-
-
-def check_options(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Option names to `TrainConfig` fields: renamed ones resolved, those without effect left out, the rest refused."""
-    known = field_names()
-    out: dict[str, Any] = {}
-    for name, value in values.items():
-        name = RENAMED.get(name, name)
-        if name in known:
-            out[name] = value
-        elif name in NO_EFFECT:
-            continue
-        elif name in REFUSED or name in _hf_defaults():
-            default = _TRL_DEFAULTS.get(name, _hf_defaults().get(name))
-            if value is None or value is False or value == default:  # off, or as it is anyway
-                continue
-            raise ConfigError(f"{name}={value!r} is not honoured by fastpo: {REFUSED.get(name, 'not honoured yet')}")
-        else:
-            near = difflib.get_close_matches(name, [*known, *RENAMED, *NO_EFFECT], n=1, cutoff=0.5)
-            raise ConfigError(f"unknown option {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-    return out
-
-
-_TRL_DEFAULTS = {"f_divergence_type": "reverse_kl", "f_alpha_divergence_coef": 0.5, "discopop_tau": 0.05,
-                 "ref_model_mixup_alpha": 0.6, "ref_model_sync_steps": 512}  # fmt: skip
-
-
-@functools.cache
-def _hf_defaults() -> dict[str, Any]:
-    """transformers' TrainingArguments: field -> default."""
-    from transformers import TrainingArguments
-
-    return {f.name: f.default for f in dataclasses.fields(TrainingArguments)}
-
-
 def _is_dpo_arguments(args: Any) -> bool:
     """TRL's DPOConfig or a subclass of it, or plain TrainingArguments; other trainers' arguments mean other losses."""
     names = [c.__name__ for c in type(args).__mro__]
@@ -324,9 +314,6 @@ def _is_dpo_arguments(args: Any) -> bool:
             f"args is a {names[0]}, whose defaults mean another loss; pass a DPOConfig, a dict or a TrainConfig"
         )
     return "TrainingArguments" in names
-
-
-_TRL_LOSSES = {"sigmoid", "ipo", "hinge", "robust", "sppo_hard", "sft"}
 
 
 def _explicit_fields(args: Any) -> dict[str, Any]:
@@ -345,20 +332,19 @@ def _explicit_fields(args: Any) -> dict[str, Any]:
     changed["bf16"] = bool(fields.get("bf16"))
     if "loss_type" in fields:
         changed["loss_type"] = fields["loss_type"]
-    for name in ("lr_scheduler_type", "optim", "eval_strategy", "save_strategy"):
-        if name in changed:
-            changed[name] = getattr(changed[name], "value", changed[name])
+    changed = {name: value.value if isinstance(value, enum.Enum) else value for name, value in changed.items()}
     names = [changed["loss_type"]] if isinstance(changed.get("loss_type"), str) else changed.get("loss_type", [])
-    if changed.get("beta") == getattr(untouched, "beta", None) and not set(names) <= _TRL_LOSSES:
-        changed["beta"] = None  # TRL's default was not meant for a loss that TRL does not have
-    if changed.get("report_to") in ([], None):
-        changed["report_to"] = "none"
+    trl_beta = set(names) <= set(options.TRL_LOSSES) and set(names) != {"sft"}
+    if changed.get("beta") == getattr(untouched, "beta", None) and not trl_beta:
+        changed["beta"] = None  # TRL's default was not meant for a loss that TRL does not have, and sft reads none
     return changed
 
 
 def _coerce(name: str, value: Any, annotation: Any) -> Any:
     """YAML reads 1e-6 as a string and 3 as an int; TRL scripts pass enums. Wrong types are a one-line error."""
     kinds = _kinds(annotation)
+    if name == "report_to" and not value:
+        return "none"
     if value is None:
         if type(None) in kinds:
             return None
@@ -366,15 +352,15 @@ def _coerce(name: str, value: Any, annotation: Any) -> Any:
     value = getattr(value, "value", value)
     if isinstance(value, tuple):
         value = list(value)
+    if name == "fsdp" and isinstance(value, list):
+        value = " ".join(str(getattr(v, "value", v)) for v in value)
     if str in kinds and not isinstance(value, str | list):
         if isinstance(value, os.PathLike):
             value = os.fspath(value)
         elif type(value).__module__ == "torch":  # a dtype or a device
             value = str(value)
-    if bool in kinds and isinstance(value, str) and value.lower() in ("true", "false"):
-        return value.lower() == "true"
-    if isinstance(value, str) and str not in kinds and value.lower() == "none" and type(None) in kinds:
-        return None
+    if isinstance(value, str):
+        value = _from_text(name, value, kinds)
     for kind in (int, float):
         if kind in kinds and not isinstance(value, bool) and isinstance(value, int | float | str):
             try:
@@ -383,13 +369,28 @@ def _coerce(name: str, value: Any, annotation: Any) -> Any:
                 continue
             if kind is float or number == int(number):
                 return kind(number)
-    if type(value) in kinds and not (isinstance(value, bool) and bool not in kinds):
+    if value is None or (type(value) in kinds and not (isinstance(value, bool) and bool not in kinds)):
         if name == "loss_weights":
             return [float(v) for v in value]
         return value
     words = {int: "a whole number", float: "a number", str: "a string", bool: "true or false", dict: "a mapping"}
     names = " or ".join(words.get(k, k.__name__) for k in kinds if k is not type(None))
-    raise ConfigError(f"{name} must be {names}, not {value!r}")
+    shown = "" if name == "hub_token" else f", not {value!r}"
+    raise ConfigError(f"{name} must be {names}{shown}")
+
+
+def _from_text(name: str, value: str, kinds: tuple[type, ...]) -> Any:
+    """What a text means for a field that is no text: none, true, false, or a mapping as JSON, which TRL takes too."""
+    if bool in kinds and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    if str not in kinds and value.lower() == "none" and type(None) in kinds:
+        return None
+    if dict in kinds and value.lstrip().startswith("{"):
+        try:
+            return json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{name} is not JSON: {error}") from None
+    return value
 
 
 def _kinds(annotation: Any) -> tuple[type, ...]:

@@ -90,6 +90,7 @@ class Window:
         # steps that counted, loss, skipped in a row now and at most, skipped in all
         self.run = torch.zeros(5, device=device)
         self.tokens_at_flush = 0
+        self.is_paused = False
         self._reset()
 
     def _reset(self) -> None:
@@ -102,9 +103,15 @@ class Window:
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Time spent inside is no training time: evaluation, saving, callbacks."""
-        started = time.monotonic()
-        yield
-        self.started += time.monotonic() - started
+        if self.is_paused:
+            yield
+            return
+        self.is_paused, started = True, time.monotonic()
+        try:
+            yield
+        finally:
+            self.started += time.monotonic() - started
+            self.is_paused = False
 
     def trunk(self, batch: PackedBatch) -> None:
         """Count one micro-batch's work."""
@@ -123,6 +130,19 @@ class Window:
         self.run[2] = (self.run[2] + 1) * skipped
         self.run[3] = torch.maximum(self.run[3], self.run[2])
         self.run[4] += skipped
+
+    def state_dict(self) -> dict[str, Any]:
+        """The open window and the run's totals, for a checkpoint."""
+        return {**{k: getattr(self, k) for k in self._STATE}, "seconds": time.monotonic() - self.started}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken."""
+        for name in self._STATE:
+            value = state[name]
+            setattr(self, name, value.to(self.device) if isinstance(value, Tensor) else value)
+        self.started = time.monotonic() - state["seconds"]
+
+    _STATE = ("run", "sums", "norm", "tokens_at_flush", "trunk_tokens", "micro_batches")
 
     def flush(self, learning_rate: float, num_tokens: int) -> dict[str, float]:
         """The log line: one host read, then a new window. Raises TrainingError after too many non-finite steps."""
@@ -155,8 +175,11 @@ class Window:
                 "rate, or look at the data (max_nonfinite_steps sets the limit)"
             )
 
-    def summary(self, seconds: float, steps: int, rows: int, num_tokens: int) -> dict[str, float]:
-        """The run's last line, with the metrics of the window that no log line closed. Raises as `flush` does."""
+    def summary(self, seconds: float, steps: int, rows: int, tokens: int, num_tokens: int) -> dict[str, float]:
+        """The run's last line, with the metrics of the window that no log line closed. Raises as `flush` does.
+
+        `steps`, `rows` and `tokens` were done in these `seconds`; `num_tokens` counts from the run's beginning.
+        """
         counted, loss, _, in_a_row, skipped = self.run.tolist()
         self._check(in_a_row)
         open_steps, _, *metrics = self.sums.tolist()
@@ -167,7 +190,7 @@ class Window:
             "train_runtime": seconds,
             "train_samples_per_second": rows / seconds,
             "train_steps_per_second": steps / seconds,
-            "tokens_per_second": num_tokens / seconds,
+            "tokens_per_second": tokens / seconds,
             "num_tokens": num_tokens,
             "skipped_steps": int(skipped),
             "peak_memory_gb": peak_memory_gb(self.device),

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
-from fastpo import attention, ops
+from fastpo import adapters, attention, ops
+from fastpo.adapters import first_line
 from fastpo.attention import Layout
 from fastpo.errors import ConfigError, DeviceError, UnsupportedModelError
 from fastpo.packing import PackedBatch, collate
@@ -68,6 +69,12 @@ class Policy:
         _refuse_router_loss(self.causal_lm)
         self._originals: list[tuple[Any, str | None]] | None = None  # (config, implementation) while attached
         attention.register()
+        adapters.settle_quantized(self.causal_lm)
+
+    @property
+    def low_precision(self) -> bool:
+        """Whether a matrix multiply of the model runs below fp32, autocast aside; a quantised base's do."""
+        return _weights_eps(self) > torch.finfo(torch.float32).eps
 
     @property
     def dtype(self) -> torch.dtype:
@@ -150,8 +157,8 @@ def _causal_lm(model: Any) -> PreTrainedModel:
     name = type(model).__name__
     inner = model
     if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
-        if any(getattr(c, "is_prompt_learning", False) for c in model.peft_config.values()):
-            raise UnsupportedModelError(f"{name}: prompt tuning adds virtual tokens, which do not pack; use LoRA")
+        for config in model.peft_config.values():
+            adapters.check_adapter_type(config)
         inner = model.get_base_model()
         name = type(inner).__name__
     if not isinstance(inner, PreTrainedModel):
@@ -399,12 +406,18 @@ def _working_eps(policy: Policy, device: torch.device) -> float:
     """Spacing of the precision that the matrix multiplies run in."""
     if torch.is_autocast_enabled(device.type):
         return torch.finfo(torch.get_autocast_dtype(device.type)).eps
-    dtypes = {p.dtype for p in policy.causal_lm.parameters() if p.is_floating_point()}
-    if getattr(policy.causal_lm, "hf_quantizer", None) is not None:
-        dtypes.add(torch.bfloat16)  # quantised layers compute in 16 bits, whatever the norms are in
-    eps = max(torch.finfo(d).eps for d in dtypes)
+    eps = _weights_eps(policy)
     tf32 = device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
     return max(eps, 2.0**-10) if tf32 else eps
+
+
+def _weights_eps(policy: Policy) -> float:
+    dtypes = {p.dtype for p in policy.causal_lm.parameters() if p.is_floating_point()}
+    if adapters.is_quantized(policy.causal_lm):
+        # Quantised layers compute in 16 bits, whatever the norms are in. LLM.int8 finds its outlier columns over all
+        # rows of a call: packing moved its log-probabilities by 0.03 a token, as the quantising itself (bf16: 0.006).
+        dtypes.add(torch.bfloat16)
+    return max(torch.finfo(d).eps for d in dtypes)
 
 
 def _compare_tokens(name: str, packed: Tensor, own: Tensor, noise: _Noise) -> None:
@@ -514,39 +527,46 @@ def load_model(
 ) -> PreTrainedModel:
     """A causal language model by name or path, in the checkpoint's own dtype unless `dtype` says otherwise.
 
+    A trained adapter's folder or hub name gives its base with that adapter, trainable; `revision` is the adapter's.
     `attn_implementation` is what the model runs outside fastpo (generation, the guard); inside, attention is packed.
     """
     kwargs = dict(model_init_kwargs or {})
     dtype = dtype or kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None) or "auto"
     kwargs.update(dtype=_parse_dtype(dtype), trust_remote_code=trust_remote_code)
-    for key, value in (
-        ("revision", revision),
-        ("attn_implementation", attn_implementation),
-        ("quantization_config", quantization_config),
-    ):
-        if value is not None:
-            kwargs[key] = value
+    given = dict(revision=revision, attn_implementation=attn_implementation, quantization_config=quantization_config)
+    kwargs.update({key: value for key, value in given.items() if value is not None})
+    where, of = os.fspath(name_or_path), ""
+    if adapter := adapters.saved_adapter(where, revision):
+        where, of = adapter.base_model_name_or_path, f", the base of the adapter {where!r}"
+        kwargs["revision"] = adapter.revision
     target = resolve_device(device, use_cpu=use_cpu)
     if quantization_config is not None and "device_map" not in kwargs:
         kwargs["device_map"] = {"": target}
     try:
-        model = AutoModelForCausalLM.from_pretrained(os.fspath(name_or_path), **kwargs)
+        model = AutoModelForCausalLM.from_pretrained(where, **kwargs)
+    except ImportError as error:
+        hint = "pip install 'fastpo[quant]'" if quantization_config is not None else first_line(error)
+        raise ConfigError(f"loading {where!r} needs a package that is not installed: {hint}") from error
     except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"cannot load the model {os.fspath(name_or_path)!r}: {_first_line(error)}") from error
-    return model if "device_map" in kwargs else model.to(target)
+        raise ConfigError(f"cannot load the model {where!r}{of}: {first_line(error)}") from error
+    adapters.settle_quantized(model, just_loaded=True)
+    model = model if "device_map" in kwargs else model.to(target)
+    return model if adapter is None else adapters.continue_adapter(model, name_or_path, revision)
 
 
 def load_tokenizer(
     name_or_path: str | os.PathLike[str], *, trust_remote_code: bool = False, revision: str | None = None
 ) -> "PreTrainedTokenizerBase":
-    """The tokenizer that lies with the model."""
+    """The tokenizer that lies with the model; of an adapter saved without one, its base's."""
     where = os.fspath(name_or_path)
     if not where:
         raise ConfigError("the model does not say where its tokenizer is: pass processing_class=")
     try:
         return AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code, revision=revision)
     except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"cannot load a tokenizer from {where!r}: {_first_line(error)}") from error
+        if adapter := adapters.saved_adapter(where, revision):
+            return load_tokenizer(adapter.base_model_name_or_path, trust_remote_code=trust_remote_code)
+        raise ConfigError(f"cannot load a tokenizer from {where!r}: {first_line(error)}") from error
 
 
 def resolve_device(device: torch.device | str | None = None, *, use_cpu: bool = False) -> torch.device:
@@ -578,7 +598,3 @@ def _parse_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
     if not isinstance(parsed, torch.dtype) or not parsed.is_floating_point:
         raise ConfigError(f"dtype={dtype!r}: expected 'auto', 'bfloat16', 'float16' or 'float32'")
     return parsed
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -172,12 +172,13 @@ def epoch_steps(order: Sequence[int], batch_size: int, accumulation: int, drop_l
     return [list(order[start : start + step]) for start in range(0, len(order), step)]
 
 
-def pack_step(rows: Sequence[int], tokens: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Split one step's rows into as few micro-batches of at most `max_tokens` trunk tokens as best-fit finds.
+def pack_step(rows: Sequence[int], tokens: Sequence[int], max_tokens: int, ranks: int = 1) -> list[list[list[int]]]:
+    """Split one step's rows into micro-batches of at most `max_tokens` trunk tokens, for each of `ranks` processes.
 
-    `tokens[i]` is row i's size; longest rows first. Where the same number of micro-batches can be filled evenly, they
-    are: the largest one sets the peak memory. A row over the budget gets a micro-batch of its own. Deterministic; a row
-    stays whole, because its loss couples its responses.
+    `tokens[i]` is row i's size; longest rows first, as few micro-batches as best-fit finds, rounded up so that every
+    rank gets as many. Where they can be filled evenly, they are: the largest one sets the peak memory, and the slowest
+    rank the time. A row over the budget gets a micro-batch of its own. A rank runs dry only where there are fewer rows
+    than ranks. Deterministic; a row stays whole, because its loss couples its responses.
     """
     ordered = sorted(rows, key=lambda i: -tokens[i])
     bins: list[list[int]] = []
@@ -191,13 +192,28 @@ def pack_step(rows: Sequence[int], tokens: Sequence[int], max_tokens: int) -> li
         else:
             bins.append([row])
             room.append(max_tokens - tokens[row])
-    even: list[list[int]] = [[] for _ in bins]
-    filled = [0] * len(bins)
+    count = min(-(-len(bins) // ranks) * ranks, len(ordered))
+    even: list[list[int]] = [[] for _ in range(count)]
+    filled = [0] * count
     for row in ordered:
         smallest = filled.index(min(filled))
         even[smallest].append(row)
         filled[smallest] += tokens[row]
-    return even if max(filled, default=0) <= max_tokens else bins
+    if max(filled, default=0) <= max_tokens:
+        bins = even
+    while len(bins) < count:
+        largest = max((part for part in bins if len(part) > 1), key=lambda part: sum(tokens[i] for i in part))
+        bins.append(largest[1::2])
+        del largest[1::2]
+    if ranks == 1:
+        return [bins]
+    shares: list[list[list[int]]] = [[] for _ in range(ranks)]
+    work = [0] * ranks
+    for part in sorted(bins, key=lambda part: -sum(tokens[i] for i in part)):
+        rank = min(range(ranks), key=lambda r: (len(shares[r]), work[r]))
+        shares[rank].append(part)
+        work[rank] += sum(tokens[i] for i in part)
+    return shares
 
 
 def pack_all(rows: Sequence[int], tokens: Sequence[int] | Mapping[int, int], max_tokens: int) -> list[list[int]]:

@@ -5,13 +5,14 @@ The key of an entry is what it depends on: the token ids of prompt and response,
 entry; another tokenizer, `max_length`, dtype or weight does not.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,9 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from torch import nn
 
+from fastpo import adapters
 from fastpo.data import Example
+from fastpo.distributed import World, local
 from fastpo.packing import PackedBatch, collate, pack_all, trunk_tokens
 
 log = logging.getLogger("fastpo")
@@ -30,7 +33,7 @@ log = logging.getLogger("fastpo")
 # Entries are written in shards, so that a pass that is cut short loses at most this many seconds of work.
 SHARD_SECONDS = 60.0
 # A change here, or in how log-probabilities are computed, makes every older entry invalid.
-CACHE_VERSION = 2
+CACHE_VERSION = 3
 
 TokenLogps = list[list[np.ndarray]]  # per example, per response, fp32 [len]
 
@@ -44,26 +47,23 @@ def cache_folder() -> Path:
     return Path(HF_HOME).parent / "fastpo"
 
 
-def model_fingerprint(model: nn.Module, *, compute: str, without_adapter: bool = False) -> str:
-    """Hex digest of all weights, buffers and the configuration; `without_adapter` leaves a switched-off one out.
+def cache_key(fingerprint: str, compute: str) -> str:
+    """Name of a cache: the model's fingerprint, and what else its numbers depend on (autocast dtype, device type)."""
+    return hashlib.blake2b(f"{CACHE_VERSION}|{compute}|{fingerprint}".encode(), digest_size=16).hexdigest()
 
-    `compute` names what else the numbers depend on: autocast dtype and device type.
-    """
+
+def model_fingerprint(model: nn.Module, *, without_adapter: bool = False) -> str:
+    """Hex digest of all weights, buffers and the configuration; `without_adapter` leaves a switched-off one out."""
     digest = hashlib.blake2b(digest_size=16)
-    digest.update(f"{CACHE_VERSION}|{compute}|".encode())
     config = getattr(model, "config", None)
     if config is not None:
         described = {k: v for k, v in config.to_dict().items() if k not in _CONFIG_WITHOUT_EFFECT}
         digest.update(json.dumps(described, sort_keys=True, default=str).encode())
     if not without_adapter and hasattr(model, "peft_config"):
         peft: Any = model
-        adapters = {name: c.to_dict() for name, c in peft.peft_config.items()}
-        digest.update(json.dumps([adapters, peft.active_adapters], sort_keys=True, default=str).encode())
-    tensors = {
-        name.replace("base_model.model.", "").replace(".base_layer", ""): t
-        for name, t in [*model.named_parameters(), *model.named_buffers()]
-        if not (without_adapter and "lora_" in name)
-    }
+        settings = {name: c.to_dict() for name, c in peft.peft_config.items()}
+        digest.update(json.dumps([settings, peft.active_adapters], sort_keys=True, default=str).encode())
+    tensors = adapters.base_tensors(model) if without_adapter else adapters.all_tensors(model)
     names = sorted(tensors)
     with ThreadPoolExecutor(max_workers=4) as pool:
         for name, part in zip(names, pool.map(lambda n: _tensor_digest(tensors[n]), names), strict=True):
@@ -101,15 +101,16 @@ def response_key(prompt_ids: np.ndarray, response_ids: np.ndarray) -> bytes:
 class RefCache:
     """Token log-probabilities of one model, by response. `folder=None` keeps them in memory only."""
 
-    def __init__(self, fingerprint: str, folder: Path | None):
-        self.folder = folder / "ref_logps" / fingerprint if folder is not None else None
+    def __init__(self, key: str, folder: Path | None):
+        self.folder = folder / "ref_logps" / key if folder is not None else None
         self.entries: dict[bytes, np.ndarray] = {}
         self.fresh: dict[bytes, np.ndarray] = {}
         if self.folder is not None and self.folder.is_dir():
             for shard in sorted(self.folder.glob("*.safetensors")):
-                self._read(shard)
+                self.read(shard)
 
-    def _read(self, shard: Path) -> None:
+    def read(self, shard: Path) -> None:
+        """Take in the entries of a file that `flush` or `write_entries` wrote."""
         try:
             with safe_open(shard, framework="numpy") as f:
                 keys, offsets, logp = f.get_tensor("keys"), f.get_tensor("offsets"), f.get_tensor("logp")
@@ -129,21 +130,26 @@ class RefCache:
         """Write the new entries as one shard, beside and then renamed, so that a shard is whole or absent."""
         if self.folder is None or not self.fresh:
             return
-        lengths = [len(v) for v in self.fresh.values()]
-        tensors: dict[str, np.ndarray] = {
-            "keys": np.frombuffer(b"".join(self.fresh), np.uint8).reshape(-1, 16),
-            "offsets": np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-            "logp": np.concatenate(list(self.fresh.values())).astype(np.float32),
-        }
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             handle, temporary = tempfile.mkstemp(dir=self.folder, suffix=".tmp")
             os.close(handle)
-            save_file(tensors, temporary)
+            write_entries(self.fresh, Path(temporary))
             os.replace(temporary, self.folder / f"{time.time_ns():020d}-{os.getpid()}.safetensors")
         except OSError as error:
             log.warning("reference cache: cannot write to %s (%s); kept in memory for this run", self.folder, error)
         self.fresh = {}
+
+
+def write_entries(entries: Mapping[bytes, np.ndarray], path: Path) -> None:
+    """Log-probabilities [len] by response key, as one safetensors file."""
+    lengths = [len(v) for v in entries.values()]
+    tensors: dict[str, np.ndarray] = {
+        "keys": np.frombuffer(b"".join(entries), np.uint8).reshape(-1, 16),
+        "offsets": np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        "logp": np.concatenate(list(entries.values())).astype(np.float32),
+    }
+    save_file(tensors, path)
 
 
 def reference_logps(
@@ -153,36 +159,99 @@ def reference_logps(
     compute_logp: Callable[[PackedBatch], torch.Tensor],
     *,
     max_tokens: int,
+    world: World | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> TokenLogps:
     """Token log-probabilities of every response of `examples[i]` for i in `needed`; other rows stay empty lists.
 
-    `compute_logp(batch) -> [N]` runs the reference without gradients; only what the cache lacks is computed.
+    `compute_logp(batch) -> [N]` runs the reference without gradients; only what rank 0's `cache` lacks is computed,
+    shared between the ranks, and kept by rank 0.
     """
+    world = world or World(torch.device("cpu"))
+    needed = list(needed)
     out: TokenLogps = [[] for _ in examples]
-    missing = []
-    for i in needed:
-        found = [cache.get(response_key(examples[i].prompt_of(k), r)) for k, r in enumerate(examples[i].responses)]
-        if any(f is None for f in found):
-            missing.append(i)
-        else:
-            out[i] = [f for f in found if f is not None]
-    tokens = {i: trunk_tokens(examples[i]) for i in missing}
+
+    def look_up() -> dict[int, list[np.ndarray]]:
+        found = {}
+        for i in needed:
+            keys = [response_key(examples[i].prompt_of(k), r) for k, r in enumerate(examples[i].responses)]
+            entries = [cache.get(key) for key in keys]
+            if all(entry is not None for entry in entries):
+                found[i] = entries
+        return found
+
+    for i, entries in world.first(look_up).items():
+        out[i] = entries
+    missing = [i for i in needed if not out[i]]
+    batches = pack_all(missing, {i: trunk_tokens(examples[i]) for i in missing}, max_tokens)
     last_flush = time.monotonic()
     done = 0
-    for rows in pack_all(missing, tokens, max_tokens):
-        batch = collate(examples, rows)
-        logp = compute_logp(batch).float().cpu().numpy()
-        offsets = batch.response_offsets.tolist()
-        parts = iter(logp[a:b].copy() for a, b in zip(offsets, offsets[1:], strict=False))
-        for i in batch.examples:
-            out[i] = [next(parts) for _ in examples[i].responses]
-            for k, part in enumerate(out[i]):
-                cache.put(response_key(examples[i].prompt_of(k), examples[i].responses[k]), part)
-        done += len(rows)
+    # In rounds of a few micro-batches for each rank: a pass that is cut short has kept all rounds but the last.
+    share = ROUND if world.several else 1
+    for start in range(0, len(batches), share * world.size):
+        round_ = batches[start : start + share * world.size]
+        # Every rank runs as many, for the sharded ones run together; one that has no more repeats its first.
+        mine = round_[world.rank :: world.size] or round_[:1]
+        mine += mine[:1] * (-(-len(round_) // world.size) - len(mine))
+        computed = {i: logps for rows in mine for i, logps in _of_batch(examples, rows, compute_logp).items()}
+        for part in world.gather(computed):
+            for i, logps in part.items():
+                out[i] = logps
+        for i in [i for rows in round_ for i in rows]:
+            for k, logp in enumerate(out[i] if world.main else []):
+                cache.put(response_key(examples[i].prompt_of(k), examples[i].responses[k]), logp)
+        done += sum(map(len, round_))
         progress(done, len(missing))
         if time.monotonic() - last_flush > SHARD_SECONDS:
             cache.flush()
             last_flush = time.monotonic()
     cache.flush()
     return out
+
+
+ROUND = 8  # micro-batches that a rank computes between two exchanges
+
+
+def _of_batch(
+    examples: Sequence[Example], rows: Sequence[int], compute_logp: Callable[[PackedBatch], torch.Tensor]
+) -> dict[int, list[np.ndarray]]:
+    batch = collate(examples, rows)
+    logp = compute_logp(batch).float().cpu().numpy()
+    offsets = batch.response_offsets.tolist()
+    parts = iter(logp[a:b].copy() for a, b in zip(offsets, offsets[1:], strict=False))
+    return {i: [next(parts) for _ in examples[i].responses] for i in batch.examples}
+
+
+class MovingReference:
+    """TR-DPO's soft update (arXiv:2404.09656): every `every` steps, reference <- alpha policy + (1 - alpha) reference.
+
+    Between two moves the reference stands still, so its log-probabilities are data for the steps until the next one:
+    they are computed ahead with the reference's weights in the policy's place. It costs one copy of the trainable
+    weights and no second model; with an adapter, the copy is the adapter's.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], alpha: float, every: int):
+        self.parameters, self.alpha, self.every = dict(parameters), alpha, every
+        self.values = {name: local(p).detach().clone() for name, p in self.parameters.items()}
+
+    @torch.no_grad()
+    def move_(self) -> None:
+        """One soft update towards the policy as it is now."""
+        for name, p in self.parameters.items():
+            self.values[name].lerp_(local(p), self.alpha)
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Inside, the policy's parameters hold the reference's weights."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for name, p in self.parameters.items():
+            policy = local(p).clone()
+            local(p).copy_(self.values[name])
+            self.values[name].copy_(policy)

@@ -1,36 +1,37 @@
 """The trainer: `fastpo.train(model, train_dataset, ...)`, one optimiser step after another.
 
-A step is `per_device_train_batch_size x gradient_accumulation_steps` pairs in the seeded order. It is packed into
-micro-batches of at most `max_tokens` tokens; every loss term is normalised by its count over the whole step, so the
-numbers do not depend on the packing. Metrics stay on the device until a logging step.
+A step is `per_device_train_batch_size x gradient_accumulation_steps x processes` pairs in the seeded order. It is
+packed into micro-batches of at most `max_tokens` tokens, shared between the processes; every loss term is normalised by
+its count over the whole step, so the numbers depend neither on the packing nor on the number of processes. Metrics stay
+on the device until a logging step.
 """
 
 import contextlib
-import dataclasses
-import json
 import logging
 import math
 import os
-import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase, TrainerControl, TrainerState, TrainingArguments, set_seed
+from transformers import PreTrainedTokenizerBase, TrainerState, set_seed
 
-from fastpo import data, losses, ops, rows
+from fastpo import adapters, checkpoint, data, losses, ops, outputs, rows, saving
+from fastpo.callbacks import Callbacks, best, check_best
 from fastpo.config import TrainConfig
-from fastpo.errors import ConfigError, DataError, DeviceError, TrainingError
+from fastpo.distributed import Engine, World, shard
+from fastpo.errors import ConfigError, DataError, TrainingError
+from fastpo.guardrails import Guardrails
+from fastpo.hub import Hub
 from fastpo.losses import SFT
 from fastpo.metrics import PAIR_METRICS, Window, fused_pair_loss, metric_means, pair_inputs, pair_metrics
-from fastpo.model import Policy, load_model, load_tokenizer, resolve_device, verify_policy
+from fastpo.model import Policy, load_model, load_tokenizer, verify_policy
 from fastpo.optim import Gradients, build_optimizer, build_scheduler
 from fastpo.packing import (
     PackedBatch,
@@ -42,7 +43,18 @@ from fastpo.packing import (
     pack_step,
     trunk_tokens,
 )
-from fastpo.ref_policy import RefCache, cache_folder, model_fingerprint, reference_logps
+from fastpo.prepare import check_ids, disable_dropout, eval_mode, on_device, set_numerics, training_mode
+from fastpo.ref_policy import (
+    MovingReference,
+    RefCache,
+    cache_folder,
+    cache_key,
+    model_fingerprint,
+    reference_logps,
+    response_key,
+    write_entries,
+)
+from fastpo.samples import check_generation_kwargs, generate_samples
 
 log = logging.getLogger("fastpo")
 
@@ -53,19 +65,20 @@ GUARD_ROWS = 3  # real rows on which the packed path must equal the model's own 
 
 @dataclass
 class TrainResult:
-    """What `fastpo.train` returns: the model, every logged line, the last metrics, transformers' TrainerState."""
+    """What `fastpo.train` returns: model, logged lines, last metrics, transformers' TrainerState, warnings."""
 
     model: nn.Module
     log_history: list[dict[str, float]]
     metrics: dict[str, float]
     state: TrainerState
+    warnings: list[Any] = field(default_factory=list)
 
 
 def train(
     model: Any,
     train_dataset: Any,
     *,
-    ref_model: nn.Module | None = None,
+    ref_model: Any = None,
     args: Any = None,
     eval_dataset: Any = None,
     processing_class: PreTrainedTokenizerBase | None = None,
@@ -77,12 +90,14 @@ def train(
 ) -> TrainResult:
     """Preference-train a causal language model, as TRL's `DPOTrainer(...).train()` with the same arguments.
 
-    model: a name or path, or a transformers / PEFT model in memory (trained in place; its weights at the call are the
-    reference where a loss needs one and neither `ref_model` nor the data give one).
-    train_dataset: a `datasets.Dataset`, a list of dicts, a .jsonl/.jsonl.gz/.json/.parquet path or a hub id, with
-    `prompt`, `chosen`, `rejected` (or `prompt`, `completion` for loss_type="sft").
+    model: a name or path (of a model, or of a trained adapter), or a transformers / PEFT model in memory (trained in
+    place; its weights at the call are the reference where a loss needs one and neither `ref_model` nor the data give
+    one). train_dataset: a `datasets.Dataset`, a list of dicts, a .jsonl/.jsonl.gz/.json/.parquet path or a hub id, with
+    `prompt`, `chosen`, `rejected` (or `prompt`, `completion` for loss_type="sft"). eval_dataset: the same, or a mapping
+    of names to several. ref_model: a model in memory, or a name or path, such as an earlier checkpoint.
     args: a `TrainConfig`, a dict, a YAML path or a TRL `DPOConfig`; `overrides` go on top.
-    Raises fastpo.errors.FastpoError with one line for whatever a user can mend.
+    Under torchrun every process calls it alike. Raises fastpo.errors.FastpoError with one line for whatever a user can
+    mend.
     """
     return Trainer(
         model, train_dataset, ref_model=ref_model, args=args, eval_dataset=eval_dataset,
@@ -99,7 +114,7 @@ class Trainer:
         model: Any,
         train_dataset: Any,
         *,
-        ref_model: nn.Module | None = None,
+        ref_model: Any = None,
         args: Any = None,
         eval_dataset: Any = None,
         processing_class: PreTrainedTokenizerBase | None = None,
@@ -110,30 +125,53 @@ class Trainer:
         **overrides: Any,
     ):
         self.config = config = TrainConfig.build(args, **overrides)
-        _ensure_log_handler()
+        self.world = world = World.start(config)
+        outputs.ensure_log_handler(quiet=not world.main)
+        set_numerics(config)
+        self.device = world.device
         self.terms = losses.resolve_terms(
             config.losses, config.loss_weights, beta=config.beta, label_smoothing=config.label_smoothing,
             gamma_beta_ratio=config.gamma_beta_ratio,
             ipo_reduce=config.ipo_reduce if config.ipo_reduce != "mean" else None,
         )  # fmt: skip
         self.pair_terms = [t for t in self.terms if t.loss is not None]
-        if ref_model is not None and not isinstance(ref_model, nn.Module):
-            raise ConfigError(f"ref_model must be a model in memory, not {ref_model!r}: load it first")
+        self.uses_reference = any(t.loss.reference for t in self.pair_terms)
+        if config.sync_ref_model and not self.uses_reference:
+            raise ConfigError(f"sync_ref_model moves a reference, and {'+'.join(config.losses)} has none")
+        if config.sync_ref_model and ref_model is not None:
+            raise ConfigError("sync_ref_model starts from the policy: leave ref_model out, or sync_ref_model")
+        check_generation_kwargs(config.generation_kwargs)
         self.ref_model = ref_model
-        self.device = _device(config)
-        self.output_dir = _fresh_output_dir(config)
+        self.output_dir = Path(config.output_dir)
+        self.resume, remarks = world.first(lambda: checkpoint.find(self.output_dir, config.resume_from_checkpoint))
+        for remark in remarks:
+            log.warning("%s", remark)
+        world.first(lambda: outputs.check_folder(config, resumes=config.resume_from_checkpoint not in (None, False)))
         set_seed(config.seed)
 
+        name = os.fspath(model) if isinstance(model, str | os.PathLike) else None
+        self.model_name = name or getattr(getattr(model, "config", None), "_name_or_path", "") or ""
+        self.model_given_by_name = name is not None
         self.tokenizer = processing_class if processing_class is not None else load_tokenizer(
-            model if isinstance(model, str | os.PathLike) else getattr(model.config, "_name_or_path", ""),
-            trust_remote_code=config.trust_remote_code,
+            self.model_name, trust_remote_code=config.trust_remote_code,
+            revision=(config.model_init_kwargs or {}).get("revision"),
         )  # fmt: skip
+        self.callbacks = Callbacks(
+            callbacks, config, tokenizer=self.tokenizer, rank=world.rank, local_rank=world.local_rank,
+            world_size=world.size, device=self.device, around=self._around_callbacks,
+        )  # fmt: skip
+        self.data_reports: dict[str, data.DataReport] = {}
+        self.dataset_name = train_dataset if isinstance(train_dataset, str) else None
         self.examples = self._prepare(train_dataset, config.dataset_train_split, "train")
         self.eval_sets = self._prepare_eval(eval_dataset)
+        check_best(config, list(self.eval_sets), ["loss", *metric_means([1.0] * len(PAIR_METRICS), self.pair_terms)]
+                   if self.pair_terms else ["loss"])  # fmt: skip
+        self.hub = Hub(config) if config.push_to_hub and world.main else None
 
-        if isinstance(model, str | os.PathLike):
+        home = torch.device("cpu") if config.fsdp != "no" else self.device  # FSDP moves its shards itself
+        if name is not None:
             model = load_model(
-                os.fspath(model), dtype=config.dtype, device=self.device, trust_remote_code=config.trust_remote_code,
+                name, dtype=config.dtype, device=home, trust_remote_code=config.trust_remote_code,
                 quantization_config=quantization_config, model_init_kwargs=config.model_init_kwargs,
             )  # fmt: skip
         elif quantization_config is not None or config.model_init_kwargs or config.dtype:
@@ -142,46 +180,64 @@ class Trainer:
         if peft_config is not None:
             if hasattr(model, "peft_config"):
                 raise ConfigError("peft_config is given, but the model has an adapter already")
-            model = _with_adapter(model, peft_config)
-        if not _is_quantized(model):
-            model.to(self.device)
-        elif not hasattr(model, "peft_config"):
-            raise ConfigError("a quantised model cannot be trained itself: pass peft_config for an adapter on top")
+            model = adapters.with_adapter(model, peft_config)
+        adapters.check_quantized(model)
+        adapters.check_adapter_base(model)
+        if config.save_merged:
+            adapters.check_mergeable(model, sharded=config.fsdp != "no")
+        if not adapters.is_quantized(model):
+            model.to(home)
+        if config.use_liger_kernel:
+            adapters.apply_liger(model, config.liger_kernel_config, self.device)
         if config.disable_dropout:
-            _disable_dropout(model)
-        self.model = model
+            disable_dropout(model)
+        self.model = self.callbacks.model = model
         self.policy = Policy(model)
-        for name, examples in {"train": self.examples, **self.eval_sets}.items():
-            _check_ids(self.policy, examples, name)
-        # The closed form at the start holds only where the policy begins as the reference by construction: PiSSA and
-        # its like start an adapter away from zero.
-        zero_adapter = getattr(peft_config, "init_lora_weights", True) in (True, "gaussian")
-        self.starts_at_reference = ref_model is None and config.disable_dropout and zero_adapter
+        self.engine = Engine(self.policy)
+        for set_name, examples in {"train": self.examples, **self.eval_sets}.items():
+            check_ids(self.policy, examples, set_name)
+        # PiSSA and its like take part of the base away, so that the base with the adapter off is another model.
+        self.reference_is_base = self.new_adapter and not adapters.rewrites_base(peft_config)
+        self.starts_at_reference = ref_model is None and config.disable_dropout and adapters.starts_at_base(peft_config)
         self.autocast_dtype = torch.bfloat16 if _use_bf16(config, self.device) else None
         self.max_tokens = config.max_tokens or MAX_TOKENS[self.device.type]
-        self.callbacks = [c() if isinstance(c, type) else c for c in callbacks or []]
-        self.callback_args = CallbackArgs(config)
         self.optimizer, self.scheduler = optimizers or (None, None)
-        self.written: list[Path] = []  # checkpoints of this run, the oldest first
-        self.state = TrainerState()
-        self.control = TrainerControl()
+        if self.optimizer is not None and config.fsdp != "no":
+            raise ConfigError("fsdp splits the parameters, so an optimiser made before does not fit: set optim instead")
         self.num_tokens = 0
+        self.callbacks.call("on_init_end")
+
+    @property
+    def state(self) -> TrainerState:
+        return self.callbacks.state
+
+    @property
+    def step_size(self) -> int:
+        """Pairs of an optimiser step, over all processes."""
+        return self.config.step_size * self.world.size
 
     # ------------------------------------------------------------------ data
 
     def _prepare(self, dataset: Any, split: str, name: str) -> list[data.Example]:
+        """Rows to token ids, on rank 0 for all: the others would only do the same work again."""
         config = self.config
-        table = rows.load_rows(dataset, split=split, config_name=config.dataset_config)
-        kind = "preference" if self.pair_terms or "chosen" in rows.column_names(table) else "sft"
-        examples, report = data.prepare_examples(
-            table, self.tokenizer, kind=kind, max_length=config.max_length, truncation_mode=config.truncation_mode,
-            columns=self._columns(), invalid=config.invalid_rows, num_proc=config.dataset_num_proc,
-        )  # fmt: skip
+
+        def prepare() -> tuple[list[data.Example], data.DataReport]:
+            table = rows.load_rows(dataset, split=split, config_name=config.dataset_config)
+            kind = "preference" if self.pair_terms or "chosen" in rows.column_names(table) else "sft"
+            examples, report = data.prepare_examples(
+                table, self.tokenizer, kind=kind, max_length=config.max_length, truncation_mode=config.truncation_mode,
+                columns=self._columns(), invalid=config.invalid_rows, num_proc=config.dataset_num_proc,
+            )  # fmt: skip
+            for term in self.pair_terms:
+                if term.loss.win_prob:
+                    needed = [("win_prob", "win_prob_chosen"), ("win_prob", "win_prob_rejected")]
+                    data.require_columns(examples, needed, term.name, report.columns)
+            return examples, report
+
+        examples, report = self.world.first(prepare)
+        self.data_reports[name] = report
         log.info("%s data: %s", name, report.summary())
-        for term in self.pair_terms:
-            if term.loss.win_prob:
-                needed = [("win_prob", "win_prob_chosen"), ("win_prob", "win_prob_rejected")]
-                data.require_columns(examples, needed, term.name, report.columns)
         if name == "train":
             log.info("an example, as it is trained on:\n%s", data.describe_example(examples[0], self.tokenizer))
         return examples
@@ -189,7 +245,7 @@ class Trainer:
     def _columns(self) -> list[str]:
         """The optional columns that this run reads; others may hold anything."""
         columns = ["weight"]
-        if any(t.loss.reference for t in self.pair_terms) and self.ref_model is None:
+        if self.uses_reference and self.ref_model is None and not self.config.sync_ref_model:
             columns += ["ref_chosen_logps", "ref_rejected_logps"]
         if any(t.loss.win_prob for t in self.pair_terms):
             columns += ["win_prob", "win_prob_chosen", "win_prob_rejected"]
@@ -206,14 +262,14 @@ class Trainer:
         return {"eval": self._prepare(eval_dataset, split, "eval")}
 
     def _plan(self) -> list[tuple[int, list[int]]]:
-        """(epoch, rows) of every optimiser step of the run."""
+        """(epoch, rows) of every optimiser step of the run, over all processes."""
         config, n = self.config, len(self.examples)
         steps: list[tuple[int, list[int]]] = []
         seed = config.seed if config.data_seed is None else config.data_seed
+        batch, accumulation = config.per_device_train_batch_size * self.world.size, config.gradient_accumulation_steps
         epoch = 0
         while True:
             order = epoch_order(n, seed=seed, epoch=epoch, strategy=config.train_sampling_strategy)
-            batch, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
             of_epoch = epoch_steps(order, batch, accumulation, config.dataloader_drop_last)
             if not of_epoch:
                 raise DataError(f"{n} rows do not fill one batch of {batch} (dataloader_drop_last)")
@@ -228,10 +284,9 @@ class Trainer:
     def _attach_reference(self, plan: list[tuple[int, list[int]]]) -> None:
         """Fill `self.ref` with token log-probabilities for every data set, or leave None where none is needed."""
         self.ref: dict[str, Any] = {"train": None, **dict.fromkeys(self.eval_sets)}
-        if not any(t.loss.reference for t in self.pair_terms):
+        if not self.uses_reference:
             return
-        evaluates = self.config.eval_strategy != "no" or self.config.eval_on_start
-        sets = {"train": self.examples, **(self.eval_sets if evaluates else {})}
+        sets = self._reference_sets()
         if self.ref_model is None:
             given = {name: ["ref_logps" in e.response_columns for e in examples] for name, examples in sets.items()}
             sets = {name: examples for name, examples in sets.items() if not all(given[name])}
@@ -244,25 +299,52 @@ class Trainer:
                 log.info("reference: log-probabilities from the data")
                 self.starts_at_reference = False
                 return
+        if self.moving is not None:
+            return  # computed step interval by step interval
         with contextlib.ExitStack() as stack:
-            policy = self.policy
+            engine, fingerprint = self.engine, self.fingerprint
             if self.ref_model is not None:
-                stack.enter_context(_on_device(self.ref_model, self.device))
-                policy = Policy(self.ref_model)
-                self._verify(policy, plan[0][1])
-            self._reference_pass(policy, sets, plan)
+                engine, fingerprint = self._reference_engine(stack)
+                self._verify(engine, plan[0][1])
+            elif self.reference_is_base:
+                # A new adapter's reference is the base model; one that was trained before is its own, as in TRL.
+                stack.enter_context(self.policy.model.disable_adapter())  # type: ignore[operator]
+            compute = f"{self.autocast_dtype or 'as loaded'}|{self.device.type}"
+            cache = RefCache(cache_key(fingerprint, compute), cache_folder()) if self.world.main else RefCache("", None)
+            if self.resume is not None and (self.resume / checkpoint.REFERENCE).exists():
+                cache.read(self.resume / checkpoint.REFERENCE)
+            self._reference_pass(engine, cache, sets, {row for _, rows in plan for row in rows})
         self.ref_model = None  # its log-probabilities are all that training needs of it
+        if self.world.main:
+            self._keep_reference(sets)
+
+    def _reference_sets(self) -> dict[str, list[data.Example]]:
+        evaluates = self.config.eval_strategy != "no" or self.config.eval_on_start
+        return {"train": self.examples, **(self.eval_sets if evaluates else {})}
+
+    def _reference_engine(self, stack: contextlib.ExitStack) -> tuple[Engine, str]:
+        """The reference model on the device or split as the policy is, and its fingerprint."""
+        config, model = self.config, self.ref_model
+        sharded = config.fsdp != "no"
+        if isinstance(model, str | os.PathLike):
+            home = torch.device("cpu") if sharded else self.device
+            model = load_model(os.fspath(model), dtype=config.dtype or str(self.policy.dtype), device=home,
+                               trust_remote_code=config.trust_remote_code)  # fmt: skip
+        elif not isinstance(model, nn.Module):
+            raise ConfigError(f"ref_model must be a model, or its name or path, not {model!r}")
+        policy = Policy(model)
+        fingerprint = self.world.first(lambda: model_fingerprint(model))
+        if sharded:
+            stack.enter_context(eval_mode(model))
+            return shard(policy, config, self.world, self.autocast_dtype), fingerprint
+        stack.enter_context(on_device(model, self.device))
+        return Engine(policy), fingerprint
 
     def _reference_pass(
-        self, policy: Policy, sets: dict[str, list[data.Example]], plan: list[tuple[int, list[int]]]
+        self, engine: Engine, cache: RefCache, sets: dict[str, list[data.Example]], visited: set[int]
     ) -> None:
-        compute = f"{self.autocast_dtype or 'as loaded'}|{self.device.type}"
-        fingerprint = model_fingerprint(policy.model, compute=compute, without_adapter=self.new_adapter)
-        cache = RefCache(fingerprint, cache_folder())
-        # A new adapter's reference is the base model; one that was trained before is its own reference, as in TRL.
-        adapter_off: Any = policy.model.disable_adapter if self.new_adapter else contextlib.nullcontext
-        visited = sorted({row for _, rows in plan for row in rows})
-        with torch.no_grad(), _eval_mode(policy.model), policy.attach(), adapter_off():
+        policy = engine.policy
+        with torch.no_grad(), eval_mode(policy.model), policy.attach():
             for name, examples in sets.items():
                 with self._bar(desc="reference", total=None) as bar:
 
@@ -271,22 +353,43 @@ class Trainer:
                         bar.update(done - bar.n)
 
                     self.ref[name] = reference_logps(
-                        examples, visited if name == "train" else range(len(examples)), cache,
-                        lambda batch: self._logp(policy, batch.to(self.device)),
-                        max_tokens=self.max_tokens, progress=progress,
+                        examples, sorted(visited) if name == "train" else range(len(examples)), cache,
+                        lambda batch: self._logp(engine, batch.to(self.device)),
+                        max_tokens=self.max_tokens, world=self.world, progress=progress,
                     )  # fmt: skip
+
+    def _keep_reference(self, sets: dict[str, list[data.Example]]) -> None:
+        """The run's own copy, to which every checkpoint links: a resumed run needs neither the cache nor the pass."""
+        entries = {}
+        for name, examples in sets.items():
+            for example, logps in zip(examples, self.ref[name], strict=True):
+                for k, logp in enumerate(logps):
+                    entries[response_key(example.prompt_of(k), example.responses[k])] = logp
+        temporary = self.output_dir / f".{checkpoint.REFERENCE}"
+        write_entries(entries, temporary)
+        os.replace(temporary, self.output_dir / checkpoint.REFERENCE)
+
+    def _move_reference(self, plan: list[tuple[int, list[int]]], start: int) -> None:
+        """A moving reference's log-probabilities for the steps of the plan until it moves again."""
+        assert self.moving is not None
+        self.reference_start = start
+        visited = {row for _, rows in plan[start : start + self.moving.every] for row in rows}
+        with self.moving.in_place():
+            self._reference_pass(self.engine, RefCache("", None), self._reference_sets(), visited)
 
     # ------------------------------------------------------------- forward
 
-    def _logp(self, policy: Policy, batch: PackedBatch) -> Tensor:
+    def _logp(self, engine: Engine, batch: PackedBatch) -> Tensor:
         """Token log-probabilities [N] fp32 of a packed batch."""
-        autocast = (
-            torch.autocast(self.device.type, self.autocast_dtype) if self.autocast_dtype else contextlib.nullcontext()
-        )
-        with autocast:
-            logp = policy.logp(batch, memory_budget=self.config.logits_memory_budget)
+        with self._autocast():
+            logp = engine(lambda: engine.policy.logp(batch, memory_budget=self.config.logits_memory_budget))
         assert isinstance(logp, Tensor)
         return logp
+
+    def _autocast(self) -> Any:
+        if self.autocast_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.autocast_dtype)
 
     def _objective(self, logp: Tensor, batch: PackedBatch, pair_count: int, nll_count: int) -> tuple[Tensor, Tensor]:
         """This micro-batch's share of the step's loss, and its metrics [len(PAIR_METRICS)], both on the device."""
@@ -318,142 +421,255 @@ class Trainer:
 
     def train(self) -> TrainResult:
         """Run all steps, evaluate and save as configured, return the result."""
+        finished = False
+        try:
+            result = self._train()
+            finished = True
+            return result
+        finally:
+            self.callbacks.close(failed=not finished)
+            if self.hub is not None:
+                self.hub.close()
+
+    def _train(self) -> TrainResult:
         config = self.config
         plan = self._plan()
         self._tokens = [trunk_tokens(e) for e in self.examples]
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
-        if not parameters:
+        self.parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        if not self.parameters:
             raise ConfigError(
                 "no parameter of the model requires a gradient (an adapter is loaded with is_trainable=True)"
             )
-        self._start_files()
-        self._verify(self.policy, plan[0][1])
+        self.fingerprint, self.identity = saving.identify(self)
+        outputs.start(self)
+        if self.resume is not None:
+            self.callbacks.restore(TrainerState.load_from_json(str(self.resume / "trainer_state.json")))
+        self.callbacks.start_trackers()
+        self._distribute()
+        self.moving: MovingReference | None = None
+        if config.sync_ref_model:
+            self.moving = MovingReference(self.parameters, config.ref_model_mixup_alpha, config.ref_model_sync_steps)
+        self._verify(self.engine, plan[0][1])
         self._attach_reference(plan)
+        self._build_optimizer(len(plan))
+        self.window = Window(self.device, self.policy, self.terms, self.max_tokens, config.max_nonfinite_steps)
+        self.guards = Guardrails(
+            self.terms, config, not hasattr(self.model, "peft_config"), starts_at_reference=self.starts_at_reference,
+            pairs_per_step=self.step_size, parameters=sum(p.numel() for p in self.model.parameters()),
+            optimizer_given=not self.own_optimizer,
+        )  # fmt: skip
+        self.todo: dict[str, Any] = {}  # between a step and its checkpoint: what _settle needs
+        self.cursor = 0  # steps of the plan that are behind
+        self.reference_start = 0  # step of the plan from which a moving reference stands still
+        self.seen = 0  # rows of the epoch
+        if self.resume is not None:
+            saving.restore(self, self.resume)
+        self._warn(self.guards.at_start(self.data_reports))
+        if self.moving is not None:
+            self._move_reference(plan, self.reference_start)
+        with self._bar(desc="train", total=len(plan), initial=self.cursor) as bar, training_mode(self.policy, config):
+            summary = self._loop(plan, bar)
+        outputs.finish(self, summary)
+        return TrainResult(self.model, self.state.log_history, summary, self.state, self.guards.warnings)
 
-        gradients = Gradients(parameters, masters=self.optimizer is None)
+    def _distribute(self) -> None:
+        """The model as this run's processes hold it."""
+        config, world = self.config, self.world
+        self.saved_dtypes = {n: p.dtype for n, p in self.model.named_parameters()}
+        if config.fsdp != "no":
+            self.engine = shard(self.policy, config, world, self.autocast_dtype)
+            self.parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        else:
+            world.agree_(self.model)
+        if world.several and not config.disable_dropout:
+            torch.manual_seed(config.seed + world.rank)  # every rank draws its own masks
+
+    def _build_optimizer(self, steps: int) -> None:
+        config = self.config
+        self.own_optimizer = self.optimizer is None
+        self.gradients = Gradients(
+            self.parameters, master_weights=config.master_weights if self.own_optimizer else "none", seed=config.seed,
+            group=self.world.group, sharded=self.engine.sharded,
+        )  # fmt: skip
         if self.optimizer is None:
-            self.optimizer = build_optimizer(self.model, config, gradients)
+            self.optimizer = build_optimizer(self.model, config, self.gradients)
         if self.scheduler is None:
-            self.scheduler = build_scheduler(self.optimizer, config, len(plan))
+            self.scheduler = build_scheduler(self.optimizer, config, steps)
+        self.callbacks.optimizer, self.callbacks.scheduler = self.optimizer, self.scheduler
         state = self.state
-        state.max_steps, state.num_train_epochs = len(plan), math.ceil(config.num_train_epochs)
-        state.logging_steps = _interval(config.logging_steps, len(plan))
-        state.eval_steps = _interval(config.eval_steps or config.logging_steps, len(plan))
-        state.save_steps = _interval(config.save_steps, len(plan))
+        state.max_steps, state.num_train_epochs = steps, math.ceil(config.num_train_epochs)
+        state.logging_steps = _interval(config.logging_steps, steps)
+        state.eval_steps = _interval(config.eval_steps or config.logging_steps, steps)
+        state.save_steps = _interval(config.save_steps, steps)
         state.train_batch_size = config.per_device_train_batch_size
-        window = self.window = Window(self.device, self.policy, self.terms, self.max_tokens, config.max_nonfinite_steps)
-        started = time.monotonic()
-        seen = 0  # rows of the epoch
 
-        with self._bar(desc="train", total=len(plan)) as bar, self._training():
-            self._call("on_train_begin")
-            if config.eval_on_start:
-                self._evaluate_all()
+    def _loop(self, plan: list[tuple[int, list[int]]], bar: tqdm) -> dict[str, float]:
+        """The steps of the plan from `self.cursor` on. Returns the summary."""
+        config, call = self.config, self.callbacks.call
+        first_step, first_tokens = self.state.global_step, self.num_tokens
+        started, rows_done = time.monotonic(), 0
+        self.updating = False  # whether the weights are between two steps
+        self.rng: dict[str, Any] | None = None  # inside a step, the random states at its beginning
+        with saving.terminable(self):
             try:
-                for step, (epoch, rows) in enumerate(plan, start=1):
-                    first_of_epoch = step == 1 or plan[step - 2][0] != epoch
-                    last_of_epoch = step == len(plan) or plan[step][0] != epoch
+                call("on_train_begin")
+                if config.eval_on_start and self.resume is None:
+                    self._evaluate_all()
+                if self.todo:
+                    self._settle()
+                while self.cursor < len(plan) and not self.callbacks.control.should_training_stop:
+                    epoch, rows = plan[self.cursor]
+                    first_of_epoch = self.cursor == 0 or plan[self.cursor - 1][0] != epoch
+                    last_of_epoch = self.cursor + 1 == len(plan) or plan[self.cursor + 1][0] != epoch
                     if first_of_epoch:
-                        self._call("on_epoch_begin")
-                    self._call("on_step_begin")
-                    loss, metrics = self._forward_backward(rows, gradients, window, check_start=step == 1)
-                    learning_rate = self.scheduler.get_last_lr()[0]
-                    norm = gradients.clip_(config.max_grad_norm)
-                    finite = torch.isfinite(norm) & torch.isfinite(loss)
-                    gradients.step_(self.optimizer, finite)
-                    self.scheduler.step()
-                    window.add(loss, metrics, norm, finite)
-
-                    state.global_step = step
-                    seen = len(rows) if first_of_epoch else seen + len(rows)
-                    state.epoch = self._epoch(epoch, seen)
+                        self.seen = 0
+                        call("on_epoch_begin")
+                    self.rng = saving.rng_state()
+                    call("on_step_begin")
+                    learning_rate = self._step(rows)
+                    rows_done += len(rows)
+                    self.cursor += 1
+                    self.seen += len(rows)
+                    self.state.epoch = self._epoch(epoch)
+                    self._mark_due("steps", at_end=self.cursor == len(plan))
+                    self.todo = {"learning_rate": learning_rate, "last_of_epoch": last_of_epoch}
+                    self.updating, self.rng = False, None
                     bar.update()
-                    self._call("on_step_end")
-                    first_logged = step == 1 and config.logging_first_step
-                    if step % state.logging_steps == 0 or first_logged or self.control.should_log:
-                        self._log(window.flush(learning_rate, self.num_tokens), bar)
-                    if last_of_epoch:
-                        self._call("on_epoch_end")
-                    at_end = step == len(plan) or self.control.should_training_stop
-                    evaluate = self._due(config.eval_strategy, state.eval_steps, last_of_epoch, at_end)
-                    if evaluate or self.control.should_evaluate:
-                        self._evaluate_all()
-                    save = self._due(config.save_strategy, state.save_steps, last_of_epoch, False)
-                    if save or self.control.should_save:
-                        self._save_checkpoint()
-                    self.control.should_log = self.control.should_evaluate = self.control.should_save = False
-                    if self.control.should_training_stop:
-                        break
-                rows_seen = sum(len(rows) for _, rows in plan[: state.global_step])
+                    if self.moving is not None and self.state.global_step % self.moving.every == 0:
+                        self._move_reference(plan, self.cursor)
+                    call("on_step_end")
+                    self.callbacks.agree(self.world.group)
+                    if self.callbacks.control.should_epoch_stop:  # before a save, for the run resumed from it
+                        self.todo["last_of_epoch"] = True
+                        while self.cursor < len(plan) and plan[self.cursor][0] == epoch:
+                            self.cursor += 1
+                        if self.moving is not None:
+                            self._move_reference(plan, self.cursor)
+                    self._settle(bar)
                 seconds = time.monotonic() - started
-                summary = window.summary(seconds, state.global_step, rows_seen, self.num_tokens)
-            except BaseException:
-                self._rescue()
+                summary = self.window.summary(
+                    seconds, self.state.global_step - first_step, rows_done, self.num_tokens - first_tokens,
+                    self.num_tokens,
+                )  # fmt: skip
+                if config.load_best_model_at_end:
+                    saving.load_best(self)
+            except BaseException as error:
+                self._rescue(error)
                 raise
             finally:
-                gradients.close()
-            self._log(summary, None)
-            self._call("on_train_end")
-        if config.save_final:
-            self._save_model(self.output_dir)
-        return TrainResult(self.model, state.log_history, summary, state)
+                self.gradients.close()
+        self._log(summary)
+        call("on_train_end")
+        return summary
 
-    def _forward_backward(
-        self, rows: list[int], gradients: Gradients, window: Window, check_start: bool
-    ) -> tuple[Tensor, Tensor]:
-        """Gradients of one step's loss, micro-batch by micro-batch; returns the loss and the metric sums, detached."""
+    def _mark_due(self, strategy: str, at_end: bool = False) -> None:
+        """Set the control flags of what is due after this step, or after this epoch; callbacks may change them."""
+        config, control, state = self.config, self.callbacks.control, self.state
+        step = state.global_step
+
+        def due(chosen: str, every: int) -> bool:
+            return chosen == strategy and (strategy == "epoch" or step % every == 0)
+
+        control.should_log |= due(config.logging_strategy, state.logging_steps)
+        control.should_log |= strategy == "steps" and step == 1 and config.logging_first_step
+        late_enough = config.eval_delay <= (state.epoch if strategy == "epoch" else step)
+        at_end = at_end and config.eval_strategy == strategy
+        control.should_evaluate |= (due(config.eval_strategy, state.eval_steps) or at_end) and late_enough
+        control.should_save |= due(config.save_strategy, state.save_steps)
+
+    def _settle(self, bar: tqdm | None = None) -> None:
+        """Log, evaluate and save where flags ask for it, in transformers' order; but save last, so that a resumed run
+        misses nothing. A run that was cut short in here does the rest when it is resumed.
+        """
+        self._log_and_evaluate(bar)
+        if self.todo.pop("last_of_epoch", False):
+            self._mark_due("epoch")
+            self.callbacks.call("on_epoch_end")
+            self._log_and_evaluate(bar)
+        self.todo.clear()
+        if self.callbacks.control.should_save:
+            saving.save_checkpoint(self)
+
+    def _log_and_evaluate(self, bar: tqdm | None) -> None:
+        if self.callbacks.control.should_log and not self.todo.get("logged"):
+            self.todo["logged"] = True
+            self._log(self.window.flush(self.todo["learning_rate"], self.num_tokens), bar)
+        if self.callbacks.control.should_evaluate:
+            better = self._evaluate_all()
+            # The best is worth a checkpoint wherever save_steps falls.
+            self.callbacks.control.should_save |= better and self.config.load_best_model_at_end
+
+    def _step(self, rows: list[int]) -> float:
+        """One optimiser step; returns the learning rate that it used. Leaves `updating` set: counters follow."""
+        self.gradients.begin(self._micro_batches(rows), self.state.global_step + 1)
+        loss, metrics = self._forward_backward(rows)
+        self.gradients.reduce_()
+        loss, metrics = self.world.sum_(torch.cat([loss.reshape(1), metrics])).split([1, len(PAIR_METRICS)])
+        learning_rate = self.scheduler.get_last_lr()[0]
+        norm = self.gradients.clip_(self.config.max_grad_norm)
+        finite = torch.isfinite(norm).to(loss.device) & torch.isfinite(loss[0])
+        self.callbacks.call("on_pre_optimizer_step")
+        self.updating = True
+        self.gradients.step_(self.optimizer, finite)
+        self.callbacks.call("on_optimizer_step")
+        self.scheduler.step()
+        self.window.add(loss[0], metrics, norm, finite)
+        self.num_tokens += sum(self._tokens[i] + len(self.examples[i].responses) for i in rows)
+        self.state.global_step += 1
+        if self.moving is not None and self.state.global_step % self.moving.every == 0:
+            self.moving.move_()
+        return learning_rate
+
+    def _micro_batches(self, rows: list[int]) -> int:
+        """Packs the step; returns how many micro-batches this process has of it."""
+        shares = pack_step(rows, self._tokens, self.max_tokens, self.world.size)
+        self.share = shares[self.world.rank]
+        # Sharded ranks gather parameters together, so that one without work runs the smallest row for nothing.
+        self.rounds = max(map(len, shares)) if self.engine.sharded else len(self.share)
+        return len(self.share)
+
+    def _forward_backward(self, rows: list[int]) -> tuple[Tensor, Tensor]:
+        """Gradients of this process's part of a step; returns its loss and metric sums, detached."""
         pair_count = sum(len(self.examples[i].pairs) for i in rows)
         nll_count = sum(nll_tokens(self.examples[i]) for i in rows)
         step_loss = torch.zeros((), device=self.device)
         step_metrics = torch.zeros(len(PAIR_METRICS), device=self.device)
-        micro_batches = pack_step(rows, self._tokens, self.max_tokens)
-        gradients.begin(len(micro_batches))
-        for part in micro_batches:
+        check_start = self.state.global_step == 0 and self.starts_at_reference
+        done = []
+        for k in range(self.rounds):
+            idle = k >= len(self.share)
+            part = [min(rows, key=lambda i: self._tokens[i])] if idle else self.share[k]
+            self.engine.sync_gradients(k == self.rounds - 1)
             batch = collate(self.examples, part, self.ref["train"]).to(self.device)
-            logp = self._logp(self.policy, batch)
+            logp = self._logp(self.engine, batch)
+            if idle:
+                (0.0 * logp.sum()).backward()
+                continue
             loss, metrics = self._objective(logp, batch, pair_count, nll_count)
-            if check_start and self.starts_at_reference and batch.ref_logp is not None:
+            if check_start and batch.ref_logp is not None:
                 self._check_start(logp.detach(), batch)
             loss.backward()
             step_loss += loss.detach()
             step_metrics += metrics
-            self.num_tokens += batch.num_tokens
-            window.trunk(batch)
+            done.append(batch)
+            if k + 1 < self.rounds:
+                self.callbacks.call("on_substep_end")
+        for batch in done:  # after the last, so that a step cut short leaves no trace in the counters
+            self.window.trunk(batch)
         return step_loss, step_metrics
-
-    @contextlib.contextmanager
-    def _training(self) -> Iterator[None]:
-        """The model as training needs it: packed attention, train mode, checkpointing; put back afterwards."""
-        model, config = self.model, self.config
-        was_training = model.training
-        model.train()
-        already = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
-        if config.gradient_checkpointing and not already:
-            kwargs = {"use_reentrant": False, **(config.gradient_checkpointing_kwargs or {})}
-            _checkpointing(self.policy.causal_lm, kwargs)
-        try:
-            with self.policy.attach():
-                yield
-        finally:
-            model.train(was_training)
-            if config.gradient_checkpointing and not already:
-                _checkpointing(self.policy.causal_lm, None)
 
     # --------------------------------------------------------------- guards
 
-    def _verify(self, policy: Policy, rows: list[int]) -> None:
+    def _verify(self, engine: Engine, rows: list[int]) -> None:
         """The packed path must equal the model's own logits on a few real rows; short ones, to keep it cheap."""
         rows = sorted(rows, key=lambda i: self._tokens[i])[:GUARD_ROWS]
-        autocast = (
-            torch.autocast(self.device.type, self.autocast_dtype) if self.autocast_dtype else contextlib.nullcontext()
-        )
-        with autocast:
-            verify_policy(policy, [self.examples[i] for i in rows])
+        with self._autocast(), torch.no_grad():
+            engine(lambda: verify_policy(engine.policy, [self.examples[i] for i in rows]))
 
     def _check_start(self, logp: Tensor, batch: PackedBatch) -> None:
         """A policy that starts as its reference must reproduce the losses' closed form, to the dtype's error."""
         gap = (logp - batch.ref_logp).abs().mean().item()
-        low_precision = self.autocast_dtype is not None or self.policy.dtype != torch.float32
+        low_precision = self.autocast_dtype is not None or self.policy.low_precision
         allowed = 0.1 if low_precision else 1e-4 * max(1.0, logp.abs().mean().item())
         if not gap <= allowed:
             x = pair_inputs(logp, batch)
@@ -467,145 +683,119 @@ class Trainer:
                 f"mode, or did {cache_folder()} outlive a change of the model's code?"
             )
 
-    def _rescue(self) -> None:
-        """A crash or Ctrl-C loses nothing: the weights of the last finished step are saved."""
-        if self.state.global_step == 0:
-            return
-        try:
-            log.warning("stopped at step %d; the model is saved in %s", self.state.global_step, self._save_checkpoint())
-        except Exception as error:
-            log.warning("the model could not be saved after the failure: %s", error)
+    def _warn(self, warnings: Sequence[Any]) -> None:
+        for warning in warnings if self.config.guardrails else []:
+            log.warning("%s", warning)
 
     # ----------------------------------------------------------- evaluation
 
-    def _evaluate_all(self) -> None:
-        for name, examples in self.eval_sets.items():
-            with self.window.paused():
+    def _evaluate_all(self) -> bool:
+        """Every set; whether the result is the best so far."""
+        by_set = []
+        with self.window.paused():
+            for name, examples in self.eval_sets.items():
                 metrics = self.evaluate(examples, self.ref[name], name)
-            self._log(metrics, None)
-            self._call("on_evaluate", metrics={**metrics, "epoch": self.state.epoch})
+                by_set.append(metrics)
+                self._log(metrics)
+            if self.config.sample_generations:
+                self._sample()
+        for metrics in by_set:
+            self.callbacks.call("on_evaluate", metrics={**metrics, "epoch": self.state.epoch})
+        return best(self.state, {k: v for metrics in by_set for k, v in metrics.items()}, self.config)
 
     @torch.no_grad()
     def evaluate(self, examples: Sequence[data.Example], ref: Any, prefix: str = "eval") -> dict[str, float]:
-        """The training metrics on other data, every pair once; keys carry `prefix`."""
+        """The training metrics on other data, every pair once whatever packing and ranks; keys carry `prefix`."""
         started = time.monotonic()
         tokens = [trunk_tokens(e) for e in examples]
         pair_count = sum(len(e.pairs) for e in examples)
         nll_count = sum(map(nll_tokens, examples))
-        total, sums = torch.zeros((), device=self.device), torch.zeros(len(PAIR_METRICS), device=self.device)
-        with _eval_mode(self.model):
-            for rows in pack_all(range(len(examples)), tokens, self.max_tokens):
-                batch = collate(examples, rows, ref).to(self.device)
-                loss, metrics = self._objective(self._logp(self.policy, batch), batch, pair_count, nll_count)
-                total += loss
-                sums += metrics
+        sums = torch.zeros(1 + len(PAIR_METRICS), dtype=torch.float64, device=self.device)
+        batches = pack_all(range(len(examples)), tokens, self.max_tokens)
+        rounds = -(-len(batches) // self.world.size)
+        with eval_mode(self.model), self.policy.attach():
+            for k in range(rounds):
+                at = k * self.world.size + self.world.rank
+                if at >= len(batches) and not self.engine.sharded:
+                    break
+                batch = collate(examples, batches[at if at < len(batches) else 0], ref).to(self.device)
+                logp = self._logp(self.engine, batch)
+                if at < len(batches):
+                    loss, metrics = self._objective(logp, batch, pair_count, nll_count)
+                    sums += torch.cat([loss.reshape(1), metrics])
+        total, *means = self.world.sum_(sums).tolist()
         seconds = time.monotonic() - started
-        out = {"loss": total.item(), **(metric_means(sums.tolist(), self.pair_terms) if self.pair_terms else {})}
+        out = {"loss": total, **(metric_means(means, self.pair_terms) if self.pair_terms else {})}
         out = {f"{prefix}_{k}": v for k, v in out.items()}
         return {**out, f"{prefix}_runtime": seconds, f"{prefix}_samples_per_second": len(examples) / seconds}
 
+    def _sample(self) -> None:
+        """Answers to a few prompts, as the model gives them now, appended to samples.jsonl."""
+        examples = next(iter(self.eval_sets.values()), self.examples)
+        if not (self.world.main or self.engine.sharded):
+            return
+
+        def generate() -> list[dict[str, Any]]:
+            with self.policy.detached(), self._autocast():
+                return generate_samples(
+                    self.model, self.tokenizer, examples, self.config.sample_generations, self.config.generation_kwargs
+                )
+
+        with torch.no_grad():
+            samples = self.engine(generate)
+        outputs.write_samples(self, samples)
+
     # ------------------------------------------------------- logs and saves
 
-    def _due(self, strategy: str, every: int, last_of_epoch: bool, at_end: bool) -> bool:
-        if strategy == "steps":
-            return self.state.global_step % every == 0 or at_end
-        return strategy == "epoch" and last_of_epoch
-
-    def _epoch(self, epoch: int, seen: int) -> float:
+    def _epoch(self, epoch: int) -> float:
         """TRL's fractional epoch: batches seen over batches of the epoch, from the epoch's rows seen so far."""
-        size = self.config.per_device_train_batch_size
+        size = self.config.per_device_train_batch_size * self.world.size
         n = len(self.examples)
         batches = n // size if self.config.dataloader_drop_last else math.ceil(n / size)
-        return epoch + math.ceil(seen / size) / batches
+        return epoch + math.ceil(self.seen / size) / batches
 
-    def _log(self, metrics: dict[str, float], bar: tqdm | None) -> None:
+    def _log(self, metrics: dict[str, float], bar: tqdm | None = None) -> None:
         line = {**metrics, "epoch": round(self.state.epoch or 0.0, 4), "step": self.state.global_step}
         self.state.log_history.append(line)
-        with open(self.output_dir / "metrics.jsonl", "a") as f:
-            shown = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
-            f.write(json.dumps(shown) + "\n")
+        outputs.write_line(self, line)
         if bar is not None:
             names = {"loss": "loss", "acc": "rewards/accuracies", "margin": "rewards/margins"}
             names["tok/s"] = "tokens_per_second"
             bar.set_postfix({k: f"{metrics[v]:.4g}" for k, v in names.items() if v in metrics})
-        self._call("on_log", logs=metrics)
+        self.callbacks.log(metrics)
+        self._warn(self.guards.check(self.state.global_step, metrics))
 
-    def _call(self, event: str, **extra: Any) -> None:
-        """transformers' TrainerCallback protocol; a callback steers through `control`, in place or returned.
-
-        The events: on_train_begin, on_epoch_begin, on_step_begin, on_step_end, on_log, on_evaluate, on_save,
-        on_epoch_end, on_train_end.
-        """
-        handlers = [h for callback in self.callbacks if (h := getattr(callback, event, None)) is not None]
-        if not handlers:
+    @contextlib.contextmanager
+    def _around_callbacks(self) -> Iterator[None]:
+        """A callback may call generate() or forward(), on the model as it came; its time is no training time."""
+        if not hasattr(self, "window"):
+            yield
             return
-        given = {"model": self.model, "processing_class": self.tokenizer, "optimizer": self.optimizer,
-                 "lr_scheduler": self.scheduler}  # fmt: skip
-        # A callback may call generate() or forward(), on the model as it came.
         with self.window.paused(), self.policy.detached():
-            for handler in handlers:
-                self.control = handler(self.callback_args, self.state, self.control, **given, **extra) or self.control
+            yield
 
     def _bar(self, **kwargs: Any) -> tqdm:
-        return tqdm(disable=self.config.disable_tqdm, file=sys.stderr, dynamic_ncols=True, **kwargs)
+        quiet = self.config.disable_tqdm or not self.world.main
+        return tqdm(disable=quiet, file=sys.stderr, dynamic_ncols=True, **kwargs)
 
-    def _start_files(self) -> None:
-        """What marks the folder as this run's: its configuration, and no metrics of another run."""
-        (self.output_dir / "metrics.jsonl").unlink(missing_ok=True)
-        plain = json.loads(json.dumps(self.config.to_dict(), default=str))
-        (self.output_dir / "config.yaml").write_text(yaml.safe_dump(plain, sort_keys=False))
+    def _rescue(self, error: BaseException) -> None:
+        """A crash, Ctrl-C or SIGTERM loses nothing: the last finished step is saved, and can be resumed.
 
-    def _save_checkpoint(self) -> Path:
-        folder = self.output_dir / f"checkpoint-{self.state.global_step}"
-        with self.window.paused():
-            self._save_model(folder)
-        self.written = [f for f in self.written if f != folder] + [folder]
-        while self.config.save_total_limit is not None and len(self.written) > self.config.save_total_limit:
-            shutil.rmtree(self.written.pop(0), ignore_errors=True)
-        self._call("on_save")
-        return folder
-
-    def _save_model(self, folder: Path) -> None:
-        """Model and tokenizer as `from_pretrained` reads them, written beside and then renamed."""
-        temporary = self.output_dir / f".saving-{folder.name}"
-        shutil.rmtree(temporary, ignore_errors=True)
-        with self.policy.detached():
-            self.model.save_pretrained(temporary)
-        self.tokenizer.save_pretrained(temporary)
-        if folder == self.output_dir:
-            for file in temporary.iterdir():
-                os.replace(file, folder / file.name)
-            temporary.rmdir()
-        else:
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(temporary, folder)
-
-
-def _ensure_log_handler() -> None:
-    """fastpo's messages are shown unless the program has set up logging itself."""
-    if not log.handlers and not logging.getLogger().handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("fastpo: %(message)s"))
-        log.addHandler(handler)
-        log.setLevel(logging.INFO)
-
-
-def _device(config: TrainConfig) -> torch.device:
-    device = resolve_device(config.device, use_cpu=config.use_cpu)
-    if device.type not in MAX_TOKENS:
-        raise DeviceError(f"device {config.device!r} is not supported; use cuda or cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    return device
-
-
-def _checkpointing(model: nn.Module, kwargs: dict | None) -> None:
-    """Switch it on with `kwargs`, or off; transformers 5.12 renamed the methods."""
-    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
-    if kwargs is None:
-        getattr(model, f"{name}_checkpointing_disable")()
-    else:
-        getattr(model, f"{name}_checkpointing_enable")(kwargs)
+        Not with several processes, which do not stop at the same step: there the last checkpoint stands.
+        """
+        outputs.report(self, {}, f"failed: {type(error).__name__}: {error}")
+        if self.state.global_step == 0 or self.updating or self.world.several:
+            return
+        if (self.output_dir / f"checkpoint-{self.state.global_step}" / checkpoint.MANIFEST).exists():
+            return
+        try:
+            if folder := saving.save_checkpoint(self):
+                log.warning(
+                    "stopped at step %d; %s holds it (resume_from_checkpoint=true goes on)",
+                    self.state.global_step, folder,
+                )  # fmt: skip
+        except Exception as failure:
+            log.warning("the run could not be saved after the failure: %s", failure)
 
 
 def _use_bf16(config: TrainConfig, device: torch.device) -> bool:
@@ -614,114 +804,6 @@ def _use_bf16(config: TrainConfig, device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_bf16_supported()
 
 
-def _fresh_output_dir(config: TrainConfig) -> Path:
-    """The output folder, made; one that holds another run is refused."""
-    folder = Path(config.output_dir)
-    names = ("metrics.jsonl", "config.yaml", "config.json", "adapter_config.json", "checkpoint-*")
-    marks = [path.name for name in names for path in folder.glob(name)]
-    if marks and not config.overwrite_output_dir:
-        raise ConfigError(
-            f"output_dir {str(folder)!r} holds another run ({marks[0]}); choose another, or set overwrite_output_dir"
-        )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"output_dir {str(folder)!r} cannot be written: {error.strerror}") from None
-    return folder
-
-
-def _with_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
-    try:
-        from peft import get_peft_model
-    except ImportError:
-        raise ConfigError("peft_config needs the peft package: pip install 'fastpo[peft]'") from None
-    return get_peft_model(model, peft_config)
-
-
-def _is_quantized(model: nn.Module) -> bool:
-    return getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None
-
-
-def _disable_dropout(model: nn.Module) -> None:
-    """Every dropout probability to zero: the modules', and those that attention layers keep as a number."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name in ("attention_dropout", "dropout", "attn_dropout"):
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
-
-
-@contextlib.contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
-
-
 def _interval(value: float, total: int) -> int:
     """Steps; below 1 a share of all steps, as in transformers."""
     return max(1, math.ceil(value * total) if value < 1 else int(value))
-
-
-@contextlib.contextmanager
-def _on_device(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """A reference model where and how it is needed; put back afterwards, so that it holds no device memory."""
-    home, was_training = next(model.parameters()).device, model.training
-    model.eval()
-    if not _is_quantized(model):
-        model.to(device)
-    try:
-        yield
-    finally:
-        model.train(was_training)
-        if not _is_quantized(model):
-            model.to(home)
-
-
-def _check_ids(policy: Policy, examples: Sequence[data.Example], name: str) -> None:
-    """Token ids and positions must exist in the model: on a GPU the look-up of one that does not is a lost context."""
-    rows = policy.causal_lm.get_input_embeddings().weight.shape[0]
-    largest = max(int(ids.max()) for e in examples for ids in (e.prompt_ids, *e.responses))
-    if largest >= rows:
-        raise DataError(
-            f"the {name} data hold token id {largest}, but the model has {rows} embeddings: "
-            "call model.resize_token_embeddings(len(tokenizer)), or use the model's own tokenizer"
-        )
-    positions = ("wpe", "embed_positions")
-    learnt = [
-        module.num_embeddings
-        for path, module in policy.trunk.named_modules()
-        if path.rpartition(".")[2] in positions and isinstance(module, nn.Embedding)
-    ]
-    longest = max(len(e.prompt_of(k)) + len(r) for e in examples for k, r in enumerate(e.responses))
-    if learnt and longest > min(learnt):
-        raise DataError(
-            f"the {name} data hold a row of {longest} tokens, the model has {min(learnt)} positions: set max_length"
-        )
-
-
-class CallbackArgs:
-    """The configuration as a transformers callback expects its `args`: fastpo's fields, else transformers' defaults."""
-
-    world_size, process_index, local_process_index, should_save, is_world_process_zero = 1, 0, 0, True, True
-
-    def __init__(self, config: TrainConfig):
-        self._config = config
-
-    def __getattr__(self, name: str) -> Any:
-        if hasattr(self._config, name):
-            return getattr(self._config, name)
-        for field in dataclasses.fields(TrainingArguments):
-            if field.name == name:
-                return field.default
-        raise AttributeError(f"fastpo's configuration has no {name!r}, nor have transformers' TrainingArguments")
-
-    def to_dict(self) -> dict[str, Any]:
-        return self._config.to_dict()
-
-    def to_json_string(self) -> str:
-        return json.dumps(self.to_dict(), default=str)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import types
@@ -109,7 +110,14 @@ def _other_value(field):
     if choices:
         value = next(c for c in choices if c != field.default)
         return value, value
-    special = {"loss_type": ("simpo", "simpo"), "loss_weights": ("2", [2.0]), "report_to": ("none", "none")}
+    special = {
+        "loss_type": ("simpo", "simpo"),
+        "loss_weights": ("2", [2.0]),
+        "report_to": ("tensorboard", "tensorboard"),
+        "fsdp": ("shard_grad_op", "shard_grad_op"),
+        "resume_from_checkpoint": ("out/checkpoint-3", "out/checkpoint-3"),
+        "trackio_static_space_id": ("me/space", "me/space"),
+    }
     if field.name in special:
         return special[field.name]
     kinds = cli._kinds(field.type)
@@ -124,17 +132,26 @@ def _other_value(field):
     return "text", "text"
 
 
+# Options that another must go with: a sharded run, an evaluation to pick the best by.
+NEEDS = {
+    "fsdp_cpu_offload": {"fsdp": "full_shard"},
+    "load_best_model_at_end": {"save_strategy": "epoch", "eval_strategy": "epoch"},
+}
+
+
 @pytest.mark.parametrize("field", dataclasses.fields(config.TrainConfig), ids=lambda f: f.name)
 def test_every_field_is_an_option_and_a_yaml_key(trained, tmp_path, field):
     text, value = _other_value(field)
-    args = run_train(trained, "--" + field.name.replace("_", "-"), text)
+    needs = NEEDS.get(field.name, {})
+    also = [part for name, other in needs.items() for part in ("--" + name, other)]
+    args = run_train(trained, *also, "--" + field.name.replace("_", "-"), text)
     assert getattr(args, field.name) == value
     implied = {"eval_steps": "eval_strategy", "save_steps": "save_strategy", "save_total_limit": "save_strategy"}
     for other in dataclasses.fields(config.TrainConfig):
-        if other.name not in (field.name, implied.get(field.name)):
+        if other.name not in (field.name, implied.get(field.name), *needs):
             assert getattr(args, other.name) == getattr(config.TrainConfig(), other.name)
     path = tmp_path / "run.yaml"
-    path.write_text(yaml.safe_dump({"model": "m", "train_dataset": "d", field.name: value}))
+    path.write_text(yaml.safe_dump({"model": "m", "train_dataset": "d.jsonl", **needs, field.name: value}))
     assert cli.main(["train", "--config", str(path)]) == 0
     assert trained[-1]["args"] == args
 
@@ -155,6 +172,149 @@ def test_adapter_from_json(trained):
     run_train(trained, "--peft-config", '{"r": 4, "target_modules": ["q_proj"]}')
     adapter = trained[-1]["peft_config"]
     assert type(adapter).__name__ == "LoraConfig" and adapter.r == 4 and adapter.task_type == "CAUSAL_LM"
+
+
+# --- as `trl dpo` is called
+
+
+def test_the_commands_of_trls_own_script(trained):
+    """The two commands in the docstring of TRL 1.16's scripts/dpo.py."""
+    common = (
+        "--dataset_name trl-lib/ultrafeedback_binarized --model_name_or_path Qwen/Qwen2-0.5B-Instruct "
+        "--learning_rate {} --num_train_epochs 1 --per_device_train_batch_size 2 --max_steps 1000 "
+        "--gradient_accumulation_steps 8 --eval_strategy steps --eval_steps 50 --output_dir Qwen2-0.5B-DPO "
+        "--no_remove_unused_columns"
+    )
+    assert cli.main(["train", *common.format("5.0e-7").split()]) == 0
+    call = trained[-1]
+    args = call.pop("args")
+    data = "trl-lib/ultrafeedback_binarized"
+    assert call == {"model": "Qwen/Qwen2-0.5B-Instruct", "train_dataset": data, "eval_dataset": data}
+    assert (args.learning_rate, args.max_steps, args.gradient_accumulation_steps) == (5e-7, 1000, 8)
+    assert (args.eval_strategy, args.eval_steps, args.num_train_epochs) == ("steps", 50, 1)
+
+    pytest.importorskip("peft")
+    lora = " --use_peft --lora_r 32 --lora_alpha 16"
+    assert cli.main(["train", *(common.format("5.0e-6") + lora).split()]) == 0
+    adapter = trained[-1]["peft_config"]
+    assert (adapter.r, adapter.lora_alpha, adapter.lora_dropout, adapter.task_type) == (32, 16, 0.05, "CAUSAL_LM")
+
+
+@pytest.mark.parametrize("in_yaml", [False, True], ids=["command line", "yaml"])
+def test_trls_model_options(trained, tmp_path, in_yaml):
+    pytest.importorskip("peft")
+    pytest.importorskip("bitsandbytes")
+    words = (
+        "--use_peft --lora_r 8 --lora_target_modules q_proj v_proj --lora_modules_to_save lm_head --use_rslora true "
+        "--use_dora --load_in_4bit --use_bnb_nested_quant --bnb_4bit_quant_type fp4 --model_revision v2 "
+        "--attn_implementation eager --torch_dtype float16 --loss_type sigmoid sft --loss_weights 1 0.5"
+    ).split()
+    if in_yaml:
+        path = tmp_path / "run.yaml"
+        keys = {
+            "use_peft": True, "lora_r": 8, "lora_target_modules": ["q_proj", "v_proj"],
+            "lora_modules_to_save": ["lm_head"], "use_rslora": True, "use_dora": True, "load_in_4bit": True,
+            "use_bnb_nested_quant": True, "bnb_4bit_quant_type": "fp4", "model_revision": "v2",
+            "attn_implementation": "eager", "torch_dtype": "float16", "loss_type": ["sigmoid", "sft"],
+            "loss_weights": [1, 0.5],
+        }  # fmt: skip
+        path.write_text(yaml.safe_dump(keys))
+        words = ["--config", str(path)]
+    args = run_train(trained, *words)
+    assert args.model_init_kwargs == {"revision": "v2", "attn_implementation": "eager"} and args.dtype == "float16"
+    assert (args.loss_type, args.loss_weights) == (["sigmoid", "sft"], [1.0, 0.5])
+    adapter, quantization = trained[-1]["peft_config"], trained[-1]["quantization_config"]
+    assert (adapter.r, set(adapter.target_modules), adapter.modules_to_save) == (8, {"q_proj", "v_proj"}, ["lm_head"])
+    assert adapter.use_rslora and adapter.use_dora
+    assert quantization.load_in_4bit and quantization.bnb_4bit_use_double_quant
+    assert quantization.bnb_4bit_quant_type == "fp4" and str(quantization.bnb_4bit_compute_dtype) == "torch.float16"
+
+
+@pytest.mark.parametrize("text", ["all-linear", "q_proj", "q_proj,v_proj", r".*\.(q|v)_proj"], ids=str)
+def test_lora_targets(trained, text):
+    pytest.importorskip("peft")
+    run_train(trained, "--use_peft", "--lora_target_modules", text)
+    targets = trained[-1]["peft_config"].target_modules
+    assert targets == (set(text.split(",")) if "proj" in text and "*" not in text else text)
+
+
+def test_eight_bit_and_what_asks_for_nothing(trained):
+    pytest.importorskip("bitsandbytes")
+    run_train(trained, "--load_in_8bit")
+    assert trained[-1]["quantization_config"].load_in_8bit
+    run_train(trained, "--use_peft", "false", "--lora_r", "8", "--load_in_4bit", "False", "--dataset_streaming=false")
+    assert not {"peft_config", "quantization_config"} & set(trained[-1])
+
+
+def test_reference_and_environment(trained, tmp_path, monkeypatch):
+    monkeypatch.delenv("FASTPO_TEST_VARIABLE", raising=False)
+    monkeypatch.setenv("FASTPO_TEST_VARIABLE", "old")
+    path = tmp_path / "run.yaml"
+    path.write_text("env: {FASTPO_TEST_VARIABLE: 1}\nref_model_name_or_path: folder\n")
+    run_train(trained, "--config", str(path))
+    assert trained[-1]["ref_model"] == "folder" and os.environ["FASTPO_TEST_VARIABLE"] == "1"
+
+
+@pytest.mark.parametrize(
+    "options, mode, offload",
+    [
+        (["--fsdp"], "full_shard", False),
+        (["--fsdp", "full_shard"], "full_shard", False),
+        (["--fsdp", "full_shard auto_wrap"], "full_shard", False),
+        (["--fsdp=shard_grad_op offload"], "shard_grad_op", True),
+        (["--fsdp", "true", "--fsdp-cpu-offload"], "full_shard", True),
+        (["--fsdp", "no"], "no", False),
+        (["--no-fsdp"], "no", False),
+        (["--fsdp", "--fsdp_config", '{"reshard_after_forward": false, "cpu_offload": true}'], "shard_grad_op", True),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_fsdp(trained, options, mode, offload):
+    args = run_train(trained, *options)
+    assert (args.fsdp, args.fsdp_cpu_offload) == (mode, offload)
+
+
+@pytest.mark.parametrize(
+    "options, value",
+    [
+        ([], None),
+        (["--resume-from-checkpoint"], True),
+        (["--resume_from_checkpoint", "true"], True),
+        (["--resume_from_checkpoint", "auto"], "auto"),
+        (["--resume_from_checkpoint=false"], None),
+        (["--resume_from_checkpoint="], None),
+        (["--no-resume-from-checkpoint"], None),
+        (["--resume_from_checkpoint", "out/checkpoint-3"], "out/checkpoint-3"),
+    ],
+    ids=str,
+)
+def test_resume_from_checkpoint(trained, options, value):
+    assert run_train(trained, *options).resume_from_checkpoint == value
+
+
+def test_ranks_say_which_they_are(capsys, monkeypatch, trained):
+    def train(**kwargs):
+        raise error
+
+    monkeypatch.setattr(sys.modules["fastpo.trainer"], "train", train)
+    error = DataError("row 3")
+    assert "rank" not in fail(capsys, "train", *INPUTS)
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    for rank in ("0", "9"):
+        monkeypatch.setenv("RANK", rank)
+        assert cli.main(["train", *INPUTS]) == 2
+        assert capsys.readouterr().err == f"fastpo: error on rank {rank}: row 3\n"
+    error.relayed = True  # rank 0 says it
+    assert cli.main(["train", *INPUTS]) == 2
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("RANK", "8")  # the options are wrong on every rank: once a node
+    for local_rank, said in (
+        ("0", "fastpo: error on rank 8: unknown option 'betta'; did you mean 'beta'?\n"),
+        ("1", ""),
+    ):
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        assert cli.main(["train", *INPUTS, "--betta", "1"]) == 2
+        assert capsys.readouterr().err.replace(" on the command line", "") == said
 
 
 # --- mistakes
@@ -189,6 +349,17 @@ def test_unknown_yaml_key_names_the_nearest(trained, tmp_path, capsys):
         (["train", *INPUTS, "--model-init-kwargs", "[1]"], ["model-init-kwargs", "JSON"]),
         (["train", *INPUTS, "--loss-type", "[a"], ["loss-type", "list"]),
         (["train", *INPUTS, "stray"], ["stray"]),
+        (["train", *INPUTS, "--lora_r", "8"], ["lora_r", "use_peft"]),
+        (["train", *INPUTS, "--use_peft", "--peft_config", '{"r": 4}'], ["use_peft", "peft_config"]),
+        (["train", *INPUTS, "--use_peft", "--lora_task_type", "SEQ_CLS"], ["lora_task_type", "SEQ_CLS"]),
+        (["train", *INPUTS, "--load_in_4bit", "--load_in_8bit"], ["load_in_4bit", "load_in_8bit"]),
+        (["train", *INPUTS, "--use_bnb_nested_quant"], ["use_bnb_nested_quant", "load_in_4bit"]),
+        (["train", *INPUTS, "--lora_r", "8", "9"], ["unexpected", "9"]),
+        (["train", *INPUTS, "--dataset_streaming"], ["dataset_streaming", "shuffled"]),
+        (["train", *INPUTS, "--deepspeed", "zero3.json"], ["deepspeed", "fsdp"]),
+        (["train", *INPUTS, "--model.beta", "0.1"], ["model.beta", "OpenRLHF", "here it is beta"]),
+        (["train", *INPUTS, "--pref_beta", "0.1"], ["pref_beta", "LLaMA-Factory", "here it is beta"]),
+        (["train", *INPUTS, "--fsdp", "hybrid_shard"], ["fsdp", "hybrid_shard"]),
         (["train", "--train-dataset", "d"], ["--model"]),
         (["train", "--model", "m"], ["--train-dataset"]),
         (["train", "--config", "/nowhere/run.yaml"], ["/nowhere/run.yaml"]),
@@ -284,7 +455,7 @@ def test_help_groups_the_fields_and_gives_defaults(capsys):
     for field in dataclasses.fields(config.TrainConfig):
         assert "--" + field.name.replace("_", "-") in text
     flat = " ".join(text.split())
-    assert "optimiser [adamw_torch_fused]" in flat and "peak learning rate [1e-06]" in flat
+    assert "muon, sgd [adamw_torch_fused]" in flat and "peak learning rate [1e-06]" in flat
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["--version"], ["train", "--help"], []], ids=str)

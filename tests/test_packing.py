@@ -89,15 +89,15 @@ def test_pack_step_fills_few_even_batches():
     for _ in range(200):
         tokens = [rng.randint(1, 60) for _ in range(rng.randint(1, 40))]
         rows = rng.sample(range(len(tokens)), rng.randint(1, len(tokens)))
-        bins = pack_step(rows, tokens, 100)
+        (bins,) = pack_step(rows, tokens, 100)
         assert sorted(r for b in bins for r in b) == sorted(rows) and all(bins)
         sizes = [sum(tokens[r] for r in b) for b in bins]
         assert max(sizes) <= 100
         # best-fit-decreasing needs at most 11/9 of the optimum plus one bin
         assert len(bins) <= 11 / 9 * lower_bound(rows, tokens) + 1
-        assert pack_step(list(rows), tokens, 100) == bins
-    assert pack_step([0, 1], [500, 3], 100) == [[0], [1]]  # over the budget: alone
-    assert pack_step([0, 1, 2, 3], [40, 40, 40, 40], 90) == [[0, 2], [1, 3]]  # even, not 80 + 80 by luck
+        assert pack_step(list(rows), tokens, 100) == [bins]
+    assert pack_step([0, 1], [500, 3], 100) == [[[0], [1]]]  # over the budget: alone
+    assert pack_step([0, 1, 2, 3], [40, 40, 40, 40], 90) == [[[0, 2], [1, 3]]]  # even, not 80 + 80 by luck
 
 
 def lower_bound(rows: list[int], tokens: list[int]) -> int:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fastpo.data import Example
-from fastpo.ref_policy import RefCache, cache_folder, model_fingerprint, reference_logps
+from fastpo.ref_policy import RefCache, cache_folder, cache_key, model_fingerprint, reference_logps
 
 
 @pytest.fixture
@@ -88,17 +88,17 @@ def test_a_pass_that_dies_keeps_what_it_had(examples, tmp_path, monkeypatch):
     assert compute(examples, range(6), RefCache("m", tmp_path))[1] == 4
 
 
-def test_fingerprint_follows_weights_config_and_compute(toy):
+def test_fingerprint_follows_weights_and_config(toy):
     model = toy.model()
-    key = model_fingerprint(model, compute="a")
-    assert key == model_fingerprint(toy.model(), compute="a") == model_fingerprint(model.train(), compute="a")
-    assert key != model_fingerprint(model, compute="b")
-    assert key != model_fingerprint(toy.model(seed=1), compute="a")
-    assert key != model_fingerprint(toy.model(rope_theta=123.0), compute="a")
-    assert key != model_fingerprint(toy.model().bfloat16(), compute="a")
+    key = model_fingerprint(model)
+    assert key == model_fingerprint(toy.model()) == model_fingerprint(model.train())
+    assert cache_key(key, "a") == cache_key(key, "a") != cache_key(key, "b")
+    assert key != model_fingerprint(toy.model(seed=1))
+    assert key != model_fingerprint(toy.model(rope_theta=123.0))
+    assert key != model_fingerprint(toy.model().bfloat16())
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[3, 3] += 1e-4
-    assert key != model_fingerprint(model, compute="a")
+    assert key != model_fingerprint(model)
 
 
 def test_folder_from_the_environment(monkeypatch, tmp_path):

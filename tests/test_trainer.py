@@ -319,7 +319,7 @@ def test_callbacks_steer(run):
             events.append(sorted(logs)[0])
 
     result = run(rest={"callbacks": [Stop()]}, max_steps=50)
-    assert result.state.global_step == 2 and events[:2] == [1, "grad_norm"]
+    assert result.state.global_step == 2 and events[:2] == [1, "epoch"]
 
 
 def test_an_interrupted_run_saves_its_weights(run, tmp_path):
@@ -364,7 +364,7 @@ def test_a_start_away_from_the_reference_is_refused(run, monkeypatch):
     [
         ({"loss_type": "simop"}, ConfigError, "did you mean 'simpo'"),
         ({"beta_": 0.1}, ConfigError, "unknown option 'beta_'; did you mean 'beta'"),
-        ({"sync_ref_model": True}, ConfigError, "sync_ref_model=True is not honoured"),
+        ({"sync_ref_model": True, "loss_type": "simpo"}, ConfigError, "simpo has none"),
         ({"loss_type": "sppo"}, DataError, "win_prob"),
         ({"max_length": 3}, DataError, "no row"),
         ({"eval_strategy": "steps"}, ConfigError, "there is no eval_dataset"),
@@ -415,26 +415,6 @@ def test_models_that_cannot_be_trained(toy, run):
         run(toy.model().model)
 
 
-def test_fp32_masters_keep_updates_below_a_bf16_spacing():
-    from fastpo.optim import Gradients
-
-    p = torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))  # neighbours of 1 are 2^-8 away
-    for masters, expected in ((False, 1.0), (True, 1 - 20 * 2**-12)):
-        p.data.fill_(1.0)
-        gradients = Gradients([p], masters=masters)
-        optimizer = torch.optim.SGD([gradients.stepped(p)], lr=2**-12)
-        for micro_batches in (1, 2) * 10:
-            gradients.begin(micro_batches)
-            for _ in range(micro_batches):
-                (p.sum() / micro_batches).backward()
-            norm = gradients.clip_(0.0)
-            assert norm.dtype == torch.float32 and norm.item() == pytest.approx(3**0.5)
-            gradients.step_(optimizer, torch.tensor(True))
-        gradients.close()
-        assert p.tolist() == pytest.approx([torch.tensor(expected).bfloat16().item()] * 3)
-        assert p.grad is None and not gradients.buffers
-
-
 def test_only_this_runs_checkpoints_are_pruned(run, tmp_path):
     folder = tmp_path / "shared"
     for name in ("checkpoint-500", "checkpoint-best"):
@@ -467,8 +447,10 @@ def test_the_reference_model_is_guarded_and_left_as_it_came(toy, run):
     ref = toy.model().train()
     run(rest={"ref_model": ref})
     assert ref.training and ref.config._attn_implementation == "sdpa" and next(ref.parameters()).device.type == "cpu"
-    with pytest.raises(ConfigError, match="ref_model must be a model in memory"):
-        run(rest={"ref_model": "some/path"})
+    with pytest.raises(ConfigError, match="cannot load the model 'no/such'"):
+        run(rest={"ref_model": "no/such"})
+    with pytest.raises(ConfigError, match="ref_model must be a model, or its name or path"):
+        run(rest={"ref_model": 3})
 
 
 def test_token_ids_beyond_the_model_are_refused(toy, run):
@@ -488,6 +470,6 @@ def test_adapter_settings_are_part_of_the_fingerprint(toy):
     def key(alpha: int) -> str:
         torch.manual_seed(0)
         config = peft.LoraConfig(r=4, lora_alpha=alpha, target_modules=["q_proj"], task_type="CAUSAL_LM")
-        return model_fingerprint(peft.get_peft_model(toy.model(), config), compute="a")
+        return model_fingerprint(peft.get_peft_model(toy.model(), config))
 
     assert key(8) == key(8) != key(64)

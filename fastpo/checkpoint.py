@@ -1,0 +1,377 @@
+"""Checkpoints: written beside and renamed, checked by size and hash before they are trusted, resumed bit for bit.
+
+`checkpoint-N/` holds the model and tokenizer as `from_pretrained` reads them, and unless `save_only_model`
+
+    state/                  weights, fp32 masters, optimiser state by parameter name: torch.distributed.checkpoint, so
+                            that another number of ranks, or none, can read it
+    trainer.pt              schedule, learning rates, counters, open metric window
+    rng-0.pt, ...           random state of each rank
+    trainer_state.json      transformers' TrainerState with the log history, from which metrics.jsonl is laid anew
+    reference.safetensors   the reference's log-probabilities, a hard link to the run's one copy
+    run.json                what the run is: versions, data, model, configuration
+    manifest.json           size and SHA-256 of every other file; written last
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.tensor import DTensor
+
+from fastpo.data import Example
+from fastpo.distributed import World, local
+from fastpo.errors import ConfigError, TrainingError
+
+FORMAT = 1  # of everything in a checkpoint but the model's own files
+MANIFEST = "manifest.json"
+REFERENCE = "reference.safetensors"
+_NAME = re.compile(r"checkpoint-(\d+)$")
+TEMPORARY = ".saving-"
+
+
+# ---- folders
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """The checkpoint folders in `output_dir`, in the order in which they were written, which need not be the steps'."""
+    found = [path for path in output_dir.glob("checkpoint-*") if _NAME.match(path.name)]
+    return sorted(found, key=lambda path: (_written_at(path), step_of(path)))
+
+
+def step_of(folder: Path) -> int:
+    """The step in a checkpoint folder's name."""
+    match = _NAME.match(folder.name)
+    return int(match[1]) if match else 0
+
+
+def _written_at(folder: Path) -> int:
+    """Nanoseconds since 1970: as the manifest has it, for a copied folder's own times are the copy's."""
+    try:
+        return int(json.loads((folder / MANIFEST).read_text())["written_at"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return folder.stat().st_mtime_ns
+
+
+def make_temporary(path: Path) -> None:
+    """An empty folder at `path`, where a checkpoint is written before it gets its name."""
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+
+
+def clear_temporaries(output_dir: Path) -> None:
+    """Remove what a killed save left."""
+    for path in output_dir.glob(f"{TEMPORARY}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def seal(written: Path, folder: Path) -> None:
+    """Write the manifest of a folder that is complete, flush it to the disk, and give it its name."""
+    files = [path for path in _files(written) if path != written / MANIFEST]
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        hashes = list(pool.map(_sha256, files))
+    entries = {str(f.relative_to(written)): [f.stat().st_size, h] for f, h in zip(files, hashes, strict=True)}
+    (written / MANIFEST).write_text(
+        json.dumps({"format": FORMAT, "written_at": time.time_ns(), "files": entries}, indent=1)
+    )
+    for path in [*files, written / MANIFEST, written]:
+        _fsync(path)
+    if folder.exists():  # a run that was resumed from an older checkpoint passes here again
+        aside = folder.parent / f"{TEMPORARY}old-{folder.name}"
+        os.replace(folder, aside)
+        os.replace(written, folder)
+        shutil.rmtree(aside, ignore_errors=True)
+    else:
+        os.replace(written, folder)
+    _fsync(folder.parent)
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, in one phrase, or None: every file is there, with its size and hash."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        entries = manifest["files"]
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{MANIFEST} cannot be read"
+    if manifest.get("format") != FORMAT:
+        return f"it has format {manifest.get('format')}, this fastpo reads {FORMAT}"
+    for name, (size, _) in entries.items():
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if (folder / name).stat().st_size != size:
+            return f"{name} has {(folder / name).stat().st_size} bytes instead of {size}"
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        for (name, (_, expected)), got in zip(
+            entries.items(), pool.map(_sha256, [folder / name for name in entries]), strict=True
+        ):
+            if got != expected:
+                return f"{name} has changed since it was written"
+    if "trainer.pt" not in entries:
+        return "it holds the model only (save_only_model)"
+    return None
+
+
+def find(output_dir: Path, request: str | bool | None) -> tuple[Path | None, list[str]]:
+    """The checkpoint that `resume_from_checkpoint` means, whole, and what is to be said about it.
+
+    None: no resume. True: the newest; raises where it is damaged, and names the one before. "auto": the newest that is
+    whole, or None. A path: that checkpoint, or the newest of that run's folder.
+    """
+    if request in (None, False, ""):
+        return None, []
+    if request in (True, "auto"):
+        found = checkpoints(output_dir)
+    else:
+        path = Path(str(request))
+        if not path.is_dir():
+            near = checkpoints(path.parent if path.parent.is_dir() else output_dir)
+            raise ConfigError(
+                f"there is no checkpoint {str(path)!r}" + (f"; the newest there is {near[-1]}" if near else "")
+            )
+        found = [path] if (path / MANIFEST).exists() or _NAME.match(path.name) else checkpoints(path)
+    if not found:
+        if request == "auto":
+            return None, []
+        raise ConfigError(
+            f"there is no checkpoint in {str(output_dir) if request is True else str(request)!r} "
+            "(resume_from_checkpoint=auto starts anew then; save_steps writes them)"
+        )
+    said: list[str] = []
+    for newest in reversed(found):
+        wrong = damage(newest)
+        if wrong is None:
+            return newest, said
+        if request != "auto":
+            older = [c for c in checkpoints(newest.parent) if step_of(c) < step_of(newest)]
+            before = next((c for c in reversed(older) if damage(c) is None), None)
+            offer = f"; the one before it is whole: resume_from_checkpoint={before}" if before else ""
+            raise TrainingError(f"checkpoint {str(newest)!r} cannot be resumed, it is damaged: {wrong}{offer}")
+        said.append(f"checkpoint {str(newest)!r} is damaged ({wrong}) and passed over")
+    return None, said
+
+
+def prune(output_dir: Path, limit: int | None, run_id: str, keep: Sequence[Path]) -> None:
+    """Remove this run's oldest checkpoints until `limit` are left; those in `keep` stay, and count."""
+    if limit is None:
+        return
+    mine = [path for path in checkpoints(output_dir) if _run_id(path) == run_id]
+    kept = {path.resolve() for path in keep}
+    removable = [path for path in mine if path.resolve() not in kept]
+    for path in removable[: max(0, len(mine) - max(limit, 1))]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _run_id(folder: Path) -> str | None:
+    try:
+        return json.loads((folder / "run.json").read_text())["run_id"]
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.rglob("*") if p.is_file())
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# ---- tensors by name
+
+
+def save_tensors(folder: Path, tensors: Mapping[str, Tensor], world: World, sharded: bool) -> None:
+    """Write named tensors; sharded ones each rank its part, replicated ones on rank 0."""
+    if sharded or world.main:
+        with _quiet():
+            dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(folder), no_dist=not sharded)
+
+
+def load_tensors(folder: Path, like: Mapping[str, Tensor], sharded: bool) -> dict[str, Tensor]:
+    """The tensors that lie in `folder`; where `like` has a sharded parameter of a name, this rank's part of it.
+
+    The state `optimizer.NAME.KEY` is laid out as the parameter NAME where it has its shape.
+    """
+    reader = dcp.FileSystemReader(folder)
+    request: dict[str, Tensor] = {}
+    for key, entry in reader.read_metadata().state_dict_metadata.items():
+        if not isinstance(entry, TensorStorageMetadata):
+            continue
+        p = like.get(parameter_of(key))
+        if isinstance(p, DTensor) and p.shape == entry.size:
+            empty = torch.empty(p.to_local().shape, dtype=entry.properties.dtype, device=p.to_local().device)
+            request[key] = as_sharded(empty, p)
+        else:
+            request[key] = torch.empty(entry.size, dtype=entry.properties.dtype)
+    with _quiet():
+        dcp.load(request, storage_reader=reader, no_dist=not sharded)
+    return {key: local(tensor) for key, tensor in request.items()}
+
+
+def parameter_of(key: str) -> str:
+    """The parameter's name in `weights.NAME`, `masters.NAME`, `reference.NAME` and `optimizer.KEY.NAME`."""
+    kind, _, name = key.partition(".")
+    return name.partition(".")[2] if kind == "optimizer" else name
+
+
+def as_sharded(part: Tensor, like: Tensor) -> Tensor:
+    """A rank's part, as a sharded tensor laid out like `like`."""
+    assert isinstance(like, DTensor)
+    return DTensor.from_local(
+        part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """torch.distributed.checkpoint warns that it runs in one process, which is meant; its errors hide what happened."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        except dcp.api.CheckpointException as error:  # no Exception, but a BaseException with one of each rank
+            raise next(iter(error.failures.values()))[0] from None
+
+
+def optimizer_tensors(
+    optimizer: torch.optim.Optimizer, names: Mapping[int, str], parameters: Mapping[str, nn.Parameter]
+) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+    """(tensors by `optimizer.KEY.NAME`, everything else by name and key) of an optimiser's state.
+
+    `names` maps `id` of what the optimiser steps to the parameter's name.
+    """
+    tensors: dict[str, Tensor] = {}
+    others: dict[str, dict[str, Any]] = {}
+    for stepped, state in optimizer.state.items():
+        name = names[id(stepped)]
+        for key, value in state.items():
+            if isinstance(value, Tensor):
+                p = parameters[name]
+                shards = isinstance(p, DTensor) and value.dim() > 0 and value.shape == p.to_local().shape
+                tensors[f"optimizer.{key}.{name}"] = as_sharded(value, p) if shards else value
+            else:
+                others.setdefault(name, {})[key] = value
+    return tensors, others
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer,
+    tensors: Mapping[str, Tensor],
+    others: Mapping[str, Mapping[str, Any]],
+    stepped: Mapping[str, nn.Parameter],
+) -> None:
+    """Put back what `optimizer_tensors` took; `stepped` maps names to what the optimiser steps."""
+    states: dict[str, dict[str, Any]] = {name: dict(other) for name, other in others.items()}
+    on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
+    for key, value in tensors.items():
+        kind, _, rest = key.partition(".")
+        if kind == "optimizer":
+            entry, _, name = rest.partition(".")
+            # A step count lies on the host unless the optimiser counts on the device; moments lie beside their weights.
+            stays = value.dim() == 0 and not on_device
+            states.setdefault(name, {})[entry] = value if stays else value.to(stepped[name].device)
+    for name, state in states.items():
+        optimizer.state[stepped[name]] = state
+
+
+# ---- what the run is
+
+
+def data_fingerprint(examples: Sequence[Example]) -> str:
+    """Hex digest of token ids, pairs and columns, in order."""
+    digest = hashlib.blake2b(digest_size=16)
+    for e in examples:
+        for k, response in enumerate(e.responses):
+            for ids in (e.prompt_of(k), response):
+                digest.update(len(ids).to_bytes(4, "little") + np.ascontiguousarray(ids, np.int32).tobytes())
+        digest.update(json.dumps([e.pairs, e.pair_columns, e.response_columns], sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+# Options that a resumed run must share with the run it goes on with: they decide its rows, or live in the state.
+_SAME = ("seed", "data_seed", "train_sampling_strategy", "dataloader_drop_last", "optim", "optim_args",
+         "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "sync_ref_model",
+         "ref_model_sync_steps", "ref_model_mixup_alpha")  # fmt: skip
+# Those that may change without a word.
+_FREE = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "run_name", "report_to", "disable_tqdm",
+         "per_device_train_batch_size", "gradient_accumulation_steps", "max_tokens", "logits_memory_budget", "device",
+         "fsdp", "fsdp_cpu_offload", "ddp_timeout", "ddp_backend", "save_total_limit", "report", "guardrails",
+         "per_device_eval_batch_size", "dataset_num_proc", "hub_token")  # fmt: skip
+
+
+def check_run(folder: Path, saved: Mapping[str, Any], now: Mapping[str, Any], named_model: bool) -> list[str]:
+    """Hold a checkpoint's run.json against this run's: raises ConfigError if they are not one run; returns remarks."""
+    name = str(folder)
+    if saved.get("format") != FORMAT:
+        raise ConfigError(
+            f"checkpoint {name!r} was written by fastpo {saved.get('fastpo')} in another format "
+            f"({saved.get('format')}; this one reads {FORMAT}): resume it with that version"
+        )
+    if saved["parameters"] != now["parameters"]:
+        raise ConfigError(
+            f"checkpoint {name!r} is of another model: {_first_difference(saved['parameters'], now['parameters'])}"
+        )
+    if saved["data"] != now["data"]:
+        raise ConfigError(
+            f"checkpoint {name!r} was made on other data: {saved['rows']} rows then, {now['rows']} now, or other token "
+            "ids (tokenizer, max_length, truncation, columns); resume with the same"
+        )
+    if saved["step_size"] != now["step_size"]:
+        raise ConfigError(
+            f"checkpoint {name!r} has steps of {saved['step_size']} pairs, this run of {now['step_size']} "
+            f"({now['world_size']} processes, {saved['world_size']} then): set per_device_train_batch_size or "
+            "gradient_accumulation_steps so that their product with the number of processes is the same"
+        )
+    then, today = saved["config"], now["config"]
+    for option in _SAME:
+        if then.get(option) != today.get(option):
+            raise ConfigError(
+                f"checkpoint {name!r} was made with {option}={then.get(option)!r}, this run has "
+                f"{today.get(option)!r}: resume with the same, or start a new run from its weights (model={name})"
+            )
+    remarks = []
+    if saved["model"] != now["model"]:
+        if named_model:
+            raise ConfigError(
+                f"checkpoint {name!r} was begun from other weights than {now['model_name']!r} holds; pass the model "
+                f"that the run began with ({saved['model_name'] or 'one in memory'})"
+            )
+        remarks.append("the model in memory is not as the run began; the checkpoint's weights replace its own")
+    changed = [o for o in today if o not in _SAME + _FREE and then.get(o, today[o]) != today[o]]
+    remarks += [f"{o}={today[o]!r} from here on (the checkpoint had {then.get(o)!r})" for o in changed]
+    return remarks
+
+
+def _first_difference(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    for name in [*then, *now]:
+        if then.get(name) != now.get(name):
+            return f"{name} is {then.get(name) or 'absent'} there and {now.get(name) or 'absent'} here"
+    return "its parameters come in another order"
+
+
+def parameter_shapes(model: nn.Module) -> dict[str, str]:
+    """Name -> shape of every trainable parameter."""
+    return {n: f"{tuple(p.shape)}" for n, p in model.named_parameters() if p.requires_grad}

@@ -1,0 +1,157 @@
+"""The page docs/migrating-from-trl.md, made from the tables of fastpo/options.py."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from fastpo import options
+from fastpo.config import TrainConfig
+from fastpo.options import HONOURED, NO_EFFECT, REFUSED, RENAMED, Option
+
+_TOP = """\
+# Moving from TRL, LLaMA-Factory or OpenRLHF
+
+Made by `python -m fastpo.options > docs/migrating-from-trl.md`; the tests compare. Every option is accounted for: it is
+honoured, renamed, refused by an error that says what to do instead, or accepted because it has no meaning here.
+
+## In ten minutes
+
+**A Python script.** Replace the import, and `DPOTrainer(...)` with its `.train()` by one `fastpo.train(...)` of the
+same arguments; `DPOConfig` stays, or becomes a dict, a `TrainConfig` or keyword arguments.
+
+```python
+from datasets import load_dataset
+from trl import DPOConfig, DPOTrainer
+
+dataset = load_dataset("trl-lib/ultrafeedback_binarized", split="train")
+args = DPOConfig(output_dir="out", beta=0.2)
+trainer = DPOTrainer(model="Qwen/Qwen3-0.6B", args=args, train_dataset=dataset)
+trainer.train()
+```
+
+becomes
+
+```python
+import fastpo
+from datasets import load_dataset
+from trl import DPOConfig
+
+dataset = load_dataset("trl-lib/ultrafeedback_binarized", split="train")
+args = DPOConfig(output_dir="out", beta=0.2)
+result = fastpo.train(model="Qwen/Qwen3-0.6B", args=args, train_dataset=dataset)
+```
+
+Without TRL installed: `fastpo.train(model="Qwen/Qwen3-0.6B", train_dataset="trl-lib/ultrafeedback_binarized",
+output_dir="out", beta=0.2)`. `tests/migration/` holds three scripts of TRL's documentation and their moved twins.
+
+| of the trainer | here |
+| --- | --- |
+| `trainer.train(resume_from_checkpoint=...)` | `resume_from_checkpoint=...`, an option |
+| `trainer.evaluate()` | `eval_dataset=...` with `eval_strategy` or `eval_on_start`; numbers in `result.log_history` |
+| `trainer.save_model()` | done at the end, in `output_dir` (`save_final`); `result.model` is the model |
+| `trainer.push_to_hub()` | `push_to_hub=True` |
+| `trainer.state.log_history` | `result.log_history`, and `output_dir/metrics.jsonl` |
+| `tokenizer=` | `processing_class=` |
+| `data_collator=`, `compute_metrics=` | refused: fastpo packs the rows, and its metrics are TRL's |
+
+**The command line.** `trl dpo` becomes `fastpo train`, with the same options and the same YAML files:
+
+```bash
+trl dpo      --model_name_or_path Qwen/Qwen3-0.6B --dataset_name trl-lib/ultrafeedback_binarized --use_peft --lora_r 32
+fastpo train --model_name_or_path Qwen/Qwen3-0.6B --dataset_name trl-lib/ultrafeedback_binarized --use_peft --lora_r 32
+```
+
+**Several GPUs.** `accelerate launch --num_processes 8 script.py` becomes `torchrun`. Data parallel is the default,
+`--fsdp` shards (FSDP2). The step is the same: per_device_train_batch_size x gradient_accumulation_steps x ranks.
+
+```bash
+torchrun --nproc-per-node 8 -m fastpo train --config run.yaml --fsdp full_shard
+torchrun --nproc-per-node 8 script.py
+```
+
+**What differs on purpose**
+
+* A model given by name loads in the checkpoint's own dtype; TRL loads float32 (`dtype="float32"` is the same).
+* The reference is the policy as it was passed in, computed once and cached; TRL loads it again from the model's name.
+* A ragged last batch counts every pair alike; `sft` terms are means over the tokens of the whole step. Both agree with
+  TRL wherever its micro-batches hold equally many pairs and tokens.
+* `label_smoothing` acts on `sigmoid` too (conservative DPO); TRL 1.16 ignores it there.
+* A `DPOConfig` keeps TRL's defaults, so it saves every 500 steps; without one nothing is saved but the final model.
+* Rows that are too long, empty or odd are counted and reported, never dropped in silence.
+"""
+
+_ELSEWHERE = """\
+Each of these names raises an error that says what is written here, in `fastpo.train`, in a YAML file and on the command
+line{more}. Names that the project shares with transformers (`learning_rate`, `output_dir`, ...) are in the first table.
+"""
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    lines += ["| " + " | ".join(_cell(cell) for cell in row) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def _value(value: Any) -> str:
+    return f"`{value!r}`"
+
+
+def _defaults() -> dict[str, Any]:
+    config = TrainConfig()
+    return {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+
+
+def _here(name: str, option: Option, defaults: Mapping[str, Any]) -> str:
+    """What the page says about one option."""
+    if option.status == RENAMED:
+        return f"**`{option.to}`**" + (f": {option.note}" if option.note else "")
+    if option.status == REFUSED:
+        return f"refused: {option.note}"
+    if option.status == NO_EFFECT:
+        return f"without meaning: {option.note}"
+    notes = [option.note] if option.note else []
+    if name in defaults and defaults[name] != option.default and name not in ("loss_type", "fsdp"):
+        notes.insert(0, f"default here {_value(defaults[name])}")
+    return "honoured" + (": " + "; ".join(notes) if notes else "")
+
+
+def _options_table(table: Mapping[str, Option]) -> str:
+    defaults = _defaults()
+    return _table(
+        ("option", "TRL's default", "here"),
+        ((f"`{name}`", _value(option.default), _here(name, option, defaults)) for name, option in table.items()),
+    )
+
+
+def page() -> str:
+    """The whole page, as Markdown."""
+    counts = {status: sum(o.status == status for o in options.OPTIONS.values()) for status in
+              (HONOURED, RENAMED, REFUSED, NO_EFFECT)}  # fmt: skip
+    summary = ", ".join(f"{number} {status}" for status, number in counts.items())
+    losses = ((f"`{name}`", f"`{ours}`" if ours else "not built yet") for name, ours in options.TRL_LOSSES.items())
+    parts = [
+        _TOP,
+        f"## TRL 1.16: every field of `DPOConfig`\n\n{len(options.OPTIONS)} fields with transformers 5.23: {summary}. "
+        "A refused option raises when it is set to something else than its default or off.\n",
+        _options_table(options.OPTIONS),
+        "### Loss types\n",
+        _table(("`loss_type` in TRL", "here"), losses),
+        "### Earlier names, and arguments of the trainer\n",
+        _table(("name", "here"), ((f"`{n}`", _here(n, o, {})) for n, o in options.EARLIER.items())),
+        "### `trl dpo`: script and model options\n\nOn the command line and in the YAML file of `fastpo train`.\n",
+        _options_table(options.SCRIPT),
+        "## TRL's `CPOConfig` (CPO, SimPO)\n\nBeyond the fields of the first table. `loss_type='simpo'` is SimPO here; "
+        "CPO's `sigmoid`, `hinge` and `ipo` have no reference and are not built.\n",
+        _table(("option", "here"), ((f"`{n}`", _here(n, o, {})) for n, o in options.CPO.items())),
+    ]  # fmt: skip
+    for project, names in options.FOREIGN.items():
+        more = ", there also as `--group.name`" if project == "OpenRLHF" else ""
+        parts += [
+            f"## {project}\n\n{_ELSEWHERE.format(more=more)}",
+            _table((f"{project}", "here"), ((f"`{name}`", text) for name, text in names.items())),
+        ]
+    return "\n".join(parts)

@@ -1,0 +1,158 @@
+"""What a run writes for people: metrics, samples, configuration; at the end the model, its card and the report."""
+
+import json
+import logging
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from transformers import TrainerState
+
+from fastpo import adapters, checkpoint, env, saving
+from fastpo.callbacks import plain_config
+from fastpo.config import TrainConfig
+from fastpo.errors import ConfigError
+from fastpo.hub import last_metrics, model_card, write_card
+from fastpo.report import write_report
+
+if TYPE_CHECKING:
+    from fastpo.trainer import Trainer
+
+log = logging.getLogger("fastpo")
+
+
+def ensure_log_handler(quiet: bool) -> None:
+    """fastpo's messages are shown, by one process, unless the program has set up logging itself."""
+    if not log.handlers and not logging.getLogger().handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("fastpo: %(message)s"))
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
+    if quiet:
+        log.setLevel(logging.ERROR)
+
+
+def check_folder(config: TrainConfig, resumes: bool) -> None:
+    """The output folder, made; one that holds another run is refused unless it is resumed."""
+    folder = Path(config.output_dir)
+    names = ("metrics.jsonl", "config.yaml", "config.json", "adapter_config.json", "checkpoint-*")
+    marks = [path.name for name in names for path in folder.glob(name)]
+    if marks and not (config.overwrite_output_dir or resumes):
+        raise ConfigError(
+            f"output_dir {str(folder)!r} holds another run ({marks[0]}); choose another, set "
+            "resume_from_checkpoint=true to go on with it, or overwrite_output_dir"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"output_dir {str(folder)!r} cannot be written: {error.strerror}") from None
+
+
+def start(run: "Trainer") -> None:
+    """What marks the folder as this run's: its configuration, and the metrics up to where it starts."""
+    if not run.world.main:
+        return
+    checkpoint.clear_temporaries(run.output_dir)
+    history, step = [], 0
+    if run.resume is not None:
+        state = TrainerState.load_from_json(str(run.resume / "trainer_state.json"))
+        history, step = state.log_history, state.global_step
+    _rewrite(run.output_dir / "metrics.jsonl", [_json_line(line) for line in history])
+    samples = run.output_dir / "samples.jsonl"
+    if samples.exists():
+        _rewrite(samples, [s for s in samples.read_text().splitlines(True) if json.loads(s)["step"] <= step])
+    if run.resume is None:
+        (run.output_dir / checkpoint.REFERENCE).unlink(missing_ok=True)
+    (run.output_dir / "config.yaml").write_text(yaml.safe_dump(plain_config(run.config), sort_keys=False))
+
+
+def write_line(run: "Trainer", line: Mapping[str, Any]) -> None:
+    """Append to metrics.jsonl."""
+    if run.world.main:
+        with open(run.output_dir / "metrics.jsonl", "a") as f:
+            f.write(_json_line(line))
+
+
+def write_samples(run: "Trainer", samples: Sequence[Mapping[str, Any]]) -> None:
+    """Append to samples.jsonl."""
+    if run.world.main:
+        with open(run.output_dir / "samples.jsonl", "a") as f:
+            f.writelines(json.dumps({"step": run.state.global_step, **s}) + "\n" for s in samples)
+
+
+def finish(run: "Trainer", summary: dict[str, float]) -> None:
+    """The trained model, its card and the report; then the hub."""
+    config = run.config
+    if config.save_final:
+        saving.save_model(run, run.output_dir)
+        if run.world.main:
+            _write_card(run)
+            if config.save_merged:
+                _save_merged(run)
+    stopped = run.state.global_step < run.state.max_steps
+    outcome = f"stopped by a callback at step {run.state.global_step} of {run.state.max_steps}"
+    report(run, summary, outcome if stopped else "finished")
+    if run.hub is not None:
+        run.callbacks.call("on_push_begin")
+        run.hub.push(run.output_dir)
+    run.world.barrier()
+
+
+def _save_merged(run: "Trainer") -> None:
+    try:
+        adapters.save_merged(
+            run.model, run.tokenizer, run.output_dir / "merged", run.config.max_shard_size,
+            adapter_folder=run.output_dir if run.engine.sharded else None,
+        )  # fmt: skip
+    except ConfigError as error:  # PEFT may refuse at this late hour; the adapter itself is saved
+        log.warning("no merged model: %s", error)
+
+
+def _write_card(run: "Trainer") -> None:
+    card = model_card(
+        run.config, run.terms, base_model=run.model_name or None, adapter=hasattr(run.model, "peft_config"),
+        datasets=[run.dataset_name] if run.dataset_name else [], rows=len(run.examples),
+        steps=run.state.global_step, batch_size=run.step_size, metrics=last_metrics(run.state.log_history),
+        chat=bool(getattr(run.tokenizer, "chat_template", None)),
+        repo_id=run.hub.repo_id if run.hub is not None else None, dtype=str(run.policy.dtype).removeprefix("torch."),
+    )  # fmt: skip
+    write_card(run.output_dir, card)
+
+
+def report(run: "Trainer", summary: dict[str, float], outcome: str) -> None:
+    """report.html, on rank 0."""
+    if not (run.config.report and run.world.main):
+        return
+    try:
+        write_report(
+            run.output_dir / "report.html",
+            title=run.config.run_name or run.output_dir.name,
+            config=plain_config(run.config),
+            log_history=run.state.log_history,
+            data=run.data_reports,
+            warnings=[w.to_dict() for w in run.guards.warnings] if run.config.guardrails else [],
+            environment=env.collect(),
+            summary={
+                **summary, "model": run.model_name or type(run.policy.causal_lm).__name__, "outcome": outcome,
+                "steps": run.state.global_step, "max_steps": run.state.max_steps,
+                "parameters": sum(p.numel() for p in run.model.parameters()),
+                "trainable_parameters": sum(p.numel() for p in run.parameters.values()),
+                "device": str(run.device), "world_size": run.world.size,
+            },
+        )  # fmt: skip
+    except OSError as error:
+        log.warning("report.html could not be written: %s", error.strerror)
+
+
+def _json_line(line: Mapping[str, Any]) -> str:
+    shown = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+    return json.dumps(shown) + "\n"
+
+
+def _rewrite(path: Path, lines: Sequence[str]) -> None:
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text("".join(lines))
+    os.replace(temporary, path)

@@ -1,0 +1,148 @@
+"""The same training by one process and by several, replicated and sharded: what test_distributed.py compares.
+
+    python tests/rank_runs.py results.pt
+
+Runs are forked from this process, which has everything imported and nothing computed (see kill_runs.py).
+"""
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import torch  # noqa: E402
+
+import fastpo  # noqa: E402
+from conftest import Toy  # noqa: E402
+from kill_runs import LORA, TIMES, fork, wait  # noqa: E402
+
+# Two ranks of 4 pairs or one of 8; 21 rows, so that a step of 5 pairs ends each epoch.
+OPTIONS = dict(
+    use_cpu=True, bf16=False, disable_tqdm=True, max_steps=6, learning_rate=0.05, lr_scheduler_type="constant",
+    optim="sgd", logging_steps=1, max_tokens=90, gradient_checkpointing=False, report=False, beta=0.5,
+    max_grad_norm=0.5, eval_strategy="steps", eval_steps=3,
+)  # fmt: skip
+# what is trained -> (options, rows, adapter, model)
+CASES: dict[str, tuple[dict, int, bool, dict]] = {
+    "dpo": ({}, 21, False, {}),
+    "tied": ({"loss_type": ["simpo", "sft"], "beta": None}, 21, False, {"tie_word_embeddings": True}),
+    "idle": ({}, 9, False, {}),  # each epoch's second step has one row: the other ranks have no completion token
+    "lora": ({"optim": "adamw_torch", "learning_rate": 0.01}, 21, True, {}),
+    "bf16": ({"optim": "adamw_torch", "learning_rate": 0.01}, 21, False, {"dtype": torch.bfloat16}),
+    "tr-dpo": ({"sync_ref_model": True, "ref_model_sync_steps": 2}, 21, False, {}),
+    "checkpointing": ({"gradient_checkpointing": True, "max_steps": 2}, 21, False, {}),
+}
+LAYOUTS: dict[str, tuple[int, dict]] = {
+    "one": (1, {"per_device_train_batch_size": 8}),
+    "ddp": (2, {"per_device_train_batch_size": 4}),
+    "fsdp": (2, {"per_device_train_batch_size": 4, "fsdp": "full_shard"}),
+}
+MORE = [  # (case, layout's name, ranks, options)
+    ("dpo", "ddp accumulating", 2, {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}),
+    ("dpo", "fsdp on four", 4, {"per_device_train_batch_size": 2, "fsdp": "full_shard"}),
+    ("dpo", "shard_grad_op", 2, {"per_device_train_batch_size": 4, "fsdp": "shard_grad_op"}),
+    ("dpo", "offload", 2, {"per_device_train_batch_size": 4, "fsdp": "full_shard", "fsdp_cpu_offload": True}),
+]
+
+
+def run(case: str, ranks: int, options: dict, out: Path, counts: bool = False) -> None:
+    """In a forked process: train, and leave the results in `out` on rank 0."""
+    changes, rows, adapter, model = CASES[case]
+    rest: dict[str, Any] = {}
+    if adapter:
+        import peft
+
+        rest["peft_config"] = peft.LoraConfig(**{**LORA, "lora_dropout": 0.0})
+    model = dict(model)
+    dtype = model.pop("dtype", torch.float32)
+    calls = _count_collectives() if counts else {}
+    args = {"output_dir": str(out.parent / out.stem), **OPTIONS, **changes, **options}
+    result = fastpo.train(
+        Toy.model(**model).to(dtype), Toy.rows(rows), processing_class=Toy.tokenizer(), args=args,
+        eval_dataset={"a": Toy.rows(5, seed=1), "b": Toy.rows(1, seed=2)}, **rest,
+    )  # fmt: skip
+    named = dict(result.model.named_parameters())
+    whole = {n: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone() for n, p in named.items()}
+    sizes = sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in named.values())
+    if int(os.environ.get("RANK", 0)) == 0:
+        saved = _load(Path(args["output_dir"]), adapter, Toy.model(**model).to(dtype))
+        same = all(torch.equal(whole[n].to(p.dtype), p) for n, p in saved.named_parameters())
+        logs = [{k: v for k, v in line.items() if not k.endswith(TIMES)} for line in result.log_history]
+        torch.save({"weights": whole, "logs": logs, "local": sizes, "calls": calls, "saved": same}, out)
+
+
+def _load(folder: Path, adapter: bool, base: torch.nn.Module) -> torch.nn.Module:
+    """What lies in output_dir, as its users read it."""
+    if adapter:
+        import peft
+
+        return peft.PeftModel.from_pretrained(base, folder)
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
+def _count_collectives() -> dict[str, int]:
+    """Counts of the root's gathers and of all reductions, and of forward passes through the root."""
+    from torch.distributed.fsdp._fully_shard import _fsdp_param_group as group
+
+    from fastpo.distributed import Root
+
+    calls = {"root gathers": 0, "reductions": 0, "passes with gradient": 0, "steps": 0}
+    gather, reduce, forward = group.foreach_all_gather, group.foreach_reduce, Root.forward
+
+    def counted_gather(params, *args, **kwargs):
+        if torch.is_grad_enabled() and any(p._module_info.param_name == "weight" and
+                                           p._param_fqn.endswith("lm_head.weight") for p in params):  # fmt: skip
+            calls["root gathers"] += 1
+        return gather(params, *args, **kwargs)
+
+    def counted_reduce(*args, **kwargs):
+        calls["reductions"] += 1
+        return reduce(*args, **kwargs)
+
+    def counted_forward(self, work):
+        out = forward(self, work)
+        calls["passes with gradient"] += isinstance(out, torch.Tensor) and out.requires_grad
+        return out
+
+    group.foreach_all_gather, group.foreach_reduce, Root.forward = counted_gather, counted_reduce, counted_forward
+    return calls
+
+
+def main() -> None:
+    results: dict[str, dict[str, Any]] = {}
+    home = Path(tempfile.mkdtemp(prefix="fastpo-ranks-"))
+
+    def one(case: str, name: str, ranks: int, options: dict, **kwargs: Any) -> Path:
+        folder = home / f"{case}-{name}".replace(" ", "-")
+        folder.mkdir()
+        out = folder / "run.pt"
+        wait(fork(ranks, folder, lambda: run(case, ranks, options, out, **kwargs)), folder)
+        results.setdefault(case, {})[name] = torch.load(out, weights_only=True)
+        return folder / "run"
+
+    for case in CASES:
+        for name, (ranks, options) in LAYOUTS.items():
+            one(case, name, ranks, options)
+    for case, name, ranks, options in MORE:
+        one(case, name, ranks, options)
+    one("dpo", "counted", 2, {**LAYOUTS["fsdp"][1], "max_tokens": 40}, counts=True)
+    # A checkpoint of some ranks, taken up by others: optimiser with moments, half of the steps each.
+    adam = {"optim": "adamw_torch", "learning_rate": 0.01, "save_steps": 3}
+    whole = {name: {**options, **adam} for name, (_, options) in LAYOUTS.items()}
+    one("dpo", "adam", 1, whole["one"])
+    for before, after in (("fsdp", "one"), ("one", "fsdp"), ("fsdp", "ddp"), ("ddp", "fsdp")):
+        folder = one("dpo", f"{before} until 3", LAYOUTS[before][0], {**whole[before], "max_steps": 3})
+        results["dpo"].pop(f"{before} until 3")
+        resumed = {**whole[after], "resume_from_checkpoint": str(folder / "checkpoint-3")}
+        one("dpo", f"{before} to {after}", LAYOUTS[after][0], resumed)
+        folder.parent.rename(folder.parent.with_name(f"{before}-{after}"))
+    torch.save(results, sys.argv[1])
+
+
+if __name__ == "__main__":
+    main()
