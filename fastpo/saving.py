@@ -157,7 +157,8 @@ def _whole_weights(run: "Trainer") -> dict[str, Tensor] | None:
 
 
 def _write_model(run: "Trainer", folder: Path, weights: dict[str, Tensor] | None) -> None:
-    given: dict[str, Any] = {} if weights is None else {"state_dict": weights}
+    # A copy of the dict: transformers takes the tensors out as it writes them.
+    given: dict[str, Any] = {} if weights is None else {"state_dict": dict(weights)}
     if not hasattr(run.model, "peft_config"):
         given["max_shard_size"] = run.config.max_shard_size
     bars = logging_utils.is_progress_bar_enabled()
@@ -168,6 +169,12 @@ def _write_model(run: "Trainer", folder: Path, weights: dict[str, Tensor] | None
     finally:
         if bars:
             logging_utils.enable_progress_bar()
+    if weights is not None and (folder / "config.json").exists():
+        # transformers writes the shards' dtype; the weights are in the one that they were loaded in.
+        config = json.loads((folder / "config.json").read_text())
+        dtypes = {str(t.dtype).removeprefix("torch.") for t in weights.values() if t.is_floating_point()}
+        if len(dtypes) == 1:
+            (folder / "config.json").write_text(json.dumps({**config, "dtype": dtypes.pop()}, indent=2) + "\n")
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's template of a card; ours is written at the end
     run.tokenizer.save_pretrained(folder)
 
