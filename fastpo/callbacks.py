@@ -307,7 +307,8 @@ class Callbacks:
         """
         if self.world_size == 1 or not self.user:
             return
-        flags = torch.tensor([int(getattr(self.control, name)) for name in _FLAGS], dtype=torch.int32)
+        home = "cpu" if "cpu" in dist.get_backend_config(group) else self.args.device
+        flags = torch.tensor([int(getattr(self.control, name)) for name in _FLAGS], dtype=torch.int32, device=home)
         dist.all_reduce(flags, dist.ReduceOp.MAX, group=group)
         for name, value in zip(_FLAGS, flags.tolist(), strict=True):
             setattr(self.control, name, bool(value))

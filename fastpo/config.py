@@ -59,6 +59,7 @@ class TrainConfig:
 
     fsdp: str | bool = _opt("no", "several processes", "no: every rank holds the model (data parallel); full_shard: FSDP2, parameters gathered per layer; shard_grad_op: kept gathered from forward to backward", )
     fsdp_cpu_offload: bool = _opt(False, "several processes", "fsdp: parameters, gradients and optimiser state live in host memory")
+    fsdp_gradients: str = _opt("step", "several processes", "fsdp: reduce gradients once a step, whole in fp32 on every rank until then (step), or after every micro-batch, split (micro_batch)", ("step", "micro_batch"))
     ddp_timeout: int = _opt(1800, "several processes", "seconds after which a rank that waits for the others gives up")
     ddp_backend: str | None = _opt(None, "several processes", "process group's backend (None: nccl and gloo on GPUs, gloo on CPUs)")
 

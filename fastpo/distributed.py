@@ -9,9 +9,9 @@ micro-batch.
 import atexit
 import datetime
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -32,6 +32,8 @@ DEVICES = ("cuda", "cpu")
 @dataclass
 class World:
     """The processes of a run; of size 1 without a launcher, and then every method is a no-op."""
+
+    failed: ClassVar[bool] = False  # a run in this process has ended in an error
 
     device: torch.device
     rank: int = 0
@@ -56,6 +58,11 @@ class World:
         device = _device(f"cuda:{local_rank}" if gpus else "cpu", config)
         if not dist.is_initialized():
             _init_process_group(config, device)
+        elif config.fsdp_cpu_offload and "cpu" not in dist.get_backend_config():
+            raise ConfigError(
+                "fsdp_cpu_offload needs gloo beside nccl, and the process group that exists (TrainingArguments starts "
+                "it) has none: call torch.distributed.init_process_group('cpu:gloo,cuda:nccl') before it is made"
+            )
         return cls(device, dist.get_rank(), dist.get_world_size(), local_rank)
 
     @property
@@ -139,7 +146,9 @@ def _device(name: str | None, config: TrainConfig) -> torch.device:
 
 def _init_process_group(config: TrainConfig, device: torch.device) -> None:
     # gloo beside NCCL: objects and host tensors (offloaded gradients, checkpoints) travel without the GPU.
-    backend = config.ddp_backend or ("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    backend = config.ddp_backend
+    if backend in (None, "nccl"):
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeout = datetime.timedelta(seconds=config.ddp_timeout)
     try:
         dist.init_process_group(backend, timeout=timeout, device_id=device if device.type == "cuda" else None)
@@ -150,8 +159,9 @@ def _init_process_group(config: TrainConfig, device: torch.device) -> None:
             f"the {os.environ.get('WORLD_SIZE')} processes cannot meet at {where} ({what}): is the port taken? "
             "Choose another (torchrun --master-port), or let torchrun choose (--standalone)"
         ) from error
-    # Not at the end of training: a sharded model that is handed back needs the group to be gathered.
-    atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
+    # Not at the end of training: a sharded model that is handed back needs the group to be gathered. And not after a
+    # failure, where the others are in a collective that this rank will never join, and NCCL would wait for it.
+    atexit.register(lambda: dist.is_initialized() and not World.failed and dist.destroy_process_group())
 
 
 class Root(nn.Module):
@@ -172,8 +182,8 @@ class Root(nn.Module):
 class Engine:
     """Runs a policy on this rank: as it is, or sharded. `Engine(policy)` for one process and for replicas."""
 
-    def __init__(self, policy: Policy, root: Root | None = None):
-        self.policy, self.root = policy, root
+    def __init__(self, policy: Policy, root: Root | None = None, reduce_always: bool = False):
+        self.policy, self.root, self.reduce_always = policy, root, reduce_always
 
     @property
     def sharded(self) -> bool:
@@ -186,7 +196,9 @@ class Engine:
         out = self.root(work)
         if not (isinstance(out, Tensor) and out.requires_grad):
             # Without a backward pass nothing else lets go of the gathered parameters, and they would outlive a step.
-            self._fsdp.reshard()
+            for module in self.root.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
         return out
 
     @property
@@ -195,9 +207,12 @@ class Engine:
         return self.root
 
     def sync_gradients(self, now: bool) -> None:
-        """Whether the next backward pass reduces gradients over the ranks: in the last micro-batch of a step."""
+        """Whether the next backward pass reduces gradients over the ranks: in the last micro-batch of a step.
+
+        Until then they are whole on every rank, in fp32; `fsdp_gradients=micro_batch` saves that memory.
+        """
         if self.root is not None:
-            self._fsdp.set_requires_gradient_sync(now)
+            self._fsdp.set_requires_gradient_sync(now or self.reduce_always)
 
 
 def shard(policy: Policy, config: TrainConfig, world: World, autocast_dtype: torch.dtype | None) -> Engine:
@@ -211,27 +226,40 @@ def shard(policy: Policy, config: TrainConfig, world: World, autocast_dtype: tor
         raise UnsupportedModelError(
             "fsdp does not split quantised weights: load the model in 16 bits, or leave fsdp out"
         )
-    trainable = [p for p in model.parameters() if p.requires_grad]
     narrow = {p.dtype for p in model.parameters() if p.dtype in (torch.bfloat16, torch.float16)}
-    for p in trainable:
-        p.data = p.data.float()
+    if len(narrow) > 1 and autocast_dtype is None:
+        raise UnsupportedModelError(
+            "fsdp: the model mixes bfloat16 and float16; load it in one of them (dtype=bfloat16)"
+        )
     compute = autocast_dtype or next(iter(narrow), None)
     precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32 if compute else None)
     offload: OffloadPolicy = OffloadPolicy()
     if config.fsdp_cpu_offload:
         offload = CPUOffloadPolicy(pin_memory=world.device.type == "cuda")
+        if world.device.type == "cuda":  # torchrun leaves each process one thread, and the optimiser runs on the host
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     mesh = init_device_mesh(world.device.type, (world.size,))
     root = Root(model)
-    reshard = config.fsdp == "full_shard"
-    for layer in _layers(policy):
-        fully_shard(layer, mesh=mesh, mp_policy=precision, offload_policy=offload, reshard_after_forward=reshard)
-    # The root keeps its parameters from forward to backward: gathered once a micro-batch.
-    fully_shard(root, mesh=mesh, mp_policy=precision, offload_policy=offload, reshard_after_forward=False)
+
+    def split(module: nn.Module, reshard: bool) -> None:
+        for p in module.parameters():  # not kept in a list: whoever holds a parameter keeps it whole on the device
+            if p.requires_grad and not isinstance(p, DTensor):
+                p.data = p.data.float()
+        fully_shard(module, mesh=mesh, mp_policy=precision, offload_policy=offload, reshard_after_forward=reshard)
+
+    layers = _layers(policy)
+    # Lists inside layers are experts: one that gets no token on a rank has no gradient there.
+    experts = any(isinstance(m, nn.ModuleList) for layer in layers for m in layer.modules())
+    for layer in layers:
+        split(layer, config.fsdp == "full_shard")
+    split(root, False)  # kept from forward to backward: gathered once a micro-batch
     for module in root.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)  # each term is normalised over the whole step already
             module.set_force_sum_reduction_for_comms(True)
-    return Engine(policy, root)
+            if experts and hasattr(module, "set_reduce_scatter_unused_params"):  # PyTorch 2.13
+                module.set_reduce_scatter_unused_params(True)
+    return Engine(policy, root, reduce_always=experts or config.fsdp_gradients == "micro_batch")
 
 
 def _layers(policy: Policy) -> nn.ModuleList:
@@ -247,13 +275,18 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def full_state(model: nn.Module, world: World, names: set[str] | None = None) -> dict[str, Tensor]:
-    """Whole parameters and persistent buffers on the host, on rank 0; empty elsewhere. Every rank must call it."""
+def full_state(
+    model: nn.Module, world: World, dtypes: Mapping[str, torch.dtype], names: set[str] | None = None
+) -> dict[str, Tensor]:
+    """Whole parameters and persistent buffers on the host, on rank 0; empty elsewhere. Every rank must call it.
+
+    `dtypes`: by name, what to write; others as they are. `names`: only these.
+    """
     out: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
         if names is not None and name not in names:
             continue
         whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         if world.main:
-            out[name] = whole.detach().cpu()
+            out[name] = whole.detach().to(dtypes.get(name, whole.dtype)).cpu()
     return out

@@ -194,7 +194,10 @@ class Gradients:
         self.optimizer = optimizer
         if getattr(optimizer, "_step_supports_amp_scaling", False):
             optimizer.grad_scale = None  # type: ignore[attr-defined]
-            optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+            home = self.stepped(
+                self.parameters[0]
+            ).device  # offloaded: the optimiser's own copy would not be waited for
+            optimizer.found_inf = (~finite).float().to(home)  # type: ignore[attr-defined]
         elif not finite:
             self._forget()
             return

@@ -98,7 +98,6 @@ def finish(run: "Trainer", summary: dict[str, float]) -> None:
     if run.hub is not None:
         run.callbacks.call("on_push_begin")
         run.hub.push(run.output_dir)
-    run.world.barrier()
 
 
 def _save_merged(run: "Trainer") -> None:
@@ -117,7 +116,7 @@ def _write_card(run: "Trainer") -> None:
         datasets=[run.dataset_name] if run.dataset_name else [], rows=len(run.examples),
         steps=run.state.global_step, batch_size=run.step_size, metrics=last_metrics(run.state.log_history),
         chat=bool(getattr(run.tokenizer, "chat_template", None)),
-        repo_id=run.hub.repo_id if run.hub is not None else None, dtype=str(run.policy.dtype).removeprefix("torch."),
+        repo_id=run.hub.repo_id if run.hub is not None else None, dtype=str(run.loaded_dtype).removeprefix("torch."),
     )  # fmt: skip
     write_card(run.output_dir, card)
 

@@ -152,8 +152,7 @@ def _whole_weights(run: "Trainer") -> dict[str, Tensor] | None:
     if not run.engine.sharded:
         return None
     names = set(run.parameters) if hasattr(run.model, "peft_config") else None
-    whole = full_state(run.model, run.world, names)
-    return {n: t.to(run.saved_dtypes[n]) if n in run.saved_dtypes else t for n, t in whole.items()}
+    return full_state(run.model, run.world, run.saved_dtypes, names)
 
 
 def _write_model(run: "Trainer", folder: Path, weights: dict[str, Tensor] | None) -> None:

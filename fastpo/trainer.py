@@ -7,6 +7,7 @@ on the device until a logging step.
 """
 
 import contextlib
+import gc
 import logging
 import math
 import os
@@ -314,7 +315,9 @@ class Trainer:
             if self.resume is not None and (self.resume / checkpoint.REFERENCE).exists():
                 cache.read(self.resume / checkpoint.REFERENCE)
             self._reference_pass(engine, cache, sets, {row for _, rows in plan for row in rows})
-        self.ref_model = None  # its log-probabilities are all that training needs of it
+        # Its log-probabilities are all that training needs of it; FSDP's modules hold each other.
+        self.ref_model = engine = None
+        gc.collect()
         if self.world.main:
             self._keep_reference(sets)
 
@@ -328,13 +331,14 @@ class Trainer:
         sharded = config.fsdp != "no"
         if isinstance(model, str | os.PathLike):
             home = torch.device("cpu") if sharded else self.device
-            model = load_model(os.fspath(model), dtype=config.dtype or str(self.policy.dtype), device=home,
+            model = load_model(os.fspath(model), dtype=config.dtype or str(self.loaded_dtype), device=home,
                                trust_remote_code=config.trust_remote_code)  # fmt: skip
         elif not isinstance(model, nn.Module):
             raise ConfigError(f"ref_model must be a model, or its name or path, not {model!r}")
         policy = Policy(model)
         fingerprint = self.world.first(lambda: model_fingerprint(model))
         if sharded:
+            model.requires_grad_(False)  # else its shards would be fp32, for an optimiser that never comes
             stack.enter_context(eval_mode(model))
             return shard(policy, config, self.world, self.autocast_dtype), fingerprint
         stack.enter_context(on_device(model, self.device))
@@ -427,6 +431,7 @@ class Trainer:
             finished = True
             return result
         finally:
+            World.failed = not finished
             self.callbacks.close(failed=not finished)
             if self.hub is not None:
                 self.hub.close()
@@ -476,7 +481,9 @@ class Trainer:
         """The model as this run's processes hold it."""
         config, world = self.config, self.world
         self.saved_dtypes = {n: p.dtype for n, p in self.model.named_parameters()}
+        self.loaded_dtype = self.policy.dtype
         if config.fsdp != "no":
+            self.parameters = {}  # whoever holds a parameter keeps it whole on the device
             self.engine = shard(self.policy, config, world, self.autocast_dtype)
             self.parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         else:
@@ -582,20 +589,25 @@ class Trainer:
         misses nothing. A run that was cut short in here does the rest when it is resumed.
         """
         self._log_and_evaluate(bar)
-        if self.todo.pop("last_of_epoch", False):
+        if self.todo.get("last_of_epoch"):
             self._mark_due("epoch")
             self.callbacks.call("on_epoch_end")
+            self.callbacks.agree(self.world.group)
+            self.todo["last_of_epoch"] = False
             self._log_and_evaluate(bar)
         self.todo.clear()
         if self.callbacks.control.should_save:
             saving.save_checkpoint(self)
+            self.callbacks.agree(self.world.group)
 
     def _log_and_evaluate(self, bar: tqdm | None) -> None:
         if self.callbacks.control.should_log and not self.todo.get("logged"):
             self.todo["logged"] = True
             self._log(self.window.flush(self.todo["learning_rate"], self.num_tokens), bar)
+            self.callbacks.agree(self.world.group)
         if self.callbacks.control.should_evaluate:
             better = self._evaluate_all()
+            self.callbacks.agree(self.world.group)
             # The best is worth a checkpoint wherever save_steps falls.
             self.callbacks.control.should_save |= better and self.config.load_best_model_at_end
 
@@ -635,7 +647,7 @@ class Trainer:
         step_loss = torch.zeros((), device=self.device)
         step_metrics = torch.zeros(len(PAIR_METRICS), device=self.device)
         check_start = self.state.global_step == 0 and self.starts_at_reference
-        done = []
+        done, wrong = [], None
         for k in range(self.rounds):
             idle = k >= len(self.share)
             part = [min(rows, key=lambda i: self._tokens[i])] if idle else self.share[k]
@@ -647,13 +659,15 @@ class Trainer:
                 continue
             loss, metrics = self._objective(logp, batch, pair_count, nll_count)
             if check_start and batch.ref_logp is not None:
-                self._check_start(logp.detach(), batch)
+                wrong = wrong or self._wrong_start(logp.detach(), batch)
             loss.backward()
             step_loss += loss.detach()
             step_metrics += metrics
             done.append(batch)
             if k + 1 < self.rounds:
                 self.callbacks.call("on_substep_end")
+        if check_start and any(self.world.gather(wrong)):
+            raise TrainingError(wrong or "another process does not start at the reference")
         for batch in done:  # after the last, so that a step cut short leaves no trace in the counters
             self.window.trunk(batch)
         return step_loss, step_metrics
@@ -666,22 +680,21 @@ class Trainer:
         with self._autocast(), torch.no_grad():
             engine(lambda: verify_policy(engine.policy, [self.examples[i] for i in rows]))
 
-    def _check_start(self, logp: Tensor, batch: PackedBatch) -> None:
+    def _wrong_start(self, logp: Tensor, batch: PackedBatch) -> str | None:
         """A policy that starts as its reference must reproduce the losses' closed form, to the dtype's error."""
         gap = (logp - batch.ref_logp).abs().mean().item()
         low_precision = self.autocast_dtype is not None or self.policy.low_precision
         allowed = 0.1 if low_precision else 1e-4 * max(1.0, logp.abs().mean().item())
-        if not gap <= allowed:
-            x = pair_inputs(logp, batch)
-            start = x._replace(chosen_logps=x.ref_chosen_logps, rejected_logps=x.ref_rejected_logps)
-            got, expected = (
-                [round(t.loss.fn(v, **t.hyper).mean().item(), 4) for t in self.pair_terms] for v in (x, start)
-            )
-            raise TrainingError(
-                f"the policy should start at its reference, but its token log-probabilities differ by {gap:.2g} on "
-                f"average (allowed {allowed:.2g}; loss {got} instead of {expected}): is the model random in train "
-                f"mode, or did {cache_folder()} outlive a change of the model's code?"
-            )
+        if gap <= allowed:
+            return None
+        x = pair_inputs(logp, batch)
+        start = x._replace(chosen_logps=x.ref_chosen_logps, rejected_logps=x.ref_rejected_logps)
+        got, expected = ([round(t.loss.fn(v, **t.hyper).mean().item(), 4) for t in self.pair_terms] for v in (x, start))
+        return (
+            f"the policy should start at its reference, but its token log-probabilities differ by {gap:.2g} on average "
+            f"(allowed {allowed:.2g}; loss {got} instead of {expected}): is the model random in train mode, or did "
+            f"{cache_folder()} outlive a change of the model's code?"
+        )
 
     def _warn(self, warnings: Sequence[Any]) -> None:
         for warning in warnings if self.config.guardrails else []:

@@ -182,7 +182,8 @@ def main() -> int:
     good, saves = sum(r["same"] for r in records), sum("in a save" in r["killed"] for r in records)
     print(f"{good} of {len(records)} killed runs ended with the unbroken run's bits; {saves} were killed in a save")
     if args.json:
-        args.json.write_text(json.dumps(records, indent=1))
+        about = {"seed": args.seed, "torch": torch.__version__, "fastpo": fastpo.__version__, "records": records}
+        args.json.write_text(json.dumps(about, indent=1) + "\n")
     if good == len(records):
         shutil.rmtree(home)
     else:

@@ -130,16 +130,21 @@ def main() -> None:
             one(case, name, ranks, options)
     for case, name, ranks, options in MORE:
         one(case, name, ranks, options)
+    # Layers that stay gathered must not outlive what is written into the shards: a resume, and a moving reference.
+    grad_op = {**LAYOUTS["fsdp"][1], "fsdp": "shard_grad_op"}
+    one("tr-dpo", "shard_grad_op", 2, grad_op)
+    one("dpo", "micro_batch", 2, {**LAYOUTS["fsdp"][1], "fsdp_gradients": "micro_batch", "max_tokens": 40})
     one("dpo", "counted", 2, {**LAYOUTS["fsdp"][1], "max_tokens": 40}, counts=True)
     # A checkpoint of some ranks, taken up by others: optimiser with moments, half of the steps each.
     adam = {"optim": "adamw_torch", "learning_rate": 0.01, "save_steps": 3}
-    whole = {name: {**options, **adam} for name, (_, options) in LAYOUTS.items()}
+    layouts = {**LAYOUTS, "shard_grad_op": (2, grad_op)}
+    whole = {name: {**options, **adam} for name, (_, options) in layouts.items()}
     one("dpo", "adam", 1, whole["one"])
-    for before, after in (("fsdp", "one"), ("one", "fsdp"), ("fsdp", "ddp"), ("ddp", "fsdp")):
-        folder = one("dpo", f"{before} until 3", LAYOUTS[before][0], {**whole[before], "max_steps": 3})
+    for before, after in (("fsdp", "one"), ("one", "fsdp"), ("fsdp", "ddp"), ("ddp", "shard_grad_op")):
+        folder = one("dpo", f"{before} until 3", layouts[before][0], {**whole[before], "max_steps": 3})
         results["dpo"].pop(f"{before} until 3")
         resumed = {**whole[after], "resume_from_checkpoint": str(folder / "checkpoint-3")}
-        one("dpo", f"{before} to {after}", LAYOUTS[after][0], resumed)
+        one("dpo", f"{before} to {after}", layouts[after][0], resumed)
         folder.parent.rename(folder.parent.with_name(f"{before}-{after}"))
     torch.save(results, sys.argv[1])
 

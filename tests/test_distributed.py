@@ -50,10 +50,14 @@ def test_ranks_change_nothing(results, case, layout):
     assert one["logs"][0]["loss"] != pytest.approx(one["logs"][-2].get("loss", 0.0), rel=1e-3)
 
 
-@pytest.mark.parametrize("layout", ["ddp accumulating", "fsdp on four", "shard_grad_op", "offload"])
+@pytest.mark.parametrize("layout", ["ddp accumulating", "fsdp on four", "shard_grad_op", "offload", "micro_batch"])
 def test_other_layouts_change_nothing(results, layout):
     assert distance(results["dpo"]["one"], results["dpo"][layout]) < 1e-6
     assert_same_log(results["dpo"]["one"], results["dpo"][layout], rel=2e-5)
+
+
+def test_layers_that_stay_gathered_follow_the_moving_reference(results):
+    assert distance(results["tr-dpo"]["one"], results["tr-dpo"]["shard_grad_op"]) < 1e-6
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -94,7 +98,7 @@ def test_one_gather_of_the_head_a_micro_batch_and_one_reduction_a_step(results):
     assert distance(results["dpo"]["one"], counted) < 1e-6
 
 
-@pytest.mark.parametrize("change", ["fsdp to one", "one to fsdp", "fsdp to ddp", "ddp to fsdp"])
+@pytest.mark.parametrize("change", ["fsdp to one", "one to fsdp", "fsdp to ddp", "ddp to shard_grad_op"])
 def test_a_checkpoint_resumes_on_another_number_of_ranks(results, change):
     """Same rows, same moments: what remains is the rounding of sums over ranks, through AdamW."""
     assert distance(results["dpo"]["adam"], results["dpo"][change]) < 1e-4
