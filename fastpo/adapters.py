@@ -72,7 +72,9 @@ def with_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
     try:
         with warnings.catch_warnings():
             # PEFT sets the config's base name itself, and says so; tied heads are untied where the model is merged.
-            warnings.filterwarnings("ignore", message=".*(was renamed from|ensure_weight_tying).*")
+            warnings.filterwarnings(
+                "ignore", message=".*(was renamed from|ensure_weight_tying|is_gradient_checkpointing).*"
+            )
             return peft.get_peft_model(model, peft_config)
     except (ValueError, RuntimeError, TypeError, ImportError) as error:
         raise ConfigError(f"peft_config does not fit {type(model).__name__}: {first_line(error)}") from error

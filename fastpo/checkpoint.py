@@ -15,6 +15,7 @@
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -36,11 +37,14 @@ from fastpo.data import Example
 from fastpo.distributed import World, local
 from fastpo.errors import ConfigError, TrainingError
 
+log = logging.getLogger("fastpo")
+
 FORMAT = 1  # of everything in a checkpoint but the model's own files
 MANIFEST = "manifest.json"
 REFERENCE = "reference.safetensors"
 _NAME = re.compile(r"checkpoint-(\d+)$")
 TEMPORARY = ".saving-"
+_OLD = f"{TEMPORARY}old-"
 
 
 # ---- folders
@@ -50,6 +54,22 @@ def checkpoints(output_dir: Path) -> list[Path]:
     """The checkpoint folders in `output_dir`, in the order in which they were written, which need not be the steps'."""
     found = [path for path in output_dir.glob("checkpoint-*") if _NAME.match(path.name)]
     return sorted(found, key=lambda path: (_written_at(path), step_of(path)))
+
+
+def _recover(output_dir: Path) -> None:
+    """Give back its name to a checkpoint whose successor was killed between the two renames of `seal`."""
+    for aside in output_dir.glob(f"{_OLD}checkpoint-*"):
+        folder = output_dir / aside.name.removeprefix(_OLD)
+        if not folder.exists():
+            os.replace(aside, folder)
+
+
+def set_aside(output_dir: Path) -> None:
+    """Rename another run's checkpoints to `checkpoint-N.old`, so that this run is never resumed from them."""
+    for path in checkpoints(output_dir):
+        target = path.with_name(f"{path.name}.old")
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(path, target)
 
 
 def step_of(folder: Path) -> int:
@@ -90,7 +110,7 @@ def seal(written: Path, folder: Path) -> None:
     for path in [*files, written / MANIFEST, written]:
         _fsync(path)
     if folder.exists():  # a run that was resumed from an older checkpoint passes here again
-        aside = folder.parent / f"{TEMPORARY}old-{folder.name}"
+        aside = folder.parent / f"{_OLD}{folder.name}"
         os.replace(folder, aside)
         os.replace(written, folder)
         shutil.rmtree(aside, ignore_errors=True)
@@ -135,9 +155,11 @@ def find(output_dir: Path, request: str | bool | None) -> tuple[Path | None, lis
     if request in (None, False, ""):
         return None, []
     if request in (True, "auto"):
+        _recover(output_dir)
         found = checkpoints(output_dir)
     else:
         path = Path(str(request))
+        _recover(path.parent if _NAME.match(path.name) else path)
         if not path.is_dir():
             near = checkpoints(path.parent if path.parent.is_dir() else output_dir)
             raise ConfigError(
@@ -151,6 +173,11 @@ def find(output_dir: Path, request: str | bool | None) -> tuple[Path | None, lis
             f"there is no checkpoint in {str(output_dir) if request is True else str(request)!r} "
             "(resume_from_checkpoint=auto starts anew then; save_steps writes them)"
         )
+    if (found[-1] / "training_args.bin").exists() and not (found[-1] / MANIFEST).exists():
+        raise ConfigError(
+            f"{str(found[-1])!r} was written by transformers' Trainer, not by fastpo, and cannot be resumed; start a "
+            f"run from its weights: model={found[-1]}"
+        )
     said: list[str] = []
     for newest in reversed(found):
         wrong = damage(newest)
@@ -160,7 +187,8 @@ def find(output_dir: Path, request: str | bool | None) -> tuple[Path | None, lis
             older = [c for c in checkpoints(newest.parent) if step_of(c) < step_of(newest)]
             before = next((c for c in reversed(older) if damage(c) is None), None)
             offer = f"; the one before it is whole: resume_from_checkpoint={before}" if before else ""
-            raise TrainingError(f"checkpoint {str(newest)!r} cannot be resumed, it is damaged: {wrong}{offer}")
+            damaged = "" if "model only" in wrong else "it is damaged: "
+            raise TrainingError(f"checkpoint {str(newest)!r} cannot be resumed, {damaged}{wrong}{offer}")
         said.append(f"checkpoint {str(newest)!r} is damaged ({wrong}) and passed over")
     return None, said
 
@@ -266,7 +294,10 @@ def optimizer_tensors(
     tensors: dict[str, Tensor] = {}
     others: dict[str, dict[str, Any]] = {}
     for stepped, state in optimizer.state.items():
-        name = names[id(stepped)]
+        name = names.get(id(stepped))
+        if name is None:
+            log.warning("the optimiser keeps state that belongs to no parameter; it is not in checkpoints")
+            continue
         for key, value in state.items():
             if isinstance(value, Tensor):
                 p = parameters[name]
@@ -313,8 +344,8 @@ def data_fingerprint(examples: Sequence[Example]) -> str:
 
 # Options that a resumed run must share with the run it goes on with: they decide its rows, or live in the state.
 _SAME = ("seed", "data_seed", "train_sampling_strategy", "dataloader_drop_last", "optim", "optim_args",
-         "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "sync_ref_model",
-         "ref_model_sync_steps", "ref_model_mixup_alpha")  # fmt: skip
+         "master_weights", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
+         "sync_ref_model", "ref_model_sync_steps", "ref_model_mixup_alpha")  # fmt: skip
 # Those that may change without a word.
 _FREE = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "run_name", "report_to", "disable_tqdm",
          "per_device_train_batch_size", "gradient_accumulation_steps", "max_tokens", "logits_memory_budget", "device",
@@ -345,7 +376,21 @@ def check_run(folder: Path, saved: Mapping[str, Any], now: Mapping[str, Any], na
             f"({now['world_size']} processes, {saved['world_size']} then): set per_device_train_batch_size or "
             "gradient_accumulation_steps so that their product with the number of processes is the same"
         )
+    if saved["frozen"] != now["frozen"]:
+        raise ConfigError(
+            f"checkpoint {name!r} was trained on another base: the weights that are not trained differ from this "
+            f"model's; pass the one that the run began with ({saved['model_name'] or 'in memory'})"
+        )
+    if saved["adapter"] != now["adapter"]:
+        raise ConfigError(
+            f"checkpoint {name!r} has another adapter: {_first_difference(saved['adapter'], now['adapter'])}"
+        )
     then, today = saved["config"], now["config"]
+    if today["dataloader_drop_last"] and saved["batch"] != now["batch"]:
+        raise ConfigError(
+            f"checkpoint {name!r} drops an epoch's last incomplete batch of {saved['batch']} rows, this run of "
+            f"{now['batch']}: with dataloader_drop_last keep per_device_train_batch_size times processes"
+        )
     for option in _SAME:
         if then.get(option) != today.get(option):
             raise ConfigError(

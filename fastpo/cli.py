@@ -24,7 +24,7 @@ from fastpo.errors import ConfigError, FastpoError, TrainingError
 INPUTS = {
     "model": ("model_name_or_path", "model to train: a folder, or a name on the Hugging Face hub"),
     "train_dataset": ("dataset_name", "rows to train on: a .jsonl, .jsonl.gz, .json or .parquet file, or a hub name"),
-    "eval_dataset": (None, "rows to evaluate on; as above"),
+    "eval_dataset": (None, 'rows to evaluate on; as above, or several sets as JSON: \'{"a": PATH, "b": PATH}\''),
     "ref_model": ("ref_model_name_or_path", "reference model (default: the model as it is before training)"),
     "peft_config": (None, "train an adapter: arguments of peft.LoraConfig, such as '{\"r\": 16}'"),
     "quantization_config": (None, "load quantised: arguments of transformers' BitsAndBytesConfig"),
@@ -198,7 +198,8 @@ def _other_options(extras: Sequence[str]) -> dict[str, Any]:
         elif name is not None:
             found[name].append(token)
         else:
-            raise UsageError(f"unexpected argument {token!r} (see fastpo train --help)")
+            hint = f"did you mean --config {token}?" if token.endswith((".yaml", ".yml")) else "see fastpo train --help"
+            raise UsageError(f"unexpected argument {token!r} ({hint})")
     settings: dict[str, Any] = {}
     for name, values in found.items():
         positive = name.removeprefix("no_")
@@ -260,7 +261,15 @@ def _merge_train_options(namespace: argparse.Namespace, extras: Sequence[str]) -
     for name in JSON_INPUTS:
         if inputs.get(name) is not None and not isinstance(inputs[name], dict):
             raise ConfigError(f"{name} must be a mapping, not {inputs[name]!r}")
+    sets = inputs.get("eval_dataset")
+    if isinstance(sets, str) and sets.lstrip().startswith("{"):
+        try:
+            inputs["eval_dataset"] = sets = json.loads(sets)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"eval_dataset is not JSON: {error}") from None
     for name in set(inputs) - set(JSON_INPUTS):
+        if name == "eval_dataset" and isinstance(sets, dict) and all(isinstance(v, str) for v in sets.values()):
+            continue
         if inputs[name] is not None and not isinstance(inputs[name], str):
             raise ConfigError(f"{name} must be a path or a name, not {inputs[name]!r}")
     args = config.TrainConfig.build(merged)
@@ -469,6 +478,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif type(error).__name__ == "OutOfMemoryError":
             message = f"out of device memory; lower max_tokens or turn on gradient_checkpointing ({_one_line(error)})"
             code = 1
+        elif "Connection closed by peer" in str(error) or "Connection reset by peer" in str(error):
+            message, code = "another process of this run has died; its own message says why", 1
         else:
             raise
         _print_error(error, message)

@@ -117,13 +117,13 @@ class TrainConfig:
     tf32: bool | None = _opt(None, "precision and memory", "TF32 in fp32 matrix multiplies of NVIDIA GPUs (None: PyTorch's setting)")
     gradient_checkpointing: bool = _opt(True, "precision and memory", "recompute each layer in the backward pass")
     gradient_checkpointing_kwargs: dict | None = _opt(None, "precision and memory", "arguments of gradient_checkpointing_enable")
-    logits_memory_budget: int | None = _opt(None, "precision and memory", "bytes that the head may keep from forward to backward (None: DESIGN's rule; 0: nothing of size N x V)")
+    logits_memory_budget: int | None = _opt(None, "precision and memory", "bytes that the head may keep from forward to backward (None: 1 GiB, or an fp32 gradient of its weight if that is more; 0: nothing of size N x V)")
 
     eval_strategy: str = _opt("no", "evaluation", "when to evaluate; steps where eval_steps is set", ("no", "steps", "epoch"))
     eval_steps: float | None = _opt(None, "evaluation", "steps between evaluations (None: logging_steps); below 1, a share of all steps")
     eval_on_start: bool = _opt(False, "evaluation", "evaluate before the first step")
     eval_delay: float = _opt(0, "evaluation", "no evaluation before this step (or epoch, with eval_strategy=epoch)")
-    sample_generations: int = _opt(0, "evaluation", "prompts of the evaluation (else training) data to answer at every evaluation, into samples.jsonl")
+    sample_generations: int = _opt(0, "evaluation", "prompts of the evaluation data to answer at every evaluation, into samples.jsonl")
     generation_kwargs: dict | None = _opt(None, "evaluation", "arguments of generate() for the samples, such as {max_new_tokens: 128}")
 
     logging_steps: float = _opt(10, "logging", "steps between log lines; below 1, a share of all steps")
@@ -195,6 +195,8 @@ class TrainConfig:
     def _check_fsdp(self) -> None:
         self.fsdp, offload = options.fsdp_mode(self.fsdp)
         self.fsdp_cpu_offload = self.fsdp_cpu_offload or offload
+        if self.fsdp != "no" and ("8bit" in self.optim or "paged" in self.optim or self.optim == "muon"):
+            raise ConfigError(f"optim={self.optim} does not work on split parameters (fsdp): use adamw_torch_fused")
         if self.fsdp_cpu_offload and self.fsdp == "no":
             raise ConfigError("fsdp_cpu_offload needs fsdp=full_shard")
 
@@ -209,13 +211,17 @@ class TrainConfig:
 
     def _check_best(self) -> None:
         if self.load_best_model_at_end:
+            if self.save_only_model:
+                raise ConfigError("load_best_model_at_end loads a checkpoint's state: leave save_only_model out")
             if self.save_strategy != self.eval_strategy or self.save_strategy == "no":
                 raise ConfigError(
                     "load_best_model_at_end needs save_strategy and eval_strategy alike, steps or epoch, not "
                     f"{self.save_strategy!r} and {self.eval_strategy!r}"
                 )
-            if self.save_strategy == "steps" and self.save_steps % (self.eval_steps or self.logging_steps):
+            if self.save_strategy == "steps" and not _multiple(self.save_steps, self.eval_steps or self.logging_steps):
                 raise ConfigError("load_best_model_at_end needs save_steps to be a multiple of eval_steps")
+        if self.sample_generations and self.eval_strategy == "no" and not self.eval_on_start:
+            raise ConfigError("sample_generations answers at every evaluation: set eval_strategy and an eval_dataset")
         if self.push_to_hub and not self.save_final:
             raise ConfigError("push_to_hub needs save_final")
 
@@ -271,6 +277,12 @@ class TrainConfig:
         if values.get("eval_steps") is not None and "eval_strategy" not in values:
             values["eval_strategy"] = "steps"
         return cls(**values)
+
+
+def _multiple(value: float, of: float) -> bool:
+    """Whether one cadence falls on the other; shares of all steps too, as near as floats say."""
+    ratio = value / of
+    return abs(ratio - round(ratio)) < 1e-6 and ratio > 0.5
 
 
 def field_names() -> list[str]:

@@ -147,6 +147,7 @@ class Window:
     def flush(self, learning_rate: float, num_tokens: int) -> dict[str, float]:
         """The log line: one host read, then a new window. Raises TrainingError after too many non-finite steps."""
         norm, *values = torch.cat([self.norm.reshape(1).to(self.device), self.run, self.sums]).tolist()
+        self.run[3] = self.run[2]  # a run that is stopped here and resumed starts counting anew
         self._check(values[3])
         skipped = int(values[4])
         steps, loss, *metrics = values[5:]
@@ -175,11 +176,8 @@ class Window:
                 "rate, or look at the data (max_nonfinite_steps sets the limit)"
             )
 
-    def summary(self, seconds: float, steps: int, rows: int, tokens: int, num_tokens: int) -> dict[str, float]:
-        """The run's last line, with the metrics of the window that no log line closed. Raises as `flush` does.
-
-        `steps`, `rows` and `tokens` were done in these `seconds`; `num_tokens` counts from the run's beginning.
-        """
+    def summary(self, seconds: float, steps: int, rows: int, num_tokens: int) -> dict[str, float]:
+        """The run's last line, with the metrics of the window that no log line closed. Raises as `flush` does."""
         counted, loss, _, in_a_row, skipped = self.run.tolist()
         self._check(in_a_row)
         open_steps, _, *metrics = self.sums.tolist()
@@ -190,7 +188,7 @@ class Window:
             "train_runtime": seconds,
             "train_samples_per_second": rows / seconds,
             "train_steps_per_second": steps / seconds,
-            "tokens_per_second": tokens / seconds,
+            "tokens_per_second": num_tokens / seconds,
             "num_tokens": num_tokens,
             "skipped_steps": int(skipped),
             "peak_memory_gb": peak_memory_gb(self.device),

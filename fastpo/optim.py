@@ -171,8 +171,9 @@ class Gradients:
 
     def _norm(self, grads: list[Tensor]) -> Tensor:
         if grads:
-            norms = torch._foreach_norm(grads, 2, dtype=torch.float32)
-            norm = torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
+            wide = torch.float64 if any(g.dtype == torch.float64 for g in grads) else torch.float32
+            norms = torch._foreach_norm(grads, 2, dtype=wide)
+            norm = torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms])).float()
         else:
             device = self.stepped(self.parameters[0]).device if self.parameters else None
             norm = torch.zeros((), device=device)
@@ -480,7 +481,13 @@ def build_scheduler(
     """transformers' schedule of that name over `steps` optimiser steps."""
     warmup = config.warmup_ratio or config.warmup_steps
     warmup = int(warmup) if warmup >= 1 else math.ceil(steps * warmup)
-    return get_scheduler(
-        config.lr_scheduler_type, optimizer, num_warmup_steps=warmup, num_training_steps=steps,
-        scheduler_specific_kwargs=config.lr_scheduler_kwargs,
-    )  # fmt: skip
+    try:
+        return get_scheduler(
+            config.lr_scheduler_type, optimizer, num_warmup_steps=warmup, num_training_steps=steps,
+            scheduler_specific_kwargs=config.lr_scheduler_kwargs,
+        )  # fmt: skip
+    except (TypeError, ValueError) as error:
+        given = config.lr_scheduler_kwargs or {}
+        raise ConfigError(
+            f"lr_scheduler_type={config.lr_scheduler_type}, lr_scheduler_kwargs={given}: {error}"
+        ) from None

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from transformers import TrainerState
 
-from fastpo import adapters, checkpoint, env, saving
+from fastpo import adapters, checkpoint, env
 from fastpo.callbacks import plain_config
 from fastpo.config import TrainConfig
 from fastpo.errors import ConfigError
@@ -41,9 +41,10 @@ def check_folder(config: TrainConfig, resumes: bool) -> None:
     names = ("metrics.jsonl", "config.yaml", "config.json", "adapter_config.json", "checkpoint-*")
     marks = [path.name for name in names for path in folder.glob(name)]
     if marks and not (config.overwrite_output_dir or resumes):
+        go_on = "set resume_from_checkpoint=true to go on with it, " if checkpoint.checkpoints(folder) else ""
         raise ConfigError(
-            f"output_dir {str(folder)!r} holds another run ({marks[0]}); choose another, set "
-            "resume_from_checkpoint=true to go on with it, or overwrite_output_dir"
+            f"output_dir {str(folder)!r} holds another run ({marks[0]}); choose another, {go_on}or set "
+            "overwrite_output_dir"
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -63,10 +64,11 @@ def start(run: "Trainer") -> None:
     _rewrite(run.output_dir / "metrics.jsonl", [_json_line(line) for line in history])
     samples = run.output_dir / "samples.jsonl"
     if samples.exists():
-        _rewrite(samples, [s for s in samples.read_text().splitlines(True) if json.loads(s)["step"] <= step])
+        _rewrite(samples, [s for s in samples.read_text().splitlines(True) if _step(s) <= step])
     if run.resume is None:
-        (run.output_dir / checkpoint.REFERENCE).unlink(missing_ok=True)
-    (run.output_dir / "config.yaml").write_text(yaml.safe_dump(plain_config(run.config), sort_keys=False))
+        checkpoint.set_aside(run.output_dir)
+    inputs = {key: value for key, value in run.inputs.items() if value}  # what the command line needs to run it again
+    (run.output_dir / "config.yaml").write_text(yaml.safe_dump(inputs | plain_config(run.config), sort_keys=False))
 
 
 def write_line(run: "Trainer", line: Mapping[str, Any]) -> None:
@@ -74,6 +76,16 @@ def write_line(run: "Trainer", line: Mapping[str, Any]) -> None:
     if run.world.main:
         with open(run.output_dir / "metrics.jsonl", "a") as f:
             f.write(_json_line(line))
+
+
+def say(metrics: Mapping[str, Any], step: int, steps: int) -> None:
+    """A log line on the terminal, where no bar shows it."""
+    names = {"loss": "loss", "eval_loss": "eval_loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin",
+             "grad_norm": "grad_norm", "learning_rate": "lr", "tokens_per_second": "tokens/s"}  # fmt: skip
+    parts = [f"{short} {metrics[name]:.4g}" for name, short in names.items() if name in metrics]
+    parts += [f"{k} {v:.4g}" for k, v in metrics.items() if k.endswith("_loss") and k not in (*names, "train_loss")]
+    if parts:
+        log.info("step %d of %d: %s", step, steps, ", ".join(parts))
 
 
 def write_samples(run: "Trainer", samples: Sequence[Mapping[str, Any]]) -> None:
@@ -86,15 +98,18 @@ def write_samples(run: "Trainer", samples: Sequence[Mapping[str, Any]]) -> None:
 def finish(run: "Trainer", summary: dict[str, float]) -> None:
     """The trained model, its card and the report; then the hub."""
     config = run.config
-    if config.save_final:
-        saving.save_model(run, run.output_dir)
-        if run.world.main:
-            _write_card(run)
-            if config.save_merged:
-                _save_merged(run)
+    if config.save_final and run.world.main:
+        _write_card(run)
+        if config.save_merged:
+            _save_merged(run)
     stopped = run.state.global_step < run.state.max_steps
     outcome = f"stopped by a callback at step {run.state.global_step} of {run.state.max_steps}"
     report(run, summary, outcome if stopped else "finished")
+    if run.world.main:
+        loss = f", loss {summary['train_loss']:.4g}" if "train_loss" in summary else ""
+        model = f"; the model is in {run.output_dir}" if config.save_final else ""
+        curves = f", curves in {run.output_dir / 'report.html'}" if config.report else ""
+        log.info("%d steps%s%s%s", run.state.global_step, loss, model, curves)
     if run.hub is not None:
         run.callbacks.call("on_push_begin")
         run.hub.push(run.output_dir)
@@ -111,10 +126,13 @@ def _save_merged(run: "Trainer") -> None:
 
 
 def _write_card(run: "Trainer") -> None:
+    history = run.state.log_history
+    if run.config.load_best_model_at_end and run.state.best_global_step:  # what the model is, not where the run ended
+        history = [line for line in history if line["step"] <= run.state.best_global_step]
     card = model_card(
         run.config, run.terms, base_model=run.model_name or None, adapter=hasattr(run.model, "peft_config"),
         datasets=[run.dataset_name] if run.dataset_name else [], rows=len(run.examples),
-        steps=run.state.global_step, batch_size=run.step_size, metrics=last_metrics(run.state.log_history),
+        steps=run.state.global_step, batch_size=run.step_size, metrics=last_metrics(history),
         chat=bool(getattr(run.tokenizer, "chat_template", None)),
         repo_id=run.hub.repo_id if run.hub is not None else None, dtype=str(run.loaded_dtype).removeprefix("torch."),
     )  # fmt: skip
@@ -140,6 +158,8 @@ def report(run: "Trainer", summary: dict[str, float], outcome: str) -> None:
                 "parameters": sum(p.numel() for p in run.model.parameters()),
                 "trainable_parameters": sum(p.numel() for p in run.parameters.values()),
                 "device": str(run.device), "world_size": run.world.size,
+                **({"best checkpoint": f"{run.state.best_model_checkpoint} ({run.state.best_metric:.4g})"}
+                   if run.state.best_model_checkpoint else {}),
             },
         )  # fmt: skip
     except OSError as error:
@@ -155,3 +175,10 @@ def _rewrite(path: Path, lines: Sequence[str]) -> None:
     temporary = path.with_name(f".{path.name}")
     temporary.write_text("".join(lines))
     os.replace(temporary, path)
+
+
+def _step(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except ValueError:  # a kill cut it off
+        return math.inf

@@ -27,8 +27,8 @@ def disable_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        for name in ("attention_dropout", "dropout", "attn_dropout"):
-            if isinstance(getattr(module, name, None), float):
+        for name, value in vars(module).items():  # attention_dropout, residual_dropout, resid_pdrop, layerdrop, ...
+            if isinstance(value, float) and ("drop" in name):
                 setattr(module, name, 0.0)
 
 
@@ -55,6 +55,7 @@ def _checkpointing(model: nn.Module, kwargs: dict | None) -> None:
     name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
     if kwargs is None:
         getattr(model, f"{name}_checkpointing_disable")()
+        model.disable_input_require_grads()  # type: ignore[operator]  # which enabling it has hooked into the embeddings
     else:
         getattr(model, f"{name}_checkpointing_enable")(kwargs)
 

@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -64,11 +65,36 @@ def model_fingerprint(model: nn.Module, *, without_adapter: bool = False) -> str
         settings = {name: c.to_dict() for name, c in peft.peft_config.items()}
         digest.update(json.dumps([settings, peft.active_adapters], sort_keys=True, default=str).encode())
     tensors = adapters.base_tensors(model) if without_adapter else adapters.all_tensors(model)
+    digest.update(_tensors_digest(tensors))
+    return digest.hexdigest()
+
+
+def _tensors_digest(tensors: Mapping[str, torch.Tensor]) -> bytes:
+    digest = hashlib.blake2b(digest_size=16)
     names = sorted(tensors)
     with ThreadPoolExecutor(max_workers=4) as pool:
         for name, part in zip(names, pool.map(lambda n: _tensor_digest(tensors[n]), names), strict=True):
             digest.update(name.encode() + part)
-    return digest.hexdigest()
+    return digest.digest()
+
+
+def frozen_fingerprint(model: nn.Module) -> str:
+    """Hex digest of the weights that are not trained, which no checkpoint holds; empty where all are."""
+    frozen = {
+        n: t for n, t in adapters.all_tensors(model).items() if isinstance(t, nn.Parameter) and not t.requires_grad
+    }
+    return _tensors_digest(frozen).hex() if frozen else ""
+
+
+def adapter_settings(model: nn.Module) -> dict[str, Any]:
+    """What the adapters of a model are, beside their weights; JSON types."""
+    settings = {}
+    for name, config in getattr(model, "peft_config", {}).items():
+        for key, value in config.to_dict().items():
+            if key not in ("base_model_name_or_path", "inference_mode", "revision"):
+                value = sorted(value) if isinstance(value, set) else value
+                settings[f"{name}.{key}"] = json.loads(json.dumps(value, default=str))
+    return settings
 
 
 _CONFIG_WITHOUT_EFFECT = {"_name_or_path", "use_cache", "transformers_version", "architectures", "output_attentions",
@@ -241,13 +267,15 @@ class MovingReference:
             self.values[name].lerp_(local(p), self.alpha)
 
     @contextlib.contextmanager
-    def in_place(self) -> Iterator[None]:
-        """Inside, the policy's parameters hold the reference's weights."""
-        self._swap()
+    def in_place(self, whole: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
+        """Inside, the policy's parameters hold the reference's weights. `whole`: entered while they are exchanged."""
+        with whole():
+            self._swap()
         try:
             yield
         finally:
-            self._swap()
+            with whole():
+                self._swap()
 
     @torch.no_grad()
     def _swap(self) -> None:

@@ -8,6 +8,7 @@ import random
 import shutil
 import signal
 import threading
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,8 +23,8 @@ from fastpo import __version__, checkpoint
 from fastpo.callbacks import note_saved, plain_config
 from fastpo.checkpoint import REFERENCE, as_sharded
 from fastpo.distributed import full_state, local
-from fastpo.errors import TrainingError
-from fastpo.ref_policy import model_fingerprint
+from fastpo.errors import ConfigError, TrainingError
+from fastpo.ref_policy import adapter_settings, frozen_fingerprint, model_fingerprint
 
 if TYPE_CHECKING:
     from fastpo.trainer import Trainer
@@ -43,9 +44,12 @@ def identify(run: "Trainer") -> tuple[str, dict[str, Any]]:
         "model": fingerprint,
         "model_name": run.model_name,
         "parameters": {name: str(tuple(p.shape)) for name, p in run.parameters.items()},
+        "frozen": run.world.first(lambda: fingerprint if without_adapter else frozen_fingerprint(run.model)),
+        "adapter": adapter_settings(run.model),
         "data": checkpoint.data_fingerprint(run.examples),
         "rows": len(run.examples),
         "step_size": run.step_size,
+        "batch": run.config.per_device_train_batch_size * run.world.size,
         "world_size": run.world.size,
         "config": plain_config(run.config),
     }
@@ -56,7 +60,7 @@ def identify(run: "Trainer") -> tuple[str, dict[str, Any]]:
     for remark in checkpoint.check_run(folder, saved, identity, run.model_given_by_name):
         log.warning("resumed from %s: %s", folder.name, remark)
     # The run is what it was begun as: a model in memory may have been trained since.
-    return fingerprint, identity | {key: saved[key] for key in ("model", "run_id")}
+    return fingerprint, identity | {key: saved[key] for key in ("model", "run_id", "reference") if key in saved}
 
 
 # ---- saving
@@ -66,11 +70,13 @@ def save_checkpoint(run: "Trainer") -> Path | None:
     """Write `checkpoint-N`; a disk that is full costs the checkpoint, not the run, and None is returned."""
     folder = run.output_dir / f"checkpoint-{run.state.global_step}"
     world = run.world
+    best_before = run.state.best_model_checkpoint
     try:
         with run.window.paused():
             note_saved(run.state, folder)
             _write(run, folder)
     except Exception as error:
+        run.state.best_model_checkpoint = best_before
         if not _is_disk_error(error):
             raise
         if world.main:
@@ -81,6 +87,7 @@ def save_checkpoint(run: "Trainer") -> Path | None:
                 f"the last checkpoint is {last[-1].name}" if last else "without a checkpoint so far",
             )  # fmt: skip
         return None
+    run.saved_step = run.state.global_step
     if world.main:
         best = [Path(run.state.best_model_checkpoint)] if run.state.best_model_checkpoint else []
         checkpoint.prune(run.output_dir, run.config.save_total_limit, run.identity["run_id"], keep=[folder, *best])
@@ -130,6 +137,11 @@ def save_model(run: "Trainer", folder: Path) -> None:
             return
         checkpoint.make_temporary(temporary)
         _write_model(run, temporary, weights)
+        new = {file.name for file in temporary.iterdir()}
+        for pattern in _OF_A_MODEL:  # of another run: from_pretrained might read it in place of this one's
+            for stale in folder.glob(pattern):
+                if stale.name not in new:
+                    stale.unlink()
         for file in temporary.iterdir():
             os.replace(file, folder / file.name)
         temporary.rmdir()
@@ -145,6 +157,14 @@ def save_model(run: "Trainer", folder: Path) -> None:
             f"the trained model could not be written to {str(folder)!r}: {_cause(error)}"
             + (f"; {last[-1]} holds step {last[-1].name.partition('-')[2]}" if last else "")
         ) from error
+
+
+_OF_A_MODEL = (
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "adapter_model*.safetensors",
+    "adapter_config.json",
+)
 
 
 def _whole_weights(run: "Trainer") -> dict[str, Tensor] | None:
@@ -201,13 +221,16 @@ def _state(run: "Trainer") -> tuple[dict[str, Tensor], dict[str, Any]]:
             tensors[f"reference.{name}"] = as_sharded(value, p) if run.engine.sharded else value
     names = {id(run.gradients.stepped(p)): n for n, p in run.parameters.items()}
     of_optimizer, others = checkpoint.optimizer_tensors(run.optimizer, names, run.parameters)
-    groups = [{k: v for k, v in g.items() if k != "params"} for g in run.optimizer.param_groups]
+    groups = [
+        {k: v.item() if isinstance(v, np.generic) else v for k, v in group.items() if k != "params"}
+        for group in run.optimizer.param_groups
+    ]
     plain = {
         "optimizer": others, "param_groups": groups, "scheduler": run.scheduler.state_dict(),
         "window": run.window.state_dict(), "guards": json.dumps(run.guards.state_dict()),
         "num_tokens": run.num_tokens, "cursor": run.cursor, "seen": run.seen, "todo": dict(run.todo),
         "flags": {f: getattr(run.callbacks.control, f) for f in _FLAGS} if run.todo else {},
-        "reference_start": run.reference_start,
+        "reference_start": run.reference_start, "rows_done": run.rows_done, "elapsed": time.monotonic() - run.started,
     }  # fmt: skip
     return tensors | of_optimizer, plain
 
@@ -221,18 +244,27 @@ def restore(run: "Trainer", folder: Path) -> None:
     plain = torch.load(folder / "trainer.pt", weights_only=True, map_location="cpu")
     stepped = {name: run.gradients.stepped(p) for name, p in run.parameters.items()}
     checkpoint.restore_optimizer(run.optimizer, tensors, plain["optimizer"], stepped)
+    if len(run.optimizer.param_groups) != len(plain["param_groups"]):
+        raise ConfigError(
+            f"{folder} has an optimiser with {len(plain['param_groups'])} groups of parameters, this run's has "
+            f"{len(run.optimizer.param_groups)}: resume with the same"
+        )
     for group, saved in zip(run.optimizer.param_groups, plain["param_groups"], strict=True):
         group.update(saved)
     run.scheduler.load_state_dict(plain["scheduler"])
     run.window.load_state_dict(plain["window"])
     run.guards.load_state_dict(json.loads(plain["guards"]))
     run.num_tokens, run.cursor, run.seen, run.todo = (plain[k] for k in ("num_tokens", "cursor", "seen", "todo"))
-    run.reference_start = plain["reference_start"]
+    run.reference_start, run.rows_done, run.elapsed = (plain[k] for k in ("reference_start", "rows_done", "elapsed"))
     if run.moving is not None:
         for name, value in run.moving.values.items():
             value.copy_(tensors[f"reference.{name}"])
     for flag, value in plain["flags"].items():
         setattr(run.callbacks.control, flag, value)
+    run.saved_step = run.state.global_step
+    best = run.state.best_model_checkpoint
+    if best is not None and not Path(best).exists():  # the run's folder was moved
+        run.state.best_model_checkpoint = str(run.output_dir / Path(best).name)
     rng = folder / f"rng-{run.world.rank}.pt"
     if rng.exists():
         set_rng_state(torch.load(rng, weights_only=True, map_location="cpu"))
@@ -261,9 +293,10 @@ def load_best(run: "Trainer") -> None:
     elif Path(best).name != f"checkpoint-{run.state.global_step}":
         wrong = run.world.first(lambda: checkpoint.damage(Path(best)))
         if wrong is not None:
-            raise TrainingError(f"the best checkpoint {best!r} cannot be loaded: {wrong}; the last weights are kept")
+            log.error("the best checkpoint %r cannot be loaded: %s; the last weights stay", best, wrong)
+            return
         load_weights(run, Path(best))
-        log.info("the best checkpoint's weights are loaded: %s (%s)", best, run.state.best_metric)
+        log.info("the best checkpoint is %s (%.4g): its weights are the final model", best, run.state.best_metric)
 
 
 def rng_state() -> dict[str, Any]:

@@ -7,7 +7,6 @@ on the device until a logging step.
 """
 
 import contextlib
-import gc
 import logging
 import math
 import os
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, TrainerState, set_seed
 
-from fastpo import adapters, checkpoint, data, losses, ops, outputs, rows, saving
+from fastpo import adapters, checkpoint, data, losses, ops, outputs, references, rows, saving
 from fastpo.callbacks import Callbacks, best, check_best
 from fastpo.config import TrainConfig
 from fastpo.distributed import Engine, World, shard
@@ -44,17 +43,8 @@ from fastpo.packing import (
     pack_step,
     trunk_tokens,
 )
-from fastpo.prepare import check_ids, disable_dropout, eval_mode, on_device, set_numerics, training_mode
-from fastpo.ref_policy import (
-    MovingReference,
-    RefCache,
-    cache_folder,
-    cache_key,
-    model_fingerprint,
-    reference_logps,
-    response_key,
-    write_entries,
-)
+from fastpo.prepare import check_ids, disable_dropout, eval_mode, set_numerics, training_mode
+from fastpo.ref_policy import MovingReference, cache_folder
 from fastpo.samples import check_generation_kwargs, generate_samples
 
 log = logging.getLogger("fastpo")
@@ -68,10 +58,10 @@ GUARD_ROWS = 3  # real rows on which the packed path must equal the model's own 
 class TrainResult:
     """What `fastpo.train` returns: model, logged lines, last metrics, transformers' TrainerState, warnings."""
 
-    model: nn.Module
-    log_history: list[dict[str, float]]
+    model: nn.Module = field(repr=False)
+    log_history: list[dict[str, float]] = field(repr=False)
     metrics: dict[str, float]
-    state: TrainerState
+    state: TrainerState = field(repr=False)
     warnings: list[Any] = field(default_factory=list)
 
 
@@ -141,7 +131,10 @@ class Trainer:
             raise ConfigError(f"sync_ref_model moves a reference, and {'+'.join(config.losses)} has none")
         if config.sync_ref_model and ref_model is not None:
             raise ConfigError("sync_ref_model starts from the policy: leave ref_model out, or sync_ref_model")
+        if ref_model is not None and not self.uses_reference:
+            raise ConfigError(f"ref_model is given, and {'+'.join(config.losses)} has no reference: leave it out")
         check_generation_kwargs(config.generation_kwargs)
+        build_scheduler(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0), config, steps=100)  # its errors, early
         self.ref_model = ref_model
         self.output_dir = Path(config.output_dir)
         self.resume, remarks = world.first(lambda: checkpoint.find(self.output_dir, config.resume_from_checkpoint))
@@ -153,6 +146,8 @@ class Trainer:
         name = os.fspath(model) if isinstance(model, str | os.PathLike) else None
         self.model_name = name or getattr(getattr(model, "config", None), "_name_or_path", "") or ""
         self.model_given_by_name = name is not None
+        paths = {"model": model, "train_dataset": train_dataset, "eval_dataset": eval_dataset, "ref_model": ref_model}
+        self.inputs = {key: os.fspath(v) for key, v in paths.items() if isinstance(v, str | os.PathLike)}
         self.tokenizer = processing_class if processing_class is not None else load_tokenizer(
             self.model_name, trust_remote_code=config.trust_remote_code,
             revision=(config.model_init_kwargs or {}).get("revision"),
@@ -170,6 +165,10 @@ class Trainer:
         self.hub = Hub(config) if config.push_to_hub and world.main else None
 
         home = torch.device("cpu") if config.fsdp != "no" else self.device  # FSDP moves its shards itself
+        if quantization_config is not None and peft_config is None and adapters.saved_adapter(self.model_name) is None:
+            raise ConfigError(
+                "a quantised model cannot be trained itself: pass peft_config (--use-peft) for an adapter"
+            )
         if name is not None:
             model = load_model(
                 name, dtype=config.dtype, device=home, trust_remote_code=config.trust_remote_code,
@@ -206,6 +205,8 @@ class Trainer:
         if self.optimizer is not None and config.fsdp != "no":
             raise ConfigError("fsdp splits the parameters, so an optimiser made before does not fit: set optim instead")
         self.num_tokens = 0
+        self.ref: dict[str, Any] = {}
+        self.other_reference = False  # whether a resumed run's reference is not the one that it began with
         self.callbacks.call("on_init_end")
 
     @property
@@ -254,10 +255,12 @@ class Trainer:
 
     def _prepare_eval(self, eval_dataset: Any) -> dict[str, list[data.Example]]:
         split = self.config.dataset_test_split
-        if eval_dataset is None:
+        if eval_dataset is None or (isinstance(eval_dataset, Mapping) and not eval_dataset):
             if self.config.eval_strategy != "no" or self.config.eval_on_start:
                 raise ConfigError("eval_strategy is set, but there is no eval_dataset")
             return {}
+        if self.config.eval_strategy == "no" and not self.config.eval_on_start:
+            log.warning("eval_dataset is given, but eval_strategy=no: only a callback evaluates on it")
         if isinstance(eval_dataset, Mapping):
             return {f"eval_{k}": self._prepare(v, split, f"eval {k}") for k, v in eval_dataset.items()}
         return {"eval": self._prepare(eval_dataset, split, "eval")}
@@ -280,117 +283,16 @@ class Trainer:
                 return steps[:total]
             epoch += 1
 
-    # ------------------------------------------------------------- reference
-
-    def _attach_reference(self, plan: list[tuple[int, list[int]]]) -> None:
-        """Fill `self.ref` with token log-probabilities for every data set, or leave None where none is needed."""
-        self.ref: dict[str, Any] = {"train": None, **dict.fromkeys(self.eval_sets)}
-        if not self.uses_reference:
-            return
-        sets = self._reference_sets()
-        if self.ref_model is None:
-            given = {name: ["ref_logps" in e.response_columns for e in examples] for name, examples in sets.items()}
-            sets = {name: examples for name, examples in sets.items() if not all(given[name])}
-            for name in sets:
-                if any(given[name]):
-                    raise DataError(
-                        f"ref_chosen_logps or ref_rejected_logps is missing in some rows of the {name} data"
-                    )
-            if not sets:
-                log.info("reference: log-probabilities from the data")
-                self.starts_at_reference = False
-                return
-        if self.moving is not None:
-            return  # computed step interval by step interval
-        with contextlib.ExitStack() as stack:
-            engine, fingerprint = self.engine, self.fingerprint
-            if self.ref_model is not None:
-                engine, fingerprint = self._reference_engine(stack)
-                self._verify(engine, plan[0][1])
-            elif self.reference_is_base:
-                # A new adapter's reference is the base model; one that was trained before is its own, as in TRL.
-                stack.enter_context(self.policy.model.disable_adapter())  # type: ignore[operator]
-            compute = f"{self.autocast_dtype or 'as loaded'}|{self.device.type}"
-            cache = RefCache(cache_key(fingerprint, compute), cache_folder()) if self.world.main else RefCache("", None)
-            if self.resume is not None and (self.resume / checkpoint.REFERENCE).exists():
-                cache.read(self.resume / checkpoint.REFERENCE)
-            self._reference_pass(engine, cache, sets, {row for _, rows in plan for row in rows})
-        # Its log-probabilities are all that training needs of it; FSDP's modules hold each other.
-        self.ref_model = engine = None
-        gc.collect()
-        if self.world.main:
-            self._keep_reference(sets)
-
-    def _reference_sets(self) -> dict[str, list[data.Example]]:
-        evaluates = self.config.eval_strategy != "no" or self.config.eval_on_start
-        return {"train": self.examples, **(self.eval_sets if evaluates else {})}
-
-    def _reference_engine(self, stack: contextlib.ExitStack) -> tuple[Engine, str]:
-        """The reference model on the device or split as the policy is, and its fingerprint."""
-        config, model = self.config, self.ref_model
-        sharded = config.fsdp != "no"
-        if isinstance(model, str | os.PathLike):
-            home = torch.device("cpu") if sharded else self.device
-            model = load_model(os.fspath(model), dtype=config.dtype or str(self.loaded_dtype), device=home,
-                               trust_remote_code=config.trust_remote_code)  # fmt: skip
-        elif not isinstance(model, nn.Module):
-            raise ConfigError(f"ref_model must be a model, or its name or path, not {model!r}")
-        policy = Policy(model)
-        fingerprint = self.world.first(lambda: model_fingerprint(model))
-        if sharded:
-            model.requires_grad_(False)  # else its shards would be fp32, for an optimiser that never comes
-            stack.enter_context(eval_mode(model))
-            return shard(policy, config, self.world, self.autocast_dtype), fingerprint
-        stack.enter_context(on_device(model, self.device))
-        return Engine(policy), fingerprint
-
-    def _reference_pass(
-        self, engine: Engine, cache: RefCache, sets: dict[str, list[data.Example]], visited: set[int]
-    ) -> None:
-        policy = engine.policy
-        with torch.no_grad(), eval_mode(policy.model), policy.attach():
-            for name, examples in sets.items():
-                with self._bar(desc="reference", total=None) as bar:
-
-                    def progress(done: int, total: int, bar: tqdm = bar) -> None:
-                        bar.total = total
-                        bar.update(done - bar.n)
-
-                    self.ref[name] = reference_logps(
-                        examples, sorted(visited) if name == "train" else range(len(examples)), cache,
-                        lambda batch: self._logp(engine, batch.to(self.device)),
-                        max_tokens=self.max_tokens, world=self.world, progress=progress,
-                    )  # fmt: skip
-
-    def _keep_reference(self, sets: dict[str, list[data.Example]]) -> None:
-        """The run's own copy, to which every checkpoint links: a resumed run needs neither the cache nor the pass."""
-        entries = {}
-        for name, examples in sets.items():
-            for example, logps in zip(examples, self.ref[name], strict=True):
-                for k, logp in enumerate(logps):
-                    entries[response_key(example.prompt_of(k), example.responses[k])] = logp
-        temporary = self.output_dir / f".{checkpoint.REFERENCE}"
-        write_entries(entries, temporary)
-        os.replace(temporary, self.output_dir / checkpoint.REFERENCE)
-
-    def _move_reference(self, plan: list[tuple[int, list[int]]], start: int) -> None:
-        """A moving reference's log-probabilities for the steps of the plan until it moves again."""
-        assert self.moving is not None
-        self.reference_start = start
-        visited = {row for _, rows in plan[start : start + self.moving.every] for row in rows}
-        with self.moving.in_place():
-            self._reference_pass(self.engine, RefCache("", None), self._reference_sets(), visited)
-
     # ------------------------------------------------------------- forward
 
-    def _logp(self, engine: Engine, batch: PackedBatch) -> Tensor:
+    def logp(self, engine: Engine, batch: PackedBatch) -> Tensor:
         """Token log-probabilities [N] fp32 of a packed batch."""
-        with self._autocast():
+        with self.autocast():
             logp = engine(lambda: engine.policy.logp(batch, memory_budget=self.config.logits_memory_budget))
         assert isinstance(logp, Tensor)
         return logp
 
-    def _autocast(self) -> Any:
+    def autocast(self) -> Any:
         if self.autocast_dtype is None:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.autocast_dtype)
@@ -432,6 +334,8 @@ class Trainer:
             return result
         finally:
             World.failed = not finished
+            if hasattr(self, "gradients"):  # its hooks would take the next run's gradients from a model in memory
+                self.gradients.close()
             self.callbacks.close(failed=not finished)
             if self.hub is not None:
                 self.hub.close()
@@ -446,7 +350,6 @@ class Trainer:
                 "no parameter of the model requires a gradient (an adapter is loaded with is_trainable=True)"
             )
         self.fingerprint, self.identity = saving.identify(self)
-        outputs.start(self)
         if self.resume is not None:
             self.callbacks.restore(TrainerState.load_from_json(str(self.resume / "trainer_state.json")))
         self.callbacks.start_trackers()
@@ -454,9 +357,10 @@ class Trainer:
         self.moving: MovingReference | None = None
         if config.sync_ref_model:
             self.moving = MovingReference(self.parameters, config.ref_model_mixup_alpha, config.ref_model_sync_steps)
-        self._verify(self.engine, plan[0][1])
-        self._attach_reference(plan)
+        self.verify(self.engine, plan[0][1])
+        references.attach(self, plan)
         self._build_optimizer(len(plan))
+        outputs.start(self)
         self.window = Window(self.device, self.policy, self.terms, self.max_tokens, config.max_nonfinite_steps)
         self.guards = Guardrails(
             self.terms, config, not hasattr(self.model, "peft_config"), starts_at_reference=self.starts_at_reference,
@@ -465,14 +369,18 @@ class Trainer:
         )  # fmt: skip
         self.todo: dict[str, Any] = {}  # between a step and its checkpoint: what _settle needs
         self.cursor = 0  # steps of the plan that are behind
+        self.elapsed, self.rows_done = 0.0, 0  # seconds of training before this process; rows so far
+        self.saved_step = -1  # of the last whole checkpoint of this run
+        self.updating = False  # whether the weights are between two steps, or not the policy's
+        self.rng: dict[str, Any] | None = None  # inside a step, the random states at its beginning
         self.reference_start = 0  # step of the plan from which a moving reference stands still
         self.seen = 0  # rows of the epoch
         if self.resume is not None:
             saving.restore(self, self.resume)
         self._warn(self.guards.at_start(self.data_reports))
         if self.moving is not None:
-            self._move_reference(plan, self.reference_start)
-        with self._bar(desc="train", total=len(plan), initial=self.cursor) as bar, training_mode(self.policy, config):
+            references.move(self, plan, self.reference_start)
+        with self.bar(desc="train", total=len(plan), initial=self.cursor) as bar, training_mode(self.policy, config):
             summary = self._loop(plan, bar)
         outputs.finish(self, summary)
         return TrainResult(self.model, self.state.log_history, summary, self.state, self.guards.warnings)
@@ -498,6 +406,10 @@ class Trainer:
             self.parameters, master_weights=config.master_weights if self.own_optimizer else "none", seed=config.seed,
             group=self.world.group, sharded=self.engine.sharded,
         )  # fmt: skip
+        if not self.own_optimizer:
+            known = {id(p) for p in self.parameters.values()}
+            if any(id(p) not in known for group in self.optimizer.param_groups for p in group["params"]):
+                raise ConfigError("the optimiser passed in holds parameters that this model does not train")
         if self.optimizer is None:
             self.optimizer = build_optimizer(self.model, config, self.gradients)
         if self.scheduler is None:
@@ -511,62 +423,55 @@ class Trainer:
         state.train_batch_size = config.per_device_train_batch_size
 
     def _loop(self, plan: list[tuple[int, list[int]]], bar: tqdm) -> dict[str, float]:
-        """The steps of the plan from `self.cursor` on. Returns the summary."""
+        """The steps of the plan from `self.cursor` on, and the trained model's files. Returns the summary."""
         config, call = self.config, self.callbacks.call
-        first_step, first_tokens = self.state.global_step, self.num_tokens
-        started, rows_done = time.monotonic(), 0
-        self.updating = False  # whether the weights are between two steps
-        self.rng: dict[str, Any] | None = None  # inside a step, the random states at its beginning
+        self.started = time.monotonic() - self.elapsed
+        if self.cursor >= len(plan):
+            log.info("nothing is left to train: step %d of %d", self.state.global_step, len(plan))
         with saving.terminable(self):
             try:
                 call("on_train_begin")
                 if config.eval_on_start and self.resume is None:
                     self._evaluate_all()
                 if self.todo:
-                    self._settle()
+                    self._settle(plan)
                 while self.cursor < len(plan) and not self.callbacks.control.should_training_stop:
                     epoch, rows = plan[self.cursor]
-                    first_of_epoch = self.cursor == 0 or plan[self.cursor - 1][0] != epoch
                     last_of_epoch = self.cursor + 1 == len(plan) or plan[self.cursor + 1][0] != epoch
-                    if first_of_epoch:
+                    if self.cursor == 0 or plan[self.cursor - 1][0] != epoch:
                         self.seen = 0
                         call("on_epoch_begin")
                     self.rng = saving.rng_state()
                     call("on_step_begin")
                     learning_rate = self._step(rows)
-                    rows_done += len(rows)
+                    self.rows_done += len(rows)
                     self.cursor += 1
                     self.seen += len(rows)
                     self.state.epoch = self._epoch(epoch)
+                    moved = self.moving is not None and self.state.global_step % self.moving.every == 0
+                    if moved:
+                        self.reference_start = self.cursor
                     self._mark_due("steps", at_end=self.cursor == len(plan))
-                    self.todo = {"learning_rate": learning_rate, "last_of_epoch": last_of_epoch}
+                    self.todo = {"stage": 0, "learning_rate": learning_rate, "epoch": epoch, "last": last_of_epoch}
                     self.updating, self.rng = False, None
                     bar.update()
-                    if self.moving is not None and self.state.global_step % self.moving.every == 0:
-                        self._move_reference(plan, self.cursor)
-                    call("on_step_end")
-                    self.callbacks.agree(self.world.group)
-                    if self.callbacks.control.should_epoch_stop:  # before a save, for the run resumed from it
-                        self.todo["last_of_epoch"] = True
-                        while self.cursor < len(plan) and plan[self.cursor][0] == epoch:
-                            self.cursor += 1
-                        if self.moving is not None:
-                            self._move_reference(plan, self.cursor)
-                    self._settle(bar)
-                seconds = time.monotonic() - started
-                summary = self.window.summary(
-                    seconds, self.state.global_step - first_step, rows_done, self.num_tokens - first_tokens,
-                    self.num_tokens,
-                )  # fmt: skip
+                    if moved:
+                        references.move(self, plan, self.cursor)
+                    self._settle(plan, bar)
+                seconds = time.monotonic() - self.started
+                summary = self.window.summary(seconds, self.state.global_step, self.rows_done, self.num_tokens)
                 if config.load_best_model_at_end:
+                    self.updating = True  # the weights are no longer the last step's
                     saving.load_best(self)
+                if config.save_final:
+                    saving.save_model(self, self.output_dir)
+                self._log(summary)
+                call("on_train_end")
             except BaseException as error:
                 self._rescue(error)
                 raise
             finally:
                 self.gradients.close()
-        self._log(summary)
-        call("on_train_end")
         return summary
 
     def _mark_due(self, strategy: str, at_end: bool = False) -> None:
@@ -580,23 +485,40 @@ class Trainer:
         control.should_log |= due(config.logging_strategy, state.logging_steps)
         control.should_log |= strategy == "steps" and step == 1 and config.logging_first_step
         late_enough = config.eval_delay <= (state.epoch if strategy == "epoch" else step)
-        at_end = at_end and config.eval_strategy == strategy
-        control.should_evaluate |= (due(config.eval_strategy, state.eval_steps) or at_end) and late_enough
-        control.should_save |= due(config.save_strategy, state.save_steps)
+        evaluates = due(config.eval_strategy, state.eval_steps) or (at_end and config.eval_strategy == strategy)
+        control.should_evaluate |= evaluates and late_enough
+        # At the end too, as in transformers: a finished run can be continued.
+        control.should_save |= due(config.save_strategy, state.save_steps) or (
+            at_end and config.save_strategy == strategy
+        )
 
-    def _settle(self, bar: tqdm | None = None) -> None:
-        """Log, evaluate and save where flags ask for it, in transformers' order; but save last, so that a resumed run
-        misses nothing. A run that was cut short in here does the rest when it is resumed.
+    def _settle(self, plan: list[tuple[int, list[int]]], bar: tqdm | None = None) -> None:
+        """What follows a step, in transformers' order: on_step_end, log, evaluate, on_epoch_end, log, evaluate; and
+        save last, so that a resumed run misses nothing. A run that was cut short in here goes on with that stage.
         """
-        self._log_and_evaluate(bar)
-        if self.todo.get("last_of_epoch"):
-            self._mark_due("epoch")
-            self.callbacks.call("on_epoch_end")
+        todo, control = self.todo, lambda: self.callbacks.control
+        if todo["stage"] == 0:
+            self.callbacks.call("on_step_end")
             self.callbacks.agree(self.world.group)
-            self.todo["last_of_epoch"] = False
+            if control().should_epoch_stop:
+                todo["last"] = True
+                while self.cursor < len(plan) and plan[self.cursor][0] == todo["epoch"]:
+                    self.cursor += 1
+                if self.moving is not None:
+                    references.move(self, plan, self.cursor)
+            todo["stage"] = 1
+        if todo["stage"] == 1:
             self._log_and_evaluate(bar)
-        self.todo.clear()
-        if self.callbacks.control.should_save:
+            todo["stage"] = 2
+        if todo["stage"] == 2:
+            if todo["last"]:
+                self._mark_due("epoch")
+                self.callbacks.call("on_epoch_end")
+                self.callbacks.agree(self.world.group)
+            todo["stage"] = 3
+        self._log_and_evaluate(bar)
+        self.todo = {}
+        if control().should_save:
             saving.save_checkpoint(self)
             self.callbacks.agree(self.world.group)
 
@@ -626,6 +548,8 @@ class Trainer:
         self.callbacks.call("on_optimizer_step")
         self.scheduler.step()
         self.window.add(loss[0], metrics, norm, finite)
+        for batch in self.done:  # here, so that a step cut short leaves no trace in the counters
+            self.window.trunk(batch)
         self.num_tokens += sum(self._tokens[i] + len(self.examples[i].responses) for i in rows)
         self.state.global_step += 1
         if self.moving is not None and self.state.global_step % self.moving.every == 0:
@@ -653,7 +577,7 @@ class Trainer:
             part = [min(rows, key=lambda i: self._tokens[i])] if idle else self.share[k]
             self.engine.sync_gradients(k == self.rounds - 1)
             batch = collate(self.examples, part, self.ref["train"]).to(self.device)
-            logp = self._logp(self.engine, batch)
+            logp = self.logp(self.engine, batch)
             if idle:
                 (0.0 * logp.sum()).backward()
                 continue
@@ -668,16 +592,15 @@ class Trainer:
                 self.callbacks.call("on_substep_end")
         if check_start and any(self.world.gather(wrong)):
             raise TrainingError(wrong or "another process does not start at the reference")
-        for batch in done:  # after the last, so that a step cut short leaves no trace in the counters
-            self.window.trunk(batch)
+        self.done = done
         return step_loss, step_metrics
 
     # --------------------------------------------------------------- guards
 
-    def _verify(self, engine: Engine, rows: list[int]) -> None:
+    def verify(self, engine: Engine, rows: list[int]) -> None:
         """The packed path must equal the model's own logits on a few real rows; short ones, to keep it cheap."""
         rows = sorted(rows, key=lambda i: self._tokens[i])[:GUARD_ROWS]
-        with self._autocast(), torch.no_grad():
+        with self.autocast(), torch.no_grad():
             engine(lambda: verify_policy(engine.policy, [self.examples[i] for i in rows]))
 
     def _wrong_start(self, logp: Tensor, batch: PackedBatch) -> str | None:
@@ -703,18 +626,22 @@ class Trainer:
     # ----------------------------------------------------------- evaluation
 
     def _evaluate_all(self) -> bool:
-        """Every set; whether the result is the best so far."""
-        by_set = []
+        """Every set; whether the result is the best so far. Sets that a run cut short had done are not done again."""
+        done = self.todo.setdefault("evaluated", {})
         with self.window.paused():
             for name, examples in self.eval_sets.items():
-                metrics = self.evaluate(examples, self.ref[name], name)
-                by_set.append(metrics)
-                self._log(metrics)
+                if name not in done:
+                    metrics = self.evaluate(examples, self.ref[name], name)
+                    done[name] = metrics
+                    self._log(metrics)
             if self.config.sample_generations:
                 self._sample()
-        for metrics in by_set:
+        for metrics in done.values():
             self.callbacks.call("on_evaluate", metrics={**metrics, "epoch": self.state.epoch})
-        return best(self.state, {k: v for metrics in by_set for k, v in metrics.items()}, self.config)
+        del self.todo["evaluated"]
+        if self.state.global_step == 0:
+            return False  # as in transformers: what a run begins with is not its best
+        return best(self.state, {k: v for metrics in done.values() for k, v in metrics.items()}, self.config)
 
     @torch.no_grad()
     def evaluate(self, examples: Sequence[data.Example], ref: Any, prefix: str = "eval") -> dict[str, float]:
@@ -732,7 +659,7 @@ class Trainer:
                 if at >= len(batches) and not self.engine.sharded:
                     break
                 batch = collate(examples, batches[at if at < len(batches) else 0], ref).to(self.device)
-                logp = self._logp(self.engine, batch)
+                logp = self.logp(self.engine, batch)
                 if at < len(batches):
                     loss, metrics = self._objective(logp, batch, pair_count, nll_count)
                     sums += torch.cat([loss.reshape(1), metrics])
@@ -749,7 +676,7 @@ class Trainer:
             return
 
         def generate() -> list[dict[str, Any]]:
-            with self.policy.detached(), self._autocast():
+            with self.policy.detached(), self.autocast():
                 return generate_samples(
                     self.model, self.tokenizer, examples, self.config.sample_generations, self.config.generation_kwargs
                 )
@@ -771,6 +698,8 @@ class Trainer:
         line = {**metrics, "epoch": round(self.state.epoch or 0.0, 4), "step": self.state.global_step}
         self.state.log_history.append(line)
         outputs.write_line(self, line)
+        if self.world.main and (self.config.disable_tqdm or not sys.stderr.isatty()):
+            outputs.say(metrics, self.state.global_step, self.state.max_steps)
         if bar is not None:
             names = {"loss": "loss", "acc": "rewards/accuracies", "margin": "rewards/margins"}
             names["tok/s"] = "tokens_per_second"
@@ -787,8 +716,8 @@ class Trainer:
         with self.window.paused(), self.policy.detached():
             yield
 
-    def _bar(self, **kwargs: Any) -> tqdm:
-        quiet = self.config.disable_tqdm or not self.world.main
+    def bar(self, **kwargs: Any) -> tqdm:
+        quiet = self.config.disable_tqdm or not self.world.main or not sys.stderr.isatty()
         return tqdm(disable=quiet, file=sys.stderr, dynamic_ncols=True, **kwargs)
 
     def _rescue(self, error: BaseException) -> None:
@@ -797,16 +726,13 @@ class Trainer:
         Not with several processes, which do not stop at the same step: there the last checkpoint stands.
         """
         outputs.report(self, {}, f"failed: {type(error).__name__}: {error}")
-        if self.state.global_step == 0 or self.updating or self.world.several:
-            return
-        if (self.output_dir / f"checkpoint-{self.state.global_step}" / checkpoint.MANIFEST).exists():
+        step = self.state.global_step
+        if step in (0, self.saved_step) or self.updating or self.world.several:
             return
         try:
             if folder := saving.save_checkpoint(self):
-                log.warning(
-                    "stopped at step %d; %s holds it (resume_from_checkpoint=true goes on)",
-                    self.state.global_step, folder,
-                )  # fmt: skip
+                how = "" if self.config.save_only_model else " (resume_from_checkpoint=true goes on)"
+                log.warning("stopped at step %d; %s holds it%s", step, folder, how)
         except Exception as failure:
             log.warning("the run could not be saved after the failure: %s", failure)
 

@@ -362,6 +362,7 @@ def test_ranks_agree(tmp_path, monkeypatch):
         tensor[0] = 1  # the other rank wants to stop
 
     monkeypatch.setattr(cb.dist, "all_reduce", all_reduce)
+    monkeypatch.setattr(cb.dist, "get_backend_config", lambda group: "cpu:gloo,cuda:nccl")
     Callbacks(None, config(tmp_path), world_size=2).agree()
     Callbacks([Recorder()], config(tmp_path)).agree()
     assert not calls

@@ -136,6 +136,7 @@ def _other_value(field):
 NEEDS = {
     "fsdp_cpu_offload": {"fsdp": "full_shard"},
     "load_best_model_at_end": {"save_strategy": "epoch", "eval_strategy": "epoch"},
+    "sample_generations": {"eval_strategy": "epoch"},
 }
 
 

@@ -291,7 +291,7 @@ def train(toy, tmp_path, monkeypatch):
             per_device_train_batch_size=4, logging_steps=1, push_to_hub=True, hub_token=SECRET,
             model_init_kwargs={"token": SECRET},
         )  # fmt: skip
-        return fastpo.train(str(base), toy.rows(8), args={**defaults, **options})
+        return fastpo.train(str(base), toy.rows(8), eval_dataset=toy.rows(2), args={**defaults, **options})
 
     return call
 
@@ -307,7 +307,7 @@ def test_a_run_pushes_its_checkpoints_and_its_model(train, tmp_path):
         return out
 
     api.upload_folder = upload_folder
-    train(api, save_strategy="steps", save_steps=2, sample_generations=1)
+    train(api, save_strategy="steps", save_steps=2, eval_strategy="epoch", sample_generations=1)
     background, *_, last = api.uploads
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= background
     assert not [name for name in background if "trainer" in name or "rng" in name or "manifest" in name]

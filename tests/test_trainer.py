@@ -203,9 +203,9 @@ def test_the_reference_is_the_policy_in_memory(toy, run):
 
 def test_the_reference_pass_is_shared_by_a_sweep(toy, run, monkeypatch):
     calls = []
-    real = fastpo.trainer.reference_logps
+    real = fastpo.references.reference_logps
     monkeypatch.setattr(
-        "fastpo.trainer.reference_logps",
+        "fastpo.references.reference_logps",
         lambda examples, needed, cache, compute, **kw: real(
             examples, needed, cache, lambda batch: (calls.append(1), compute(batch))[1], **kw
         ),
@@ -349,12 +349,12 @@ def test_non_finite_steps_are_skipped_counted_and_stop_the_run(toy, run):
 
 
 def test_a_start_away_from_the_reference_is_refused(run, monkeypatch):
-    real = fastpo.trainer.reference_logps
+    real = fastpo.references.reference_logps
 
     def wrong(*args, **kwargs):
         return [[part + 0.5 for part in parts] for parts in real(*args, **kwargs)]
 
-    monkeypatch.setattr("fastpo.trainer.reference_logps", wrong)
+    monkeypatch.setattr("fastpo.references.reference_logps", wrong)
     with pytest.raises(TrainingError, match="should start at its reference"):
         run()
 
@@ -422,7 +422,11 @@ def test_only_this_runs_checkpoints_are_pruned(run, tmp_path):
     with pytest.raises(ConfigError, match="holds another run"):
         run(output_dir=str(folder))
     run(output_dir=str(folder), overwrite_output_dir=True, save_steps=1, save_total_limit=1)
-    assert sorted(p.name for p in folder.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-500", "checkpoint-best"]
+    assert sorted(p.name for p in folder.glob("checkpoint-*")) == [
+        "checkpoint-3",
+        "checkpoint-500.old",
+        "checkpoint-best",
+    ]
 
 
 def test_a_run_that_ends_inside_a_window_still_reports_and_still_stops(toy, run):
