@@ -1,5 +1,6 @@
 """fastpo: preference optimisation of language models at the speed of the matrix multiply."""
 
+import logging
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,9 @@ __version__ = "0.1.0"
 _root = Path(__file__).resolve().parent.parent
 if (_root / "pyproject.toml").is_file() and (_root / "kernels").is_dir():
     __path__.append(str(_root))
+
+# It warns that an optional kernel is absent whenever peft is imported, on CPUs that have AVX-512 bf16.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 # Public names are resolved on first use, so that `import fastpo` and `fastpo --help` do not wait for PyTorch.
 _EXPORTS = {

@@ -566,7 +566,8 @@ def load_tokenizer(
     except (OSError, ValueError, KeyError) as error:
         if adapter := adapters.saved_adapter(where, revision):
             return load_tokenizer(adapter.base_model_name_or_path, trust_remote_code=trust_remote_code)
-        raise ConfigError(f"cannot load a tokenizer from {where!r}: {first_line(error)}") from error
+        here = "" if os.path.isdir(where) else ", which is no folder here"
+        raise ConfigError(f"cannot load a tokenizer from {where!r}{here}: {first_line(error)}") from error
 
 
 def resolve_device(device: torch.device | str | None = None, *, use_cpu: bool = False) -> torch.device:

@@ -429,8 +429,15 @@ def _unknown(name: str, known: Collection[str]) -> str:
         return f"{name} is {_OPENRLHF}'s: here it is {last}"
     if name in _transformers_fields():
         return f"{name} is not honoured by fastpo"
-    near = difflib.get_close_matches(name, [*known, *all_names()], n=1, cutoff=0.5)
+    near = (
+        [_SHORT[name]] if name in _SHORT else difflib.get_close_matches(name, [*known, *all_names()], n=1, cutoff=0.5)
+    )
     return f"unknown option {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+
+
+# What people type for options whose names are too far from it to be found by likeness.
+_SHORT = {"lr": "learning_rate", "batch_size": "per_device_train_batch_size", "epochs": "num_train_epochs",
+          "steps": "max_steps", "warmup": "warmup_ratio", "grad_accum": "gradient_accumulation_steps"}  # fmt: skip
 
 
 @functools.cache

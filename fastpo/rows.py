@@ -67,17 +67,26 @@ def load_rows(dataset: Any, *, split: str | None = None, config_name: str | None
     )
 
 
-def _load_path(name: str, split: str | None, config_name: str | None) -> Any:
+def check_path(name: str | os.PathLike[str]) -> str | None:
+    """The suffix of a file of rows that is there, None for a folder or hub id; DataError where it is none of them."""
+    name = os.fspath(name)
     path = Path(name).expanduser()
     suffix = next((s for s in sorted(_SUFFIXES, key=len, reverse=True) if name.endswith(s)), None)
     if path.is_file():
         if suffix is None:
             raise DataError(f"{name}: unknown kind of file, expected one of {', '.join(_SUFFIXES)}")
-        return _load_parquet(path) if suffix == ".parquet" else _load_json(path)
+        return suffix
     if suffix is not None:
         raise DataError(f"no such file: {name}")
     if not path.is_dir() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         raise DataError(f"neither a file nor the id of a hub dataset: {name}")
+    return None
+
+
+def _load_path(name: str, split: str | None, config_name: str | None) -> Any:
+    path = Path(name).expanduser()
+    if suffix := check_path(name):
+        return _load_parquet(path) if suffix == ".parquet" else _load_json(path)
     try:
         import datasets
     except ImportError:
