@@ -1,4 +1,4 @@
-"""The command line: `fastpo train`, `quickstart`, `check`, `env`.
+"""The command line: `fastpo train`, `losses`, `quickstart`, `check`, `env`.
 
 Exit codes: 0 done, 1 a run or a check failed, 2 a user's mistake (one line on stderr; FASTPO_TRACEBACK=1 shows where),
 130 on Ctrl-C. PyTorch is imported only by the command that runs, so that --help is quick.
@@ -410,6 +410,8 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
         from fastpo import check as check_module
 
         check_module.add_arguments(check)
+    losses = commands.add_parser("losses", help="the table of losses, or all there is to say of one")
+    losses.add_argument("name", nargs="?", metavar="NAME", help="a loss_type")
     env = commands.add_parser("env", help="versions, devices and backends, for a bug report")
     env.add_argument("--json", action="store_true", help="as JSON")
     return parser
@@ -428,9 +430,14 @@ def _dispatch(argv: Sequence[str]) -> int:
     if extras:
         raise UsageError(f"unrecognised argument {extras[0]!r} (see fastpo {namespace.command or ''} --help)")
     if namespace.command is None:
-        raise UsageError("no command given: train, quickstart, check or env (see fastpo --help)")
+        raise UsageError("no command given: train, losses, quickstart, check or env (see fastpo --help)")
     if namespace.command == "env":
         return _env(namespace)
+    if namespace.command == "losses":
+        from fastpo.loss_docs import text
+
+        print(text(namespace.name))
+        return 0
     if namespace.command == "quickstart":
         from fastpo.quickstart import run
 

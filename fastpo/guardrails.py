@@ -11,20 +11,19 @@ from typing import Any
 
 from fastpo.config import TrainConfig
 from fastpo.data import DataReport
-from fastpo.losses import SFT, Term
+from fastpo.losses import LOSSES, SFT, Term
 
 # Highest rates of the losses' own recipes, all full fine-tunes with Adam or RMSprop (shared/ALGORITHMS.md, sections 1
-# and 2). IPO, hinge and robust DPO have none of their own there: their gradient at the start is DPO's within a factor
-# of two in its direction and Adam takes out the scale.
+# and 2). Losses that have none of their own there, such as IPO, hinge and robust DPO, take DPO's: their gradient at the
+# start is DPO's within a factor of two in its direction and Adam takes out the scale.
 _DPO_RATE = (1e-6, "DPO's own code takes 5e-7, its tuned runs 3e-7 to 7e-7, TRL 1e-6")
 _SPPO_RATE = (5e-7, "SPPO's scripts take 5e-7")
 PUBLISHED_RATES = {
-    "dpo": _DPO_RATE,
-    "ipo": _DPO_RATE,
-    "hinge": _DPO_RATE,
-    "robust": _DPO_RATE,
+    **{name: _DPO_RATE for name, loss in LOSSES.items() if loss.trainable},
     "simpo": (1e-6, "SimPO's recipes take 3e-7 to 1e-6"),
+    "orpo": (5e-6, "ORPO's code takes 5e-6"),
     "sppo": _SPPO_RATE,
+    "sppo_single": _SPPO_RATE,
     "sppo_hard": _SPPO_RATE,
     SFT: (2e-5, "supervised recipes take 2e-5"),
 }
@@ -220,7 +219,9 @@ class Guardrails:
     def _margin_limit(self) -> tuple[float, str]:
         """The mean reward margin from which on the loss has nothing to gain, and why."""
         name, hyper = self.term.name, self.term.hyper
-        if name in ("ipo", "sppo", "sppo_hard"):
+        if not (self.term.loss.reference or self.term.loss.length):
+            return math.inf, ""  # sums without a reference: their margin is anything at the start
+        if name in ("ipo", "sppo", "sppo_single", "sppo_hard", "gpo_sq"):
             # Squared losses have a target margin, and at twice the target the loss is as high as it was at the start.
             # In rewards (beta x log-ratio) IPO's target is 1/2, times the length where it is per token; SPPO's is the
             # difference of two win probabilities, at most 1.
@@ -230,14 +231,18 @@ class Guardrails:
                     return math.inf, ""
                 target *= self.response_length
             return 2 * target, "its loss there is higher than at the start"
-        offset = hyper["beta"] * hyper["gamma_beta_ratio"] if name == "simpo" else 0.0
+        if name == "sigmoid_norm":  # its rewards are of sums, its loss is of their share a token
+            if self.response_length is None:
+                return math.inf, ""
+            return LOGISTIC_MARGIN * self.response_length, "the average pair has no gradient left there"
+        offset = hyper["beta"] * hyper["gamma_beta_ratio"] if "gamma_beta_ratio" in hyper else 0.0
         smoothing = hyper.get("label_smoothing", 0.0)
-        if smoothing and name != "robust":
+        if smoothing and name in ("dpo", "cdpo", "simpo", "cpo_simpo"):
             # -(1 - e) log s(z) - e log s(-z) grows like e z and is back at its start, ln 2, near z = ln 2 / e.
             worse = math.log(2) / smoothing
             if worse < LOGISTIC_MARGIN:
                 return worse + offset, "with label_smoothing its loss there is higher than at the start"
-        if name == "hinge":
+        if name in ("hinge", "gpo_hinge", "gpo_tquad"):
             return LOGISTIC_MARGIN, "its gradient is zero from 1 on, ten times less"
         return LOGISTIC_MARGIN + offset, "the average pair has no gradient left there, only outliers have"
 
@@ -284,7 +289,7 @@ class Guardrails:
             return None
         reason = (
             "every pair is past the hinge's margin"
-            if self.term is not None and self.term.name == "hinge" and line["loss"] == 0.0
+            if self.term is not None and self.term.name in ("hinge", "gpo_hinge", "gpo_tquad") and line["loss"] == 0.0
             else "the trainable parameters are not reached by the loss, or the loss has saturated"
         )
         return (

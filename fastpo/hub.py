@@ -139,8 +139,8 @@ def write_card(folder: str | Path, card: str) -> bool:
 def _term(term: Term) -> str:
     if term.name == SFT:
         return "a negative log-likelihood term (sft)"
-    title, paper = PAPERS.get(term.name, ("", ""))
-    return f"{term.name} ([{title}](https://huggingface.co/papers/{paper}))" if paper else term.name
+    title, paper = PAPERS.get(term.name, (f"arXiv {term.loss.paper}", term.loss.paper))
+    return f"{term.name} ([{title}](https://huggingface.co/papers/{paper}))"
 
 
 def _enumerate(parts: Sequence[str]) -> str:

@@ -132,7 +132,10 @@ def page() -> str:
     counts = {status: sum(o.status == status for o in options.OPTIONS.values()) for status in
               (HONOURED, RENAMED, REFUSED, NO_EFFECT)}  # fmt: skip
     summary = ", ".join(f"{number} {status}" for status, number in counts.items())
-    losses = ((f"`{name}`", f"`{ours}`" if ours else "not built yet") for name, ours in options.TRL_LOSSES.items())
+    losses = (
+        (f"`{name}`", f"`{ours}`" if ours else "a function in `fastpo.losses`; `fastpo.train` cannot feed it yet")
+        for name, ours in options.TRL_LOSSES.items()
+    )
     parts = [
         _TOP,
         f"## TRL 1.16: every field of `DPOConfig`\n\n{len(options.OPTIONS)} fields with transformers 5.23: {summary}. "
@@ -145,7 +148,7 @@ def page() -> str:
         "### `trl dpo`: script and model options\n\nOn the command line and in the YAML file of `fastpo train`.\n",
         _options_table(options.SCRIPT),
         "## TRL's `CPOConfig` (CPO, SimPO)\n\nBeyond the fields of the first table. `loss_type='simpo'` is SimPO here; "
-        "CPO's `sigmoid`, `hinge` and `ipo` have no reference and are not built.\n",
+        "CPO's `sigmoid` is `cpo`; its `hinge` and `ipo`, without a reference, are not built.\n",
         _table(("option", "here"), ((f"`{n}`", _here(n, o, {})) for n, o in options.CPO.items())),
     ]  # fmt: skip
     for project, names in options.FOREIGN.items():

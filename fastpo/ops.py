@@ -246,6 +246,9 @@ def _backward_linear_logprob(ctx, grad, *_):
 _linear_logprob.register_autograd(_backward_linear_logprob, setup_context=_setup_linear_logprob)
 
 
+FUSED_LOSSES = reference.LOSS_TYPES  # what `preference_loss` knows; fastpo.losses has more
+
+
 class PreferenceOutput(NamedTuple):
     """Per-pair results, detached, each [P]."""
 

@@ -189,13 +189,13 @@ OPTIONS: dict[str, Option] = {
     "precompute_ref_batch_size": _any("the reference pass is packed to max_tokens"),
     "loss_type": _same(["sigmoid"], "see the table of losses"),
     "loss_weights": _same(),
-    "ld_alpha": _no("LD-DPO is not built yet", None, (False, 1)),
-    "f_divergence_type": _no("only reverse_kl is built", "reverse_kl"),
-    "f_alpha_divergence_coef": _any("belongs to another f_divergence_type, which is refused", 0.5),
-    "label_smoothing": _same(0.0, "for sigmoid it is conservative DPO, where TRL ignores it"),
+    "ld_alpha": _no("fastpo.train does not carry the sums that LD-DPO needs yet; fastpo.losses.LOSSES['ld_dpo'] takes them", None, (False, 1)),
+    "f_divergence_type": _same("reverse_kl", "with sigmoid, which is then fdpo; with another loss it is refused, where TRL combines them"),
+    "f_alpha_divergence_coef": _same(0.5),
+    "label_smoothing": _same(0.0, "for sigmoid it is conservative DPO, where TRL ignores it; 0 is the loss's own default, for exo_pair 0.001, where TRL raises"),
     "beta": _same(0.1, "None: the loss's own"),
-    "use_weighting": _no("WPO is not built yet; a column `weight` weighs pairs", False),
-    "discopop_tau": _any("belongs to loss_type=discopop, which is refused", 0.05),
+    "use_weighting": _no("fastpo.train does not carry the sums that WPO needs yet; a column `weight` weighs pairs", False),
+    "discopop_tau": _same(0.05),
     "activation_offloading": _no("use gradient_checkpointing, logits_memory_budget=0, or fsdp_cpu_offload", False),
     "sync_ref_model": _same(False),
     "ref_model_mixup_alpha": _same(0.6),
@@ -243,9 +243,9 @@ EARLIER: dict[str, Option] = {
 
 # TRL's CPOConfig beyond DPOConfig (SimPO is its loss_type="simpo").
 CPO: dict[str, Option] = {
-    "cpo_alpha": _no(_SFT_TERM.format("simpo", "cpo_alpha") + " (TRL's default is 1.0, the SimPO paper's 0)", None, (False, 0)),
+    "cpo_alpha": _no("with loss_type=cpo set loss_kwargs={cpo_alpha: ...}; for SimPO " + _SFT_TERM.format("simpo", "cpo_alpha") + " (TRL's default is 1.0, the SimPO paper's 0)", None, (False, 0)),
     "simpo_gamma": _no(_GAMMA),
-    "alpha": _no("AlphaPO is not built", 0.0),
+    "alpha": _no("set loss_type=alphapo with loss_kwargs={alpha: ...}", 0.0),
     "max_completion_length": EARLIER["max_completion_length"],
     "generate_during_eval": EARLIER["generate_during_eval"],
     "is_encoder_decoder": EARLIER["is_encoder_decoder"],
@@ -294,7 +294,7 @@ FOREIGN: dict[str, dict[str, str]] = {
         "stage": "leave it out, `fastpo train` is stage dpo",
         "finetuning_type": "full is the default; for lora set use_peft: true (freeze and oft are not built)",
         "pref_beta": "beta",
-        "pref_loss": "loss_type (sigmoid, hinge, ipo and simpo; orpo and kto_pair are not built)",
+        "pref_loss": "loss_type (sigmoid, hinge, ipo, simpo, orpo with loss_kwargs: {disable_prompt_loss: true}; kto_pair is not built)",
         "pref_ftx": _SFT_TERM.format("dpo", "pref_ftx"),
         "pref_bco_weight": "not built",
         "dpo_label_smoothing": "label_smoothing",
@@ -366,11 +366,11 @@ FOREIGN: dict[str, dict[str, str]] = {
     },
 }
 
-# TRL's loss types: their names here, or None.
+# TRL's loss types: their names here, or None where fastpo.train does not carry what they need yet.
 TRL_LOSSES: dict[str, str | None] = {
     "sigmoid": "dpo", "hinge": "hinge", "ipo": "ipo", "robust": "robust", "sppo_hard": "sppo_hard", "sft": "sft",
-    "exo_pair": None, "nca_pair": None, "bco_pair": None, "aot": None, "aot_unpaired": None, "apo_zero": None,
-    "apo_down": None, "discopop": None, "sigmoid_norm": None,
+    "exo_pair": "exo_pair", "nca_pair": "nca_pair", "bco_pair": "bco_pair", "aot": None, "aot_unpaired": None,
+    "apo_zero": "apo_zero", "apo_down": "apo_down", "discopop": "discopop", "sigmoid_norm": "sigmoid_norm",
 }
 # fmt: on
 

@@ -121,11 +121,9 @@ def _loss_text(config: Mapping[str, Any]) -> str:
     names = config.get("loss_type", "dpo")
     names = [names] if isinstance(names, str) else list(names)
     weights = config.get("loss_weights")
-    given = {k: config[k] for k in ("beta", "gamma_beta_ratio") if config.get(k) is not None}
-    if config.get("ipo_reduce", "mean") != "mean":
-        given["ipo_reduce"] = config["ipo_reduce"]
+    given = {k: config[k] for k in (*losses.OPTIONS, "loss_kwargs") if k in config}
     try:
-        terms = losses.resolve_terms(names, weights, label_smoothing=config.get("label_smoothing") or 0.0, **given)
+        terms = losses.resolve_terms(names, weights, **given)
     except ConfigError:  # the report of a run that failed for it
         return " + ".join(map(str, names))
     parts = []

@@ -121,9 +121,10 @@ class Trainer:
         set_numerics(config)
         self.device = world.device
         self.terms = losses.resolve_terms(
-            config.losses, config.loss_weights, beta=config.beta, label_smoothing=config.label_smoothing,
-            gamma_beta_ratio=config.gamma_beta_ratio,
-            ipo_reduce=config.ipo_reduce if config.ipo_reduce != "mean" else None,
+            config.losses, config.loss_weights, loss_kwargs=config.loss_kwargs, beta=config.beta,
+            label_smoothing=config.label_smoothing, gamma_beta_ratio=config.gamma_beta_ratio,
+            ipo_reduce=config.ipo_reduce, discopop_tau=config.discopop_tau, f_divergence_type=config.f_divergence_type,
+            f_alpha_divergence_coef=config.f_alpha_divergence_coef,
         )  # fmt: skip
         self.pair_terms = [t for t in self.terms if t.loss is not None]
         self.uses_reference = any(t.loss.reference for t in self.pair_terms)
@@ -236,9 +237,7 @@ class Trainer:
                 columns=self._columns(), invalid=config.invalid_rows, num_proc=config.dataset_num_proc,
             )  # fmt: skip
             for term in self.pair_terms:
-                if term.loss.win_prob:
-                    needed = [("win_prob", "win_prob_chosen"), ("win_prob", "win_prob_rejected")]
-                    data.require_columns(examples, needed, term.name, report.columns)
+                data.require_columns(examples, term.loss.columns, term.name, report.columns)
             return examples, report
 
         examples, report = self.world.first(prepare)
@@ -253,9 +252,8 @@ class Trainer:
         columns = ["weight"]
         if self.uses_reference and self.ref_model is None and not self.config.sync_ref_model:
             columns += ["ref_chosen_logps", "ref_rejected_logps"]
-        if any(t.loss.win_prob for t in self.pair_terms):
-            columns += ["win_prob", "win_prob_chosen", "win_prob_rejected"]
-        return columns
+        of_losses = [name for t in self.pair_terms for names in t.loss.columns for name in names]
+        return [*columns, *dict.fromkeys(of_losses)]
 
     def _prepare_eval(self, eval_dataset: Any) -> dict[str, list[data.Example]]:
         split = self.config.dataset_test_split
@@ -316,15 +314,15 @@ class Trainer:
     def _pair_loss(self, logp: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         """sum over terms and pairs of weight * loss, and the metrics as sums over pairs."""
         total = logp.new_zeros(())
-        if logp.is_cuda and "triton" in ops.available_backends():
-            for term in self.pair_terms:
-                share, out = fused_pair_loss(term, logp, batch)
-                total = total + term.weight * share
-            x = pair_inputs(logp, batch, out[1:])
-        else:
-            x = pair_inputs(logp, batch)
-            for term in self.pair_terms:
-                total = total + term.weight * (batch.pair_weight * term.loss.fn(x, **term.hyper)).sum()
+        has_kernel = logp.is_cuda and "triton" in ops.available_backends()
+        fused = [t for t in self.pair_terms if has_kernel and t.name in ops.FUSED_LOSSES]
+        for term in fused:
+            share, out = fused_pair_loss(term, logp, batch)
+            total = total + term.weight * share
+        plain = [t for t in self.pair_terms if t not in fused]
+        x = pair_inputs(logp, batch, None if plain else out[1:])
+        for term in plain:
+            total = total + term.weight * (batch.pair_weight * term.loss.fn(x, **term.hyper)).sum()
         return total, pair_metrics(x, self.pair_terms[0])
 
     # ---------------------------------------------------------------- train

@@ -108,16 +108,6 @@ def test_identities(pairs):
     assert half.sum().backward() is None
 
 
-def test_extreme_margins_stay_finite(pairs):
-    for name in LOSSES:
-        for shift in (-1e4, 1e4):
-            lw = (pairs["lw"] + shift).float().requires_grad_()
-            x = {k: v.float() for k, v in pairs.items()}
-            value = call(name, x, lw, x["ll"])
-            value.sum().backward()
-            assert torch.isfinite(value).all() and torch.isfinite(lw.grad).all(), name
-
-
 def test_defaults_follow_the_loss():
     hyper = {t.name: t.hyper for t in resolve_terms(["sigmoid", "simpo", "sppo", "ipo", "sft"])}
     assert hyper["dpo"]["beta"] == 0.1 and hyper["simpo"] == {

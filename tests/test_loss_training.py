@@ -1,0 +1,176 @@
+"""Each loss that `fastpo.train` can feed trains a toy model: its start is the closed form, and it falls."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import fastpo
+from fastpo.data import DataError
+from fastpo.errors import ConfigError
+from fastpo.losses import LOSSES, resolve_terms
+
+TRAINABLE = [name for name, loss in LOSSES.items() if loss.trainable]
+OPTIONS = {"orpo": {"loss_kwargs": {"disable_prompt_loss": True}}}
+LN2 = math.log(2)
+
+
+def rows_with_probabilities(toy):
+    return [row | {"win_prob": 0.55 + 0.4 * i / 16} for i, row in enumerate(toy.rows(16))]
+
+
+@pytest.fixture
+def run(toy, tmp_path):
+    count = iter(range(100))
+
+    def call(rows=None, **options):
+        defaults = dict(
+            output_dir=str(tmp_path / f"run{next(count)}"), disable_tqdm=True, use_cpu=True, bf16=False,
+            logging_steps=1, max_steps=3, per_device_train_batch_size=16, learning_rate=1e-3,
+            lr_scheduler_type="constant", gradient_checkpointing=False, save_final=False,
+        )  # fmt: skip
+        rows = rows_with_probabilities(toy) if rows is None else rows
+        return fastpo.train(toy.model(), rows, processing_class=toy.tokenizer(), args={**defaults, **options})
+
+    return call
+
+
+def sums(toy, rows):
+    """Log-probabilities and lengths of the untrained model, one row at a time, in fp64."""
+    model, tokenizer = toy.model().double(), toy.tokenizer()
+
+    @torch.no_grad()
+    def of(prompt, response):
+        ids = tokenizer(prompt + response + "<eos>")["input_ids"]
+        start = len(tokenizer(prompt)["input_ids"])
+        logits = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+        logp = logits[start - 1 : -1].gather(1, torch.tensor(ids[start:])[:, None])
+        return logp.sum(), torch.tensor(float(len(logp))).double()
+
+    sides = [zip(*(of(r["prompt"], r[k]) for r in rows), strict=True) for k in ("chosen", "rejected")]
+    (lw, nw), (ll, nl) = ([torch.stack(part) for part in side] for side in sides)
+    return SimpleNamespace(lw=lw, ll=ll, nw=nw, nl=nl, p=torch.tensor([r["win_prob"] for r in rows]).double())
+
+
+def s(u):
+    return torch.sigmoid(u)
+
+
+LIKE_DPO = ("dpo", "cdpo", "robust", "dpo_soft", "dpop", "fdpo", "gpo_logistic", "dno", "dno_prct", "sigmoid_norm")
+
+# The mean loss where the policy is the reference, or of a policy without one. NLLs are means over the step's tokens.
+START = {
+    **dict.fromkeys(LIKE_DPO, lambda v: LN2),
+    "ipo": lambda v: 25.0, "hinge": lambda v: 1.0, "gpo_hinge": lambda v: 1.0, "gpo_exp": lambda v: 1.0,
+    "gpo_sq": lambda v: 1.0, "gpo_tquad": lambda v: 1.0, "gpo_savage": lambda v: 0.25,
+    "rdpo": lambda v: torch.log(1 + torch.exp(-0.01 * (v.nw - v.nl))).mean(),
+    "exo_pair": lambda v: 0.5 * math.log(0.5 / 0.999) + 0.5 * math.log(0.5 / 0.001),
+    "nca_pair": lambda v: 2 * LN2, "bco_pair": lambda v: 2 * LN2, "apo_zero": lambda v: 1.0, "apo_down": lambda v: 1.0,
+    "discopop": lambda v: 0.5 * LN2 + 0.5,
+    "rpo": lambda v: LN2 - 0.005 * v.lw.sum() / v.nw.sum(),
+    "cpo": lambda v: -torch.log(s(0.1 * (v.lw - v.ll))).mean() - v.lw.sum() / v.nw.sum(),
+    "slic": lambda v: (1 - v.lw + v.ll).clamp(min=0).mean() - 0.1 * v.lw.sum() / v.nw.sum(),
+    "simpo": lambda v: -torch.log(s(2 * (v.lw / v.nw - v.ll / v.nl) - 1)).mean(),
+    "cpo_simpo": lambda v: (
+        -torch.log(s(10 * (v.lw / v.nw - v.ll / v.nl) - 5.4)).mean() - 0.05 * v.lw.sum() / v.nw.sum()
+    ),
+    "orpo": lambda v: LOSSES["orpo"](v.lw, v.ll, chosen_len=v.nw, rejected_len=v.nl, disable_prompt_loss=True).mean(),
+    "alphapo": lambda v: LOSSES["alphapo"](v.lw, v.ll, chosen_len=v.nw, rejected_len=v.nl).mean(),
+    "sppo": lambda v: 1e6 * ((v.p - 0.5) ** 2).mean(), "sppo_single": lambda v: 1e6 * ((v.p - 0.5) ** 2).mean(),
+    "sppo_hard": lambda v: 2 * 500.0**2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TRAINABLE)
+def test_three_steps(toy, run, name):
+    result = run(loss_type=name, **OPTIONS.get(name, {}))
+    losses = [line["loss"] for line in result.log_history if "loss" in line]
+    assert len(losses) == 3 and all(map(math.isfinite, losses))
+    assert losses[0] == pytest.approx(float(START[name](sums(toy, rows_with_probabilities(toy)))), rel=2e-5)
+    assert losses[0] > losses[1] > losses[2]
+    assert all(math.isfinite(v) for v in result.metrics.values()) and result.metrics["skipped_steps"] == 0
+
+
+def test_every_trainable_loss_has_its_start_here():
+    assert set(START) == set(TRAINABLE)
+
+
+@pytest.mark.parametrize("name", ["cpo", "rpo", "slic", "sppo_single", "rdpo"])
+def test_packing_changes_nothing(run, name):
+    """One micro-batch or sixteen: NLLs are means over the step's tokens."""
+    runs = [run(loss_type=name, max_tokens=budget, optim="sgd") for budget in (10_000, 1)]
+    a, b = ([line["loss"] for line in r.log_history if "loss" in line] for r in runs)
+    assert a == pytest.approx(b, rel=1e-5)
+
+
+def test_mixtures(toy, run):
+    """A weighted sum of losses, one of them with an NLL, starts at the weighted sum of their starts."""
+    v = sums(toy, rows_with_probabilities(toy))
+    result = run(loss_type=["dpo", "cpo", "sft"], loss_weights=[1.0, 0.5, 2.0], max_steps=1,
+                 loss_kwargs={"cpo_alpha": 0.25})  # fmt: skip
+    nll = -v.lw.sum() / v.nw.sum()
+    expected = LN2 - 0.5 * torch.log(s(0.1 * (v.lw - v.ll))).mean() + (0.5 * 0.25 + 2) * nll
+    assert result.log_history[0]["loss"] == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_options_reach_the_loss(run):
+    js = run(loss_type="sigmoid", f_divergence_type="js_divergence", max_steps=2).log_history[1]["loss"]
+    fdpo = run(loss_type="fdpo", max_steps=2).log_history[1]["loss"]
+    dpo = run(loss_type="dpo", max_steps=2).log_history[1]["loss"]
+    assert js == fdpo != dpo
+    blends = [run(loss_type="discopop", max_steps=2, discopop_tau=tau).log_history[1]["loss"] for tau in (0.05, 0.5)]
+    assert blends[0] != blends[1]
+    no_length = run(loss_type="rdpo", loss_kwargs={"alpha": 0.0}, max_steps=1).log_history[0]["loss"]
+    assert no_length == pytest.approx(LN2, rel=1e-6)
+
+
+def test_what_is_refused(toy, run):
+    with pytest.raises(ConfigError, match="kto needs unpaired rows .* does not carry yet"):
+        run(loss_type="kto")
+    with pytest.raises(ConfigError, match="orpo needs the prompt's log-probabilities"):
+        run(loss_type="orpo")
+    with pytest.raises(DataError, match="loss_type='sppo_single' needs the column 'win_prob'"):
+        run(toy.rows(4), loss_type="sppo_single")
+    both = [row | {"win_prob_chosen": 0.8, "win_prob_rejected": 0.1} for row in toy.rows(4)]
+    with pytest.raises(DataError, match="loss_type='dpo_soft' needs the column 'win_prob'"):
+        run(both, loss_type="dpo_soft")
+    with pytest.raises(ConfigError, match="gamma is set, but dpo does not read it"):
+        run(loss_type="dpo", loss_kwargs={"gamma": 1.0})
+    with pytest.raises(ConfigError, match="loss_kwargs must be a mapping"):
+        run(loss_type="dpo", loss_kwargs=[1])
+
+
+def test_the_kernel_takes_what_it_knows_and_the_table_the_rest(monkeypatch):
+    """The choice in Trainer._pair_loss, without a GPU: a stand-in for the fused path notes what it is asked for."""
+    from fastpo import ops, trainer
+    from fastpo.losses import Pairs
+
+    asked = []
+
+    def fused(term, logp, batch):
+        asked.append(term.name)
+        return logp.sum() * 0, ops.PreferenceOutput(*torch.zeros(5, 2))
+
+    x = Pairs(*(torch.full((2,), -float(k), requires_grad=k < 3) for k in range(1, 5)))
+    given = []
+    monkeypatch.setattr(trainer, "fused_pair_loss", fused)
+    monkeypatch.setattr(trainer.ops, "available_backends", lambda: ["triton", "torch"])
+    monkeypatch.setattr(trainer, "pair_inputs", lambda logp, batch, sums=None: given.append(sums) or x)
+
+    class OnGpu:
+        """What the method asks of the log-probabilities."""
+
+        is_cuda = True
+        new_zeros = staticmethod(torch.zeros)
+        sum = staticmethod(lambda: torch.zeros(()))
+
+    batch = SimpleNamespace(pair_weight=torch.ones(2))
+    for names, kernel in ((["dpo", "apo_zero"], ["dpo"]), (["apo_zero"], []), (["dpo", "hinge"], ["dpo", "hinge"])):
+        asked.clear()
+        given.clear()
+        total, _ = trainer.Trainer._pair_loss(SimpleNamespace(pair_terms=resolve_terms(names)), OnGpu(), batch)
+        assert asked == kernel and (given[0] is None) == (kernel != names)
+        plain = [n for n in names if n not in kernel]
+        expected = sum(LOSSES[n](*x[:4]).sum().item() for n in plain)
+        assert total.item() == pytest.approx(expected) and set(ops.FUSED_LOSSES) <= set(LOSSES)
