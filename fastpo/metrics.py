@@ -147,7 +147,7 @@ class Window:
     def flush(self, learning_rate: float, num_tokens: int) -> dict[str, float]:
         """The log line: one host read, then a new window. Raises TrainingError after too many non-finite steps."""
         norm, *values = torch.cat([self.norm.reshape(1).to(self.device), self.run, self.sums]).tolist()
-        self.run[3] = self.run[2]  # a run that is stopped here and resumed starts counting anew
+        self.run[3] = self.run[2]
         self._check(values[3])
         skipped = int(values[4])
         steps, loss, *metrics = values[5:]
@@ -171,6 +171,7 @@ class Window:
 
     def _check(self, in_a_row: float) -> None:
         if in_a_row >= self.max_nonfinite:
+            self.run[2:4] = 0  # a run that is stopped here and resumed starts counting anew
             raise TrainingError(
                 f"{in_a_row:.0f} steps in a row had a non-finite loss or gradient and were skipped; lower the learning "
                 "rate, or look at the data (max_nonfinite_steps sets the limit)"

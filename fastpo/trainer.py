@@ -148,11 +148,13 @@ class Trainer:
         self.model_name = name or getattr(getattr(model, "config", None), "_name_or_path", "") or ""
         self.model_given_by_name = name is not None
         paths = {"model": model, "train_dataset": train_dataset, "eval_dataset": eval_dataset, "ref_model": ref_model}
-        self.inputs = {key: os.fspath(v) for key, v in paths.items() if isinstance(v, str | os.PathLike)}
-        evaluated = eval_dataset.values() if isinstance(eval_dataset, Mapping) else [eval_dataset]
-        for dataset in (train_dataset, *evaluated):  # before the hub is asked for a model
+        self.inputs: dict[str, Any] = {k: os.fspath(v) for k, v in paths.items() if isinstance(v, str | os.PathLike)}
+        evaluated = eval_dataset if isinstance(eval_dataset, Mapping) else {"": eval_dataset}
+        for dataset in (train_dataset, *evaluated.values()):  # before the hub is asked for a model
             if isinstance(dataset, str | os.PathLike):
                 rows.check_path(dataset)
+        if isinstance(eval_dataset, Mapping) and all(isinstance(v, str | os.PathLike) for v in eval_dataset.values()):
+            self.inputs["eval_dataset"] = {name: os.fspath(v) for name, v in eval_dataset.items()}
         self.tokenizer = processing_class if processing_class is not None else load_tokenizer(
             self.model_name, trust_remote_code=config.trust_remote_code,
             revision=(config.model_init_kwargs or {}).get("revision"),

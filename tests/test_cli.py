@@ -99,6 +99,23 @@ def test_lists_and_mappings(trained):
     assert run_train(trained, "--loss-type", "simpo").loss_type == "simpo"
 
 
+@pytest.mark.parametrize("in_yaml", [False, True], ids=["command line", "yaml"])
+def test_several_evaluation_sets(trained, tmp_path, in_yaml):
+    sets = {"news": "a.jsonl", "code": "b.jsonl"}
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({"eval_dataset": sets} if in_yaml else {}))
+    options = [] if in_yaml else ["--eval-dataset", json.dumps(sets)]
+    args = run_train(trained, "--config", str(path), "--eval-steps", "1", *options)
+    assert trained[-1]["eval_dataset"] == sets and args.eval_strategy == "steps"
+
+
+@pytest.mark.parametrize(
+    "value, words", [("{a: b}", "eval_dataset is not JSON"), ('{"a": 3}', "eval_dataset must be a path or a name")]
+)
+def test_evaluation_sets_that_are_none(trained, capsys, value, words):
+    assert words in fail(capsys, "train", *INPUTS, "--eval-dataset", value)
+
+
 def test_none_and_negative_numbers(trained):
     args = run_train(trained, "--max-length", "none", "--max-steps", "-1")
     assert args.max_length is None and args.max_steps == -1
@@ -523,6 +540,19 @@ def test_train_end_to_end(tiny, tmp_path, capsys):
     assert saved["beta"] == 0.5 and saved["learning_rate"] == 1e-3
     capsys.readouterr()
     assert str(tmp_path / "out") in fail_last(capsys, "train", "--config", str(path))
+
+
+def test_several_evaluation_sets_are_evaluated(tiny, tmp_path):
+    """And the file that the run leaves runs it again."""
+    sets = json.dumps({"a": f"{tiny}/pairs.jsonl", "b": f"{tiny}/pairs.jsonl"})
+    inputs = ["--model", f"{tiny}/model", "--train-dataset", f"{tiny}/pairs.jsonl", "--eval-dataset", sets]
+    options = ["--max-steps", "1", "--eval-steps", "1", "--use-cpu", "--disable-tqdm", "--no-report"]
+    assert cli.main(["train", *inputs, *options, "--output-dir", str(tmp_path / "one")]) == 0
+    saved = str(tmp_path / "one" / "config.yaml")
+    assert cli.main(["train", "--config", saved, "--output-dir", str(tmp_path / "two")]) == 0
+    for name in ("one", "two"):
+        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        assert [k for line in lines for k in line if k.endswith("_loss")] == ["eval_a_loss", "eval_b_loss", "train_loss"]
 
 
 def fail_last(capsys, *argv):

@@ -142,6 +142,153 @@ fastpo.train(Toy.model(), Toy.rows(20), processing_class=Toy.tokenizer(), output
     assert steps == [*range(1, reached + 3), reached + 2]
 
 
+class Raise:
+    """Raises in one event, the `nth` time after `step` steps."""
+
+    def __init__(self, event, step, error=KeyboardInterrupt, nth=1):
+        self.left = nth
+
+        def handler(args, state, control, **kwargs):
+            if state.global_step == step:
+                self.left -= 1
+                if self.left == 0:
+                    raise error
+
+        setattr(self, event, handler)
+
+
+# on_log comes after the step's line and after each set's; steps 4 and 5 end a window of two lines and an epoch
+@pytest.mark.parametrize("event, step, nth", [("on_step_end", 4, 1), ("on_log", 4, 1), ("on_log", 4, 2),
+                                              ("on_evaluate", 4, 1), ("on_evaluate", 4, 2), ("on_evaluate", 2, 2),
+                                              ("on_step_end", 3, 1), ("on_epoch_end", 5, 1)])  # fmt: skip
+def test_cut_short_between_a_step_and_its_checkpoint(toy, run, tmp_path, monkeypatch, event, step, nth):
+    """The step's lines, evaluations and checkpoint are what they would have been, and none comes twice."""
+    from fastpo.trainer import Trainer
+
+    evaluated = []
+    evaluate = Trainer.evaluate
+
+    def counted(self, examples, ref, prefix="eval"):
+        evaluated.append((self.state.global_step, prefix))
+        return evaluate(self, examples, ref, prefix)
+
+    monkeypatch.setattr(Trainer, "evaluate", counted)
+    rest = {"eval_dataset": {"a": toy.rows(3, seed=1), "b": toy.rows(3, seed=2)}}
+    options = dict(eval_steps=2, logging_steps=2)
+    whole = run("whole", rest=rest, **options)
+    asked, evaluated[:] = list(evaluated), []
+    assert asked == [(s, f"eval_{name}") for s in (2, 4, 6) for name in "ab"]
+    with pytest.raises(KeyboardInterrupt):
+        run(rest={**rest, "callbacks": [Raise(event, step, nth=nth)]}, **options)
+    assert checkpoint.checkpoints(tmp_path / "run")[-1].name == f"checkpoint-{step}"
+    result = run(rest=rest, resume_from_checkpoint=True, **options)
+    assert evaluated == asked
+    assert torch.equal(weights(result.model), weights(whole.model))
+    assert timeless(result.log_history) == timeless(whole.log_history)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert timeless(lines) == timeless(whole.log_history)
+    assert {p.name for p in checkpoint.checkpoints(tmp_path / "run")} == {
+        f"checkpoint-{s}" for s in (2, 4, 6, step)
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "event, step, options, saved",
+    [
+        ("on_step_begin", 2, {}, ["checkpoint-2"]),  # nothing has happened since
+        ("on_save", 2, {}, ["checkpoint-2"]),
+        ("on_step_end", 3, {}, ["checkpoint-2", "checkpoint-3"]),
+        ("on_step_begin", 3, {}, ["checkpoint-2", "checkpoint-3"]),
+        ("on_train_end", 6, {}, ["checkpoint-2", "checkpoint-4", "checkpoint-6"]),
+        ("on_step_begin", 3, {"save_strategy": "no"}, ["checkpoint-3"]),
+        ("on_pre_optimizer_step", 2, {"save_strategy": "no"}, ["checkpoint-2"]),  # inside step 3
+        ("on_optimizer_step", 2, {"save_strategy": "no"}, []),  # the weights are no longer step 2's
+        ("on_step_begin", 0, {}, []),
+    ],
+    ids=str,
+)
+def test_a_failed_run_saves_its_last_step_once(run, monkeypatch, event, step, options, saved):
+    written = []
+    seal = checkpoint.seal
+    monkeypatch.setattr(checkpoint, "seal", lambda a, folder: (written.append(folder.name), seal(a, folder)))
+    with pytest.raises(RuntimeError, match="on purpose"):
+        run(rest={"callbacks": [Raise(event, step, RuntimeError("on purpose"))]}, **options)
+    assert written == saved
+
+
+def test_a_resumed_run_that_fails_at_once_saves_nothing(run, monkeypatch):
+    run(max_steps=4)
+    written = []
+    monkeypatch.setattr(checkpoint, "seal", lambda a, folder: written.append(folder.name))
+    with pytest.raises(RuntimeError, match="on purpose"):
+        run(rest={"callbacks": [Raise("on_train_begin", 4, RuntimeError("on purpose"))]}, resume_from_checkpoint=True)
+    assert not written
+
+
+def test_a_run_that_non_finite_steps_ended_goes_on(toy, run, tmp_path):
+    """The count begins anew: else the first finite step after the resume would end the run again."""
+    rows = [{**r, "weight": 3e38 if i in (2, 3) else 1.0} for i, r in enumerate(toy.rows(8))]
+    options = dict(rows=rows, per_device_train_batch_size=1, train_sampling_strategy="sequential", save_strategy="no",
+                   loss_type="sppo_hard", max_nonfinite_steps=2)  # fmt: skip
+    whole = run("whole", **{**options, "max_nonfinite_steps": 5})
+    with pytest.raises(TrainingError, match="2 steps in a row had a non-finite"):
+        run(**options)
+    assert [p.name for p in checkpoint.checkpoints(tmp_path / "run")] == ["checkpoint-4"]
+    result = run(**options, resume_from_checkpoint=True)
+    assert torch.equal(weights(result.model), weights(whole.model))
+    assert result.metrics["skipped_steps"] == whole.metrics["skipped_steps"] == 2
+    assert timeless(result.log_history)[-2:] == timeless(whole.log_history)[-2:]
+
+
+@pytest.mark.parametrize("request_", [True, "auto", "path", "folder"])
+def test_killed_between_the_two_renames_of_a_checkpoint(run, tmp_path, monkeypatch, request_):
+    """A run that passes a step again sets its checkpoint aside before the new one gets the name."""
+    import shutil
+
+    whole = run("whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(rest={"callbacks": [Stop(3)]}, save_steps=3)
+    folder = tmp_path / "run" / "checkpoint-3"
+    again = folder.with_name(f"{checkpoint.TEMPORARY}{folder.name}")
+    shutil.copytree(folder, again)
+    rename = checkpoint.os.replace
+
+    def killed(source, target):
+        if target == folder:
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.seal(again, folder)
+    assert not folder.exists() and not checkpoint.checkpoints(folder.parent)
+    where = {"path": str(folder), "folder": str(folder.parent)}.get(request_, request_)
+    result = run(resume_from_checkpoint=where)
+    assert result.log_history[0]["step"] == 1 and torch.equal(weights(result.model), weights(whole.model))
+    assert not list(folder.parent.glob(f"{checkpoint.TEMPORARY}*"))
+
+
+def test_lines_that_a_kill_cut_off(toy, run, tmp_path):
+    rest = {"eval_dataset": toy.rows(3, seed=1)}
+    options = dict(eval_steps=2, sample_generations=1, generation_kwargs={"max_new_tokens": 2})
+    whole = run("whole", rest=rest, **options)
+    with pytest.raises(KeyboardInterrupt):
+        run(rest={**rest, "callbacks": [Stop(3)]}, **options)
+    folder = tmp_path / "run"
+    for name, cut in (("metrics.jsonl", '{"loss": 0.6'), ("samples.jsonl", '{"step": 4, "prompt": "w1 w')):
+        with open(folder / name, "a") as f:
+            f.write(cut)
+    run(rest=rest, resume_from_checkpoint=True, **options)
+
+    def lines(path):
+        return [json.loads(line) for line in path.read_text().splitlines()]
+
+    assert timeless(lines(folder / "metrics.jsonl")) == timeless(whole.log_history)
+    samples = lines(folder / "samples.jsonl")
+    assert [s["step"] for s in samples] == [2, 4, 6] and samples == lines(tmp_path / "whole" / "samples.jsonl")
+
+
 # ---- what can be wrong with a checkpoint
 
 
@@ -242,6 +389,33 @@ def test_the_last_k_and_the_best_are_kept(toy, run, tmp_path):
 
     for folder in (tmp_path / "run" / f"checkpoint-{best}", tmp_path / "run"):
         assert torch.equal(weights(AutoModelForCausalLM.from_pretrained(folder)), weights(result.model))
+    card = (tmp_path / "run" / "README.md").read_text()
+    last = [line for line in result.log_history if "eval_loss" in line][-1]
+    assert f"{losses[best]:.4g}" in card and f"{last['eval_loss']:.4g}" not in card
+
+
+@pytest.mark.parametrize("before", ["shards", "adapter"])
+def test_a_model_takes_the_place_of_another_kind(toy, run, tmp_path, before):
+    """`from_pretrained` would read an adapter_config.json or an index that another run left, and not this run's."""
+    from transformers import AutoModelForCausalLM
+
+    folder, options = tmp_path / "run", dict(max_steps=1, save_strategy="no")
+    if before == "adapter":
+        peft = pytest.importorskip("peft", reason="needs peft")
+        config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+        run(rest={"peft_config": config}, **options)
+        assert (folder / "adapter_config.json").exists() and not list(folder.glob("model*.safetensors"))
+    else:
+        run(max_shard_size="20KB", **options)
+        assert (folder / "model.safetensors.index.json").exists()
+    (folder / "model_notes.txt").write_text("mine")
+    result = run(model=toy.model(seed=1), overwrite_output_dir=True, **options)
+    assert [p.name for p in folder.glob("*.safetensors*") if p.name != "reference.safetensors"] == ["model.safetensors"]
+    assert not (folder / "adapter_config.json").exists() and (folder / "model_notes.txt").exists()
+    assert torch.equal(weights(AutoModelForCausalLM.from_pretrained(folder)), weights(result.model))
+    result = run(model=toy.model(seed=2), overwrite_output_dir=True, max_shard_size="20KB", **options)
+    assert not (folder / "model.safetensors").exists()
+    assert torch.equal(weights(AutoModelForCausalLM.from_pretrained(folder)), weights(result.model))
 
 
 def test_a_full_disk_costs_the_checkpoint_not_the_run(repo_root, tmp_path):

@@ -477,3 +477,113 @@ def test_adapter_settings_are_part_of_the_fingerprint(toy):
         return model_fingerprint(peft.get_peft_model(toy.model(), config))
 
     assert key(8) == key(8) != key(64)
+
+
+@pytest.mark.parametrize("event", ["on_train_begin", "on_substep_end", "on_pre_optimizer_step", "outputs.start"])
+@pytest.mark.parametrize("mode", ["fp32", "stochastic"])
+def test_a_call_that_failed_leaves_the_model_as_good_as_new(toy, run, monkeypatch, event, mode):
+    """Hooks that it left would take the gradients of the next call: its weights would not move."""
+    from transformers import TrainerCallback
+
+    options = dict(max_tokens=60, master_weights=mode)  # several micro-batches a step
+    fresh = run(toy.model().bfloat16(), **options)
+    assert not torch.equal(weights(fresh.model), weights(toy.model().bfloat16()))
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("on purpose")
+
+    model, callback = toy.model().bfloat16(), TrainerCallback()
+    with monkeypatch.context() as patch:
+        if event == "outputs.start":
+            patch.setattr("fastpo.outputs.start", fail)
+        else:
+            setattr(callback, event, fail)
+        with pytest.raises(RuntimeError, match="on purpose"):
+            run(model, rest={"callbacks": [callback]}, **options)
+    assert all(p.grad is None and not p._post_accumulate_grad_hooks for p in model.parameters())
+    again = run(model, **options)
+    assert torch.equal(weights(again.model), weights(fresh.model))
+    assert [line.get("loss") for line in again.log_history] == [line.get("loss") for line in fresh.log_history]
+
+
+@pytest.mark.parametrize("adapter", [False, True], ids=["model", "adapter"])
+def test_checkpointing_leaves_no_hooks(toy, run, adapter):
+    from transformers import TrainerCallback
+
+    model = toy.model()
+    if adapter:
+        peft = pytest.importorskip("peft", reason="needs peft")
+        config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+        model = peft.get_peft_model(model, config)
+
+    def hooks():
+        return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+    class Fail(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            raise RuntimeError("on purpose")
+
+    before = hooks()
+    for callbacks in ([], [Fail()], []):
+        try:
+            run(model, rest={"callbacks": callbacks}, gradient_checkpointing=True, max_steps=1)
+        except RuntimeError as error:
+            assert callbacks and "on purpose" in str(error)
+        assert hooks() == before
+
+
+def test_dropout_by_other_names_is_disabled(toy, run):
+    """StarCoder2 keeps its residual and embedding dropout as numbers on its layers."""
+    from transformers import Starcoder2Config, Starcoder2ForCausalLM
+
+    from fastpo.prepare import disable_dropout
+
+    def model(p):
+        torch.manual_seed(0)
+        return Starcoder2ForCausalLM(Starcoder2Config(
+            vocab_size=toy.words + 3, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=256, attention_dropout=p, residual_dropout=p,
+            embedding_dropout=p,
+        ))  # fmt: skip
+
+    noisy, ids = model(0.5).train(), torch.arange(3, 20)[None]
+    assert not torch.equal(noisy(ids).logits, noisy(ids).logits)
+    disable_dropout(noisy)
+    assert torch.equal(noisy(ids).logits, model(0.0).eval()(ids).logits)
+    options = dict(optim="sgd", max_steps=2)
+    assert torch.equal(weights(run(model(0.5), **options).model), weights(run(model(0.0), **options).model))
+
+
+def test_a_float64_model_trains_in_float64(toy, run):
+    """Its weights stay float64 and are those of fp32 but for rounding; what is logged is fp32."""
+    options = dict(optim="sgd")
+    result, narrow = run(toy.model().double(), **options), run(**options)
+    assert all(p.dtype == torch.float64 for p in result.model.parameters())
+    assert result.log_history[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    losses = [[line["loss"] for line in r.log_history if "loss" in line] for r in (result, narrow)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert 0 < (weights(result.model) - weights(narrow.model)).abs().max() < 1e-5
+
+
+def test_arguments_of_a_schedule_that_do_not_fit_come_before_any_work(run, tmp_path):
+    """Found out after the reference pass they would cost it: not even the model has been looked for."""
+    options = dict(lr_scheduler_type="cosine_with_min_lr", output_dir=str(tmp_path / "new"))
+    for kwargs, message in (({"min_lrr": 1e-5}, "min_lrr"), ({}, "min_lr")):
+        with pytest.raises(ConfigError, match=f"lr_scheduler_type=cosine_with_min_lr, .*{message}"):
+            run("no/such", lr_scheduler_kwargs=kwargs, **options)
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_optimizer_of_another_models_parameters_is_refused(toy, run):
+    model, other = toy.model(), toy.model()
+    with pytest.raises(ConfigError, match="the optimiser passed in holds parameters that this model does not train"):
+        run(model, rest={"optimizers": (torch.optim.SGD(other.parameters(), lr=LR), None)})
+    before = weights(model)
+    run(model, rest={"optimizers": (torch.optim.SGD(list(model.parameters())[:1], lr=LR), None)})  # some are enough
+    assert not torch.equal(weights(model), before)
+
+
+@pytest.mark.parametrize("loss", ["simpo", ["simpo", "sft"], "sft"])
+def test_a_reference_that_nothing_reads_is_refused(toy, run, loss):
+    with pytest.raises(ConfigError, match="ref_model is given, and .* has no reference: leave it out"):
+        run(rest={"ref_model": toy.model(seed=1)}, loss_type=loss)
