@@ -437,6 +437,7 @@ class Trainer:
                 call("on_train_begin")
                 if config.eval_on_start and self.resume is None:
                     self._evaluate_all()
+                self.callbacks.agree(self.world.group)
                 if self.todo:
                     self._settle(plan)
                 while self.cursor < len(plan) and not self.callbacks.control.should_training_stop:

@@ -47,8 +47,22 @@ MORE = [  # (case, layout's name, ranks, options)
     ("dpo", "offload", 2, {"per_device_train_batch_size": 4, "fsdp": "full_shard", "fsdp_cpu_offload": True}),
 ]
 
+STOPS = [("ddp", "on_train_begin", 0), ("ddp", "on_evaluate", 0), ("ddp", "on_log", 2), ("fsdp", "on_log", 2),
+         ("ddp", "on_evaluate", 2), ("ddp", "on_save", 2)]  # fmt: skip
 
-def run(case: str, ranks: int, options: dict, out: Path, counts: bool = False) -> None:
+
+class StopsOne:
+    """Decides on the last rank alone, in one event after `step` steps, that training stops."""
+
+    def __init__(self, event: str, step: int):
+        def handler(args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            last = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
+            control.should_training_stop |= last and state.global_step == step
+
+        setattr(self, event, handler)
+
+
+def run(case: str, ranks: int, options: dict, out: Path, counts: bool = False, stops: tuple = ()) -> None:
     """In a forked process: train, and leave the results in `out` on rank 0."""
     changes, rows, adapter, model = CASES[case]
     rest: dict[str, Any] = {}
@@ -57,6 +71,8 @@ def run(case: str, ranks: int, options: dict, out: Path, counts: bool = False) -
 
         rest["peft_config"] = peft.LoraConfig(**{**LORA, "lora_dropout": 0.0})
     model = dict(model)
+    if stops:
+        rest["callbacks"] = [StopsOne(*stops)]
     dtype = model.pop("dtype", torch.float32)
     calls = _count_collectives() if counts else {}
     args = {"output_dir": str(out.parent / out.stem), **OPTIONS, **changes, **options}
@@ -135,6 +151,10 @@ def main() -> None:
     one("tr-dpo", "shard_grad_op", 2, grad_op)
     one("dpo", "micro_batch", 2, {**LAYOUTS["fsdp"][1], "fsdp_gradients": "micro_batch", "max_tokens": 40})
     one("dpo", "counted", 2, {**LAYOUTS["fsdp"][1], "max_tokens": 40}, counts=True)
+    # What a callback decides on one rank; ranks that part wait for each other until the time-out.
+    for layout, event, step in STOPS:
+        options = {**LAYOUTS[layout][1], "eval_steps": 1, "save_steps": 1, "ddp_timeout": 30, "eval_on_start": True}
+        one("dpo", f"{layout} stopped in {event} at {step}", 2, options, stops=(event, step))
     # A checkpoint of some ranks, taken up by others: optimiser with moments, half of the steps each.
     adam = {"optim": "adamw_torch", "learning_rate": 0.01, "save_steps": 3}
     layouts = {**LAYOUTS, "shard_grad_op": (2, grad_op)}

@@ -98,6 +98,16 @@ def test_one_gather_of_the_head_a_micro_batch_and_one_reduction_a_step(results):
     assert distance(results["dpo"]["one"], counted) < 1e-6
 
 
+@pytest.mark.parametrize("layout, event, step", [
+    ("ddp", "on_train_begin", 0), ("ddp", "on_evaluate", 0), ("ddp", "on_log", 2), ("fsdp", "on_log", 2),
+    ("ddp", "on_evaluate", 2), ("ddp", "on_save", 2),
+])  # fmt: skip
+def test_a_callback_that_stops_one_rank_stops_all(results, layout, event, step):
+    """In whatever event it decides: ranks that part would wait for each other until the time-out."""
+    logs = results["dpo"][f"{layout} stopped in {event} at {step}"]["logs"]
+    assert [line["step"] for line in logs if "grad_norm" in line] == [*range(1, step + 1)]
+
+
 @pytest.mark.parametrize("change", ["fsdp to one", "one to fsdp", "fsdp to ddp", "ddp to shard_grad_op"])
 def test_a_checkpoint_resumes_on_another_number_of_ranks(results, change):
     """Same rows, same moments: what remains is the rounding of sums over ranks, through AdamW."""
