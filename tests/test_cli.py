@@ -552,7 +552,11 @@ def test_several_evaluation_sets_are_evaluated(tiny, tmp_path):
     assert cli.main(["train", "--config", saved, "--output-dir", str(tmp_path / "two")]) == 0
     for name in ("one", "two"):
         lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        assert [k for line in lines for k in line if k.endswith("_loss")] == ["eval_a_loss", "eval_b_loss", "train_loss"]
+        assert [k for line in lines for k in line if k.endswith("_loss")] == [
+            "eval_a_loss",
+            "eval_b_loss",
+            "train_loss",
+        ]
 
 
 def fail_last(capsys, *argv):

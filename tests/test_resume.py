@@ -192,6 +192,25 @@ def test_cut_short_between_a_step_and_its_checkpoint(toy, run, tmp_path, monkeyp
     }  # fmt: skip
 
 
+def test_cut_short_as_a_line_is_written(run, tmp_path, monkeypatch):
+    """Ctrl-C at any place: the line is in the log, and no callback has closed should_log."""
+    from fastpo import outputs
+
+    whole = run("whole")
+
+    def killed(run, line):
+        if line["step"] == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(outputs, "write_line", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run()
+    assert timeless(run(resume_from_checkpoint=True).log_history) == timeless(whole.log_history)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert timeless(lines) == timeless(whole.log_history)
+
+
 @pytest.mark.parametrize(
     "event, step, options, saved",
     [

@@ -56,10 +56,14 @@ def test_rows_first_visited_after_a_resume_need_the_same_reference(toy, run, giv
 
     whole = run("whole", **reference(3), max_steps=5)
     run(**reference(3))
+
+    def other():
+        return reference(4) if given else {"model": toy.model(seed=4)}
+
+    run("other", **other(), max_steps=5)  # so that the cache could answer for every row, as of another reference
     for steps in (3, 5):
-        other = reference(4) if given else {"model": toy.model(seed=4)}
         with pytest.raises(ConfigError, match="checkpoint-2 lacks the reference's log-probabilities for rows"):
-            run(**other, max_steps=steps, resume_from_checkpoint=True)
+            run(**other(), max_steps=steps, resume_from_checkpoint=True)
     result = run(**reference(3), max_steps=5, resume_from_checkpoint=True)
     assert torch.equal(weights(result.model), weights(whole.model))
 
