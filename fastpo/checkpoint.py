@@ -8,6 +8,7 @@
     rng-0.pt, ...           random state of each rank
     trainer_state.json      transformers' TrainerState with the log history, from which metrics.jsonl is laid anew
     reference.safetensors   the reference's log-probabilities, a hard link to the run's one copy
+    previous.safetensors    the same of the previous policy, where a loss reads one that is not the reference
     run.json                what the run is: versions, data, model, configuration
     manifest.json           size and SHA-256 of every other file; written last
 """
@@ -42,6 +43,7 @@ log = logging.getLogger("fastpo")
 FORMAT = 1  # of everything in a checkpoint but the model's own files
 MANIFEST = "manifest.json"
 REFERENCE = "reference.safetensors"
+PREVIOUS = "previous.safetensors"
 _NAME = re.compile(r"checkpoint-(\d+)$")
 TEMPORARY = ".saving-"
 _OLD = f"{TEMPORARY}old-"

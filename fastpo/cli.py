@@ -26,6 +26,7 @@ INPUTS = {
     "train_dataset": ("dataset_name", "rows to train on: a .jsonl, .jsonl.gz, .json or .parquet file, or a hub name"),
     "eval_dataset": (None, 'rows to evaluate on; as above, or several sets as JSON: \'{"a": PATH, "b": PATH}\''),
     "ref_model": ("ref_model_name_or_path", "reference model (default: the model as it is before training)"),
+    "prev_model": (None, "previous policy of inpo and dno_reg (default: the model as it is before training)"),
     "peft_config": (None, "train an adapter: arguments of peft.LoraConfig, such as '{\"r\": 16}'"),
     "quantization_config": (None, "load quantised: arguments of transformers' BitsAndBytesConfig"),
 }

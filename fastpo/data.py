@@ -456,8 +456,9 @@ def _warn(report: DataReport, schema: Schema, names: list[str]) -> None:
         add(f"{report.own_endings} responses end with a special token of their own: no EOS was added to them")
     if report.repeated_prompts * 2 > report.rows:
         add(f"in {report.repeated_prompts} rows the responses begin with the prompt, which then stands twice")
-    if report.truncated and "ref_chosen_logps" in schema.numbers:
-        add("responses were truncated: ref_chosen_logps and ref_rejected_logps must be of the truncated ones")
+    for chosen, rejected in (RESPONSE_COLUMNS["ref_logps"], RESPONSE_COLUMNS["prev_logps"]):
+        if report.truncated and chosen in schema.numbers:
+            add(f"responses were truncated: {chosen} and {rejected} must be of the truncated ones")
     unread = [name for name in BOUNDS if name in names] if schema.kind == "sft" else []
     if unread:
         add(f"the columns {quoted(unread)} are not used for sft")

@@ -25,6 +25,7 @@ PUBLISHED_RATES = {
     "sppo": _SPPO_RATE,
     "sppo_single": _SPPO_RATE,
     "sppo_hard": _SPPO_RATE,
+    "inpo": (5e-7, "INPO's recipe takes 5e-7"),
     SFT: (2e-5, "supervised recipes take 2e-5"),
 }
 # "Far above" is ten times the highest published rate: the recipes of one loss differ by three among themselves.
@@ -200,10 +201,11 @@ class Guardrails:
         sft = f"add a supervised term: loss_type=['{self.term.name}', 'sft'], loss_weights=[1, 0.1]"
         if any(t.name == SFT for t in self.terms):
             sft = "raise the weight of sft"
+        strength = "eta" if "eta" in self.term.hyper else "beta"
         return (
             f"the chosen answers have lost {fall:.2g} nats a token since the start (each token is "
             f"{math.exp(-fall):.2g} times as likely), {why}. Lower learning_rate (now {self.config.learning_rate:g}), "
-            f"raise beta (now {self.term.beta:g}), train fewer epochs, or {sft}"
+            f"raise {strength} (now {self.term.hyper[strength]:g}), train fewer epochs, or {sft}"
         )
 
     def _margins(self, line: Mapping[str, float]) -> str | None:
@@ -221,6 +223,8 @@ class Guardrails:
         name, hyper = self.term.name, self.term.hyper
         if not (self.term.loss.reference or self.term.loss.length):
             return math.inf, ""  # sums without a reference: their margin is anything at the start
+        if name == "inpo":  # its rewards are log-ratios to the mixture of reference and previous policy
+            return 1 / hyper["eta"], "its loss there is higher than at the start"
         if name in ("ipo", "sppo", "sppo_single", "sppo_hard", "gpo_sq"):
             # Squared losses have a target margin, and at twice the target the loss is as high as it was at the start.
             # In rewards (beta x log-ratio) IPO's target is 1/2, times the length where it is per token; SPPO's is the

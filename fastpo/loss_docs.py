@@ -80,8 +80,8 @@ NOTES: dict[str, Note] = {
                 "Its printed learning rate 5E-5 and \"alpha 0.005\" are undefined in the paper and not built in."),
     "dno_prct": Note("iterated dpo, the reference set to the previous iterate", "No code was published; the paper takes beta 0.1 or 0.05 and pairs by a judge's score.",
                      "Its printed learning rate 5E-5 and \"alpha 0.005\" are undefined in the paper and not built in."),
-    "dno_reg": Note("dno towards the equilibrium of a regularised game, last iterate included", "No code was published; the paper's appendix A. kappa 1/3 is INPO's."),
-    "inpo": Note("self-play towards the equilibrium of a regularised game, with one squared loss", "As the paper and COMAL. It needs pairs sampled from the previous policy; best against worst of K biases it."),
+    "dno_reg": Note("dno towards the equilibrium of a regularised game, last iterate included", "No code was published; the paper's appendix A. kappa 1/3 is INPO's. In a first iteration previous policy and reference are both the start, and it is dno, or dno_prct."),
+    "inpo": Note("self-play towards the equilibrium of a regularised game, with one squared loss", "As the paper and COMAL. It needs pairs sampled from the previous policy; best against worst of K biases it. In a first iteration previous policy and reference are both the start, and it is ipo (sum) with tau = eta. Rewards are log-ratios to the mixture of the two."),
     "online_ipo": Note("ipo on pairs sampled while training", "TRL's online trainer has the sum too.", _IPO_UNVERIFIED),
     "ipo_md": Note("online_ipo on samples held near the reference", "", _IPO_UNVERIFIED),
     "selm": Note("exploration: the reference's own greedy response is pushed down", "The authors' code has alpha beta, algorithm 1 of the paper prints alpha. alpha 1e-3 is their Zephyr recipe, 1e-4 Llama-3."),
@@ -134,6 +134,14 @@ def _trains(loss: Loss) -> str:
         return f"not in fastpo.train yet, which does not carry {loss.lacks}"
     if loss.name == "orpo":
         return "yes, with loss_kwargs={disable_prompt_loss: true}"
+    if loss.previous:
+        read = "; win_prob, or win_prob_chosen and win_prob_rejected, are read where the data have them"
+        return (
+            "yes, mixed with the reference before training; the previous policy is prev_model, or the columns "
+            "prev_chosen_logps and prev_rejected_logps, or the policy as it is before training"
+            + read
+            * bool(loss.may_read)
+        )
     columns = " and ".join(dict.fromkeys(" or ".join(names) for names in loss.columns))
     return f"yes, with the column {columns}" if columns else "yes"
 
@@ -178,6 +186,8 @@ nothing. `sft`, the NLL alone, can be added to any loss.
 
 Unpaired losses take one response a row, [S], and K-response losses [P, K], both as first argument (and
 `ref_chosen_logps`). A previous policy that is a loss's only reference is read from `ref_*`.
+In training `inpo` and `dno_reg` mix previous policy and reference into one number a response, so they cannot be summed
+with a loss that reads the reference alone.
 """
 
 

@@ -26,7 +26,6 @@ from fastpo.loss_functions import F_DIVERGENCES, Gradient, Pairs
 __all__ = ["ALIASES", "LOSSES", "SFT", "Loss", "Pairs", "Term", "canonical_name", "resolve_terms", "segment_sum"]
 
 # What `fastpo.train` does not carry yet, by the losses that need it.
-PREVIOUS = "the previous policy's log-probabilities (prev_chosen_logps, prev_rejected_logps)"
 STEP_WIDE = "statistics of the whole step"
 K_RESPONSES = "scores of K responses a prompt"
 NO_LACK = ""
@@ -49,6 +48,7 @@ class Loss:
     pair_prob: bool = False  # needs P(chosen beats rejected), the column win_prob
     nll: str | None = None  # the hyper-parameter that weighs its NLL of the chosen response
     needs: tuple[str, ...] = ()  # further fields of Pairs
+    may_read: tuple[str, ...] = ()  # columns of the data that it reads where they are there
     lacks: str = NO_LACK  # what of its needs fastpo.train does not carry; empty where the loss can be trained
     shape: str = "pairs"  # or "unpaired" [S], or "lists" [P, K]: then only the first and the third argument are given
 
@@ -128,6 +128,11 @@ class Loss:
         if self.pair_prob:
             return [("win_prob",)]
         return [("win_prob", "win_prob_chosen"), ("win_prob", "win_prob_rejected")] if self.win_prob else []
+
+    @property
+    def previous(self) -> bool:
+        """Whether it mixes the reference with the previous policy, (1 - kappa) t + kappa r."""
+        return "prev_chosen_logps" in self.needs
 
     @property
     def trainable(self) -> bool:
@@ -265,8 +270,8 @@ _TABLE = (
     Loss("dno", g.dno, g.d_dno, "2404.03715", {"beta": 0.1, "score_scale": 1.0}, win_prob=True),
     Loss("dno_prct", g.dno_prct, g.d_dno_prct, "2404.03715", {"beta": 0.1}),
     Loss("dno_reg", g.dno_reg, g.d_dno_reg, "2404.03715", {"beta": 0.1, "kappa": 1 / 3, "score_scale": 1.0},
-         needs=_PREV, lacks=PREVIOUS),
-    Loss("inpo", g.inpo, g.d_inpo, "2407.00617", {"eta": 0.005, "kappa": 1 / 3}, needs=_PREV, lacks=PREVIOUS),
+         needs=_PREV, may_read=("win_prob", "win_prob_chosen", "win_prob_rejected")),
+    Loss("inpo", g.inpo, g.d_inpo, "2407.00617", {"eta": 0.005, "kappa": 1 / 3}, needs=_PREV),
     Loss("online_ipo", f.online_ipo, f.d_online_ipo, "2403.08635", {"beta": 0.1},
          lacks="pairs sampled from the policy as it trains (with ipo_reduce=sum, ipo is the same on pairs given)"),
     Loss("ipo_md", f.ipo_md, f.d_online_ipo, "2403.08635", {"beta": 0.1},
@@ -358,6 +363,14 @@ def resolve_terms(
         raise ConfigError(
             f"{single[0]} reads win_prob as P(chosen beats rejected) and {of_each[0]} win probabilities against the "
             "previous policy: they cannot be mixed"
+        )
+    mixed, alone = (
+        [t.name for t in terms if t.loss and t.loss.reference and t.loss.previous == p] for p in (True, False)
+    )
+    if mixed and alone:  # a batch has room for one number a response
+        raise ConfigError(
+            f"{alone[0]} reads the reference alone and {mixed[0]} its mixture with the previous policy: they cannot be "
+            "mixed"
         )
     return terms
 

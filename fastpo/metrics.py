@@ -22,6 +22,7 @@ def pair_inputs(logp: Tensor, batch: PackedBatch, sums: tuple[Tensor, ...] | Non
     """Response sums and lengths of each pair, differentiable in `logp` [N].
 
     `sums` are the four sums per pair where a kernel has formed them already (zero where there is no reference).
+    Where a loss reads a previous policy too, the batch's reference is the mixture of both, and stands for either.
     """
     chosen, rejected = batch.pairs.long().unbind(1)
     lengths = batch.response_offsets.diff().to(logp.dtype)
@@ -33,9 +34,10 @@ def pair_inputs(logp: Tensor, batch: PackedBatch, sums: tuple[Tensor, ...] | Non
             ref = segment_sum(batch.ref_logp, batch.response_offsets)
         sums = (of_response[chosen], of_response[rejected])
         sums += (ref[chosen], ref[rejected]) if ref is not None else ()
+    rw, rl = (sums[2], sums[3]) if has_ref else (None, None)
     return Pairs(
-        sums[0], sums[1], sums[2] if has_ref else None, sums[3] if has_ref else None,
-        lengths[chosen], lengths[rejected], batch.win_prob_chosen, batch.win_prob_rejected,
+        sums[0], sums[1], rw, rl, lengths[chosen], lengths[rejected], batch.win_prob_chosen, batch.win_prob_rejected,
+        prev_chosen_logps=rw, prev_rejected_logps=rl,
     )  # fmt: skip
 
 

@@ -1,17 +1,23 @@
-"""The trainer's side of ref_policy.py: which reference a run has, and its log-probabilities for every data set."""
+"""The trainer's side of ref_policy.py: which reference a run has, and its log-probabilities for every data set.
+
+INPO and regularised DNO read a second policy, the previous iterate of self-play. It is found as the reference is, and
+mixed with it before training, (1 - kappa) previous + kappa reference, so that a step reads one number a response.
+"""
 
 import contextlib
 import gc
 import logging
 import os
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from fastpo import checkpoint, data
+from fastpo import checkpoint, data, rows
 from fastpo.distributed import Engine, shard
 from fastpo.errors import ConfigError, DataError
 from fastpo.model import Policy, load_model
@@ -19,6 +25,7 @@ from fastpo.packing import PackedBatch
 from fastpo.prepare import check_ids, eval_mode, on_device
 from fastpo.ref_policy import (
     RefCache,
+    TokenLogps,
     cache_folder,
     cache_key,
     model_fingerprint,
@@ -35,42 +42,122 @@ log = logging.getLogger("fastpo")
 Sets = dict[str, list[data.Example]]
 
 
+@dataclass(frozen=True)
+class Role:
+    """A fixed policy that a loss compares with, and where a run has it."""
+
+    name: str
+    model: str  # attribute of the run: a model, or its name or path, until its log-probabilities are known
+    columns: str  # of the data, as the example has them: sums
+    file: str  # its token log-probabilities beside the run and in checkpoints
+    key: str  # in run.json: the cache's key
+
+
+REF = Role("reference", "ref_model", "ref_logps", checkpoint.REFERENCE, "reference")
+PREV = Role("previous policy", "prev_model", "prev_logps", checkpoint.PREVIOUS, "previous")
+
+
+def check_previous(run: "Trainer", prev_model: Any) -> None:
+    """ConfigError where a previous policy is given to losses that have none apart, or beside a moving reference."""
+    names = "+".join(run.config.losses)
+    if prev_model is not None and run.kappa is None:
+        hint = "pass it as ref_model, its only reference" if run.uses_reference else "leave it out"
+        raise ConfigError(f"prev_model is given, and {names} mixes no previous policy with the reference: {hint}")
+    if run.config.sync_ref_model and run.kappa is not None:
+        raise ConfigError(f"sync_ref_model moves the reference, and {names} mixes it with the previous policy once")
+
+
 def attach(run: "Trainer", plan: list[tuple[int, list[int]]]) -> None:
     """Fill `run.ref` with token log-probabilities for every data set, or leave None where none is needed."""
     run.ref = {"train": None, **dict.fromkeys(run.eval_sets)}
     if run.world.main and run.resume is None:
-        (run.output_dir / checkpoint.REFERENCE).unlink(missing_ok=True)
+        for role in (REF, PREV):
+            (run.output_dir / role.file).unlink(missing_ok=True)
     if not run.uses_reference:
         return
     sets = _sets(run)
-    if run.ref_model is None:
-        given = {name: ["ref_logps" in e.response_columns for e in examples] for name, examples in sets.items()}
-        for name in sets:
-            if any(given[name]) and not all(given[name]):
-                raise DataError(f"ref_chosen_logps or ref_rejected_logps is missing in some rows of the {name} data")
-        if all(given["train"]):
-            log.info("reference: log-probabilities from the data")
-            run.starts_at_reference = False
-        sets = {name: examples for name, examples in sets.items() if not all(given[name])}
-        if not sets:
-            return
+    given = _given(run, REF, sets)
+    prev_given = _given(run, PREV, sets) if run.kappa is not None else set()
+    if "train" in given:
+        log.info("reference: log-probabilities from the data")
+        run.starts_at_reference = False
     if run.moving is not None:
         return  # computed from one move to the next
+    starts = [role for role, of_data in ((REF, given), (PREV, prev_given))
+              if getattr(run, role.model) is None and "train" not in of_data]  # fmt: skip
+    run.ref |= _logps(run, plan, REF, {name: e for name, e in sets.items() if name not in given})
+    if run.kappa is None:
+        return
+    reference = run.identity.get(REF.key)
+    if starts == [REF, PREV] and not given | prev_given and run.identity.setdefault(PREV.key, reference) == reference:
+        log.info("previous policy: the reference, which is the policy as it is before training")
+        return
+    if PREV in starts:
+        log.info("previous policy: the policy as it is before training")
+    previous = _logps(run, plan, PREV, {name: e for name, e in sets.items() if name not in prev_given})
+    if starts and run.start_is_known:
+        run.start = run.ref["train"] if starts[0] is REF else previous["train"]
+    run.starts_at_reference = False
+    run.ref |= {name: mix(examples, run.ref[name], previous.get(name), run.kappa) for name, examples in sets.items()}
+
+
+def _given(run: "Trainer", role: Role, sets: Sets) -> set[str]:
+    """The data sets that have the role's sums themselves. A model that is given goes before them."""
+    found: set[str] = set()
+    for name, examples in sets.items() if getattr(run, role.model) is None else ():
+        has = [role.columns in e.response_columns for e in examples]
+        if any(has) and not all(has):
+            columns = " or ".join(rows.RESPONSE_COLUMNS[role.columns])
+            raise DataError(f"{columns} is missing in some rows of the {name} data")
+        found |= {name} if all(has) else set()
+    return found
+
+
+def _logps(run: "Trainer", plan: list[tuple[int, list[int]]], role: Role, sets: Sets) -> dict[str, TokenLogps]:
+    """The role's token log-probabilities for `sets`, computed, cached, and kept beside the run."""
+    if not sets:
+        return {}
     with contextlib.ExitStack() as stack:
         engine, fingerprint = run.engine, run.fingerprint
-        if run.ref_model is not None:
-            engine, fingerprint = _engine(run, sets, stack)
+        if getattr(run, role.model) is not None:
+            engine, fingerprint = _engine(run, role, sets, stack)
             run.verify(engine, plan[0][1])
         elif run.reference_is_base:
             # A new adapter's reference is the base model; one that was trained before is its own, as in TRL.
             stack.enter_context(run.policy.model.disable_adapter())  # type: ignore[operator]
-        cache = _cache(run, fingerprint)
-        _pass(run, engine, cache, sets, {row for _, rows in plan for row in rows})
+        cache = _cache(run, role, fingerprint)
+        out = _pass(run, engine, cache, sets, {row for _, step in plan for row in step}, role.name)
     # Its log-probabilities are all that training needs of it; FSDP's modules hold each other.
-    run.ref_model = engine = None
+    setattr(run, role.model, None)
+    engine = None
     gc.collect()
     if run.world.main:
-        _keep(run, sets)
+        _keep(run, role, sets, out)
+    return out
+
+
+def mix(
+    examples: Sequence[data.Example], ref: TokenLogps | None, prev: TokenLogps | None, kappa: float
+) -> TokenLogps | None:
+    """(1 - kappa) previous + kappa reference of every response: per token, or where the data give either as a sum only,
+    as sums in the examples' `ref_logps`, and None is returned.
+    """
+    if ref is not None and prev is not None:
+        return [[((1 - kappa) * t + kappa * r).astype(np.float32) for r, t in zip(*both, strict=True)]
+                for both in zip(ref, prev, strict=True)]  # fmt: skip
+    for i, example in enumerate(examples):
+        columns = example.response_columns
+        r, t = (columns[role.columns] if tokens is None else [float(x.sum(dtype=np.float64)) for x in tokens[i]]
+                for role, tokens in ((REF, ref), (PREV, prev)))  # fmt: skip
+        if r and t:  # else a row that no step visits
+            columns[REF.columns] = [(1 - kappa) * b + kappa * a for a, b in zip(r, t, strict=True)]
+    return None
+
+
+def of_batch(logps: TokenLogps, batch: PackedBatch) -> torch.Tensor:
+    """Token log-probabilities [N] fp32 of the batch's rows, on its device."""
+    parts = [logp for i in batch.examples for logp in logps[i]]
+    return torch.from_numpy(np.concatenate(parts).astype(np.float32)).to(batch.target.device)
 
 
 def _sets(run: "Trainer") -> Sets:
@@ -79,31 +166,31 @@ def _sets(run: "Trainer") -> Sets:
     return {"train": run.examples, **(run.eval_sets if evaluates else {})}
 
 
-def _cache(run: "Trainer", fingerprint: str) -> RefCache:
-    """The cache of this reference on rank 0; of a resumed run, its checkpoint's own log-probabilities first."""
+def _cache(run: "Trainer", role: Role, fingerprint: str) -> RefCache:
+    """The cache of this policy on rank 0; of a resumed run, its checkpoint's own log-probabilities first."""
     tf32 = "|tf32" if run.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32 else ""
     key = cache_key(fingerprint, f"{run.autocast_dtype or 'as loaded'}|{run.device.type}{tf32}")
-    run.other_reference = run.identity.setdefault("reference", key) != key
+    run.other_reference = run.identity.setdefault(role.key, key) != key
     # The model is not as the run began, or ref_model another: what it computes now would not fit what is there.
     cache = RefCache(key, cache_folder()) if run.world.main and not run.other_reference else RefCache("", None)
-    if run.resume is not None and (run.resume / checkpoint.REFERENCE).exists():
-        cache.read(run.resume / checkpoint.REFERENCE)
+    if run.resume is not None and (run.resume / role.file).exists():
+        cache.read(run.resume / role.file)
     return cache
 
 
-def _engine(run: "Trainer", sets: Sets, stack: contextlib.ExitStack) -> tuple[Engine, str]:
-    """The reference model on the device or split as the policy is, and its fingerprint."""
-    config, model = run.config, run.ref_model
+def _engine(run: "Trainer", role: Role, sets: Sets, stack: contextlib.ExitStack) -> tuple[Engine, str]:
+    """The model given on the device or split as the policy is, and its fingerprint."""
+    config, model = run.config, getattr(run, role.model)
     sharded = config.fsdp != "no"
     if isinstance(model, str | os.PathLike):
         home = torch.device("cpu") if sharded else run.device
         model = load_model(os.fspath(model), dtype=config.dtype or str(run.loaded_dtype), device=home,
                            trust_remote_code=config.trust_remote_code)  # fmt: skip
     elif not isinstance(model, nn.Module):
-        raise ConfigError(f"ref_model must be a model, or its name or path, not {model!r}")
+        raise ConfigError(f"{role.model} must be a model, or its name or path, not {model!r}")
     policy = Policy(model)
     for name, examples in sets.items():
-        check_ids(policy, examples, f"{name} (for ref_model)")
+        check_ids(policy, examples, f"{name} (for {role.model})")
     fingerprint = run.world.first(lambda: model_fingerprint(model))
     if sharded:
         model.requires_grad_(False)  # else its shards would be fp32, for an optimiser that never comes
@@ -113,14 +200,17 @@ def _engine(run: "Trainer", sets: Sets, stack: contextlib.ExitStack) -> tuple[En
     return Engine(policy), fingerprint
 
 
-def _pass(run: "Trainer", engine: Engine, cache: RefCache, sets: Sets, visited: set[int]) -> None:
+def _pass(
+    run: "Trainer", engine: Engine, cache: RefCache, sets: Sets, visited: set[int], what: str = "reference"
+) -> dict[str, TokenLogps]:
     policy = engine.policy
+    out: dict[str, TokenLogps] = {}
 
     def compute(batch: PackedBatch) -> torch.Tensor:
         if run.other_reference:
             raise ConfigError(
-                f"{run.resume} lacks the reference's log-probabilities for rows that this run needs: to add steps or "
-                "evaluation data, pass the model and ref_model that the run began with"
+                f"{run.resume} lacks the {what}'s log-probabilities for rows that this run needs: to add steps or "
+                "evaluation data, pass the model, ref_model and prev_model that the run began with"
             )
         return run.logp(engine, batch.to(run.device))
 
@@ -130,40 +220,41 @@ def _pass(run: "Trainer", engine: Engine, cache: RefCache, sets: Sets, visited: 
 
             def progress(done: int, total: int, bars: list[tqdm] = bars) -> None:
                 if not bars:
-                    bars.append(run.bar(desc="reference", total=total))
+                    bars.append(run.bar(desc=what, total=total))
                 bars[0].update(done - bars[0].n)
 
-            run.ref[name] = reference_logps(
+            out[name] = reference_logps(
                 examples, sorted(visited) if name == "train" else range(len(examples)), cache, compute,
                 max_tokens=run.max_tokens, world=run.world, progress=progress,
             )  # fmt: skip
             for bar in bars:
                 bar.close()
+    return out
 
 
-def _keep(run: "Trainer", sets: Sets) -> None:
+def _keep(run: "Trainer", role: Role, sets: Sets, out: dict[str, TokenLogps]) -> None:
     """The run's own copy, to which every checkpoint links: a resumed run needs neither the cache nor the pass."""
     entries = {}
     for name, examples in sets.items():
-        for example, logps in zip(examples, run.ref[name], strict=True):
+        for example, logps in zip(examples, out[name], strict=True):
             for k, logp in enumerate(logps):
                 entries[response_key(example.prompt_of(k), example.responses[k])] = logp
-    temporary = run.output_dir / f".{checkpoint.REFERENCE}"
+    temporary = run.output_dir / f".{role.file}"
     try:
         write_entries(entries, temporary)
-        os.replace(temporary, run.output_dir / checkpoint.REFERENCE)
+        os.replace(temporary, run.output_dir / role.file)
     except Exception as error:  # safetensors has an error of its own for a full disk
         temporary.unlink(missing_ok=True)
-        log.warning("the reference's log-probabilities could not be written beside the run: %s", error)
+        log.warning("the %s's log-probabilities could not be written beside the run: %s", role.name, error)
 
 
 def move(run: "Trainer", plan: list[tuple[int, list[int]]], start: int) -> None:
     """A moving reference's log-probabilities for the steps of the plan until it moves again."""
     assert run.moving is not None
     run.reference_start = start
-    visited = {row for _, rows in plan[start : start + run.moving.every] for row in rows}
+    visited = {row for _, step in plan[start : start + run.moving.every] for row in step}
     with run.moving.in_place(lambda: _exchanging(run)):
-        _pass(run, run.engine, RefCache("", None), _sets(run), visited)
+        run.ref |= _pass(run, run.engine, RefCache("", None), _sets(run), visited)
 
 
 @contextlib.contextmanager

@@ -33,11 +33,14 @@ BOUNDS = {
     "rejected_score": (-math.inf, math.inf),
     "ref_chosen_logps": (-math.inf, 1e-3),
     "ref_rejected_logps": (-math.inf, 1e-3),
+    "prev_chosen_logps": (-math.inf, 1e-3),
+    "prev_rejected_logps": (-math.inf, 1e-3),
 }
 PAIR_COLUMNS = ("weight", "win_prob", "win_prob_chosen", "win_prob_rejected")
 RESPONSE_COLUMNS = {
     "score": ("chosen_score", "rejected_score"),
     "ref_logps": ("ref_chosen_logps", "ref_rejected_logps"),
+    "prev_logps": ("prev_chosen_logps", "prev_rejected_logps"),
 }
 _TOGETHER = (*RESPONSE_COLUMNS.values(), ("win_prob_chosen", "win_prob_rejected"))
 

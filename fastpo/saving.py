@@ -21,7 +21,7 @@ from transformers.utils import logging as logging_utils
 
 from fastpo import __version__, checkpoint
 from fastpo.callbacks import note_saved, plain_config
-from fastpo.checkpoint import REFERENCE, as_sharded
+from fastpo.checkpoint import PREVIOUS, REFERENCE, as_sharded
 from fastpo.distributed import full_state, local
 from fastpo.errors import ConfigError, TrainingError
 from fastpo.ref_policy import adapter_settings, frozen_fingerprint, model_fingerprint
@@ -60,7 +60,9 @@ def identify(run: "Trainer") -> tuple[str, dict[str, Any]]:
     for remark in checkpoint.check_run(folder, saved, identity, run.model_given_by_name):
         log.warning("resumed from %s: %s", folder.name, remark)
     # The run is what it was begun as: a model in memory may have been trained since.
-    return fingerprint, identity | {key: saved[key] for key in ("model", "run_id", "reference") if key in saved}
+    return fingerprint, identity | {
+        key: saved[key] for key in ("model", "run_id", "reference", "previous") if key in saved
+    }
 
 
 # ---- saving
@@ -118,9 +120,9 @@ def _write(run: "Trainer", folder: Path) -> None:
         if not run.config.save_only_model:
             torch.save(plain, temporary / "trainer.pt")
             run.state.save_to_json(str(temporary / "trainer_state.json"))
-            reference = run.output_dir / REFERENCE
-            if reference.exists():
-                _link(reference, temporary / REFERENCE)
+            for name in (REFERENCE, PREVIOUS):
+                if (run.output_dir / name).exists():
+                    _link(run.output_dir / name, temporary / name)
         checkpoint.seal(temporary, folder)
 
     world.all_do(write)

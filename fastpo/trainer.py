@@ -70,6 +70,7 @@ def train(
     train_dataset: Any,
     *,
     ref_model: Any = None,
+    prev_model: Any = None,
     args: Any = None,
     eval_dataset: Any = None,
     processing_class: PreTrainedTokenizerBase | None = None,
@@ -85,13 +86,15 @@ def train(
     place; its weights at the call are the reference where a loss needs one and neither `ref_model` nor the data give
     one). train_dataset: a `datasets.Dataset`, a list of dicts, a .jsonl/.jsonl.gz/.json/.parquet path or a hub id, with
     `prompt`, `chosen`, `rejected` (or `prompt`, `completion` for loss_type="sft"). eval_dataset: the same, or a mapping
-    of names to several. ref_model: a model in memory, or a name or path, such as an earlier checkpoint.
+    of names to several. ref_model: a model in memory, or a name or path, such as an earlier checkpoint. prev_model: the
+    same for the previous policy of inpo and dno_reg; without it (and without the columns `prev_chosen_logps`,
+    `prev_rejected_logps`) that is the policy as it is at the call, as in their papers' first iteration.
     args: a `TrainConfig`, a dict, a YAML path or a TRL `DPOConfig`; `overrides` go on top.
     Under torchrun every process calls it alike. Raises fastpo.errors.FastpoError with one line for whatever a user can
     mend.
     """
     return Trainer(
-        model, train_dataset, ref_model=ref_model, args=args, eval_dataset=eval_dataset,
+        model, train_dataset, ref_model=ref_model, prev_model=prev_model, args=args, eval_dataset=eval_dataset,
         processing_class=processing_class, peft_config=peft_config, quantization_config=quantization_config,
         callbacks=callbacks, optimizers=optimizers, **overrides,
     ).train()  # fmt: skip
@@ -106,6 +109,7 @@ class Trainer:
         train_dataset: Any,
         *,
         ref_model: Any = None,
+        prev_model: Any = None,
         args: Any = None,
         eval_dataset: Any = None,
         processing_class: PreTrainedTokenizerBase | None = None,
@@ -134,9 +138,11 @@ class Trainer:
             raise ConfigError("sync_ref_model starts from the policy: leave ref_model out, or sync_ref_model")
         if ref_model is not None and not self.uses_reference:
             raise ConfigError(f"ref_model is given, and {'+'.join(config.losses)} has no reference: leave it out")
+        self.kappa = next((t.hyper["kappa"] for t in self.pair_terms if t.loss.previous), None)
+        references.check_previous(self, prev_model)
         check_generation_kwargs(config.generation_kwargs)
         build_scheduler(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0), config, steps=100)  # its errors, early
-        self.ref_model = ref_model
+        self.ref_model, self.prev_model = ref_model, prev_model
         self.output_dir = Path(config.output_dir)
         self.resume, remarks = world.first(lambda: checkpoint.find(self.output_dir, config.resume_from_checkpoint))
         for remark in remarks:
@@ -147,7 +153,8 @@ class Trainer:
         name = os.fspath(model) if isinstance(model, str | os.PathLike) else None
         self.model_name = name or getattr(getattr(model, "config", None), "_name_or_path", "") or ""
         self.model_given_by_name = name is not None
-        paths = {"model": model, "train_dataset": train_dataset, "eval_dataset": eval_dataset, "ref_model": ref_model}
+        paths = {"model": model, "train_dataset": train_dataset, "eval_dataset": eval_dataset, "ref_model": ref_model,
+                 "prev_model": prev_model}  # fmt: skip
         self.inputs: dict[str, Any] = {k: os.fspath(v) for k, v in paths.items() if isinstance(v, str | os.PathLike)}
         evaluated = eval_dataset if isinstance(eval_dataset, Mapping) else {"": eval_dataset}
         for dataset in (train_dataset, *evaluated.values()):  # before the hub is asked for a model
@@ -205,7 +212,8 @@ class Trainer:
             check_ids(self.policy, examples, set_name)
         # PiSSA and its like take part of the base away, so that the base with the adapter off is another model.
         self.reference_is_base = self.new_adapter and not adapters.rewrites_base(peft_config)
-        self.starts_at_reference = ref_model is None and config.disable_dropout and adapters.starts_at_base(peft_config)
+        self.start_is_known = config.disable_dropout and adapters.starts_at_base(peft_config)
+        self.starts_at_reference = ref_model is None and self.start_is_known
         self.autocast_dtype = torch.bfloat16 if _use_bf16(config, self.device) else None
         self.max_tokens = config.max_tokens or MAX_TOKENS[self.device.type]
         self.optimizer, self.scheduler = optimizers or (None, None)
@@ -213,6 +221,7 @@ class Trainer:
             raise ConfigError("fsdp splits the parameters, so an optimiser made before does not fit: set optim instead")
         self.num_tokens = 0
         self.ref: dict[str, Any] = {}
+        self.start: Any = None  # the start's own log-probabilities, where `ref` is a mixture of them and others
         self.other_reference = False  # whether a resumed run's reference is not the one that it began with
         self.callbacks.call("on_init_end")
 
@@ -253,8 +262,10 @@ class Trainer:
         """The optional columns that this run reads; others may hold anything."""
         columns = ["weight"]
         if self.uses_reference and self.ref_model is None and not self.config.sync_ref_model:
-            columns += ["ref_chosen_logps", "ref_rejected_logps"]
-        of_losses = [name for t in self.pair_terms for names in t.loss.columns for name in names]
+            columns += rows.RESPONSE_COLUMNS["ref_logps"]
+        if self.kappa is not None and self.prev_model is None:
+            columns += rows.RESPONSE_COLUMNS["prev_logps"]
+        of_losses = [name for t in self.pair_terms for names in (*t.loss.columns, t.loss.may_read) for name in names]
         return [*columns, *dict.fromkeys(of_losses)]
 
     def _prepare_eval(self, eval_dataset: Any) -> dict[str, list[data.Example]]:
@@ -575,7 +586,7 @@ class Trainer:
         nll_count = sum(nll_tokens(self.examples[i]) for i in rows)
         step_loss = torch.zeros((), device=self.device)
         step_metrics = torch.zeros(len(PAIR_METRICS), device=self.device)
-        check_start = self.state.global_step == 0 and self.starts_at_reference
+        check_start = self.state.global_step == 0 and (self.starts_at_reference or self.start is not None)
         done, wrong = [], None
         for k in range(self.rounds):
             idle = k >= len(self.share)
@@ -587,7 +598,7 @@ class Trainer:
                 (0.0 * logp.sum()).backward()
                 continue
             loss, metrics = self._objective(logp, batch, pair_count, nll_count)
-            if check_start and batch.ref_logp is not None:
+            if check_start:
                 wrong = wrong or self._wrong_start(logp.detach(), batch)
             loss.backward()
             step_loss += loss.detach()
@@ -610,13 +621,15 @@ class Trainer:
 
     def _wrong_start(self, logp: Tensor, batch: PackedBatch) -> str | None:
         """A policy that starts as its reference must reproduce the losses' closed form, to the dtype's error."""
-        gap = (logp - batch.ref_logp).abs().mean().item()
+        start_logp = batch.ref_logp if self.start is None else references.of_batch(self.start, batch)
+        if start_logp is None:
+            return None
+        gap = (logp - start_logp).abs().mean().item()
         low_precision = self.autocast_dtype is not None or self.policy.low_precision
         allowed = 0.1 if low_precision else 1e-4 * max(1.0, logp.abs().mean().item())
         if gap <= allowed:
             return None
-        x = pair_inputs(logp, batch)
-        start = x._replace(chosen_logps=x.ref_chosen_logps, rejected_logps=x.ref_rejected_logps)
+        x, start = pair_inputs(logp, batch), pair_inputs(start_logp, batch)
         got, expected = ([round(t.loss.fn(v, **t.hyper).mean().item(), 4) for t in self.pair_terms] for v in (x, start))
         return (
             f"the policy should start at its reference, but its token log-probabilities differ by {gap:.2g} on average "

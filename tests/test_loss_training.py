@@ -57,7 +57,19 @@ def s(u):
     return torch.sigmoid(u)
 
 
-LIKE_DPO = ("dpo", "cdpo", "robust", "dpo_soft", "dpop", "fdpo", "gpo_logistic", "dno", "dno_prct", "sigmoid_norm")
+LIKE_DPO = (
+    "dpo",
+    "cdpo",
+    "robust",
+    "dpo_soft",
+    "dpop",
+    "fdpo",
+    "gpo_logistic",
+    "dno",
+    "dno_prct",
+    "dno_reg",
+    "sigmoid_norm",
+)
 
 # The mean loss where the policy is the reference, or of a policy without one. NLLs are means over the step's tokens.
 START = {
@@ -78,7 +90,7 @@ START = {
     "orpo": lambda v: LOSSES["orpo"](v.lw, v.ll, chosen_len=v.nw, rejected_len=v.nl, disable_prompt_loss=True).mean(),
     "alphapo": lambda v: LOSSES["alphapo"](v.lw, v.ll, chosen_len=v.nw, rejected_len=v.nl).mean(),
     "sppo": lambda v: 1e6 * ((v.p - 0.5) ** 2).mean(), "sppo_single": lambda v: 1e6 * ((v.p - 0.5) ** 2).mean(),
-    "sppo_hard": lambda v: 2 * 500.0**2,
+    "sppo_hard": lambda v: 2 * 500.0**2, "inpo": lambda v: 100.0**2,
 }  # fmt: skip
 
 
