@@ -19,6 +19,7 @@ import multiprocessing
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, fields
+from hashlib import blake2b
 from typing import Any
 
 import numpy as np
@@ -56,6 +57,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+WIN_PROB_TOLERANCE = 0.01 + 1e-9  # p and 1 - p, each rounded to two decimals, may be as far from adding up to 1
 _CHUNK_ROWS = 1000  # rows that are tokenised in one call: enough to keep all threads of a fast tokenizer busy
 
 
@@ -399,6 +401,7 @@ def prepare_examples(
     _warn(report, schema, names)
     if not examples:
         raise DataError(f"no row is left to train on: {report.summary()}")
+    _check_win_probs(examples, report.kept_rows)
     return examples, report
 
 
@@ -471,6 +474,38 @@ def _warn(report: DataReport, schema: Schema, names: list[str]) -> None:
             add(f"the column '{name}' is not read: did you mean '{close}'?")
     for message in report.warnings:
         logger.warning(message)
+
+
+def _check_win_probs(examples: Sequence[Example], numbers: Sequence[int]) -> None:
+    """DataError where two rows give one pair, in either order, or one response two win probabilities.
+
+    Rows are compared by token ids, after truncation.
+    """
+    seen: dict[frozenset[bytes], tuple[float, int, bytes]] = {}
+
+    def check(winner: bytes, loser: bytes, p: float, number: int, column: str, what: str) -> None:
+        before, first, winner_then = seen.setdefault(frozenset((winner, loser)), (p, number, winner))
+        p = p if winner == winner_then else 1 - p
+        if abs(p - before) > WIN_PROB_TOLERANCE:
+            raise DataError(
+                f"rows {first} and {number} contradict each other: {what} with probability {before:.4g} by the one and "
+                f"{p:.4g} by the other ({column}): average the judgements, or keep one of the rows"
+            )
+
+    for example, number in zip(examples, numbers, strict=True):
+        columns = example.pair_columns
+        if not any(name in columns for name in ("win_prob", "win_prob_chosen")):
+            continue
+        ids = [blake2b(example.prompt_of(k).tobytes() + b"|" + response.tobytes(), digest_size=16).digest()
+               for k, response in enumerate(example.responses)]  # fmt: skip
+        for n, (winner, loser) in enumerate(example.pairs):
+            if "win_prob" in columns:
+                what = "of the same two responses one beats the other"
+                check(ids[winner], ids[loser], columns["win_prob"][n], number, "win_prob", what)
+            for k, name in ((winner, "win_prob_chosen"), (loser, "win_prob_rejected")):
+                if name in columns:
+                    what = "the same response beats the previous policy"
+                    check(ids[k], ids[k], columns[name][n], number, name, what)
 
 
 def require_columns(

@@ -33,6 +33,7 @@ CASES: dict[str, tuple[dict, int, bool, dict]] = {
     "lora": ({"optim": "adamw_torch", "learning_rate": 0.01}, 21, True, {}),
     "bf16": ({"optim": "adamw_torch", "learning_rate": 0.01}, 21, False, {"dtype": torch.bfloat16}),
     "tr-dpo": ({"sync_ref_model": True, "ref_model_sync_steps": 2}, 21, False, {}),
+    "inpo": ({"loss_type": "inpo", "beta": None, "loss_kwargs": {"eta": 0.5}}, 21, False, {"prev_model": 1}),
     "checkpointing": ({"gradient_checkpointing": True, "max_steps": 2}, 21, False, {}),
 }
 LAYOUTS: dict[str, tuple[int, dict]] = {
@@ -74,6 +75,8 @@ def run(case: str, ranks: int, options: dict, out: Path, counts: bool = False, s
     if stops:
         rest["callbacks"] = [StopsOne(*stops)]
     dtype = model.pop("dtype", torch.float32)
+    if "prev_model" in model:
+        rest["prev_model"] = Toy.model(model.pop("prev_model"))
     calls = _count_collectives() if counts else {}
     args = {"output_dir": str(out.parent / out.stem), **OPTIONS, **changes, **options}
     result = fastpo.train(

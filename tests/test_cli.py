@@ -269,8 +269,9 @@ def test_reference_and_environment(trained, tmp_path, monkeypatch):
     monkeypatch.setenv("FASTPO_TEST_VARIABLE", "old")
     path = tmp_path / "run.yaml"
     path.write_text("env: {FASTPO_TEST_VARIABLE: 1}\nref_model_name_or_path: folder\n")
-    run_train(trained, "--config", str(path))
+    run_train(trained, "--config", str(path), "--prev-model", "iterate")
     assert trained[-1]["ref_model"] == "folder" and os.environ["FASTPO_TEST_VARIABLE"] == "1"
+    assert trained[-1]["prev_model"] == "iterate"
 
 
 @pytest.mark.parametrize(

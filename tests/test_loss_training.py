@@ -153,6 +153,33 @@ def test_what_is_refused(toy, run):
         run(loss_type="dpo", loss_kwargs=[1])
 
 
+def test_win_probabilities_that_contradict_each_other(toy, run):
+    """A pair in both orders, or a response in two rows; rounding to two decimals is no contradiction."""
+    row, other = toy.rows(2)
+    swapped = row | {"chosen": row["rejected"], "rejected": row["chosen"]}
+
+    def soft(p, q, second=swapped):
+        return [row | {"win_prob": p}, other | {"win_prob": 0.5}, second | {"win_prob": q}]
+
+    for rows in (soft(0.7, 0.4), soft(0.7, 0.6, row)):
+        with pytest.raises(DataError, match=r"rows 0 and 2 contradict .* 0.7 by .* 0.6 by .*\(win_prob\)") as caught:
+            run(rows, loss_type="dpo_soft")
+        assert "\n" not in str(caught.value)
+    for rows in (soft(0.7, 0.3), soft(0.67, 0.34), soft(0.7, 0.7, row)):
+        run(rows, loss_type="dpo_soft", max_steps=1)
+    run(soft(0.7, 0.4), loss_type="dpo", max_steps=1)  # which reads none
+
+    mixed = row | {"rejected": other["chosen"]}
+    each = [row | {"win_prob_chosen": 0.8, "win_prob_rejected": 0.1}]
+    each += [mixed | {"win_prob_chosen": 0.6, "win_prob_rejected": 0.1}]
+    with pytest.raises(
+        DataError, match=r"rows 0 and 1 .* previous policy with probability 0.8 by .* 0.6 by .*_chosen\)"
+    ):
+        run(each, loss_type="sppo")
+    each[1]["win_prob_chosen"] = 0.8
+    run(each, loss_type="sppo", max_steps=1)
+
+
 def test_the_kernel_takes_what_it_knows_and_the_table_the_rest(monkeypatch):
     """The choice in Trainer._pair_loss, without a GPU: a stand-in for the fused path notes what it is asked for."""
     from fastpo import ops, trainer
