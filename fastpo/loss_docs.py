@@ -182,7 +182,8 @@ log-probability gets its response's.
 
 A loss with an NLL of the chosen response divides it as `nll_reduction` says: `token_mean` by the mean length of the
 pairs (in training: all chosen tokens of the step, as an `sft` term), `seq_mean` by the response's own, `seq_sum` by
-nothing. `sft`, the NLL alone, can be added to any loss.
+nothing. `sft`, the NLL alone, can be added to any loss and reads `nll_reduction` too. None of them depends on how a step
+was accumulated or packed.
 
 Unpaired losses take one response a row, [S], and K-response losses [P, K], both as first argument (and
 `ref_chosen_logps`). A previous policy that is a loss's only reference is read from `ref_*`.
@@ -213,7 +214,10 @@ def page() -> str:
     return "\n".join(parts)
 
 
-_SFT_TEXT = f"{SFT}: negative log-likelihood of the chosen responses, mean over all their tokens in the step."
+_SFT_TEXT = (
+    f"{SFT}: negative log-likelihood of the chosen responses, mean over all their tokens in the step; nll_reduction "
+    "seq_mean or seq_sum: of each response's mean or sum, mean over the responses."
+)
 
 
 def text(name: str | None = None) -> str:

@@ -284,7 +284,7 @@ _TABLE = (
 
 LOSSES: dict[str, Loss] = {loss.name: loss for loss in _TABLE}
 ALIASES = {"sigmoid": "dpo"}  # TRL's names
-SFT = "sft"  # negative log-likelihood of the chosen response's tokens, mean over the step's tokens
+SFT = "sft"  # negative log-likelihood of the chosen responses, reduced over the step as `nll_reduction` says
 
 # TRL's and our own options that one of the losses reads, with the value that leaves each loss its default.
 OPTIONS: dict[str, Any] = {
@@ -341,7 +341,11 @@ def resolve_terms(
     for i, name in enumerate(canonical_name(n) for n in names):
         weight = 1.0 if weights is None else float(weights[i])
         if name == SFT:
-            terms.append(Term(SFT, weight, None, {}))
+            reduction = options.get("nll_reduction") or "token_mean"
+            if not _DOMAINS["nll_reduction"].holds(reduction):
+                raise ConfigError(f"sft: nll_reduction must be {_DOMAINS['nll_reduction'].text}, not {reduction!r}")
+            unread -= {"nll_reduction"}
+            terms.append(Term(SFT, weight, None, {"nll_reduction": reduction}))
             continue
         if name == "dpo" and options.get("f_divergence_type"):  # as TRL has it, an option of DPO
             name = "fdpo"
@@ -386,7 +390,7 @@ def _terms(loss: Loss, weight: float, hyper: dict[str, Any]) -> list[Term]:
         return [Term(loss.name, weight, loss, hyper)]
     apart = (loss.nll, "nll_reduction", "disable_prompt_loss")
     terms = [Term(loss.name, weight, loss, {k: v for k, v in hyper.items() if k not in apart})]
-    return terms + ([Term(SFT, weight * hyper[loss.nll], None, {})] if hyper[loss.nll] else [])
+    return terms + ([Term(SFT, weight * hyper[loss.nll], None, _TOKEN_NLL)] if hyper[loss.nll] else [])
 
 
 def segment_sum(values: Tensor, offsets: Tensor) -> Tensor:

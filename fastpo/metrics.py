@@ -41,6 +41,17 @@ def pair_inputs(logp: Tensor, batch: PackedBatch, sums: tuple[Tensor, ...] | Non
     )  # fmt: skip
 
 
+def nll_sum(logp: Tensor, batch: PackedBatch, reduction: str) -> Tensor:
+    """Weighted NLL of the chosen responses of a batch, differentiable in `logp` [N]: summed over their tokens, or over
+    each one's mean (seq_mean). Divided by the step's `packing.nll_count` it is the sft term. -> []
+    """
+    weight = batch.nll_weight
+    if reduction == "seq_mean":
+        lengths = batch.response_offsets.diff()
+        weight = weight / torch.repeat_interleave(lengths, lengths, output_size=logp.numel())
+    return -(weight * logp).sum()
+
+
 def fused_pair_loss(term: Term, logp: Tensor, batch: PackedBatch) -> tuple[Tensor, ops.PreferenceOutput]:
     """One loss term through the fused kernel: (sum over pairs of weight * loss, what it was made of)."""
     hyper = dict(term.hyper)

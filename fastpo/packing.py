@@ -63,10 +63,12 @@ def trunk_tokens(example: Example) -> int:
     return sum(len(example.prompt_of(k)) + len(r) - 1 for k, r in enumerate(example.responses))
 
 
-def nll_tokens(example: Example) -> int:
-    """Tokens that the sft term counts: those of responses that win a pair; all of them where there are no pairs."""
+def nll_count(example: Example, reduction: str = "token_mean") -> int:
+    """What the sft term is a mean over: responses that win a pair (all of them where there are no pairs), or, with
+    token_mean, their tokens.
+    """
     chosen = {winner for winner, _ in example.pairs} if example.pairs else range(len(example.responses))
-    return sum(len(example.responses[k]) for k in chosen)
+    return sum(len(example.responses[k]) for k in chosen) if reduction == "token_mean" else len(chosen)
 
 
 def collate(

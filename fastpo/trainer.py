@@ -30,7 +30,7 @@ from fastpo.errors import ConfigError, DataError, TrainingError
 from fastpo.guardrails import Guardrails
 from fastpo.hub import Hub
 from fastpo.losses import SFT
-from fastpo.metrics import PAIR_METRICS, Window, fused_pair_loss, metric_means, pair_inputs, pair_metrics
+from fastpo.metrics import PAIR_METRICS, Window, fused_pair_loss, metric_means, nll_sum, pair_inputs, pair_metrics
 from fastpo.model import Policy, load_model, load_tokenizer, verify_policy
 from fastpo.optim import Gradients, build_optimizer, build_scheduler
 from fastpo.packing import (
@@ -38,7 +38,7 @@ from fastpo.packing import (
     collate,
     epoch_order,
     epoch_steps,
-    nll_tokens,
+    nll_count,
     pack_all,
     pack_step,
     trunk_tokens,
@@ -138,6 +138,7 @@ class Trainer:
             raise ConfigError("sync_ref_model starts from the policy: leave ref_model out, or sync_ref_model")
         if ref_model is not None and not self.uses_reference:
             raise ConfigError(f"ref_model is given, and {'+'.join(config.losses)} has no reference: leave it out")
+        self.nll_reduction = next((t.hyper["nll_reduction"] for t in self.terms if t.name == SFT), "token_mean")
         self.kappa = next((t.hyper["kappa"] for t in self.pair_terms if t.loss.previous), None)
         references.check_previous(self, prev_model)
         check_generation_kwargs(config.generation_kwargs)
@@ -312,13 +313,13 @@ class Trainer:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.autocast_dtype)
 
-    def _objective(self, logp: Tensor, batch: PackedBatch, pair_count: int, nll_count: int) -> tuple[Tensor, Tensor]:
+    def _objective(self, logp: Tensor, batch: PackedBatch, pair_count: int, nlls: int) -> tuple[Tensor, Tensor]:
         """This micro-batch's share of the step's loss, and its metrics [len(PAIR_METRICS)], both on the device."""
         total = logp.new_zeros(())
         metrics = logp.new_zeros(len(PAIR_METRICS))
         for term in self.terms:
             if term.name == SFT:
-                total = total - term.weight / max(nll_count, 1) * (batch.nll_weight * logp).sum()
+                total = total + term.weight / max(nlls, 1) * nll_sum(logp, batch, self.nll_reduction)
         if self.pair_terms:
             share, metrics = self._pair_loss(logp, batch)
             total = total + share / pair_count
@@ -583,7 +584,7 @@ class Trainer:
     def _forward_backward(self, rows: list[int]) -> tuple[Tensor, Tensor]:
         """Gradients of this process's part of a step; returns its loss and metric sums, detached."""
         pair_count = sum(len(self.examples[i].pairs) for i in rows)
-        nll_count = sum(nll_tokens(self.examples[i]) for i in rows)
+        nlls = sum(nll_count(self.examples[i], self.nll_reduction) for i in rows)
         step_loss = torch.zeros((), device=self.device)
         step_metrics = torch.zeros(len(PAIR_METRICS), device=self.device)
         check_start = self.state.global_step == 0 and (self.starts_at_reference or self.start is not None)
@@ -597,7 +598,7 @@ class Trainer:
             if idle:
                 (0.0 * logp.sum()).backward()
                 continue
-            loss, metrics = self._objective(logp, batch, pair_count, nll_count)
+            loss, metrics = self._objective(logp, batch, pair_count, nlls)
             if check_start:
                 wrong = wrong or self._wrong_start(logp.detach(), batch)
             loss.backward()
@@ -667,7 +668,7 @@ class Trainer:
         started = time.monotonic()
         tokens = [trunk_tokens(e) for e in examples]
         pair_count = sum(len(e.pairs) for e in examples)
-        nll_count = sum(map(nll_tokens, examples))
+        nlls = sum(nll_count(e, self.nll_reduction) for e in examples)
         sums = torch.zeros(1 + len(PAIR_METRICS), dtype=torch.float64, device=self.device)
         batches = pack_all(range(len(examples)), tokens, self.max_tokens)
         rounds = -(-len(batches) // self.world.size)
@@ -679,7 +680,7 @@ class Trainer:
                 batch = collate(examples, batches[at if at < len(batches) else 0], ref).to(self.device)
                 logp = self.logp(self.engine, batch)
                 if at < len(batches):
-                    loss, metrics = self._objective(logp, batch, pair_count, nll_count)
+                    loss, metrics = self._objective(logp, batch, pair_count, nlls)
                     sums += torch.cat([loss.reshape(1), metrics])
         total, *means = self.world.sum_(sums).tolist()
         seconds = time.monotonic() - started

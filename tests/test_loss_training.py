@@ -126,6 +126,46 @@ def test_mixtures(toy, run):
     assert result.log_history[0]["loss"] == pytest.approx(float(expected), rel=1e-5)
 
 
+NLL = {
+    "token_mean": lambda v, w: -(w * v.lw).sum() / v.nw.sum(),
+    "seq_mean": lambda v, w: -(w * v.lw / v.nw).mean(),
+    "seq_sum": lambda v, w: -(w * v.lw).mean(),
+}
+
+
+@pytest.mark.parametrize("reduction", NLL)
+def test_the_three_reductions_of_an_nll(toy, run, reduction):
+    """Of sft and of a loss's own, with pairs of different weight, for any packing and accumulation."""
+    rows = [row | {"weight": 0.5 + i % 3} for i, row in enumerate(rows_with_probabilities(toy))]
+    v, w = sums(toy, rows), torch.tensor([row["weight"] for row in rows]).double()
+    nll = NLL[reduction](v, w)
+    kwargs = {"nll_reduction": reduction}
+    logistic = (-w * torch.log(s(0.1 * (v.lw - v.ll)))).mean()
+    cases = {("sft",): nll, ("dpo", "sft"): (LN2 * w).mean() + nll, ("cpo",): logistic + nll}
+    for names, expected in cases.items():
+        runs = [
+            run(rows, loss_type=list(names), loss_kwargs=kwargs, optim="sgd", max_steps=2, **options)
+            for options in (
+                {"max_tokens": 10_000},
+                {"max_tokens": 1},
+                {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 8, "max_tokens": 70},
+            )
+        ]
+        first, *others = ([line["loss"] for line in r.log_history if "loss" in line] for r in runs)
+        assert first[0] == pytest.approx(float(expected), rel=1e-5)
+        assert all(other == pytest.approx(first, rel=1e-5) for other in others)
+
+
+def test_sft_on_completions_by_sequence(toy, run):
+    rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in toy.rows(16)]
+    v = sums(toy, rows_with_probabilities(toy))
+    for reduction, expected in NLL.items():
+        result = run(rows, loss_type="sft", loss_kwargs={"nll_reduction": reduction}, max_steps=1)
+        assert result.log_history[0]["loss"] == pytest.approx(float(expected(v, torch.ones(16))), rel=1e-5)
+    with pytest.raises(ConfigError, match="sft: nll_reduction must be one of token_mean, seq_mean, seq_sum, not 'sum'"):
+        run(rows, loss_type="sft", loss_kwargs={"nll_reduction": "sum"})
+
+
 def test_options_reach_the_loss(run):
     js = run(loss_type="sigmoid", f_divergence_type="js_divergence", max_steps=2).log_history[1]["loss"]
     fdpo = run(loss_type="fdpo", max_steps=2).log_history[1]["loss"]

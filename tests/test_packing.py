@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastpo.data import Example
-from fastpo.packing import collate, epoch_order, epoch_steps, nll_tokens, pack_all, pack_step, trunk_tokens
+from fastpo.packing import collate, epoch_order, epoch_steps, nll_count, pack_all, pack_step, trunk_tokens
 
 
 def example(rng: random.Random, responses: int = 2, **columns) -> Example:
@@ -56,7 +56,7 @@ def test_columns_reach_their_pairs_and_tokens():
     assert (
         batch.nll_weight.tolist() == [1.0] * lengths[0] + [0.0] * lengths[1] + [2.0] * lengths[2] + [0.0] * lengths[3]
     )
-    assert nll_tokens(a) == len(a.responses[0])
+    assert nll_count(a) == len(a.responses[0]) and nll_count(a, "seq_mean") == 1
     # a column that only some rows have is no column
     assert collate([a, example(rng)], [0, 1]).win_prob_chosen is None
 
@@ -81,7 +81,7 @@ def test_responses_may_keep_different_prompts():
 def test_sft_rows_have_no_pairs():
     row = Example(np.array([1, 2], np.int32), [np.array([3, 4, 5], np.int32)])
     batch = collate([row], [0])
-    assert batch.pairs.shape == (0, 2) and batch.nll_weight.tolist() == [1, 1, 1] and nll_tokens(row) == 3
+    assert batch.pairs.shape == (0, 2) and batch.nll_weight.tolist() == [1, 1, 1] and nll_count(row) == 3
 
 
 def test_pack_step_fills_few_even_batches():
