@@ -34,7 +34,8 @@ _EXPORTS = {
     "preference_loss": "fastpo.ops",
     "available_backends": "fastpo.ops",
 }
-_SUBMODULES = ("config", "data", "errors", "losses", "model", "ops", "packing", "ref_policy", "trainer")
+_SUBMODULES = ("config", "data", "errors", "games", "losses", "model", "ops", "packing", "ref_policy", "tabular",
+               "trainer")  # fmt: skip
 
 __all__ = ["__version__", *_EXPORTS, *_SUBMODULES]
 

@@ -1,4 +1,4 @@
-"""The command line: `fastpo train`, `losses`, `quickstart`, `check`, `env`.
+"""The command line: `fastpo train`, `losses`, `quickstart`, `check`, `games`, `env`.
 
 Exit codes: 0 done, 1 a run or a check failed, 2 a user's mistake (one line on stderr; FASTPO_TRACEBACK=1 shows where),
 130 on Ctrl-C. PyTorch is imported only by the command that runs, so that --help is quick.
@@ -385,7 +385,7 @@ def _env(namespace: argparse.Namespace) -> int:
 
 
 def build_parser(command: str | None = None) -> argparse.ArgumentParser:
-    """The parser; options of `quickstart` and `check`, which their own modules define, only for that `command`."""
+    """The parser; options of `quickstart`, `check` and `games`, which their own modules define, only for that one."""
     parser = _Parser(prog="fastpo", description="Preference optimisation at the speed of the matrix multiply.")
     parser.add_argument("--version", action="version", version=f"fastpo {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
@@ -413,6 +413,11 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
         check_module.add_arguments(check)
     losses = commands.add_parser("losses", help="the table of losses, or all there is to say of one")
     losses.add_argument("name", nargs="?", metavar="NAME", help="a loss_type")
+    games = commands.add_parser("games", help="self-play algorithms on games whose equilibrium is known")
+    if command == "games":
+        from fastpo import games_cli
+
+        games_cli.add_arguments(games)
     env = commands.add_parser("env", help="versions, devices and backends, for a bug report")
     env.add_argument("--json", action="store_true", help="as JSON")
     return parser
@@ -431,7 +436,7 @@ def _dispatch(argv: Sequence[str]) -> int:
     if extras:
         raise UsageError(f"unrecognised argument {extras[0]!r} (see fastpo {namespace.command or ''} --help)")
     if namespace.command is None:
-        raise UsageError("no command given: train, losses, quickstart, check or env (see fastpo --help)")
+        raise UsageError("no command given: train, losses, quickstart, check, games or env (see fastpo --help)")
     if namespace.command == "env":
         return _env(namespace)
     if namespace.command == "losses":
@@ -443,6 +448,10 @@ def _dispatch(argv: Sequence[str]) -> int:
         from fastpo.quickstart import run
 
         return run(namespace)
+    if namespace.command == "games":
+        from fastpo.games_cli import run as run_games
+
+        return run_games(namespace)
     from fastpo.check import run_check
 
     return run_check(namespace)
