@@ -4,6 +4,7 @@ import argparse
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -165,29 +166,43 @@ def format_table(curves: list[Curve]) -> str:
 def plot(path: Path, title: str, curves: list[Curve]) -> None:
     """Three panels: the game's own gap; the regularised gap; KL to the regularised equilibrium with its bounds."""
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
     plain = [c for c in curves if not c.algorithm.regularised]
     regularised = [c for c in curves if c.algorithm.regularised]
-    panels = [("Gap to the Nash equilibrium", plain)] if plain else []
+    panels = [("No reference: gap to the Nash equilibrium", "duality gap", plain)] if plain else []
     if regularised:
-        panels += [("Gap to the regularised equilibrium", regularised), ("KL to it", regularised)]
-    figure = Figure(figsize=(5.2 * len(panels), 4.2), layout="constrained")
+        panels.append(("Gap to the regularised equilibrium", "regularised duality gap", regularised))
+        panels.append(("Distance to the regularised equilibrium", "KL(equilibrium || last policy)", regularised))
+    figure = Figure(figsize=(max(5.2 * len(panels), 7.5), 4.9), layout="constrained")
     figure.suptitle(title)
     floor = 1e-16  # fp64
-    for axes, (heading, shown) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        for index, curve in enumerate(shown):
-            colour, steps, name = f"C{index}", range(len(curve.last)), curve.algorithm.title
-            values = curve.kl if heading == "KL to it" else curve.last
-            wide = 3.0 if index == 0 else 1.4  # SPPO's curve lies on MWU's
-            axes.plot(steps, [max(v, floor) for v in values], color=colour, label=name, linewidth=wide)
-            if heading != "KL to it":
-                axes.plot(steps, [max(v, floor) for v in curve.average], color=colour, linestyle="--", linewidth=1)
-            if curve.bound and (heading == "KL to it" or not curve.algorithm.regularised):
-                axes.plot(steps, curve.bound, color=colour, linestyle=":", linewidth=1)
-        axes.set(title=heading, xlabel="step", yscale="log")
-        axes.legend(fontsize="small")
-    figure.text(0.5, -0.03, "full: last policy; dashed: average policy; dotted: the theorem's bound", ha="center")
-    figure.savefig(path, dpi=110, bbox_inches="tight")
+    colours = {c.algorithm.name: f"C{i}" for i, c in enumerate(curves)}
+    for axes, (heading, quantity, shown) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        divergence = quantity.startswith("KL")
+        names = {c.algorithm.name for c in shown}
+        for curve in shown:
+            colour, steps, name = colours[curve.algorithm.name], range(len(curve.last)), curve.algorithm.title
+            values = curve.kl if divergence else curve.last
+            under = curve.algorithm.name == "mwu" and "sppo" in names  # SPPO's curve lies on MWU's, here a broad band
+            width, alpha = (4.0, 0.45) if under else (1.4, 1.0)
+            axes.plot(
+                steps, [max(v, floor) for v in values], color=colour, label=name, linewidth=width, alpha=alpha
+            )  # fmt: skip
+            if not divergence:
+                axes.plot(steps, [max(v, floor) for v in curve.average], "--", color=colour, linewidth=0.9)
+            if curve.bound and (divergence or not curve.algorithm.regularised):
+                axes.plot(steps, curve.bound, ":", color=colour, linewidth=1.2)
+        axes.set(title=heading, xlabel="step", ylabel=quantity, yscale="log", xlim=(0, len(shown[0].last) - 1))
+        axes.grid(alpha=0.25)
+        if not divergence:  # the same colours as in the panel before
+            axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False)
+    styles = [("-", "last policy"), ("--", "average policy")]
+    if any(c.bound for c in curves):
+        styles.append((":", "the theorem's bound"))
+    handles = [Line2D([], [], color="0.3", ls=style, label=label) for style, label in styles]
+    figure.legend(handles=handles, loc="outside lower right", ncols=len(handles), fontsize="small", frameon=False)
+    figure.savefig(path, dpi=110)
 
 
 def _policy(probabilities: Tensor) -> str:
@@ -213,6 +228,8 @@ def run(namespace: argparse.Namespace) -> int:
         raise ConfigError(f"plot must end in .png, .svg or .pdf, not {namespace.plot.name!r}")
     if namespace.plot and not namespace.plot.absolute().parent.is_dir():
         raise ConfigError(f"plot: no folder {namespace.plot.absolute().parent}")
+    if namespace.plot and not find_spec("matplotlib"):
+        raise ConfigError("plot needs matplotlib, which is not installed: pip install matplotlib")
     log_start = (start / start.sum()).log()
     asked = [part for text in namespace.algorithm for part in text.split(",") if part.strip()]
     chosen = list(ALGORITHMS.values()) if "all" in asked else [games.algorithm(a) for a in asked]
@@ -241,7 +258,9 @@ def run(namespace: argparse.Namespace) -> int:
             print(format_table(group))
     if namespace.plot:
         how = "trained through the losses" if namespace.trained else "exact updates"
-        plot(namespace.plot, f"{name.replace('_', '-')}, {how}", curves)
+        if any(c.algorithm.regularised for c in curves):
+            how += f", tau {namespace.tau:g}"
+        plot(namespace.plot, f"{name.replace('_', '-')}: {about}; {how}", curves)
         print(f"\nwrote {namespace.plot}")
     return 0
 

@@ -45,3 +45,10 @@ def test_games_command_bad_input(capsys, options, message):
     assert main(["games", *options]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("fastpo: error: ") and message in lines[0], lines
+
+
+def test_a_plot_without_matplotlib_is_refused_before_the_runs(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("fastpo.games_cli.find_spec", lambda name: None)
+    assert main(["games", "rps", "--plot", str(tmp_path / "x.png")]) == 2
+    captured = capsys.readouterr()
+    assert "plot needs matplotlib, which is not installed: pip install matplotlib" in captured.err and not captured.out
