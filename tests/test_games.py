@@ -70,6 +70,21 @@ def test_nash_by_linear_programming_on_many_games():
     assert partial > 10  # a random game's equilibrium plays some of its responses
 
 
+@pytest.mark.parametrize("kind", ["uniform", "ties", "tournament", "near_half", "tenths", "copies"])
+def test_nash_on_degenerate_games(kind):
+    """Where a simplex method could cycle or lose digits: every answer is certified by its gap."""
+    for n in (2, 3, 5, 8, 13, 30):
+        for seed in range(5):
+            g = torch.Generator().manual_seed(100 * n + seed)
+            u = torch.rand(n, n, generator=g, dtype=torch.float64)
+            u = {"ties": (3 * u).floor() / 2, "tournament": u.round(), "tenths": (10 * u).round() / 10,
+                 "near_half": 0.5 + 1e-6 * (u - 0.5)}.get(kind, u)  # fmt: skip
+            prefs = u.triu(1) + (1 - u.T).tril(-1) + 0.5 * torch.eye(n, dtype=torch.float64)
+            if kind == "copies":
+                prefs = prefs.repeat(2, 2)
+            assert games.duality_gap(prefs, games.nash_equilibrium(prefs).log()) < 1e-14
+
+
 def test_nash_of_degenerate_and_transitive_games():
     tied = torch.full((5, 5), 0.5, dtype=torch.float64)
     assert games.duality_gap(tied, games.nash_equilibrium(tied).log()) == 0
@@ -122,6 +137,14 @@ def test_mwu_average_iterate_is_within_hedges_bound(steps, gap, last):
     assert average <= math.sqrt(2 * spread / steps)
     assert average == pytest.approx(gap, abs=5e-4)
     assert games.duality_gap(RPS, policies[-1]) == pytest.approx(last, abs=5e-4)  # the last iterate does not converge
+
+
+@pytest.mark.parametrize("steps, last", [(100, 0.496), (400, 0.157), (1600, 0.494), (6400, 0.285)])
+def test_mwu_on_weighted_rock_paper_scissors(steps, last):
+    spread = -START.min().item()
+    policies = games.run(WEIGHTED, games.mwu, steps, start=START, eta=math.sqrt(steps / (8 * spread)))
+    assert games.duality_gap(WEIGHTED, games.averages(policies)[steps - 1]) <= math.sqrt(2 * spread / steps)
+    assert games.duality_gap(WEIGHTED, policies[-1]) == pytest.approx(last, abs=5e-4)
 
 
 @on_games
@@ -202,6 +225,15 @@ def test_last_iterate_with_a_decaying_step(prefs, update, one_step, rate):
         assert kl[-1] == pytest.approx(3.5e-9 if update is games.inpo else 6.1e-8, rel=0.05)
     slope = math.log(max(kl[1000:]) / max(kl[100:200])) / math.log(10)
     assert slope < -1  # at least as fast as the theorem's 1/T
+
+
+@on_games
+def test_the_first_decaying_step_of_inpo_ignores_the_start(prefs):
+    """eta_0 = tau, so kappa = 1: the start enters through its win rates alone."""
+    n, ref = len(prefs), policy(len(prefs), 7)
+    start = policy(n, 8)
+    (_, first) = games.run(prefs, games.inpo, 1, start=start, eta=games.decaying(TAU), log_ref=ref, tau=TAU)
+    assert distance(first, games.offline_ipo(prefs, start, log_ref=ref, tau=TAU)) < 1e-14
 
 
 def test_inpo_with_a_constant_step_converges_where_the_spectral_radius_says():
@@ -392,6 +424,27 @@ def test_sppo_minimiser(prefs, eta_s):
     log_z = torch.logsumexp(pi + eta_s * win, 0)
     exact = minimiser("sppo", len(prefs), both(pi), ref=pi - log_z + 0.5 * eta_s, win=win, beta=beta)
     assert distance(exact, mwu) < 1e-6
+
+
+@on_two_games
+@pytest.mark.parametrize("eta_s", [1.0, 3.0])
+def test_sppo_is_mwu_on_unnormalised_tables(prefs, eta_s):
+    """As published, baseline 1/2: without the softmax its minimiser is pi exp(eta_s (win - 1/2)), mwu's to a factor."""
+    pi = policy(len(prefs), 22)
+    table, win = torch.zeros_like(pi, requires_grad=True), prefs @ pi.exp()
+    optimiser = torch.optim.LBFGS(
+        [table], max_iter=500, tolerance_grad=1e-13, tolerance_change=1e-18, line_search_fn="strong_wolfe"
+    )
+
+    def closure():
+        optimiser.zero_grad()
+        value = population_loss("sppo", table, both(pi), ref=pi, win=win, beta=1 / eta_s)
+        value.backward()
+        return value
+
+    optimiser.step(closure)
+    assert (table.detach() - pi - eta_s * (win - 0.5)).abs().max() < 1e-6
+    assert distance(torch.log_softmax(table.detach(), 0), games.mwu(prefs, pi, eta=1 / eta_s)) < 1e-6
 
 
 @pytest.mark.parametrize("eta", [1e-3, 1.0, 1e3], ids=["papers_beta", "eta1", "eta1000"])
