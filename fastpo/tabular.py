@@ -62,15 +62,6 @@ def population_loss(
     return (frequency.flatten() * losses).sum()
 
 
-def soft_dno(logps: Tensor, weights: Tensor, *, win: Tensor, ref: Tensor, eta: float) -> Tensor:
-    """DNO's Algorithm 1 (2404.03715 eq. 8 and 12): cross entropy to sigmoid(r_y - r_z), r = win.
-
-    A soft label is a frequency with which each order is seen, so the table's `dpo` has all that it needs.
-    """
-    labels = torch.sigmoid(win[:, None] - win[None, :])
-    return population_loss("dpo", logps, weights, labels=labels, ref=ref, beta=eta)
-
-
 def fit(objective: Callable[[Tensor], Tensor], start: Tensor, *, iterations: int = 500) -> Tensor:
     """The log-policy [n] that minimises objective(logps) over a table of logits: L-BFGS from `start`, to rounding."""
     policy = TabularPolicy(start)
@@ -96,10 +87,7 @@ def fit(objective: Callable[[Tensor], Tensor], start: Tensor, *, iterations: int
 
 
 def _mwu(logps: Tensor, prefs: Tensor, log_pi: Tensor, eta: float) -> Tensor:
-    win, weights = prefs @ log_pi.exp(), _both(log_pi)
-    if "dno" in LOSSES:
-        return population_loss("dno", logps, weights, ref=log_pi, win=win, beta=eta)
-    return soft_dno(logps, weights, win=win, ref=log_pi, eta=eta)
+    return population_loss("dno", logps, _both(log_pi), ref=log_pi, win=prefs @ log_pi.exp(), beta=eta)
 
 
 def _sppo(logps: Tensor, prefs: Tensor, log_pi: Tensor, eta: float) -> Tensor:
@@ -111,13 +99,9 @@ def _dno_prct(logps: Tensor, prefs: Tensor, log_pi: Tensor, eta: float) -> Tenso
 
 
 def _inpo(logps: Tensor, prefs: Tensor, log_pi: Tensor, eta: float, log_ref: Tensor, tau: float) -> Tensor:
+    references = {"ref": log_ref, "prev": log_pi}
     k = kappa(eta, tau)
-    if "inpo" in LOSSES:
-        references = {"ref": log_ref, "prev": log_pi}
-        return population_loss("inpo", logps, _both(log_pi), labels=prefs, **references, eta=eta, kappa=k)
-    # The two references enter as one number a pair: INPO is IPO to their geometric mixture.
-    mixed = k * log_ref + (1 - k) * log_pi
-    return population_loss("ipo", logps, _both(log_pi), labels=prefs, ref=mixed, beta=eta, ipo_reduce="sum")
+    return population_loss("inpo", logps, _both(log_pi), labels=prefs, **references, eta=eta, kappa=k)
 
 
 def _nash_md(logps: Tensor, prefs: Tensor, log_pi: Tensor, eta: float, log_ref: Tensor, tau: float) -> Tensor:
