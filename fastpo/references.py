@@ -210,7 +210,8 @@ def _pass(
         if run.other_reference:
             raise ConfigError(
                 f"{run.resume} lacks the {what}'s log-probabilities for rows that this run needs: to add steps or "
-                "evaluation data, pass the model, ref_model and prev_model that the run began with"
+                f"evaluation data, pass the model and {'ref_model' if what == REF.name else 'prev_model'} that the run "
+                "began with"
             )
         return run.logp(engine, batch.to(run.device))
 

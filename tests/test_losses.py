@@ -115,7 +115,8 @@ def test_defaults_follow_the_loss():
         "gamma_beta_ratio": 0.5,
         "label_smoothing": 0,
     }
-    assert hyper["sppo"]["beta"] == 0.001 and hyper["ipo"]["beta"] == 0.1 and hyper["sft"] == {}
+    assert hyper["sppo"]["beta"] == 0.001 and hyper["ipo"]["beta"] == 0.1
+    assert hyper["sft"] == {"nll_reduction": "token_mean"}
     assert [t.hyper["beta"] for t in resolve_terms(["dpo", "simpo"], beta=0.7)] == [0.7, 0.7]
 
 
