@@ -30,6 +30,7 @@ from fastpo.rows import (
     COMPLETIONS,
     PAIR_COLUMNS,
     RESPONSE_COLUMNS,
+    TOKEN_COLUMNS,
     InvalidRow,
     Row,
     Schema,
@@ -73,6 +74,7 @@ class Example:
     # Only where keep_end truncation left the responses with different prompts: K arrays, never empty. `prompt_ids` is
     # then the shortest of them.
     response_prompts: list[np.ndarray] | None = None
+    token_weights: list[np.ndarray] | None = None  # K arrays [len_k] fp32, where the data have them
 
     def prompt_of(self, response: int) -> np.ndarray:
         """The prompt ids that response number `response` continues."""
@@ -294,6 +296,13 @@ class _Preparer:
         pair = self.schema.kind == "preference"
         if pair and responses[0] == responses[1]:
             raise InvalidRow("identical pair", f"row {row.number}: 'chosen' and 'rejected' have the same token ids")
+        for name, given, response in zip(TOKEN_COLUMNS, row.token_weights, responses, strict=False):
+            if len(given) != len(response):
+                message = (
+                    f"row {row.number}: '{name}' has {len(given)} numbers and the response {len(response)} tokens, end "
+                    "of sequence included"
+                )
+                raise InvalidRow(f"'{name}' does not fit", message)
         if boundary < len(prompt):
             report.boundary_moved += 1
             report.moved_text = report.moved_text or self.encoder.tokenizer.decode(prompt[boundary:])
@@ -304,6 +313,10 @@ class _Preparer:
             dropped = "prompt fills max_length"
         elif pair and kept[0] == kept[1]:
             dropped = "identical pair after truncation"
+        weights = [np.array(w[-len(ids) :] if self.keep_end else w[: len(ids)], np.float32)
+                   for w, ids in zip(row.token_weights, kept, strict=False)]  # fmt: skip
+        if not dropped and not all(w.any() for w in weights):
+            dropped = "no token of weight is left after truncation"
         if dropped:
             report.dropped[dropped] = report.dropped.get(dropped, 0) + 1
             return None
@@ -322,6 +335,7 @@ class _Preparer:
                 if columns[0] in values
             },
             response_prompts=None if all(ids == prompts[0] for ids in prompts) else arrays,
+            token_weights=weights or None,
         )
 
     def _truncate(self, prompt: list[int], responses: list[list[int]]) -> tuple[list[list[int]], list[list[int]]]:
@@ -411,7 +425,7 @@ def _chunks(rows: Any, names: list[str]) -> Iterator[tuple[int, list[Mapping]]]:
         for start in range(0, len(rows), _CHUNK_ROWS):
             yield start, rows[start : start + _CHUNK_ROWS]
         return
-    read = {"prompt", "chosen", "rejected", "completion", "tools", "chat_template_kwargs", *BOUNDS}
+    read = {"prompt", "chosen", "rejected", "completion", "tools", "chat_template_kwargs", *BOUNDS, *TOKEN_COLUMNS}
     plain = rows.with_format(None).select_columns([name for name in names if name in read])
     for start in range(0, len(plain), _CHUNK_ROWS):
         batch = plain[start : start + _CHUNK_ROWS]
@@ -462,12 +476,12 @@ def _warn(report: DataReport, schema: Schema, names: list[str]) -> None:
     for chosen, rejected in (RESPONSE_COLUMNS["ref_logps"], RESPONSE_COLUMNS["prev_logps"]):
         if report.truncated and chosen in schema.numbers:
             add(f"responses were truncated: {chosen} and {rejected} must be of the truncated ones")
-    unread = [name for name in BOUNDS if name in names] if schema.kind == "sft" else []
+    unread = [name for name in (*BOUNDS, *TOKEN_COLUMNS) if name in names] if schema.kind == "sft" else []
     if unread:
         add(f"the columns {quoted(unread)} are not used for sft")
     if "tools" in names and not schema.conversational:
         add("the column 'tools' is not used: the rows are texts, and only a chat template can show tools")
-    known = {*BOUNDS, "tools", "chat_template_kwargs"}
+    known = {*BOUNDS, *TOKEN_COLUMNS, "tools", "chat_template_kwargs"}
     for name in names:
         close = nearest(name, known, 0.8)
         if close and close not in names and name not in known:

@@ -185,6 +185,10 @@ pairs (in training: all chosen tokens of the step, as an `sft` term), `seq_mean`
 nothing. `sft`, the NLL alone, can be added to any loss and reads `nll_reduction` too. None of them depends on how a step
 was accumulated or packed.
 
+Each pair's losses are weighted by the column `weight`. `chosen_token_weights` and `rejected_token_weights`, a list of
+numbers from 0 on for each response, one a token (as tokenised, with its end of sequence), weigh tokens: one of weight w
+counts as w tokens in sums, lengths and NLLs, of policy and reference alike; 0 leaves a token out.
+
 Unpaired losses take one response a row, [S], and K-response losses [P, K], both as first argument (and
 `ref_chosen_logps`). A previous policy that is a loss's only reference is read from `ref_*`.
 In training `inpo` and `dno_reg` mix previous policy and reference into one number a response, so they cannot be summed

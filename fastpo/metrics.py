@@ -25,13 +25,16 @@ def pair_inputs(logp: Tensor, batch: PackedBatch, sums: tuple[Tensor, ...] | Non
     Where a loss reads a previous policy too, the batch's reference is the mixture of both, and stands for either.
     """
     chosen, rejected = batch.pairs.long().unbind(1)
-    lengths = batch.response_offsets.diff().to(logp.dtype)
+    lengths, ref_logp = weighted_lengths(logp, batch), batch.ref_logp
+    if batch.token_weight is not None:
+        logp = batch.token_weight * logp
+        ref_logp = None if ref_logp is None else batch.token_weight * ref_logp
     has_ref = batch.ref_logp is not None or batch.ref_response_logps is not None
     if sums is None:
         of_response = segment_sum(logp, batch.response_offsets)
         ref = batch.ref_response_logps
-        if batch.ref_logp is not None:
-            ref = segment_sum(batch.ref_logp, batch.response_offsets)
+        if ref_logp is not None:
+            ref = segment_sum(ref_logp, batch.response_offsets)
         sums = (of_response[chosen], of_response[rejected])
         sums += (ref[chosen], ref[rejected]) if ref is not None else ()
     rw, rl = (sums[2], sums[3]) if has_ref else (None, None)
@@ -41,14 +44,22 @@ def pair_inputs(logp: Tensor, batch: PackedBatch, sums: tuple[Tensor, ...] | Non
     )  # fmt: skip
 
 
+def weighted_lengths(logp: Tensor, batch: PackedBatch) -> Tensor:
+    """Tokens of each response, or the sum of their weights, in the dtype of `logp`. -> [S]"""
+    if batch.token_weight is None:
+        return batch.response_offsets.diff().to(logp.dtype)
+    return segment_sum(batch.token_weight, batch.response_offsets).to(logp.dtype)
+
+
 def nll_sum(logp: Tensor, batch: PackedBatch, reduction: str) -> Tensor:
     """Weighted NLL of the chosen responses of a batch, differentiable in `logp` [N]: summed over their tokens, or over
     each one's mean (seq_mean). Divided by the step's `packing.nll_count` it is the sft term. -> []
     """
     weight = batch.nll_weight
     if reduction == "seq_mean":
-        lengths = batch.response_offsets.diff()
-        weight = weight / torch.repeat_interleave(lengths, lengths, output_size=logp.numel())
+        of_tokens = batch.response_offsets.diff()
+        lengths = weighted_lengths(logp, batch)
+        weight = weight / torch.repeat_interleave(lengths, of_tokens, output_size=logp.numel())
     return -(weight * logp).sum()
 
 

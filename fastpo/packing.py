@@ -34,6 +34,7 @@ class PackedBatch:
     pairs: Tensor  # [P, 2] int32: preferred, other; indices of responses
     pair_weight: Tensor  # [P] fp32
     nll_weight: Tensor  # [N] fp32: the sft term's weight of each token; 0 for responses that are never preferred
+    token_weight: Tensor | None  # [N] fp32, in nll_weight already; a token of weight 2 counts as two
     win_prob_chosen: Tensor | None  # [P] fp32
     win_prob_rejected: Tensor | None  # [P] fp32
     ref_logp: Tensor | None  # [N] fp32, the reference's token log-probabilities
@@ -63,19 +64,23 @@ def trunk_tokens(example: Example) -> int:
     return sum(len(example.prompt_of(k)) + len(r) - 1 for k, r in enumerate(example.responses))
 
 
-def nll_count(example: Example, reduction: str = "token_mean") -> int:
+def nll_count(example: Example, reduction: str = "token_mean") -> float:
     """What the sft term is a mean over: responses that win a pair (all of them where there are no pairs), or, with
     token_mean, their tokens.
     """
     chosen = {winner for winner, _ in example.pairs} if example.pairs else range(len(example.responses))
-    return sum(len(example.responses[k]) for k in chosen) if reduction == "token_mean" else len(chosen)
+    if reduction != "token_mean":
+        return len(chosen)
+    if example.token_weights is not None:
+        return float(sum(example.token_weights[k].sum(dtype=np.float64) for k in chosen))
+    return sum(len(example.responses[k]) for k in chosen)
 
 
 def collate(
     examples: Sequence[Example], indices: Sequence[int], ref_logps: Sequence[Sequence[np.ndarray]] | None = None
 ) -> PackedBatch:
     """Pack `examples[i] for i in indices`; `ref_logps[i][k]` are the reference's log-probabilities of response k."""
-    ids, positions, rows, targets, ref, nll = ([] for _ in range(6))  # arrays, one a segment or response
+    ids, positions, rows, targets, ref, nll, token_weights = ([] for _ in range(7))  # arrays, one a segment or response
     seg_lengths: list[int] = []
     seg_parents: list[int] = []
     chain_lengths: list[int] = []
@@ -107,6 +112,9 @@ def collate(
             targets.append(response)
             weight = preferred.get(k, 0.0) if example.pairs else 1.0
             nll.append(np.full(len(response), weight, np.float32))
+            if example.token_weights is not None:
+                token_weights.append(example.token_weights[k])
+                nll[-1] *= example.token_weights[k]
             chain_lengths.append(length)
             response_lengths.append(len(response))
             start += length
@@ -127,6 +135,7 @@ def collate(
         pairs=torch.tensor(pairs, dtype=torch.int32).reshape(-1, 2),
         pair_weight=torch.tensor(weights, dtype=torch.float32),
         nll_weight=torch.from_numpy(np.concatenate(nll)),
+        token_weight=torch.from_numpy(np.concatenate(token_weights)) if token_weights else None,
         win_prob_chosen=torch.tensor(win_chosen, dtype=torch.float32) if len(win_chosen) == len(pairs) else None,
         win_prob_rejected=torch.tensor(win_rejected, dtype=torch.float32) if len(win_rejected) == len(pairs) else None,
         ref_logp=torch.from_numpy(np.concatenate(ref).astype(np.float32)) if ref else None,

@@ -109,6 +109,9 @@ def _given(run: "Trainer", role: Role, sets: Sets) -> set[str]:
         if any(has) and not all(has):
             columns = " or ".join(rows.RESPONSE_COLUMNS[role.columns])
             raise DataError(f"{columns} is missing in some rows of the {name} data")
+        if any(has) and examples[0].token_weights is not None:
+            columns = " and ".join(rows.RESPONSE_COLUMNS[role.columns])
+            raise DataError(f"{columns} are sums, which chosen_token_weights cannot weigh: pass {role.model} instead")
         found |= {name} if all(has) else set()
     return found
 

@@ -42,7 +42,8 @@ RESPONSE_COLUMNS = {
     "ref_logps": ("ref_chosen_logps", "ref_rejected_logps"),
     "prev_logps": ("prev_chosen_logps", "prev_rejected_logps"),
 }
-_TOGETHER = (*RESPONSE_COLUMNS.values(), ("win_prob_chosen", "win_prob_rejected"))
+TOKEN_COLUMNS = ("chosen_token_weights", "rejected_token_weights")  # a list each, one number a token
+_TOGETHER = (*RESPONSE_COLUMNS.values(), ("win_prob_chosen", "win_prob_rejected"), TOKEN_COLUMNS)
 
 
 def load_rows(dataset: Any, *, split: str | None = None, config_name: str | None = None) -> Any:
@@ -161,6 +162,7 @@ class Row(NamedTuple):
     completions: tuple  # the same, one for each response
     template_kwargs: dict
     values: dict[str, float]  # optional columns
+    token_weights: tuple[list[float], ...] = ()  # one list for each response, where the data have them
 
 
 @dataclass(frozen=True)
@@ -172,6 +174,7 @@ class Schema:
     explicit_prompt: bool  # the prompt is read from its column
     forms: dict[str, str]  # text columns that are read -> "text" or "chat"
     numbers: tuple[str, ...]  # optional columns that are read
+    token_weights: bool = False  # whether TOKEN_COLUMNS are read
 
     @property
     def completions(self) -> tuple[str, ...]:
@@ -225,7 +228,8 @@ def read_schema(columns: list[str], rows: list[Mapping], kind: str, wanted: Coll
         raise DataError(f"the columns must all be texts or all be conversations: {found}")
     optional = () if kind == "sft" else BOUNDS
     numbers_read = tuple(name for name in optional if name in columns and (wanted is None or name in wanted))
-    return Schema(kind, "chat" in forms.values(), explicit, forms, numbers_read)
+    weighs = kind == "preference" and TOKEN_COLUMNS[0] in columns and (wanted is None or TOKEN_COLUMNS[0] in wanted)
+    return Schema(kind, "chat" in forms.values(), explicit, forms, numbers_read, weighs)
 
 
 def _missing_column(name: str, required: Sequence[str], columns: list[str], kind: str) -> str:
@@ -286,7 +290,8 @@ def parse_row(raw: Mapping, number: int, schema: Schema) -> Row:
         hint = "" if schema.explicit_prompt else ": chosen and rejected share no turns, so give it as a list of turns"
         raise InvalidRow("empty prompt", f"row {number}: the prompt is empty{hint}")
     numbers_read = {name: _number(raw, name, number) for name in schema.numbers}
-    return Row(number, prompt, tuple(completions), _template_kwargs(raw, number), numbers_read)
+    weights = tuple(_token_weights(raw, name, number) for name in TOKEN_COLUMNS) if schema.token_weights else ()
+    return Row(number, prompt, tuple(completions), _template_kwargs(raw, number), numbers_read, weights)
 
 
 def extract_prompt(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
@@ -320,6 +325,21 @@ def _says_nothing(completion: Any) -> bool:
         return not completion
     turns = [turn for turn in completion if isinstance(turn, Mapping)]
     return not any(value for turn in turns for key, value in turn.items() if key != "role")
+
+
+def _token_weights(raw: Mapping, name: str, number: int) -> list[float]:
+    value = raw.get(name)
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        real = all(isinstance(w, numbers.Real) and not isinstance(w, bool) for w in value)
+        if real and all(0 <= w < math.inf for w in value) and any(value):
+            return [float(w) for w in value]
+    expected = "a list of finite numbers from 0 on, not all 0"
+    raise InvalidRow(f"bad '{name}'", f"row {number}: column '{name}' must be {expected}, not {_shortened(value)}")
+
+
+def _shortened(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _number(raw: Mapping, name: str, number: int) -> float:

@@ -261,7 +261,7 @@ class Trainer:
 
     def _columns(self) -> list[str]:
         """The optional columns that this run reads; others may hold anything."""
-        columns = ["weight"]
+        columns = ["weight", *rows.TOKEN_COLUMNS]
         if self.uses_reference and self.ref_model is None and not self.config.sync_ref_model:
             columns += rows.RESPONSE_COLUMNS["ref_logps"]
         if self.kappa is not None and self.prev_model is None:
@@ -313,13 +313,13 @@ class Trainer:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.autocast_dtype)
 
-    def _objective(self, logp: Tensor, batch: PackedBatch, pair_count: int, nlls: int) -> tuple[Tensor, Tensor]:
+    def _objective(self, logp: Tensor, batch: PackedBatch, pair_count: int, nlls: float) -> tuple[Tensor, Tensor]:
         """This micro-batch's share of the step's loss, and its metrics [len(PAIR_METRICS)], both on the device."""
         total = logp.new_zeros(())
         metrics = logp.new_zeros(len(PAIR_METRICS))
         for term in self.terms:
             if term.name == SFT:
-                total = total + term.weight / max(nlls, 1) * nll_sum(logp, batch, self.nll_reduction)
+                total = total + term.weight / (nlls or 1) * nll_sum(logp, batch, self.nll_reduction)
         if self.pair_terms:
             share, metrics = self._pair_loss(logp, batch)
             total = total + share / pair_count
@@ -328,7 +328,7 @@ class Trainer:
     def _pair_loss(self, logp: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         """sum over terms and pairs of weight * loss, and the metrics as sums over pairs."""
         total = logp.new_zeros(())
-        has_kernel = logp.is_cuda and "triton" in ops.available_backends()
+        has_kernel = logp.is_cuda and batch.token_weight is None and "triton" in ops.available_backends()
         fused = [t for t in self.pair_terms if has_kernel and t.name in ops.FUSED_LOSSES]
         for term in fused:
             share, out = fused_pair_loss(term, logp, batch)

@@ -31,7 +31,9 @@ def run(toy, tmp_path):
             lr_scheduler_type="constant", gradient_checkpointing=False, save_final=False,
         )  # fmt: skip
         rows = rows_with_probabilities(toy) if rows is None else rows
-        return fastpo.train(toy.model(), rows, processing_class=toy.tokenizer(), args={**defaults, **options})
+        ref_model = options.pop("ref_model", None)
+        args = {**defaults, **options}
+        return fastpo.train(toy.model(), rows, processing_class=toy.tokenizer(), ref_model=ref_model, args=args)
 
     return call
 
@@ -156,6 +158,101 @@ def test_the_three_reductions_of_an_nll(toy, run, reduction):
         assert all(other == pytest.approx(first, rel=1e-5) for other in others)
 
 
+def weigh(toy, rows, weight):
+    """The rows with `weight(k)` as the weight of a response's k-th token."""
+    out = [dict(row) for row in rows]
+    for row in out:
+        for side in ("chosen", "rejected"):
+            row[f"{side}_token_weights"] = [weight(k) for k in range(len(row[side].split()) + 1)]
+    return out
+
+
+TOKEN_WEIGHTED = ("dpo", "simpo", "ipo", "rdpo", "cpo", "rpo", "inpo", ["dpo", "sft"])
+
+
+@pytest.mark.parametrize("name", TOKEN_WEIGHTED, ids=str)
+def test_token_weights(toy, run, name):
+    """A token of weight w counts as w tokens: in sums, lengths and NLLs, of policy and reference."""
+    rows, models = rows_with_probabilities(toy), (toy.model(), toy.model(1))
+    options = dict(loss_type=name, optim="sgd", learning_rate=1e-4)
+
+    def losses(rows, **more):
+        ref = {"ref_model": models[1]} if name not in ("simpo", "cpo") else {}
+        return [line["loss"] for line in run(rows, **options, **ref, **more).log_history if "loss" in line]
+
+    plain = losses(rows)
+    assert losses(weigh(toy, rows, lambda k: 1)) == pytest.approx(plain, rel=1e-6)
+    weight = lambda k: (0.5, 2.0, 0.0)[k % 3]  # noqa: E731
+    got = losses(weigh(toy, rows, weight))
+    assert losses(weigh(toy, rows, weight), max_tokens=1) == pytest.approx(got, rel=1e-5)
+    assert got[0] != pytest.approx(plain[0], rel=1e-4)
+    (l_w, n_w), (l_l, n_l) = (weighted_sums(toy, models[0], rows, k, weight) for k in ("chosen", "rejected"))
+    (r_w, _), (r_l, _) = (weighted_sums(toy, models[1], rows, k, weight) for k in ("chosen", "rejected"))
+    given = dict(chosen_len=n_w, rejected_len=n_l, prev_chosen_logps=l_w, prev_rejected_logps=l_l)  # the start
+    first, sft = (name, 0) if isinstance(name, str) else (name[0], -l_w.sum() / n_w.sum())
+    expected = LOSSES[first](l_w, l_l, r_w, r_l, **given).mean() + sft
+    assert got[0] == pytest.approx(float(expected), rel=1e-5)
+
+
+def weighted_sums(toy, model, rows, side, weight):
+    """Weighted log-probabilities and lengths of one side, in fp64."""
+    tokenizer, sums_, lengths = toy.tokenizer(), [], []
+    for row in rows:
+        ids = tokenizer(row["prompt"] + row[side] + "<eos>")["input_ids"]
+        start = len(tokenizer(row["prompt"])["input_ids"])
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([ids])).logits[0].double().log_softmax(-1)
+        logp = logits[start - 1 : -1].gather(1, torch.tensor(ids[start:])[:, None])[:, 0]
+        w = torch.tensor([weight(k) for k in range(len(logp))]).double()
+        sums_.append((w * logp).sum())
+        lengths.append(w.sum())
+    return torch.stack(sums_), torch.stack(lengths)
+
+
+@pytest.mark.parametrize("reduction", ["seq_mean", "seq_sum"])
+def test_token_weights_in_the_reductions_of_sft(toy, run, reduction):
+    rows, weight = toy.rows(8), lambda k: 0.5 + k % 2
+    lw, nw = weighted_sums(toy, toy.model(), rows, "chosen", weight)
+    loss = run(weigh(toy, rows, weight), loss_type="sft", loss_kwargs={"nll_reduction": reduction}, max_steps=1)
+    expected = -(lw / nw).mean() if reduction == "seq_mean" else -lw.mean()
+    assert loss.log_history[0]["loss"] == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_token_weights_that_cannot_be(toy, run):
+    rows = weigh(toy, toy.rows(4), lambda k: 1.0)
+    cases = [
+        ({"chosen_token_weights": [1.0]}, r"row 0: 'chosen_token_weights' has 1 numbers and the response \d+ tokens"),
+        ({"chosen_token_weights": [0, 0]}, "row 0: .*'chosen_token_weights' must be a list of .* not all 0, not"),
+        ({"rejected_token_weights": [-1.0]}, "must be a list of finite numbers from 0 on"),
+        ({"rejected_token_weights": "1"}, "must be a list of finite numbers"),
+        ({"rejected_token_weights": [math.nan]}, "must be a list of finite numbers"),
+        ({"ref_chosen_logps": -1.0, "ref_rejected_logps": -1.0}, "are sums, which chosen_token_weights cannot weigh"),
+    ]  # fmt: skip
+    for change, message in cases:
+        every = [row | change for row in rows] if "ref_chosen_logps" in change else [rows[0] | change, *rows[1:]]
+        with pytest.raises(DataError, match=message) as caught:
+            run(every)
+        assert "\n" not in str(caught.value)
+    one = [{k: v for k, v in row.items() if k != "rejected_token_weights"} for row in rows]
+    with pytest.raises(DataError, match="'chosen_token_weights' needs 'rejected_token_weights' beside it"):
+        run(one)
+
+
+@pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
+def test_token_weights_are_truncated_with_the_tokens(toy, mode):
+    from fastpo.data import prepare_examples
+
+    rows = weigh(toy, toy.rows(30), float)
+    examples, report = prepare_examples(rows, toy.tokenizer(), max_length=10, truncation_mode=mode)
+    assert report.truncated and examples
+    if mode == "keep_start":  # the first token has weight 0
+        assert report.dropped["no token of weight is left after truncation"] > 0
+    for number, e in zip(report.kept_rows, examples, strict=True):
+        for side, ids, got in zip(("chosen", "rejected"), e.responses, e.token_weights, strict=True):
+            whole = rows[number][f"{side}_token_weights"]
+            assert got.tolist() == (whole[-len(ids) :] if mode == "keep_end" else whole[: len(ids)])
+
+
 def test_sft_on_completions_by_sequence(toy, run):
     rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in toy.rows(16)]
     v = sums(toy, rows_with_probabilities(toy))
@@ -244,7 +341,7 @@ def test_the_kernel_takes_what_it_knows_and_the_table_the_rest(monkeypatch):
         new_zeros = staticmethod(torch.zeros)
         sum = staticmethod(lambda: torch.zeros(()))
 
-    batch = SimpleNamespace(pair_weight=torch.ones(2))
+    batch = SimpleNamespace(pair_weight=torch.ones(2), token_weight=None)
     for names, kernel in ((["dpo", "apo_zero"], ["dpo"]), (["apo_zero"], []), (["dpo", "hinge"], ["dpo", "hinge"])):
         asked.clear()
         given.clear()
