@@ -1,7 +1,8 @@
 """Rows to token ids: TRL's dataset rules, and what of them is refused, dropped or shortened.
 
 Preference rows have `chosen` and `rejected`, with `prompt` or with the prompt inside both; sft rows have `prompt` and
-`completion`. Conversations go through the tokenizer's chat template, with the row's `tools` and `chat_template_kwargs`.
+`completion`, unpaired rows a `label` too. Conversations go through the tokenizer's chat template, with the row's
+`tools` and `chat_template_kwargs`.
 
 The prompt (with the generation prompt) and prompt + response are tokenised whole; the response begins where the
 first token differs. Texts get an EOS; conversations end as their template ends them. Three things differ from TRL, and
@@ -28,6 +29,7 @@ from fastpo.errors import DataError
 from fastpo.rows import (
     BOUNDS,
     COMPLETIONS,
+    LABEL,
     PAIR_COLUMNS,
     RESPONSE_COLUMNS,
     TOKEN_COLUMNS,
@@ -52,8 +54,10 @@ __all__ = [
     "describe_example",
     "extract_prompt",
     "load_rows",
+    "mismatched",
     "prepare_examples",
     "require_columns",
+    "unpair",
 ]
 
 logger = logging.getLogger(__name__)
@@ -333,7 +337,8 @@ class _Preparer:
                 name: [values[column] for column in columns]
                 for name, columns in RESPONSE_COLUMNS.items()
                 if columns[0] in values
-            },
+            }
+            | ({LABEL: [values[LABEL]]} if LABEL in values else {}),
             response_prompts=None if all(ids == prompts[0] for ids in prompts) else arrays,
             token_weights=weights or None,
         )
@@ -476,9 +481,9 @@ def _warn(report: DataReport, schema: Schema, names: list[str]) -> None:
     for chosen, rejected in (RESPONSE_COLUMNS["ref_logps"], RESPONSE_COLUMNS["prev_logps"]):
         if report.truncated and chosen in schema.numbers:
             add(f"responses were truncated: {chosen} and {rejected} must be of the truncated ones")
-    unread = [name for name in (*BOUNDS, *TOKEN_COLUMNS) if name in names] if schema.kind == "sft" else []
+    unread = [name for name in (*BOUNDS, *TOKEN_COLUMNS) if name in names] if schema.kind != "preference" else []
     if unread:
-        add(f"the columns {quoted(unread)} are not used for sft")
+        add(f"the columns {quoted(unread)} are not used for {schema.kind} rows")
     if "tools" in names and not schema.conversational:
         add("the column 'tools' is not used: the rows are texts, and only a chat template can show tools")
     known = {*BOUNDS, *TOKEN_COLUMNS, "tools", "chat_template_kwargs"}
@@ -569,3 +574,33 @@ def describe_example(example: Example, tokenizer: Any, max_chars: int = 600) -> 
     if values:
         lines.append("columns    " + ", ".join(f"{name} {value}" for name, value in values.items()))
     return "\n".join(lines)
+
+
+def unpair(examples: Sequence[Example]) -> list[Example]:
+    """Each response of the pairs as an unpaired row: desirable if it was chosen. As TRL's KTOTrainer does."""
+    out = []
+    for example in examples:
+        for k, response in enumerate(example.responses):
+            columns = {name: [values[k]] for name, values in example.response_columns.items()}
+            weights = None if example.token_weights is None else [example.token_weights[k]]
+            columns[LABEL] = [float(k == 0)]
+            out.append(Example(example.prompt_of(k), [response], response_columns=columns, token_weights=weights))
+    return out
+
+
+def mismatched(examples: Sequence[Example], max_length: int | None) -> list[Example]:
+    """Each row's prompt with the completion of the next row of another prompt, as KTO estimates its KL from.
+
+    The next in the data, not in the step, so that the reference scores each of them once. Raises DataError where all
+    rows have one prompt.
+    """
+    n = len(examples)
+    out = []
+    for i, example in enumerate(examples):
+        others = (examples[(i + step) % n] for step in range(1, n))
+        other = next((o for o in others if not np.array_equal(o.prompt_ids, example.prompt_ids)), None)
+        if other is None:
+            raise DataError("kto estimates a KL from completions of other prompts, and all rows have the same prompt")
+        room = None if max_length is None else max_length - len(example.prompt_ids)
+        out.append(Example(example.prompt_ids, [other.responses[0][:room]]))
+    return out

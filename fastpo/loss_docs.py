@@ -51,14 +51,14 @@ NOTES: dict[str, Note] = {
     "nca_pair": Note("keeping the chosen likelihood up: its optimum is at beta a = ln 2", "As TRL and Liger."),
     "nca_rw": Note("K responses with rewards, and the likelihood of the best kept up", "The authors add 0.01 to the first response's score; temperature 1e-4 makes w one for the best."),
     "infonca": Note("K responses with rewards; for two it is dpo", "The authors add 0.01 to the first response's score; temperature 1e-4 makes w one for the best."),
-    "kto": Note("thumbs up and down instead of pairs", "As TRL, where `kl` is estimated in the micro-batch from completions rotated by one. Liger's is alike, without the two weights.",
+    "kto": Note("thumbs up and down instead of pairs", "`kl` is the mean log-ratio of the step's prompts with completions of other prompts, the next in the data, over all ranks; TRL and Liger estimate it in the micro-batch, Liger without the two weights.",
                 "The rule to keep (desirable weight x count) / (undesirable weight x count) in [1, 4/3] was not read in a primary source."),
     "bco_pair": Note("pairs whose two sides should be judged apart", "TRL has `delta` 0, and its documentation prints dpo's formula; its code is this."),
-    "bco": Note("thumbs up and down instead of pairs, with a running mean of rewards as shift", "TRL's BCO trainer (gone from 1.16) took a cumulative mean, the paper takes an exponential one; the weights for a mismatch of distributions are not built."),
+    "bco": Note("thumbs up and down instead of pairs, with a running mean of rewards as shift", "`reward_mean` is the mean over all rows so far, this step's included, as in TRL's BCO trainer (gone from 1.16); the paper takes an exponential one; the weights for a mismatch of distributions are not built."),
     "apo_zero": Note("chosen responses that are better than what the model would say", "As TRL and Liger."),
     "apo_down": Note("chosen responses that are worse than what the model says already: both go down, the rejected further", "As TRL and Liger."),
-    "aot": Note("preferences between distributions of margins instead of between pairs", "As TRL, which sorts each rank's micro-batch; the sort should be over the whole step."),
-    "aot_unpaired": Note("as aot, without a pairing of chosen and rejected", "As TRL, which sorts each rank's micro-batch."),
+    "aot": Note("preferences between distributions of margins instead of between pairs", "TRL sorts each rank's micro-batch; here the sort is over the whole step, of all ranks, in a pass ahead of the one that trains. A pair can have no `weight`."),
+    "aot_unpaired": Note("as aot, without a pairing of chosen and rejected", "As aot."),
     "discopop": Note("trying a discovered loss; it is not convex just below 0", "As the authors and TRL, whose e^(-u) overflows in low precision far below 0; ours does not."),
     "wpo": Note("off-policy pairs, weighted by how likely the policy is to say them", "The authors cap the weight at 1; TRL's `use_weighting` does not (`clamp_weight=False`), and weighs any loss."),
     "ld_dpo": Note("dpo whose answers grow too long", "As TRL's `ld_alpha`. `*_tail_logps` are the sums past the shorter response's length, within the full sums."),
@@ -193,6 +193,10 @@ Unpaired losses take one response a row, [S], and K-response losses [P, K], both
 `ref_chosen_logps`). A previous policy that is a loss's only reference is read from `ref_*`.
 In training `inpo` and `dno_reg` mix previous policy and reference into one number a response, so they cannot be summed
 with a loss that reads the reference alone.
+
+`kto` and `bco` train on rows of `prompt`, `completion` and `label` (true: desirable), or on pairs, each as two rows. What
+they and `aot` read of the whole step is exact for any cut into micro-batches and ranks. `bco` and `aot` pay a forward
+pass more where a step has several micro-batches, `kto` one over its mismatched rows. An evaluation set counts as one step.
 """
 
 

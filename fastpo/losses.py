@@ -26,9 +26,10 @@ from fastpo.loss_functions import F_DIVERGENCES, Gradient, Pairs
 __all__ = ["ALIASES", "LOSSES", "SFT", "Loss", "Pairs", "Term", "canonical_name", "resolve_terms", "segment_sum"]
 
 # What `fastpo.train` does not carry yet, by the losses that need it.
-STEP_WIDE = "statistics of the whole step"
 K_RESPONSES = "scores of K responses a prompt"
 NO_LACK = ""
+# What a loss may read of a whole step, beside a pair's own numbers (fastpo/stepwide.py).
+KL, REWARD_MEAN, ORDER = "kl", "reward_mean", "order"
 STATISTICS = Pairs._fields[2:]  # arguments of a loss by name, beside its hyper-parameters
 NLL_REDUCTIONS = ("token_mean", "seq_mean", "seq_sum")
 
@@ -50,6 +51,7 @@ class Loss:
     needs: tuple[str, ...] = ()  # further fields of Pairs
     may_read: tuple[str, ...] = ()  # columns of the data that it reads where they are there
     lacks: str = NO_LACK  # what of its needs fastpo.train does not carry; empty where the loss can be trained
+    of_step: str = ""  # what it reads of the whole step: KL, REWARD_MEAN or ORDER
     shape: str = "pairs"  # or "unpaired" [S], or "lists" [P, K]: then only the first and the third argument are given
 
     def __call__(
@@ -234,16 +236,15 @@ _TABLE = (
     Loss("infonca", g.infonca, g.d_infonca, "2402.05369", {"beta": 0.01, "temperature": 1e-4}, needs=("scores",),
          shape="lists", lacks=K_RESPONSES),
     Loss("kto", g.kto, g.d_kto, "2402.01306", {"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0},
-         needs=("label", "kl"), shape="unpaired", lacks="unpaired rows (prompt, completion, label) and their mean KL"),
+         needs=("label", "kl"), shape="unpaired", of_step=KL),
     Loss("bco_pair", f.bco_pair, f.d_bco_pair, "2404.04656", {"beta": 0.01, "delta": 0.0}),
     Loss("bco", g.bco, g.d_bco, "2404.04656", {"beta": 0.01}, needs=("label", "reward_mean"), shape="unpaired",
-         lacks="unpaired rows (prompt, completion, label) and their running mean reward"),
+         of_step=REWARD_MEAN),
     Loss("apo_zero", f.apo_zero, f.d_apo_zero, "2408.06266", {"beta": 0.1}),
     Loss("apo_down", f.apo_down, f.d_apo_down, "2408.06266", {"beta": 0.1}),
-    Loss("aot", g.aot, g.d_aot, "2406.05882", {"beta": 0.01, "label_smoothing": 0.0},
-         lacks="the margins of the whole step, sorted"),
+    Loss("aot", g.aot, g.d_aot, "2406.05882", {"beta": 0.01, "label_smoothing": 0.0}, of_step=ORDER),
     Loss("aot_unpaired", g.aot_unpaired, g.d_aot_unpaired, "2406.05882", {"beta": 0.01, "label_smoothing": 0.0},
-         lacks="the log-ratios of the whole step, sorted"),
+         of_step=ORDER),
     Loss("discopop", f.discopop, f.d_discopop, "2406.08414", {"beta": 0.05, "discopop_tau": 0.05}),
     Loss("wpo", g.wpo, g.d_wpo, "2406.11827", {"beta": 0.01, "clamp_weight": True}, length=True,
          needs=("chosen_log_sum_sq", "rejected_log_sum_sq"), lacks="the sums of squared probabilities"),
@@ -368,6 +369,9 @@ def resolve_terms(
             f"{single[0]} reads win_prob as P(chosen beats rejected) and {of_each[0]} win probabilities against the "
             "previous policy: they cannot be mixed"
         )
+    unpaired, paired = ([t.name for t in terms if t.loss and (t.loss.shape == "unpaired") == u] for u in (True, False))
+    if unpaired and paired:
+        raise ConfigError(f"{unpaired[0]} takes unpaired rows and {paired[0]} pairs: they cannot be mixed")
     mixed, alone = (
         [t.name for t in terms if t.loss and t.loss.reference and t.loss.previous == p] for p in (True, False)
     )

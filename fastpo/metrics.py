@@ -11,15 +11,16 @@ from torch import Tensor
 
 from fastpo import ops
 from fastpo.errors import TrainingError
-from fastpo.losses import Pairs, Term, segment_sum
+from fastpo.losses import KL, Pairs, Term, segment_sum
 from fastpo.packing import PackedBatch
 
-# Sums over pairs that every pair loss reports, in this order.
-PAIR_METRICS = ("chosen_logratios", "rejected_logratios", "accuracies", "logps/chosen", "logps/rejected", "pairs")
+# Sums over pairs that every pair loss reports, in this order; of unpaired rows, the desirable ones are the chosen.
+PAIR_METRICS = ("chosen_logratios", "rejected_logratios", "accuracies", "logps/chosen", "logps/rejected", "chosen",
+                "rejected", "kl", "pairs")  # fmt: skip
 
 
 def pair_inputs(logp: Tensor, batch: PackedBatch, sums: tuple[Tensor, ...] | None = None) -> Pairs:
-    """Response sums and lengths of each pair, differentiable in `logp` [N].
+    """Response sums and lengths of each pair, or of each unpaired response, differentiable in `logp` [N].
 
     `sums` are the four sums per pair where a kernel has formed them already (zero where there is no reference).
     Where a loss reads a previous policy too, the batch's reference is the mixture of both, and stands for either.
@@ -35,6 +36,8 @@ def pair_inputs(logp: Tensor, batch: PackedBatch, sums: tuple[Tensor, ...] | Non
         ref = batch.ref_response_logps
         if ref_logp is not None:
             ref = segment_sum(ref_logp, batch.response_offsets)
+        if batch.label is not None:
+            return Pairs(of_response, None, ref, None, lengths, label=batch.label)
         sums = (of_response[chosen], of_response[rejected])
         sums += (ref[chosen], ref[rejected]) if ref is not None else ()
     rw, rl = (sums[2], sums[3]) if has_ref else (None, None)
@@ -76,6 +79,13 @@ def fused_pair_loss(term: Term, logp: Tensor, batch: PackedBatch) -> tuple[Tenso
 
 def pair_metrics(x: Pairs, term: Term) -> Tensor:
     """[len(PAIR_METRICS)] sums. The reward is beta times the log-ratio, or times SimPO's mean logp."""
+    if x.label is not None:
+        desirable = x.label.to(x.chosen_logps.dtype)
+        kinds = (desirable, 1 - desirable)
+        ratios, logps = ([(v * kind).sum() for kind in kinds] for v in (x.chosen_logratios, x.chosen_logps))
+        none = ratios[0].new_zeros(())
+        kl = none if x.kl is None else x.kl * len(desirable)
+        return torch.stack([*ratios, none, *logps, *(kind.sum() for kind in kinds), kl, none]).detach()
     if x.ref_chosen_logps is not None:
         chosen, rejected = x.chosen_logratios, x.rejected_logratios
     elif term.loss.length:
@@ -86,22 +96,32 @@ def pair_metrics(x: Pairs, term: Term) -> Tensor:
     # two sums round alike.
     rounding = 2.0**-21 * (x.chosen_logps.abs() + x.rejected_logps.abs())
     wins = (chosen - rejected > rounding).to(chosen.dtype)
-    sums = (chosen, rejected, wins, x.chosen_logps, x.rejected_logps, torch.ones_like(chosen))
+    ones = torch.ones_like(chosen)
+    sums = (chosen, rejected, wins, x.chosen_logps, x.rejected_logps, ones, ones, 0 * ones, ones)
     return torch.stack(sums).detach().sum(1)
 
 
 def metric_means(sums: Sequence[float], terms: Sequence[Term]) -> dict[str, float]:
-    """TRL's keys from the sums of PAIR_METRICS."""
-    chosen, rejected, accuracies, logps_chosen, logps_rejected, pairs = sums
+    """TRL's keys from the sums of PAIR_METRICS; without those that nothing counted towards."""
+    chosen, rejected, accuracies, logps_chosen, logps_rejected, n_chosen, n_rejected, kl, pairs = sums
     beta = next((t.beta for t in terms if t.loss.reference), terms[0].beta)  # that of the rewards' own loss
-    return {
-        "rewards/chosen": beta * chosen / pairs,
-        "rewards/rejected": beta * rejected / pairs,
-        "rewards/accuracies": accuracies / pairs,
-        "rewards/margins": beta * (chosen - rejected) / pairs,
-        "logps/chosen": logps_chosen / pairs,
-        "logps/rejected": logps_rejected / pairs,
-    }
+    out = {}
+    if n_chosen:
+        out["rewards/chosen"] = beta * chosen / n_chosen
+    if n_rejected:
+        out["rewards/rejected"] = beta * rejected / n_rejected
+    if pairs:
+        out["rewards/accuracies"] = accuracies / pairs
+        out["rewards/margins"] = beta * (chosen - rejected) / pairs
+    elif n_chosen and n_rejected:
+        out["rewards/margins"] = out["rewards/chosen"] - out["rewards/rejected"]
+    if n_chosen:
+        out["logps/chosen"] = logps_chosen / n_chosen
+    if n_rejected:
+        out["logps/rejected"] = logps_rejected / n_rejected
+    if any(t.loss.of_step == KL for t in terms):
+        out["kl"] = kl / (n_chosen + n_rejected)
+    return out
 
 
 class Window:
@@ -180,7 +200,8 @@ class Window:
         out = {"loss": mean_loss, "grad_norm": norm, "learning_rate": learning_rate}
         if self.pair_terms and steps:
             out |= metric_means(metrics, self.pair_terms)
-            out["pairs_per_second"] = metrics[-1] / seconds
+            if metrics[-1]:
+                out["pairs_per_second"] = metrics[-1] / seconds
         out["num_tokens"] = num_tokens
         out["tokens_per_second"] = (num_tokens - self.tokens_at_flush) / seconds
         out["packing_efficiency"] = self.trunk_tokens / max(1, self.micro_batches * self.max_tokens)

@@ -37,6 +37,7 @@ class PackedBatch:
     token_weight: Tensor | None  # [N] fp32, in nll_weight already; a token of weight 2 counts as two
     win_prob_chosen: Tensor | None  # [P] fp32
     win_prob_rejected: Tensor | None  # [P] fp32
+    label: Tensor | None  # [S] bool: desirable; of unpaired rows
     ref_logp: Tensor | None  # [N] fp32, the reference's token log-probabilities
     ref_response_logps: Tensor | None  # [S] fp32, where the data give only their sums
     examples: tuple[int, ...]  # which rows of the data set; host
@@ -64,11 +65,17 @@ def trunk_tokens(example: Example) -> int:
     return sum(len(example.prompt_of(k)) + len(r) - 1 for k, r in enumerate(example.responses))
 
 
+def loss_count(example: Example) -> int:
+    """Losses that the example has: its pairs, or its responses where they are unpaired."""
+    return len(example.pairs) or len(example.responses)
+
+
 def nll_count(example: Example, reduction: str = "token_mean") -> float:
-    """What the sft term is a mean over: responses that win a pair (all of them where there are no pairs), or, with
-    token_mean, their tokens.
+    """What the sft term is a mean over: responses that win a pair or are desirable (all of them where there are neither
+    pairs nor labels), or, with token_mean, their tokens.
     """
-    chosen = {winner for winner, _ in example.pairs} if example.pairs else range(len(example.responses))
+    labels = example.response_columns.get("label", [1.0] * len(example.responses))
+    chosen = {winner for winner, _ in example.pairs} or [k for k, label in enumerate(labels) if label]
     if reduction != "token_mean":
         return len(chosen)
     if example.token_weights is not None:
@@ -90,6 +97,7 @@ def collate(
     win_chosen: list[float] = []
     win_rejected: list[float] = []
     ref_sums: list[float] = []
+    labels: list[float] = []
     start = 0
     for i in indices:
         example = examples[i]
@@ -111,6 +119,9 @@ def collate(
             rows.append(np.arange(start + len(prompt) - 1, start + length))
             targets.append(response)
             weight = preferred.get(k, 0.0) if example.pairs else 1.0
+            if "label" in example.response_columns:
+                weight = example.response_columns["label"][k]
+                labels.append(weight)
             nll.append(np.full(len(response), weight, np.float32))
             if example.token_weights is not None:
                 token_weights.append(example.token_weights[k])
@@ -138,6 +149,7 @@ def collate(
         token_weight=torch.from_numpy(np.concatenate(token_weights)) if token_weights else None,
         win_prob_chosen=torch.tensor(win_chosen, dtype=torch.float32) if len(win_chosen) == len(pairs) else None,
         win_prob_rejected=torch.tensor(win_rejected, dtype=torch.float32) if len(win_rejected) == len(pairs) else None,
+        label=torch.tensor(labels).bool() if labels else None,
         ref_logp=torch.from_numpy(np.concatenate(ref).astype(np.float32)) if ref else None,
         ref_response_logps=torch.tensor(ref_sums, dtype=torch.float32) if len(ref_sums) == n_responses else None,
         examples=tuple(indices),
@@ -183,7 +195,9 @@ def epoch_steps(order: Sequence[int], batch_size: int, accumulation: int, drop_l
     return [list(order[start : start + step]) for start in range(0, len(order), step)]
 
 
-def pack_step(rows: Sequence[int], tokens: Sequence[int], max_tokens: int, ranks: int = 1) -> list[list[list[int]]]:
+def pack_step(
+    rows: Sequence[int], tokens: Sequence[int] | Mapping[int, int], max_tokens: int, ranks: int = 1
+) -> list[list[list[int]]]:
     """Split one step's rows into micro-batches of at most `max_tokens` trunk tokens, for each of `ranks` processes.
 
     `tokens[i]` is row i's size; longest rows first, as few micro-batches as best-fit finds, rounded up so that every

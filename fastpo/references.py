@@ -33,6 +33,7 @@ from fastpo.ref_policy import (
     response_key,
     write_entries,
 )
+from fastpo.stepwide import TRAIN_MISMATCHED
 
 if TYPE_CHECKING:
     from fastpo.trainer import Trainer
@@ -166,7 +167,8 @@ def of_batch(logps: TokenLogps, batch: PackedBatch) -> torch.Tensor:
 def _sets(run: "Trainer") -> Sets:
     # A callback may ask for an evaluation that the options do not.
     evaluates = run.config.eval_strategy != "no" or run.config.eval_on_start or bool(run.callbacks.user)
-    return {"train": run.examples, **(run.eval_sets if evaluates else {})}
+    sets = {"train": run.examples, **(run.eval_sets if evaluates else {})}
+    return {**sets, **run.stepwide.reference_sets(sets)}
 
 
 def _cache(run: "Trainer", role: Role, fingerprint: str) -> RefCache:
@@ -227,8 +229,9 @@ def _pass(
                     bars.append(run.bar(desc=what, total=total))
                 bars[0].update(done - bars[0].n)
 
+            rows = sorted(visited) if name in ("train", TRAIN_MISMATCHED) else range(len(examples))
             out[name] = reference_logps(
-                examples, sorted(visited) if name == "train" else range(len(examples)), cache, compute,
+                examples, rows, cache, compute,
                 max_tokens=run.max_tokens, world=run.world, progress=progress,
             )  # fmt: skip
             for bar in bars:

@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 from fastpo.errors import DataError
 
 _SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
-COMPLETIONS = {"preference": ("chosen", "rejected"), "sft": ("completion",)}
+COMPLETIONS = {"preference": ("chosen", "rejected"), "sft": ("completion",), "unpaired": ("completion",)}
+LABEL = "label"  # of unpaired rows: whether the completion is desirable
 _FORM_NAMES = {"text": "a text", "chat": "a conversation"}
 
 # Optional columns of preference rows: lowest and highest value. A sum of log-probabilities may round to just above 0.
@@ -194,7 +195,9 @@ def column_names(rows: Any) -> list[str]:
 
 def read_schema(columns: list[str], rows: list[Mapping], kind: str, wanted: Collection[str] | None) -> Schema:
     """The form of all rows from the column names and the first rows; `wanted` are the optional columns to read."""
-    required = ("prompt", "completion") if kind == "sft" else ("chosen", "rejected")
+    required = {"sft": ("prompt", "completion"), "unpaired": ("prompt", "completion", LABEL)}.get(
+        kind, COMPLETIONS[kind]
+    )
     for name in required:
         if name not in columns:
             raise DataError(_missing_column(name, required, columns, kind))
@@ -226,7 +229,7 @@ def read_schema(columns: list[str], rows: list[Mapping], kind: str, wanted: Coll
     if len(set(forms.values())) > 1:
         found = ", ".join(f"'{name}' is {_FORM_NAMES[form]}" for name, form in forms.items())
         raise DataError(f"the columns must all be texts or all be conversations: {found}")
-    optional = () if kind == "sft" else BOUNDS
+    optional = BOUNDS if kind == "preference" else ()
     numbers_read = tuple(name for name in optional if name in columns and (wanted is None or name in wanted))
     weighs = kind == "preference" and TOKEN_COLUMNS[0] in columns and (wanted is None or TOKEN_COLUMNS[0] in wanted)
     return Schema(kind, "chat" in forms.values(), explicit, forms, numbers_read, weighs)
@@ -241,7 +244,8 @@ def _missing_column(name: str, required: Sequence[str], columns: list[str], kind
     if kind == "sft" and "chosen" in columns:
         return f"{message}: to train on the chosen responses rename 'chosen' to 'completion'"
     if kind == "preference" and "completion" in columns:
-        return f"{message}: rows with 'completion' are for loss_type='sft'"
+        fits = "kto or bco" if LABEL in columns else "sft"
+        return f"{message}: rows with 'completion' are for loss_type={fits}"
     return message
 
 
@@ -290,6 +294,8 @@ def parse_row(raw: Mapping, number: int, schema: Schema) -> Row:
         hint = "" if schema.explicit_prompt else ": chosen and rejected share no turns, so give it as a list of turns"
         raise InvalidRow("empty prompt", f"row {number}: the prompt is empty{hint}")
     numbers_read = {name: _number(raw, name, number) for name in schema.numbers}
+    if schema.kind == "unpaired":
+        numbers_read[LABEL] = _label(raw, number)
     weights = tuple(_token_weights(raw, name, number) for name in TOKEN_COLUMNS) if schema.token_weights else ()
     return Row(number, prompt, tuple(completions), _template_kwargs(raw, number), numbers_read, weights)
 
@@ -335,6 +341,15 @@ def _token_weights(raw: Mapping, name: str, number: int) -> list[float]:
             return [float(w) for w in value]
     expected = "a list of finite numbers from 0 on, not all 0"
     raise InvalidRow(f"bad '{name}'", f"row {number}: column '{name}' must be {expected}, not {_shortened(value)}")
+
+
+def _label(raw: Mapping, number: int) -> float:
+    value = raw.get(LABEL)
+    if value not in (True, False):
+        raise InvalidRow(
+            f"bad '{LABEL}'", f"row {number}: column '{LABEL}' must be true or false, not {_shortened(value)}"
+        )
+    return float(value)
 
 
 def _shortened(value: Any) -> str:

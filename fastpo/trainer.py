@@ -12,7 +12,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from fastpo.packing import (
     collate,
     epoch_order,
     epoch_steps,
+    loss_count,
     nll_count,
     pack_all,
     pack_step,
@@ -46,6 +47,7 @@ from fastpo.packing import (
 from fastpo.prepare import check_ids, disable_dropout, eval_mode, set_numerics, training_mode
 from fastpo.ref_policy import MovingReference, cache_folder
 from fastpo.samples import check_generation_kwargs, generate_samples
+from fastpo.stepwide import Statistics, StepWide
 
 log = logging.getLogger("fastpo")
 
@@ -175,6 +177,8 @@ class Trainer:
         self.dataset_name = train_dataset if isinstance(train_dataset, str) else None
         self.examples = self._prepare(train_dataset, config.dataset_train_split, "train")
         self.eval_sets = self._prepare_eval(eval_dataset)
+        self.stepwide = StepWide(self)
+        self.stepwide.prepare({"train": self.examples, **self.eval_sets})
         check_best(config, list(self.eval_sets), ["loss", *metric_means([1.0] * len(PAIR_METRICS), self.pair_terms)]
                    if self.pair_terms else ["loss"])  # fmt: skip
         self.hub = Hub(config) if config.push_to_hub and world.main else None
@@ -243,14 +247,18 @@ class Trainer:
 
         def prepare() -> tuple[list[data.Example], data.DataReport]:
             table = rows.load_rows(dataset, split=split, config_name=config.dataset_config)
-            kind = "preference" if self.pair_terms or "chosen" in rows.column_names(table) else "sft"
+            names = rows.column_names(table)
+            unpaired = any(t.loss.shape == "unpaired" for t in self.pair_terms)
+            kind = "preference" if self.pair_terms or "chosen" in names else "sft"
+            if unpaired and (rows.LABEL in names or "chosen" not in names):
+                kind = "unpaired"
             examples, report = data.prepare_examples(
                 table, self.tokenizer, kind=kind, max_length=config.max_length, truncation_mode=config.truncation_mode,
                 columns=self._columns(), invalid=config.invalid_rows, num_proc=config.dataset_num_proc,
             )  # fmt: skip
             for term in self.pair_terms:
                 data.require_columns(examples, term.loss.columns, term.name, report.columns)
-            return examples, report
+            return data.unpair(examples) if unpaired and kind == "preference" else examples, report
 
         examples, report = self.world.first(prepare)
         self.data_reports[name] = report
@@ -313,7 +321,9 @@ class Trainer:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.autocast_dtype)
 
-    def _objective(self, logp: Tensor, batch: PackedBatch, pair_count: int, nlls: float) -> tuple[Tensor, Tensor]:
+    def _objective(
+        self, logp: Tensor, batch: PackedBatch, stats: Statistics, pair_count: int, nlls: float
+    ) -> tuple[Tensor, Tensor]:
         """This micro-batch's share of the step's loss, and its metrics [len(PAIR_METRICS)], both on the device."""
         total = logp.new_zeros(())
         metrics = logp.new_zeros(len(PAIR_METRICS))
@@ -321,11 +331,11 @@ class Trainer:
             if term.name == SFT:
                 total = total + term.weight / (nlls or 1) * nll_sum(logp, batch, self.nll_reduction)
         if self.pair_terms:
-            share, metrics = self._pair_loss(logp, batch)
+            share, metrics = self._pair_loss(logp, batch, stats)
             total = total + share / pair_count
         return total, metrics
 
-    def _pair_loss(self, logp: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+    def _pair_loss(self, logp: Tensor, batch: PackedBatch, stats: Statistics) -> tuple[Tensor, Tensor]:
         """sum over terms and pairs of weight * loss, and the metrics as sums over pairs."""
         total = logp.new_zeros(())
         has_kernel = logp.is_cuda and batch.token_weight is None and "triton" in ops.available_backends()
@@ -336,8 +346,12 @@ class Trainer:
         plain = [t for t in self.pair_terms if t not in fused]
         x = pair_inputs(logp, batch, None if plain else out[1:])
         for term in plain:
-            total = total + term.weight * (batch.pair_weight * term.loss.fn(x, **term.hyper)).sum()
-        return total, pair_metrics(x, self.pair_terms[0])
+            if term.loss.of_step == losses.ORDER:
+                total = total + term.weight * stats.ordered_loss(x, term, batch)
+                continue
+            of_each = term.loss.fn(stats.of_term(x, term), **term.hyper)
+            total = total + term.weight * (of_each if batch.label is not None else batch.pair_weight * of_each).sum()
+        return total, pair_metrics(x._replace(kl=stats.kl), self.pair_terms[0])
 
     # ---------------------------------------------------------------- train
 
@@ -564,6 +578,8 @@ class Trainer:
         self.gradients.step_(self.optimizer, finite)
         self.callbacks.call("on_optimizer_step")
         self.scheduler.step()
+        if self.stepwide.reads_mean:
+            self.stepwide.commit(bool(finite))
         self.window.add(loss[0], metrics, norm, finite)
         for batch in self.done:  # here, so that a step cut short leaves no trace in the counters
             self.window.trunk(batch)
@@ -583,22 +599,30 @@ class Trainer:
 
     def _forward_backward(self, rows: list[int]) -> tuple[Tensor, Tensor]:
         """Gradients of this process's part of a step; returns its loss and metric sums, detached."""
-        pair_count = sum(len(self.examples[i].pairs) for i in rows)
+        pair_count = sum(loss_count(self.examples[i]) for i in rows)
         nlls = sum(nll_count(self.examples[i], self.nll_reduction) for i in rows)
         step_loss = torch.zeros((), device=self.device)
         step_metrics = torch.zeros(len(PAIR_METRICS), device=self.device)
         check_start = self.state.global_step == 0 and (self.starts_at_reference or self.start is not None)
         done, wrong = [], None
+        idle_rows = [min(rows, key=lambda i: self._tokens[i])]
+        stats = self.stepwide.statistics("train", rows)
+        at_once = not self.world.several and len(self.share) == 1
+        if self.stepwide.reads_rows and not at_once:
+            parts = self.stepwide.first_pass(self.share, self.rounds, self.examples, self.ref["train"], idle_rows)
+            self.stepwide.of_rows(stats, parts, self.examples, train=True)
         for k in range(self.rounds):
             idle = k >= len(self.share)
-            part = [min(rows, key=lambda i: self._tokens[i])] if idle else self.share[k]
+            part = idle_rows if idle else self.share[k]
             self.engine.sync_gradients(k == self.rounds - 1)
             batch = collate(self.examples, part, self.ref["train"]).to(self.device)
             logp = self.logp(self.engine, batch)
             if idle:
                 (0.0 * logp.sum()).backward()
                 continue
-            loss, metrics = self._objective(logp, batch, pair_count, nlls)
+            if self.stepwide.reads_rows and at_once:
+                self.stepwide.of_rows(stats, [(batch, logp)], self.examples, train=True)
+            loss, metrics = self._objective(logp, batch, stats, pair_count, nlls)
             if check_start:
                 wrong = wrong or self._wrong_start(logp.detach(), batch)
             loss.backward()
@@ -630,7 +654,8 @@ class Trainer:
         allowed = 0.1 if low_precision else 1e-4 * max(1.0, logp.abs().mean().item())
         if gap <= allowed:
             return None
-        x, start = pair_inputs(logp, batch), pair_inputs(start_logp, batch)
+        zero = logp.new_zeros(())  # what a step's statistics are at the start
+        x, start = (pair_inputs(v, batch)._replace(kl=zero, reward_mean=zero) for v in (logp, start_logp))
         got, expected = ([round(t.loss.fn(v, **t.hyper).mean().item(), 4) for t in self.pair_terms] for v in (x, start))
         return (
             f"the policy should start at its reference, but its token log-probabilities differ by {gap:.2g} on average "
@@ -667,21 +692,22 @@ class Trainer:
         """The training metrics on other data, every pair once whatever packing and ranks; keys carry `prefix`."""
         started = time.monotonic()
         tokens = [trunk_tokens(e) for e in examples]
-        pair_count = sum(len(e.pairs) for e in examples)
+        pair_count = sum(map(loss_count, examples))
         nlls = sum(nll_count(e, self.nll_reduction) for e in examples)
         sums = torch.zeros(1 + len(PAIR_METRICS), dtype=torch.float64, device=self.device)
         batches = pack_all(range(len(examples)), tokens, self.max_tokens)
-        rounds = -(-len(batches) // self.world.size)
+        share = batches[self.world.rank :: self.world.size]
+        rounds = -(-len(batches) // self.world.size) if self.engine.sharded else len(share)
         with eval_mode(self.model), self.policy.attach():
-            for k in range(rounds):
-                at = k * self.world.size + self.world.rank
-                if at >= len(batches) and not self.engine.sharded:
-                    break
-                batch = collate(examples, batches[at if at < len(batches) else 0], ref).to(self.device)
-                logp = self.logp(self.engine, batch)
-                if at < len(batches):
-                    loss, metrics = self._objective(logp, batch, pair_count, nlls)
-                    sums += torch.cat([loss.reshape(1), metrics])
+            stats = self.stepwide.statistics(prefix, range(len(examples)))
+            parts: Iterable[tuple[PackedBatch, Tensor]]
+            parts = self.stepwide.first_pass(share, rounds, examples, ref, batches[0])
+            if self.stepwide.reads_rows:
+                parts = list(parts)
+                self.stepwide.of_rows(stats, parts, examples, train=False)
+            for batch, logp in parts:
+                loss, metrics = self._objective(logp, batch, stats, pair_count, nlls)
+                sums += torch.cat([loss.reshape(1), metrics])
         total, *means = self.world.sum_(sums).tolist()
         seconds = time.monotonic() - started
         out = {"loss": total, **(metric_means(means, self.pair_terms) if self.pair_terms else {})}

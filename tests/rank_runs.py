@@ -34,6 +34,9 @@ CASES: dict[str, tuple[dict, int, bool, dict]] = {
     "bf16": ({"optim": "adamw_torch", "learning_rate": 0.01}, 21, False, {"dtype": torch.bfloat16}),
     "tr-dpo": ({"sync_ref_model": True, "ref_model_sync_steps": 2}, 21, False, {}),
     "inpo": ({"loss_type": "inpo", "beta": None, "loss_kwargs": {"eta": 0.5}}, 21, False, {"prev_model": 1}),
+    "kto": ({"loss_type": "kto"}, 11, False, {}),
+    "bco": ({"loss_type": "bco"}, 11, False, {}),
+    "aot": ({"loss_type": "aot"}, 21, False, {}),
     "checkpointing": ({"gradient_checkpointing": True, "max_steps": 2}, 21, False, {}),
 }
 LAYOUTS: dict[str, tuple[int, dict]] = {
@@ -81,7 +84,7 @@ def run(case: str, ranks: int, options: dict, out: Path, counts: bool = False, s
     args = {"output_dir": str(out.parent / out.stem), **OPTIONS, **changes, **options}
     result = fastpo.train(
         Toy.model(**model).to(dtype), Toy.rows(rows), processing_class=Toy.tokenizer(), args=args,
-        eval_dataset={"a": Toy.rows(5, seed=1), "b": Toy.rows(1, seed=2)}, **rest,
+        eval_dataset={"a": Toy.rows(5, seed=1), "b": Toy.rows(2 if case == "kto" else 1, seed=2)}, **rest,
     )  # fmt: skip
     named = dict(result.model.named_parameters())
     whole = {n: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone() for n, p in named.items()}

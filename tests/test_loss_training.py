@@ -76,6 +76,7 @@ LIKE_DPO = (
 # The mean loss where the policy is the reference, or of a policy without one. NLLs are means over the step's tokens.
 START = {
     **dict.fromkeys(LIKE_DPO, lambda v: LN2),
+    **dict.fromkeys(("aot", "aot_unpaired", "bco"), lambda v: LN2), "kto": lambda v: 0.5,
     "ipo": lambda v: 25.0, "hinge": lambda v: 1.0, "gpo_hinge": lambda v: 1.0, "gpo_exp": lambda v: 1.0,
     "gpo_sq": lambda v: 1.0, "gpo_tquad": lambda v: 1.0, "gpo_savage": lambda v: 0.25,
     "rdpo": lambda v: torch.log(1 + torch.exp(-0.01 * (v.nw - v.nl))).mean(),
@@ -275,8 +276,8 @@ def test_options_reach_the_loss(run):
 
 
 def test_what_is_refused(toy, run):
-    with pytest.raises(ConfigError, match="kto needs unpaired rows .* does not carry yet"):
-        run(loss_type="kto")
+    with pytest.raises(ConfigError, match="online_ipo needs pairs sampled .* does not carry yet"):
+        run(loss_type="online_ipo")
     with pytest.raises(ConfigError, match="orpo needs the prompt's log-probabilities"):
         run(loss_type="orpo")
     with pytest.raises(DataError, match="loss_type='sppo_single' needs the column 'win_prob'"):
@@ -321,6 +322,7 @@ def test_the_kernel_takes_what_it_knows_and_the_table_the_rest(monkeypatch):
     """The choice in Trainer._pair_loss, without a GPU: a stand-in for the fused path notes what it is asked for."""
     from fastpo import ops, trainer
     from fastpo.losses import Pairs
+    from fastpo.stepwide import Statistics
 
     asked = []
 
@@ -341,11 +343,13 @@ def test_the_kernel_takes_what_it_knows_and_the_table_the_rest(monkeypatch):
         new_zeros = staticmethod(torch.zeros)
         sum = staticmethod(lambda: torch.zeros(()))
 
-    batch = SimpleNamespace(pair_weight=torch.ones(2), token_weight=None)
+    batch = SimpleNamespace(pair_weight=torch.ones(2), token_weight=None, label=None)
     for names, kernel in ((["dpo", "apo_zero"], ["dpo"]), (["apo_zero"], []), (["dpo", "hinge"], ["dpo", "hinge"])):
         asked.clear()
         given.clear()
-        total, _ = trainer.Trainer._pair_loss(SimpleNamespace(pair_terms=resolve_terms(names)), OnGpu(), batch)
+        total, _ = trainer.Trainer._pair_loss(
+            SimpleNamespace(pair_terms=resolve_terms(names)), OnGpu(), batch, Statistics()
+        )
         assert asked == kernel and (given[0] is None) == (kernel != names)
         plain = [n for n in names if n not in kernel]
         expected = sum(LOSSES[n](*x[:4]).sum().item() for n in plain)

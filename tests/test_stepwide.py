@@ -1,0 +1,218 @@
+"""Losses that look at a whole step: the same numbers for any packing, against their formulas on full logits."""
+
+import json
+
+import pytest
+import torch
+
+import fastpo
+from fastpo import data
+from fastpo.data import DataError
+from fastpo.errors import ConfigError
+
+WIDE = ["kto", "bco", "aot", "aot_unpaired"]
+
+
+def unpaired_rows(toy, n=14, seed=3):
+    rows = [{"prompt": r["prompt"], "completion": r[k], "label": k == "chosen"} for r in toy.rows(n, seed=seed)
+            for k in ("chosen", "rejected")]  # fmt: skip
+    return rows[: n + 1]  # as many desirable as not, and one more
+
+
+@pytest.fixture
+def run(toy, tmp_path):
+    def call(rows, name="run", **options):
+        defaults = dict(
+            output_dir=str(tmp_path / name), disable_tqdm=True, use_cpu=True, bf16=False, logging_steps=1, max_steps=3,
+            per_device_train_batch_size=8, learning_rate=0.05, lr_scheduler_type="constant", optim="sgd", beta=0.5,
+            gradient_checkpointing=False, save_final=False, report=False, max_grad_norm=0.0,
+        )  # fmt: skip
+        rest = options.pop("rest", {})
+        return fastpo.train(
+            toy.model(), rows, processing_class=toy.tokenizer(), args={**defaults, **options}, **rest
+        )  # fmt: skip
+
+    return call
+
+
+def rows_for(toy, loss):
+    return unpaired_rows(toy) if loss in ("kto", "bco") else toy.rows(15)
+
+
+def logged(result, key):
+    return [line[key] for line in result.log_history if key in line]
+
+
+def weights(result):
+    return torch.cat([p.detach().flatten() for p in result.model.parameters()])
+
+
+@pytest.mark.parametrize("loss", WIDE)
+def test_packing_changes_nothing(toy, run, loss):
+    """One micro-batch a step, or one a row; accumulated or not; evaluation too."""
+    rows = rows_for(toy, loss)
+    rest = {"eval_dataset": rows[:9]}
+    runs = [
+        run(rows, f"run{i}", loss_type=loss, rest=rest, eval_steps=2, **cut)
+        for i, cut in enumerate([
+            {"max_tokens": 100_000}, {"max_tokens": 1},
+            {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "max_tokens": 60},
+        ])
+    ]  # fmt: skip
+    keys = ["loss", "eval_loss", "grad_norm", "rewards/chosen", *(["kl", "eval_kl"] if loss == "kto" else [])]
+    for other in runs[1:]:
+        for key in keys:
+            assert logged(other, key) == pytest.approx(logged(runs[0], key), rel=2e-5, abs=1e-6), key
+        torch.testing.assert_close(weights(other), weights(runs[0]), atol=1e-6, rtol=1e-5)
+
+
+def of_response(model, tokenizer, prompt, response):
+    ids = tokenizer(prompt + response + "<eos>")["input_ids"]
+    start = len(tokenizer(prompt)["input_ids"])
+    logits = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+    return logits[start - 1 : -1].gather(1, torch.tensor(ids[start:])[:, None]).sum()
+
+
+def logistic(u):
+    return -torch.nn.functional.logsigmoid(u)
+
+
+def expected_loss(loss, toy, rows, model, ref, beta, seen):
+    """The loss of one step over `rows` as its paper writes it; `seen` holds the log-ratios of the steps before."""
+    tokenizer = toy.tokenizer()
+
+    def ratio(prompt, response):
+        with torch.no_grad():
+            base = of_response(ref, tokenizer, prompt, response)
+        return of_response(model, tokenizer, prompt, response) - base
+
+    if loss in ("kto", "bco"):
+        a = torch.stack([ratio(r["prompt"], r["completion"]) for r in rows])
+        label = torch.tensor([r["label"] for r in rows])
+        if loss == "bco":
+            seen += a.detach().tolist()
+            u = beta * a - beta * torch.tensor(seen).double().mean()
+            return logistic(torch.where(label, u, -u)).mean()
+        n = len(rows)
+        others = [next(rows[(i + k) % n] for k in range(1, n) if rows[(i + k) % n]["prompt"] != rows[i]["prompt"])
+                  for i in range(n)]  # fmt: skip
+        with torch.no_grad():
+            z = torch.stack([ratio(r["prompt"], o["completion"]) for r, o in zip(rows, others, strict=True)]).mean()
+        u = beta * (a - z.clamp(min=0))
+        return torch.where(label, 1 - torch.sigmoid(u), 1 - torch.sigmoid(-u)).mean()
+    a = torch.stack([ratio(r["prompt"], r["chosen"]) for r in rows])
+    b = torch.stack([ratio(r["prompt"], r["rejected"]) for r in rows])
+    if loss == "aot_unpaired":
+        return logistic(beta * (a.sort().values - b.sort().values)).mean()
+    with torch.no_grad():
+        reference = [of_response(ref, tokenizer, r["prompt"], r["chosen"]) - of_response(
+            ref, tokenizer, r["prompt"], r["rejected"]) for r in rows]  # fmt: skip
+    reference = torch.stack(reference)
+    return logistic(beta * ((a - b + reference).sort().values - reference.sort().values)).mean()
+
+
+@pytest.mark.parametrize("loss", WIDE)
+def test_steps_of_plain_pytorch(toy, run, loss):
+    """Three steps of SGD over all rows, in fp64 on full logits."""
+    rows = rows_for(toy, loss)
+    model, ref = toy.model().double(), toy.model().double()
+    optimizer, losses, seen = torch.optim.SGD(model.parameters(), lr=2.0), [], []
+    for _ in range(3):
+        value = expected_loss(loss, toy, rows, model, ref, 0.5, seen)
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        losses.append(value.item())
+    result = run(rows, loss_type=loss, per_device_train_batch_size=len(rows), max_tokens=90, learning_rate=2.0)
+    assert losses[2] < losses[0]
+    assert logged(result, "loss") == pytest.approx(losses, rel=1e-4)
+    expected = torch.cat([p.detach().flatten() for p in model.parameters()])
+    torch.testing.assert_close(weights(result).double(), expected, atol=2e-5, rtol=1e-3)
+
+
+def test_pairs_become_unpaired_rows(toy, run):
+    rows = toy.rows(6)
+    flat = [{"prompt": r["prompt"], "completion": r[k], "label": int(k == "chosen")} for r in rows
+            for k in ("chosen", "rejected")]  # fmt: skip
+    one, two = (
+        run(r, name, loss_type="kto", train_sampling_strategy="sequential") for r, name in ((rows, "a"), (flat, "b"))
+    )
+    assert logged(one, "loss") == logged(two, "loss") and torch.equal(weights(one), weights(two))
+    assert "rewards/margins" in one.log_history[0] and "rewards/accuracies" not in one.log_history[0]
+
+
+def test_the_mean_reward_goes_on_after_a_resume(toy, run):
+    rows = unpaired_rows(toy)
+    options = dict(loss_type="bco", save_steps=2, max_steps=4)
+    whole = run(rows, "whole", **options)
+    run(rows, "cut", **{**options, "max_steps": 2})
+    resumed = run(rows, "cut", **options, resume_from_checkpoint=True)
+    assert torch.equal(weights(resumed), weights(whole))
+    assert logged(resumed, "loss") == logged(whole, "loss")
+
+
+def test_a_kl_of_other_prompts(toy):
+    tokenizer = toy.tokenizer()
+    rows = [
+        {"prompt": p, "completion": f" w{i}", "label": True} for i, p in enumerate(["w1 w2", "w1 w2", "w3", "w4 w5"])
+    ]
+    examples, _ = data.prepare_examples(rows, tokenizer, kind="unpaired", max_length=3)
+    found = data.mismatched(examples, 3)
+    assert [e.responses[0].tolist() for e in found] == [
+        [5],
+        [5],
+        [6],
+        [3],
+    ]  # w2, w2, w3, w0, cut to 3 with their prompts
+    assert all(a.prompt_ids is b.prompt_ids for a, b in zip(found, examples, strict=True))
+    with pytest.raises(DataError, match="all rows have the same prompt"):
+        data.mismatched(examples[:2], None)
+
+
+def test_mixtures_and_balance(toy, run, caplog):
+    rows = unpaired_rows(toy)
+    result = run(
+        rows, loss_type=["kto", "sft"], loss_weights=[1.0, 0.5], loss_kwargs={"desirable_weight": 3.0}, max_steps=1
+    )
+    assert "kto: desirable_weight x 8 rows is 3.43 of undesirable_weight x 7 rows" in caplog.text
+    model, tokenizer = toy.model().double(), toy.tokenizer()
+    desirable = [r for r in rows if r["label"]]
+    # One step of 8 rows: the sft term is the mean over tokens of the desirable ones among them.
+    assert result.log_history[0]["loss"] > 0.5
+    whole = run(rows, "whole", loss_type=["kto", "sft"], loss_weights=[0.0, 1.0], max_steps=1,
+                per_device_train_batch_size=len(rows))  # fmt: skip
+    with torch.no_grad():
+        sums = [of_response(model, tokenizer, r["prompt"], r["completion"]) for r in desirable]
+    lengths = [len(tokenizer(r["completion"] + "<eos>")["input_ids"]) for r in desirable]
+    assert whole.log_history[0]["loss"] == pytest.approx(-sum(sums).item() / sum(lengths), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "message"),
+    [
+        (lambda t: unpaired_rows(t), {"loss_type": "dpo"}, "rows with 'completion' are for loss_type=kto or bco"),
+        (lambda t: unpaired_rows(t), {"loss_type": ["kto", "dpo"]}, "kto takes unpaired rows and dpo pairs"),
+        (lambda t: [r | {"label": "good"} for r in unpaired_rows(t)], {"loss_type": "kto"},
+         "must be true or false, not 'good'"),
+        (lambda t: [{"prompt": "w1", "completion": "w2"}] * 3, {"loss_type": "bco"}, "unpaired rows need the columns"),
+        (lambda t: [r | {"weight": 2.0} for r in t.rows(4)], {"loss_type": "aot"}, "leave the column weight out"),
+        (lambda t: t.rows(4), {"loss_type": "aot", "disable_dropout": False}, "dropout must be off: disable_dropout"),
+    ],
+)  # fmt: skip
+def test_bad_input(toy, run, rows, options, message):
+    with pytest.raises((ConfigError, DataError), match=message):
+        run(rows(toy), **options)
+
+
+def test_the_command_reads_unpaired_rows(toy, tmp_path):
+    from fastpo import cli
+
+    toy.model().save_pretrained(tmp_path / "model")
+    toy.tokenizer().save_pretrained(tmp_path / "model")
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in unpaired_rows(toy)))
+    options = ["--loss-type", "kto", "--loss-kwargs", '{"undesirable_weight": 1.1}', "--max-steps", "1", "--use-cpu",
+               "--disable-tqdm", "--no-report", "--output-dir", str(tmp_path / "out")]  # fmt: skip
+    assert cli.main(["train", "--model", str(tmp_path / "model"), "--train-dataset", str(path), *options]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[0]["kl"] == 0 or abs(lines[0]["kl"]) < 1e-5
