@@ -131,10 +131,11 @@ def _logps(run: "Trainer", plan: list[tuple[int, list[int]]], role: Role, sets: 
             stack.enter_context(run.policy.model.disable_adapter())  # type: ignore[operator]
         cache = _cache(run, role, fingerprint)
         out = _pass(run, engine, cache, sets, {row for _, step in plan for row in step}, role.name)
-    # Its log-probabilities are all that training needs of it; FSDP's modules hold each other.
-    setattr(run, role.model, None)
-    engine = None
-    gc.collect()
+    if getattr(run, role.model) is not None:
+        # Its log-probabilities are all that training needs of it; FSDP's modules hold each other.
+        setattr(run, role.model, None)
+        engine = None
+        gc.collect()
     if run.world.main:
         _keep(run, role, sets, out)
     return out
