@@ -22,6 +22,7 @@ INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 if not INTERPRET and not torch.cuda.is_available():
     pytest.skip("needs TRITON_INTERPRET=1 in its own process, or a GPU", allow_module_level=True)
 
+from fastpo import losses as table  # noqa: E402
 from fastpo.kernels import logprob, preference, reference  # noqa: E402
 
 DEVICE = "cpu" if INTERPRET else "cuda"
@@ -395,6 +396,29 @@ def test_coefficients_by_central_differences(loss, curvature):
             expected = ((moved[0] - moved[1]) / (2 * h)).item()
             assert result.coef[pair, side].item() == pytest.approx(expected, rel=1e-4, abs=1e-6)
             assert torch.equal(result.dlogp[first], result.coef[pair, side])
+
+
+@pytest.mark.parametrize("loss, curvature", LOSSES)
+def test_the_kernel_is_the_table(loss, curvature):
+    """Losses and closed-form coefficients of fastpo.losses, in fp64 on the kernel's own sums."""
+    case = preference_case(CLASSIC, "token")
+    result = preference.preference_fwd(**case, **loss, unique=True)
+    hyper = dict(loss)
+    entry = table.LOSSES[hyper.pop("loss_type")]
+    if "ipo_mean" in hyper:
+        hyper["ipo_reduce"] = "mean" if hyper.pop("ipo_mean") else "sum"
+    sums = [getattr(result, f"{who}_logps").double() for who in ("chosen", "rejected", "ref_chosen", "ref_rejected")]
+    lengths = torch.tensor(LENGTHS).clamp(min=1).double()[torch.tensor(CLASSIC)]  # the mean of nothing is 0
+    arguments = dict(
+        chosen_len=lengths[:, 0], rejected_len=lengths[:, 1], win_prob_chosen=case["win_prob_chosen"].double(),
+        win_prob_rejected=case["win_prob_rejected"].double(),
+    )  # fmt: skip
+    sums = [v.cpu() for v in sums]
+    arguments = {k: v.cpu() for k, v in arguments.items()}
+    torch.testing.assert_close(result.losses.cpu().double(), entry(*sums, **arguments, **hyper), rtol=1e-5, atol=1e-5)
+    coefficients = torch.stack(entry.coefficients(*sums, **arguments, **hyper), 1)
+    expected = case["weight"].cpu()[:, None] * coefficients
+    torch.testing.assert_close(result.coef.cpu().double(), expected.double(), rtol=1e-5, atol=1e-6)
 
 
 def one_pair(margin: float) -> dict[str, Tensor | None]:
