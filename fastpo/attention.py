@@ -1,8 +1,9 @@
 """Attention over packed sequences, registered in transformers under the name "fastpo".
 
-Many causal chains lie end to end in one row of T tokens; a token attends to its own chain only. The chains come as a
-`Layout` through the model's keyword arguments, so that gradient checkpointing sees them again when it recomputes. No
-mask over the whole pack exists at any time. Whatever a model asks for that is not computed exactly here is refused.
+Many causal chains lie end to end in one row of T tokens; a token attends to its own chain, and where its response
+shares a prompt with others, to that prompt: a `Branch`. They come as a `Layout` through the model's keyword arguments,
+so that gradient checkpointing sees them again when it recomputes. No mask over the whole pack exists at any time.
+Whatever a model asks for that is not computed exactly here is refused.
 
 T = packed tokens, C = chains, H = query heads, G = key and value heads (H a multiple of G), L = tokens of one chain.
 """
@@ -21,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
 from fastpo.errors import ConfigError, UnsupportedModelError
+from fastpo.packing import Branch
 
 NAME = "fastpo"
 BACKENDS = ("flash_attn", "varlen", "sdpa")
@@ -40,17 +42,23 @@ class Layout:
     """Where the causal chains of a packed row lie. Host integers; the device copy only where a kernel reads it."""
 
     cu_seqlens: tuple[int, ...]  # C + 1 boundaries
-    max_seqlen: int
+    max_seqlen: int  # the longest way from a token back to the beginning of its prompt
     cu_seqlens_device: Tensor | None = None  # [C + 1] int32
+    branches: tuple[Branch, ...] = ()
 
     @classmethod
-    def from_chains(cls, cu_seqlens: tuple[int, ...], device: torch.device) -> Self:
+    def from_chains(cls, cu_seqlens: tuple[int, ...], device: torch.device, branches: tuple[Branch, ...] = ()) -> Self:
         """The layout of chains with boundaries `cu_seqlens` (0 first) for a model on `device`; no synchronisation."""
         boundaries = tuple(cu_seqlens)
         on_device = None
-        if device.type == "cuda":
+        if device.type == "cuda" and not branches:
             on_device = torch.tensor(boundaries, dtype=torch.int32, pin_memory=True).to(device, non_blocking=True)
-        return cls(boundaries, max(_lengths(boundaries)), on_device)
+        longest = max(_lengths(boundaries))
+        prompts = _prompts(boundaries, branches)
+        for chain, start in enumerate(boundaries[:-1]):
+            if prompt := prompts.get(start):
+                longest = max(longest, prompt[1] - prompt[0] + boundaries[chain + 1] - start)
+        return cls(boundaries, longest, on_device, tuple(branches))
 
     @property
     def lengths(self) -> list[int]:
@@ -59,6 +67,19 @@ class Layout:
 
 def _lengths(cu_seqlens: tuple[int, ...]) -> list[int]:
     return [b - a for a, b in zip(cu_seqlens, cu_seqlens[1:], strict=False)]
+
+
+def _prompts(cu_seqlens: tuple[int, ...], branches: tuple[Branch, ...]) -> dict[int, tuple[int, int]]:
+    """Where the chain that begins at a token has its prompt, of chains in branches."""
+    starts = iter(sorted(branches))
+    out: dict[int, tuple[int, int]] = {}
+    branch = next(starts, None)
+    for start in cu_seqlens[:-1]:
+        while branch is not None and start >= branch.stop:
+            branch = next(starts, None)
+        if branch is not None and start >= branch.start:
+            out[start] = (branch.prompt, branch.prompt_stop)
+    return out
 
 
 def register() -> None:
@@ -94,7 +115,8 @@ def packed_attention(
     # A window that no chain outgrows is no window.
     window = sliding_window if sliding_window and sliding_window < fastpo_layout.max_seqlen else None
     softcap = softcap or None
-    backend = _choose_backend(query, value, dropout, softcap, s_aux)
+    # Chains on shared prompts go through no varlen kernel yet: two calls and their merge are unmeasured on a GPU.
+    backend = "sdpa" if fastpo_layout.branches else _choose_backend(query, value, dropout, softcap, s_aux)
     if backend == "sdpa":
         out = _segment_attention(query, key, value, fastpo_layout, scale, dropout, window, softcap, s_aux)
     else:
@@ -259,14 +281,20 @@ def _segment_attention(
     """Chain by chain, anywhere and in any dtype -> [1, T, H, Dv]."""
     plain = window is None and softcap is None and s_aux is None and dropout == 0.0
     if plain and query.device.type == "cpu" and query.shape[-1] == value.shape[-1]:
-        return _CpuAttention.apply(query, key, value, layout.cu_seqlens, scale)
+        return _CpuAttention.apply(query, key, value, layout.cu_seqlens, layout.branches, scale)
     if query.shape[1] != key.shape[1]:
         groups = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     outputs = []
+    prompts = _prompts(layout.cu_seqlens, layout.branches)
     # One split is one concatenation in the backward; slices would each make a gradient of all T tokens.
-    for q, k, v in zip(*(x.split(layout.lengths, dim=2) for x in (query, key, value)), strict=True):
-        if softcap is None and s_aux is None and (window is None or window >= q.shape[2]):
+    chains = zip(*(x.split(layout.lengths, dim=2) for x in (query, key, value)), strict=True)
+    for start, (q, k, v) in zip(layout.cu_seqlens, chains, strict=False):
+        if start in prompts and q.shape[2]:
+            first, stop = prompts[start]
+            k, v = (torch.cat([x[:, :, first:stop], own], 2) for x, own in ((key, k), (value, v)))
+            out = _blocked_attention(q, k, v, scale, dropout, window, softcap, s_aux)
+        elif softcap is None and s_aux is None and (window is None or window >= q.shape[2]):
             out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scale)
         else:
             out = _blocked_attention(q, k, v, scale, dropout, window, softcap, s_aux)
@@ -276,7 +304,7 @@ def _segment_attention(
 
 def _blocked_attention(
     query: Tensor,  # [1, H, L, Dq]
-    key: Tensor,
+    key: Tensor,  # [1, H, P + L, Dq], P tokens of a prompt before the chain
     value: Tensor,
     scale: float,
     dropout: float,
@@ -285,13 +313,13 @@ def _blocked_attention(
     s_aux: Tensor | None,
 ) -> Tensor:
     """One chain in blocks of queries, each with the keys that it can see, so that memory is linear in L."""
-    length = query.shape[2]
+    length, before = key.shape[2], key.shape[2] - query.shape[2]
     explicit = softcap is not None or s_aux is not None
     outputs = []
-    for start in range(0, length, _QUERY_BLOCK):
+    for start in range(before, length, _QUERY_BLOCK):
         stop = min(start + _QUERY_BLOCK, length)
         first = 0 if window is None else max(0, start - window + 1)
-        q, k, v = query[:, :, start:stop], key[:, :, first:stop], value[:, :, first:stop]
+        q, k, v = query[:, :, start - before : stop - before], key[:, :, first:stop], value[:, :, first:stop]
         offset = torch.arange(start, stop, device=query.device)[:, None] - torch.arange(
             first, stop, device=query.device
         )  # [queries, keys], how far back the key lies
@@ -381,10 +409,11 @@ def _group(starts: list[int], lengths: list[int], total: int) -> _Group:
 
 
 class _CpuAttention(torch.autograd.Function):
-    """PyTorch's CPU flash kernel over every chain, writing straight into packed outputs.
+    """PyTorch's CPU flash kernel over every chain and every branch's prompt, writing straight into packed outputs.
 
     Against a loop over `scaled_dot_product_attention` it keeps one output instead of two, repeats no key or value head,
-    and runs short chains together.
+    and runs short chains together. A branch attends to itself and to its prompt in two calls, merged by their
+    log-sum-exp; with the merged output and log-sum-exp the kernel's backward of each call is exact.
     """
 
     @staticmethod
@@ -394,41 +423,62 @@ class _CpuAttention(torch.autograd.Function):
         key: Tensor,
         value: Tensor,
         cu_seqlens: tuple[int, ...],
+        branches: tuple[Branch, ...],
         scale: float,
     ) -> Tensor:
         _, heads, tokens, width = query.shape
         plan = _plan(cu_seqlens, heads * width)
         out = query.new_empty(1, tokens + 1, heads, width)  # row T takes the padding
-        lse = []
+        lse = query.new_empty(1, tokens + 1, heads, 1, dtype=torch.promote_types(query.dtype, torch.float32))
         for group in plan:
             q, k, v = (_take(x, group) for x in (query, key, value))
-            result, group_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                q, k, v, 0.0, True, scale=scale
-            )
+            result, group_lse = _flash(q, k, v, 0.0, True, scale=scale)
             _put(out, result, group)
-            lse.append(group_lse)
-        out = out[:, :tokens]
-        ctx.save_for_backward(query, key, value, out, *lse)
-        ctx.plan, ctx.scale = plan, scale
+            _put(lse, group_lse.unsqueeze(-1), group)
+        for start, stop, first, last in branches:
+            result, prompt_lse = _flash(
+                query[:, :, start:stop], key[:, :, first:last], value[:, :, first:last], 0.0, False, scale=scale
+            )
+            own, own_lse = out[:, start:stop], lse[:, start:stop]
+            prompt_lse = prompt_lse.transpose(1, 2).unsqueeze(-1)  # [1, tokens of the branch, H, 1]
+            merged = torch.logaddexp(own_lse, prompt_lse)
+            own.copy_(own * (own_lse - merged).exp() + result.transpose(1, 2) * (prompt_lse - merged).exp())
+            own_lse.copy_(merged)
+        out, lse = out[:, :tokens], lse[:, :tokens]
+        ctx.save_for_backward(query, key, value, out, lse)
+        ctx.plan, ctx.branches, ctx.scale = plan, branches, scale
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, out, *lse = ctx.saved_tensors
+        query, key, value, out, lse = ctx.saved_tensors
         tokens = query.shape[2]
         grads = [x.new_empty(1, tokens + 1, x.shape[1], x.shape[3]) for x in (query, key, value)]
-        dout, out = dout.transpose(1, 2), out.transpose(1, 2)
-        for group, group_lse in zip(ctx.plan, lse, strict=True):
-            q, k, v, o, do = (_take(x, group) for x in (query, key, value, out, dout))
+        dout, out, lse = dout.transpose(1, 2), out.transpose(1, 2), lse.transpose(1, 2)
+        for group in ctx.plan:
+            q, k, v, o, do, group_lse = (_take(x, group) for x in (query, key, value, out, dout, lse))
             if group.padding is not None:  # padded queries must add nothing to the real keys and values
                 do.transpose(1, 2).flatten(0, 1).index_fill_(0, group.padding, 0.0)
-            parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                do, q, k, v, o, group_lse, 0.0, True, scale=ctx.scale
-            )
+                # Not another token's, of which an exponential might be infinite.
+                group_lse.transpose(1, 2).flatten(0, 1).index_fill_(0, group.padding, _NO_WEIGHT)
+            parts = _flash_backward(do, q, k, v, o, group_lse.squeeze(-1), 0.0, True, scale=ctx.scale)
             for grad, part in zip(grads, parts, strict=True):
                 _put(grad, part, group)
-        return *(g[:, :tokens].transpose(1, 2) for g in grads), None, None
+        for start, stop, first, last in ctx.branches:
+            of_branch, of_prompt = slice(start, stop), slice(first, last)
+            parts = _flash_backward(
+                dout[:, :, of_branch], query[:, :, of_branch], key[:, :, of_prompt], value[:, :, of_prompt],
+                out[:, :, of_branch], lse[:, :, of_branch].squeeze(-1), 0.0, False, scale=ctx.scale,
+            )  # fmt: skip
+            for grad, part, rows in zip(grads, parts, (of_branch, of_prompt, of_prompt), strict=True):
+                grad[:, rows] += part.transpose(1, 2)
+        return *(g[:, :tokens].transpose(1, 2) for g in grads), None, None, None
+
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+_NO_WEIGHT = 1e30  # a log-sum-exp under which every score's exponential is 0
 
 
 def _take(x: Tensor, group: _Group) -> Tensor:

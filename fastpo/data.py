@@ -79,6 +79,7 @@ class Example:
     # then the shortest of them.
     response_prompts: list[np.ndarray] | None = None
     token_weights: list[np.ndarray] | None = None  # K arrays [len_k] fp32, where the data have them
+    share: bool = False  # the responses share one copy of the prompt in the trunk
 
     def prompt_of(self, response: int) -> np.ndarray:
         """The prompt ids that response number `response` continues."""

@@ -90,7 +90,7 @@ class Policy:
         """Last hidden states [T, D], after the final norm, of a packed batch. The policy must be attached."""
         if self._originals is None:
             raise RuntimeError("Policy.hidden needs packed attention: call it inside `with policy.attach():`")
-        layout = Layout.from_chains(batch.cu_seqlens, batch.input_ids.device)
+        layout = Layout.from_chains(batch.cu_seqlens, batch.input_ids.device, batch.branches)
         return self._trunk_forward(batch.input_ids, batch.position_ids, layout)
 
     def logp(self, batch: PackedBatch, memory_budget: int | None = None, return_entropy: bool = False) -> Any:

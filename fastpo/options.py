@@ -369,7 +369,7 @@ FOREIGN: dict[str, dict[str, str]] = {
 # TRL's loss types: their names here, or None where fastpo.train does not carry what they need yet.
 TRL_LOSSES: dict[str, str | None] = {
     "sigmoid": "dpo", "hinge": "hinge", "ipo": "ipo", "robust": "robust", "sppo_hard": "sppo_hard", "sft": "sft",
-    "exo_pair": "exo_pair", "nca_pair": "nca_pair", "bco_pair": "bco_pair", "aot": None, "aot_unpaired": None,
+    "exo_pair": "exo_pair", "nca_pair": "nca_pair", "bco_pair": "bco_pair", "aot": "aot", "aot_unpaired": "aot_unpaired",
     "apo_zero": "apo_zero", "apo_down": "apo_down", "discopop": "discopop", "sigmoid_norm": "sigmoid_norm",
 }
 # fmt: on

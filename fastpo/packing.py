@@ -5,7 +5,7 @@ T = packed tokens of the trunk, N = head rows (completion tokens), S = responses
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -14,13 +14,24 @@ from torch import Tensor
 from fastpo.data import Example
 
 
+class Branch(NamedTuple):
+    """Whole chains [start, stop) that continue the first tokens of another chain, [prompt, prompt_stop)."""
+
+    start: int
+    stop: int
+    prompt: int
+    prompt_stop: int
+
+
 @dataclass(slots=True)
 class PackedBatch:
     """One micro-batch: a forest of prompts and their responses, without padding.
 
     A prompt is a segment; each response is a segment whose parent is its prompt. Without sharing, every response has
-    its own copy of the prompt, the two are adjacent, and together they form one causal chain. The last token of a
-    response predicts nothing, so it never enters the trunk; the last of a prompt predicts the first of its response.
+    its own copy of the prompt, the two are adjacent, and together they form one causal chain. A shared prompt forms one
+    with its first response; each other response is a chain of its own, and together they are a branch of that prompt.
+    The last token of a response predicts nothing, so it never enters the trunk; the last of a prompt predicts the first
+    of each of its responses.
     """
 
     input_ids: Tensor  # [T] int64
@@ -28,6 +39,7 @@ class PackedBatch:
     seg_offsets: tuple[int, ...]  # G + 1 cumulative tokens; host
     seg_parents: tuple[int, ...]  # G; -1 for a prompt; host
     cu_seqlens: tuple[int, ...]  # C + 1 boundaries of the causal chains; host
+    branches: tuple[Branch, ...]  # of shared prompts; host
     logit_rows: Tensor  # [N] int64: the position whose hidden state predicts each target
     target: Tensor  # [N] int64
     response_offsets: Tensor  # [S + 1] int32, cumulative rows per response
@@ -61,7 +73,10 @@ class PackedBatch:
 
 
 def trunk_tokens(example: Example) -> int:
-    """Tokens that the example puts through the trunk: its prompt once a response, every response but its last token."""
+    """Tokens that the example puts through the trunk: its prompt once a response, or once where it is shared, and every
+    response but its last token."""
+    if example.share:
+        return len(example.prompt_ids) + sum(len(r) - 1 for r in example.responses)
     return sum(len(example.prompt_of(k)) + len(r) - 1 for k, r in enumerate(example.responses))
 
 
@@ -98,7 +113,8 @@ def collate(
     win_rejected: list[float] = []
     ref_sums: list[float] = []
     labels: list[float] = []
-    start = 0
+    branches: list[Branch] = []
+    start = num_tokens = 0
     for i in indices:
         example = examples[i]
         first_response = len(response_lengths)
@@ -109,14 +125,23 @@ def collate(
             weights.append(weight)
             preferred.setdefault(winner, weight)
         _win_probs(example, win_chosen, win_rejected)
+        root, root_segment = start, len(seg_parents)  # of the example's first prompt
         for k, response in enumerate(example.responses):
             prompt = example.prompt_of(k)
-            length = len(prompt) + len(response) - 1
-            ids += [prompt, response[:-1]]
-            positions.append(np.arange(length))
-            seg_parents += [-1, len(seg_parents)]
-            seg_lengths += [len(prompt), len(response) - 1]
-            rows.append(np.arange(start + len(prompt) - 1, start + length))
+            if k and example.share:
+                length = len(response) - 1
+                ids.append(response[:-1])
+                positions.append(np.arange(len(prompt), len(prompt) + length))
+                seg_parents.append(root_segment)
+                seg_lengths.append(length)
+                rows += [np.array([root + len(prompt) - 1]), np.arange(start, start + length)]
+            else:
+                length = len(prompt) + len(response) - 1
+                ids += [prompt, response[:-1]]
+                positions.append(np.arange(length))
+                seg_parents += [-1, len(seg_parents)]
+                seg_lengths += [len(prompt), len(response) - 1]
+                rows.append(np.arange(start + len(prompt) - 1, start + length))
             targets.append(response)
             weight = preferred.get(k, 0.0) if example.pairs else 1.0
             if "label" in example.response_columns:
@@ -126,11 +151,17 @@ def collate(
             if example.token_weights is not None:
                 token_weights.append(example.token_weights[k])
                 nll[-1] *= example.token_weights[k]
-            chain_lengths.append(length)
+            if length:
+                chain_lengths.append(length)
             response_lengths.append(len(response))
             start += length
+            num_tokens += len(prompt) + len(response)
             if ref_logps is not None:
                 ref.append(ref_logps[i][k])
+        if example.share:
+            after_first = root + len(example.prompt_ids) + len(example.responses[0]) - 1
+            if start > after_first:
+                branches.append(Branch(after_first, start, root, root + len(example.prompt_ids)))
         ref_sums += example.response_columns.get("ref_logps", [])
     n_responses = len(response_lengths)
     flat_pairs = [r for pair in pairs for r in pair]
@@ -140,6 +171,7 @@ def collate(
         seg_offsets=_offsets(seg_lengths),
         seg_parents=tuple(seg_parents),
         cu_seqlens=_offsets(chain_lengths),
+        branches=tuple(branches),
         logit_rows=_int64(rows),
         target=_int64(targets),
         response_offsets=torch.tensor(_offsets(response_lengths), dtype=torch.int32),
@@ -153,7 +185,7 @@ def collate(
         ref_logp=torch.from_numpy(np.concatenate(ref).astype(np.float32)) if ref else None,
         ref_response_logps=torch.tensor(ref_sums, dtype=torch.float32) if len(ref_sums) == n_responses else None,
         examples=tuple(indices),
-        num_tokens=start + n_responses,
+        num_tokens=num_tokens,
         unique=sorted(flat_pairs) == list(range(n_responses)),
     )
 

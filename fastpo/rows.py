@@ -244,7 +244,7 @@ def _missing_column(name: str, required: Sequence[str], columns: list[str], kind
     if kind == "sft" and "chosen" in columns:
         return f"{message}: to train on the chosen responses rename 'chosen' to 'completion'"
     if kind == "preference" and "completion" in columns:
-        fits = "kto or bco" if LABEL in columns else "sft"
+        fits = "'kto' or 'bco'" if LABEL in columns else "'sft'"
         return f"{message}: rows with 'completion' are for loss_type={fits}"
     return message
 

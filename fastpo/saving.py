@@ -337,7 +337,7 @@ def terminable(run: "Trainer") -> Iterator[None]:
         return
 
     def stop(number: int, frame: Any) -> None:
-        if run.updating:  # a step takes effect whole: try again when it has
+        if run.updating or run.writing:  # a step takes effect whole, and a line is written once: try again then
             signal.setitimer(signal.ITIMER_REAL, 0.05)
         else:
             raise SystemExit(128 + signal.SIGTERM)
@@ -350,6 +350,16 @@ def terminable(run: "Trainer") -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGALRM, alarm)
+
+
+@contextlib.contextmanager
+def whole(run: "Trainer") -> Iterator[None]:
+    """Inside, SIGTERM waits: a log line and the note that it is written go together."""
+    run.writing = True
+    try:
+        yield
+    finally:
+        run.writing = False
 
 
 # ---- disks

@@ -402,6 +402,7 @@ class Trainer:
         self.elapsed, self.rows_done = 0.0, 0  # seconds of training before this process; rows so far
         self.saved_step = -1  # of the last whole checkpoint of this run
         self.updating = False  # whether the weights are between two steps, or not the policy's
+        self.writing = False  # whether a log line is being written
         self.rng: dict[str, Any] | None = None  # inside a step, the random states at its beginning
         self.reference_start = 0  # step of the plan from which a moving reference stands still
         self.seen = 0  # rows of the epoch
@@ -555,8 +556,10 @@ class Trainer:
 
     def _log_and_evaluate(self, bar: tqdm | None) -> None:
         if self.callbacks.control.should_log and not self.todo.get("logged"):
-            self.todo["logged"] = True
-            self._log(self.window.flush(self.todo["learning_rate"], self.num_tokens), bar)
+            with saving.whole(self):
+                metrics = self.window.flush(self.todo["learning_rate"], self.num_tokens)
+                self.todo["logged"] = True
+                self._log(metrics, bar)
             self.callbacks.agree(self.world.group)
         if self.callbacks.control.should_evaluate:
             better = self._evaluate_all()
@@ -676,8 +679,9 @@ class Trainer:
             for name, examples in self.eval_sets.items():
                 if name not in done:
                     metrics = self.evaluate(examples, self.ref[name], name)
-                    done[name] = metrics
-                    self._log(metrics)
+                    with saving.whole(self):
+                        done[name] = metrics
+                        self._log(metrics)
             if self.config.sample_generations:
                 self._sample()
         for metrics in done.values():

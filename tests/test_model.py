@@ -492,7 +492,10 @@ def test_guard_finds_leakage_between_chains(monkeypatch: pytest.MonkeyPatch) -> 
     from fastpo import model as module
     from fastpo.attention import Layout
 
-    monkeypatch.setattr(module.Layout, "from_chains", classmethod(lambda cls, cu, device: Layout((0, cu[-1]), cu[-1])))
+    def one_chain(cls, cu, device, branches=()):
+        return Layout((0, cu[-1]), cu[-1])
+
+    monkeypatch.setattr(module.Layout, "from_chains", classmethod(one_chain))
     with pytest.raises(UnsupportedModelError, match="own logits"):
         verify_policy(Policy(make_model("llama")), make_examples())
 

@@ -190,7 +190,7 @@ def test_mixtures_and_balance(toy, run, caplog):
 @pytest.mark.parametrize(
     ("rows", "options", "message"),
     [
-        (lambda t: unpaired_rows(t), {"loss_type": "dpo"}, "rows with 'completion' are for loss_type=kto or bco"),
+        (lambda t: unpaired_rows(t), {"loss_type": "dpo"}, "rows with 'completion' are for loss_type='kto' or 'bco'"),
         (lambda t: unpaired_rows(t), {"loss_type": ["kto", "dpo"]}, "kto takes unpaired rows and dpo pairs"),
         (lambda t: [r | {"label": "good"} for r in unpaired_rows(t)], {"loss_type": "kto"},
          "must be true or false, not 'good'"),
