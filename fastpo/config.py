@@ -89,6 +89,8 @@ class TrainConfig:
     discopop_tau: float = _opt(0.05, "loss", "discopop: temperature of the blend")
     f_divergence_type: str = _opt("reverse_kl", "loss", "dpo: the divergence from the reference; other than reverse_kl it is the loss fdpo", ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"))
     f_alpha_divergence_coef: float = _opt(0.5, "loss", "f_divergence_type=alpha_divergence: its alpha")
+    ld_alpha: float | None = _opt(None, "loss", "dpo, which is then ld_dpo: weight of the tokens past the pair's shorter response")
+    use_weighting: bool = _opt(False, "loss", "dpo, which is then wpo with clamp_weight=false: pairs weighted by how likely the policy is to say them")
     loss_kwargs: dict | None = _opt(None, "loss", "further hyper-parameters of the losses, such as {cpo_alpha: 0.5}; `fastpo losses NAME` has their names")
     precompute_ref_log_probs: bool = _opt(True, "loss", "the reference is always computed once, ahead, and cached: True and False train alike")
     sync_ref_model: bool = _opt(False, "loss", "TR-DPO: every ref_model_sync_steps steps the reference moves towards the policy")

@@ -19,6 +19,7 @@ class Note(NamedTuple):
 _FLIPPED = "labels that are wrong now and then"
 _GPO_UNVERIFIED = "The formula is from knowledge of the paper, and beta is ours: neither was read in a primary source."
 _IPO_UNVERIFIED = "The formula is from knowledge of the paper, not read in a primary source."
+_LIVE = "The reference stays in memory: `ref_model`, or with a new adapter the base, or a copy of the trainable weights. A micro-batch takes its forward pass too, three more GEMMs of the head, and three or four in the backward. Not with fsdp or sync_ref_model, nor from the columns ref_chosen_logps and ref_rejected_logps."
 
 # fmt: off
 NOTES: dict[str, Note] = {
@@ -60,11 +61,11 @@ NOTES: dict[str, Note] = {
     "aot": Note("preferences between distributions of margins instead of between pairs", "TRL sorts each rank's micro-batch; here the sort is over the whole step, of all ranks, in a pass ahead of the one that trains. A pair can have no `weight`."),
     "aot_unpaired": Note("as aot, without a pairing of chosen and rejected", "As aot."),
     "discopop": Note("trying a discovered loss; it is not convex just below 0", "As the authors and TRL, whose e^(-u) overflows in low precision far below 0; ours does not."),
-    "wpo": Note("off-policy pairs, weighted by how likely the policy is to say them", "The authors cap the weight at 1; TRL's `use_weighting` does not (`clamp_weight=False`), and weighs any loss."),
-    "ld_dpo": Note("dpo whose answers grow too long", "As TRL's `ld_alpha`. `*_tail_logps` are the sums past the shorter response's length, within the full sums."),
-    "sampo": Note("dpo whose answers grow too long", "The authors draw the tokens anew for policy and reference; here the caller draws once for both."),
-    "tdpo1": Note("a KL that is held token by token"),
-    "tdpo2": Note("a KL that is held token by token, the rejected response's above all", "The authors' default config has it off, their README recommends it."),
+    "wpo": Note("off-policy pairs, weighted by how likely the policy is to say them", "The authors cap the weight at 1; TRL's `use_weighting` does not (`clamp_weight=False`), and weighs any loss. In training the sums cost one more GEMM of the head without gradients."),
+    "ld_dpo": Note("dpo whose answers grow too long", "As TRL's `ld_alpha`. `*_tail_logps` are the sums past the shorter response's length, within the full sums. Training needs the reference token by token: not the columns ref_chosen_logps and ref_rejected_logps. Logged rewards are of whole responses."),
+    "sampo": Note("dpo whose answers grow too long", "The authors draw the tokens anew for policy and reference; here one draw serves both, by seed, step and row of the data; evaluations have one of their own. Training needs the reference token by token: not the columns ref_chosen_logps and ref_rejected_logps. Logged rewards are of whole responses."),
+    "tdpo1": Note("a KL that is held token by token", _LIVE),
+    "tdpo2": Note("a KL that is held token by token, the rejected response's above all", "The authors' default config has it off, their README recommends it. " + _LIVE),
     "gpo_logistic": Note("comparing convex losses on equal terms", "", _GPO_UNVERIFIED),
     "gpo_exp": Note("comparing convex losses on equal terms; harsh on outliers", "", _GPO_UNVERIFIED),
     "gpo_sq": Note("comparing convex losses on equal terms", "", _GPO_UNVERIFIED),

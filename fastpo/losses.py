@@ -50,6 +50,7 @@ class Loss:
     nll: str | None = None  # the hyper-parameter that weighs its NLL of the chosen response
     needs: tuple[str, ...] = ()  # further fields of Pairs
     may_read: tuple[str, ...] = ()  # columns of the data that it reads where they are there
+    drawn: bool = False  # its log-probabilities are sums over tokens drawn, as many of each response of a pair
     lacks: str = NO_LACK  # what of its needs fastpo.train does not carry; empty where the loss can be trained
     of_step: str = ""  # what it reads of the whole step: KL, REWARD_MEAN or ORDER
     shape: str = "pairs"  # or "unpaired" [S], or "lists" [P, K]: then only the first and the third argument are given
@@ -247,14 +248,11 @@ _TABLE = (
          of_step=ORDER),
     Loss("discopop", f.discopop, f.d_discopop, "2406.08414", {"beta": 0.05, "discopop_tau": 0.05}),
     Loss("wpo", g.wpo, g.d_wpo, "2406.11827", {"beta": 0.01, "clamp_weight": True}, length=True,
-         needs=("chosen_log_sum_sq", "rejected_log_sum_sq"), lacks="the sums of squared probabilities"),
-    Loss("ld_dpo", g.ld_dpo, g.d_ld_dpo, "2409.06411", {"beta": 0.1, "ld_alpha": 0.5}, needs=_TAILS,
-         lacks="the sums over the tokens past the shorter response"),
-    Loss("sampo", g.sampo, g.d_sampo, "2406.10957", {"beta": 0.1}, lacks="the sums over a shared draw of tokens"),
-    Loss("tdpo1", g.tdpo1, g.d_tdpo1, "2404.11999", {"beta": 0.1}, needs=("chosen_kl", "rejected_kl"),
-         lacks="the KL of every token"),
-    Loss("tdpo2", g.tdpo2, g.d_tdpo2, "2404.11999", {"beta": 0.1, "alpha": 0.5}, needs=("chosen_kl", "rejected_kl"),
-         lacks="the KL of every token"),
+         needs=("chosen_log_sum_sq", "rejected_log_sum_sq")),
+    Loss("ld_dpo", g.ld_dpo, g.d_ld_dpo, "2409.06411", {"beta": 0.1, "ld_alpha": 0.5}, needs=_TAILS),
+    Loss("sampo", g.sampo, g.d_sampo, "2406.10957", {"beta": 0.1}, drawn=True),
+    Loss("tdpo1", g.tdpo1, g.d_tdpo1, "2404.11999", {"beta": 0.1}, needs=("chosen_kl", "rejected_kl")),
+    Loss("tdpo2", g.tdpo2, g.d_tdpo2, "2404.11999", {"beta": 0.1, "alpha": 0.5}, needs=("chosen_kl", "rejected_kl")),
     Loss("gpo_logistic", f.gpo_logistic, f.d_gpo_logistic, _GPO, {"beta": 0.1}),
     Loss("gpo_exp", f.gpo_exp, f.d_gpo_exp, _GPO, {"beta": 0.1}),
     Loss("gpo_sq", f.gpo_sq, f.d_gpo_sq, _GPO, {"beta": 0.1}),
@@ -290,7 +288,7 @@ SFT = "sft"  # negative log-likelihood of the chosen responses, reduced over the
 # TRL's and our own options that one of the losses reads, with the value that leaves each loss its default.
 OPTIONS: dict[str, Any] = {
     "beta": None, "label_smoothing": 0.0, "gamma_beta_ratio": None, "ipo_reduce": "mean", "discopop_tau": 0.05,
-    "f_divergence_type": "reverse_kl", "f_alpha_divergence_coef": 0.5,
+    "f_divergence_type": "reverse_kl", "f_alpha_divergence_coef": 0.5, "ld_alpha": None, "use_weighting": False,
 }  # fmt: skip
 
 
@@ -337,6 +335,9 @@ def resolve_terms(
     if both:
         raise ConfigError(f"{', '.join(both)} is set, and in loss_kwargs too; give one")
     options |= loss_kwargs or {}
+    weighted = bool(options.pop("use_weighting", None))
+    if weighted and {canonical_name(n) for n in names} != {"dpo"}:
+        raise ConfigError("use_weighting goes with loss_type=dpo alone, as wpo; name wpo as one of the losses instead")
     unread = {name for name, value in options.items() if value is not None}
     terms: list[Term] = []
     for i, name in enumerate(canonical_name(n) for n in names):
@@ -348,11 +349,14 @@ def resolve_terms(
             unread -= {"nll_reduction"}
             terms.append(Term(SFT, weight, None, {"nll_reduction": reduction}))
             continue
-        if name == "dpo" and options.get("f_divergence_type"):  # as TRL has it, an option of DPO
-            name = "fdpo"
+        if name == "dpo":
+            name = _of_dpo(options, weighted)
         loss = LOSSES[name]
         reads = {k: v for k, v in options.items() if k in loss.defaults}
         unread -= set(reads)
+        if weighted:
+            # As TRL has it: DPO's own beta, and no cap.
+            reads = {"beta": LOSSES["dpo"].defaults["beta"], "clamp_weight": False} | reads
         terms += _terms(loss, weight, loss.hyper(**reads))
     if not terms:
         raise ConfigError("loss_type names no loss")
@@ -372,6 +376,10 @@ def resolve_terms(
     unpaired, paired = ([t.name for t in terms if t.loss and (t.loss.shape == "unpaired") == u] for u in (True, False))
     if unpaired and paired:
         raise ConfigError(f"{unpaired[0]} takes unpaired rows and {paired[0]} pairs: they cannot be mixed")
+    ordered = [t.name for t in terms if t.loss and t.loss.of_step == ORDER]
+    with_kl = [t.name for t in terms if t.loss and "chosen_kl" in t.loss.needs]
+    if ordered and with_kl:  # its first pass over a step reads a reference that is computed beforehand
+        raise ConfigError(f"{ordered[0]} and {with_kl[0]} cannot be mixed: one needs the reference before a step")
     mixed, alone = (
         [t.name for t in terms if t.loss and t.loss.reference and t.loss.previous == p] for p in (True, False)
     )
@@ -381,6 +389,17 @@ def resolve_terms(
             "mixed"
         )
     return terms
+
+
+def _of_dpo(options: Mapping[str, Any], weighted: bool) -> str:
+    """The loss that DPO is with TRL's options of it."""
+    chosen = {"f_divergence_type": "fdpo", "ld_alpha": "ld_dpo"}
+    named = {option: name for option, name in chosen.items() if options.get(option) is not None}
+    if weighted:
+        named["use_weighting"] = "wpo"
+    if len(named) > 1:
+        raise ConfigError(f"{' and '.join(named)} make {' and '.join(named.values())} of dpo: give one")
+    return next(iter(named.values()), "dpo")
 
 
 def _terms(loss: Loss, weight: float, hyper: dict[str, Any]) -> list[Term]:

@@ -93,14 +93,30 @@ class Policy:
         layout = Layout.from_chains(batch.cu_seqlens, batch.input_ids.device, batch.branches)
         return self._trunk_forward(batch.input_ids, batch.position_ids, layout)
 
-    def logp(self, batch: PackedBatch, memory_budget: int | None = None, return_entropy: bool = False) -> Any:
-        """Token log-probabilities [N] fp32 of the targets; with `return_entropy`, a pair with the entropies [N]."""
+    def head_rows(self, batch: PackedBatch) -> tuple[Tensor, Head]:
+        """(hidden states [N, D] of the positions that predict a target, in the head's dtype and on its device; head)"""
         hidden = self.hidden(batch).index_select(0, batch.logit_rows)  # [N, D]
         head = self.head()
         if hidden.dtype != head.weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
             hidden = hidden.to(head.weight.dtype)  # a head kept in another precision, as the model's own forward has it
+        return hidden.to(head.weight.device), head
+
+    def logp(
+        self,
+        batch: PackedBatch,
+        memory_budget: int | None = None,
+        return_entropy: bool = False,
+        observe: Callable[[Tensor, Head], None] | None = None,
+    ) -> Any:
+        """Token log-probabilities [N] fp32 of the targets; with `return_entropy`, a pair with the entropies [N].
+
+        `observe` is called with what `head_rows` returns, for other numbers of the same rows.
+        """
+        hidden, head = self.head_rows(batch)
+        if observe is not None:
+            observe(hidden, head)
         return ops.linear_logprob(
-            hidden.to(head.weight.device),
+            hidden,
             head.weight,
             batch.target,
             head.bias,

@@ -1,7 +1,7 @@
 """The public ops: fused linear log-probabilities and the preference loss over them.
 
 N = head rows (completion tokens), D = hidden, V = vocabulary, S = responses, P = pairs. 16-bit inputs: GEMMs in the
-input dtype, row arithmetic and results in fp32. Definitions: `kernels/reference.py`; cost regimes: `backends.py`. Both
+input dtype, row arithmetic and results in fp32. Definitions: `kernels/reference.py`; cost regimes: `backends.py`. All
 are `torch.library` ops, so they compile without a graph break.
 """
 
@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastpo import backends
+from fastpo import backends, vocab_ops
 from fastpo.backends import IGNORE_INDEX, Head, acc_dtype
 from fastpo.errors import FastpoError
 from fastpo.kernels import reference
@@ -60,20 +60,91 @@ def linear_logprob(
     matrix in the input dtype is kept for the backward where it fits `memory_budget` bytes (default:
     `default_memory_budget`); over that, and with 0, the backward recomputes it a vocabulary slice at a time.
     """
-    device_type = hidden.device.type
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
-        hidden, weight, bias = (
-            t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (hidden, weight, bias)
-        )
-    if softcap is not None and not softcap > 0:
-        raise OpError(f"softcap must be positive or None, not {softcap}")
+    hidden, weight, bias = _autocast(hidden, weight, bias)
+    _check_softcap(softcap)
     backend = _check(hidden, weight, target, bias, memory_budget, backend)
     regime = _regime(hidden, weight, bias, memory_budget)
     logp, entropy, _, _ = _linear_logprob(
         hidden, weight, target.long(), bias, softcap, logit_scale, regime, backend, return_entropy
     )
     return (logp, entropy) if return_entropy else logp
+
+
+def log_sum_sq(
+    hidden: Tensor,  # [N, D]
+    weight: Tensor,  # [V, D]
+    bias: Tensor | None = None,  # [V]
+    *,
+    target: Tensor | None = None,  # [N] int
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> Tensor:
+    """log sum_v p_v^2 of each row's distribution -> [N], fp32 or fp64, detached. WPO's weight, arXiv 2406.11827.
+
+    p is the softmax of softcap(logit_scale * (hidden W^T + b)), of any float dtype; rows whose `target` is -100 give 0.
+    One GEMM in tiles, nothing of size N x V is kept. Plain PyTorch on every device: no Triton kernel yet. OpError for
+    shapes, dtypes or devices that do not fit.
+    """
+    hidden, weight, bias = (None if t is None else t.detach() for t in _autocast(hidden, weight, bias))
+    _check_softcap(softcap)
+    target = hidden.new_zeros(hidden.shape[:1], dtype=torch.int64) if target is None else target
+    _check(hidden, weight, target, bias, None, "torch")
+    return vocab_ops.log_sum_sq_op(hidden, weight, bias, target.long(), softcap, logit_scale)
+
+
+def token_kl(
+    hidden: Tensor,  # [N, D]
+    weight: Tensor,  # [V, D]
+    ref_hidden: Tensor,  # [N, E]
+    ref_weight: Tensor,  # [V, E]
+    bias: Tensor | None = None,  # [V]
+    ref_bias: Tensor | None = None,  # [V]
+    *,
+    target: Tensor | None = None,  # [N] int
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ref_softcap: float | None = None,
+    ref_logit_scale: float = 1.0,
+) -> Tensor:
+    """KL(p_ref || p) of each row's two distributions -> [N], fp32 or fp64. TDPO, arXiv 2404.11999.
+
+    Differentiable once in hidden, weight and bias, by the closed form p - p_ref on the logits; the reference gets no
+    gradient. Each side has its own hidden size, dtype and logit rule, as in `linear_logprob`; rows whose `target` is
+    -100 give 0. Tiles of the logits are formed in the forward and again in the backward: nothing of size N x V is ever
+    alive. Plain PyTorch on every device: no Triton kernel yet. OpError for shapes, dtypes or devices that do not fit.
+    """
+    hidden, weight, bias = _autocast(hidden, weight, bias)
+    ref_hidden, ref_weight, ref_bias = (
+        None if t is None else t.detach() for t in _autocast(ref_hidden, ref_weight, ref_bias)
+    )
+    _check_softcap(softcap)
+    _check_softcap(ref_softcap)
+    target = hidden.new_zeros(hidden.shape[:1], dtype=torch.int64) if target is None else target
+    _check(hidden, weight, target, bias, None, "torch")
+    _check(ref_hidden, ref_weight, target, ref_bias, None, "torch")
+    if weight.shape[0] != ref_weight.shape[0]:
+        raise OpError(f"the vocabularies differ: weight {list(weight.shape)}, ref_weight {list(ref_weight.shape)}")
+    if hidden.device != ref_hidden.device:
+        raise OpError(f"hidden is on {hidden.device} and ref_hidden on {ref_hidden.device}")
+    kl, _ = vocab_ops.token_kl_op(
+        hidden, weight, bias, ref_hidden, ref_weight, ref_bias, target.long(), softcap, logit_scale, ref_softcap,
+        ref_logit_scale,
+    )  # fmt: skip
+    return kl
+
+
+def _autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """The tensors in autocast's dtype where it is on; fp64 stays."""
+    device_type = next(t for t in tensors if t is not None).device.type
+    if not (torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+
+
+def _check_softcap(softcap: float | None) -> None:
+    if softcap is not None and not softcap > 0:
+        raise OpError(f"softcap must be positive or None, not {softcap}")
 
 
 def _check(

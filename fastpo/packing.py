@@ -4,7 +4,7 @@ T = packed tokens of the trunk, N = head rows (completion tokens), S = responses
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -55,6 +55,8 @@ class PackedBatch:
     examples: tuple[int, ...]  # which rows of the data set; host
     num_tokens: int  # prompt and response tokens of every response, as TRL counts them; host
     unique: bool  # every response is in exactly one pair; host
+    drawn_rows: Tensor | None = None  # [K] int64: SamPO's draw, row_statistics.draw_rows
+    rows: dict[str, Tensor] = field(default_factory=dict)  # further numbers per head row [N], from the forward pass
 
     @property
     def max_seqlen(self) -> int:

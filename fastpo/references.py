@@ -33,6 +33,7 @@ from fastpo.ref_policy import (
     response_key,
     write_entries,
 )
+from fastpo.row_statistics import TOKEN_KL, needs_reference_tokens
 from fastpo.stepwide import TRAIN_MISMATCHED
 
 if TYPE_CHECKING:
@@ -74,9 +75,9 @@ def attach(run: "Trainer", plan: list[tuple[int, list[int]]]) -> None:
     if run.world.main and run.resume is None:
         for role in (REF, PREV):
             (run.output_dir / role.file).unlink(missing_ok=True)
-    if not run.uses_reference:
+    if not run.uses_reference or TOKEN_KL in run.row_statistics:  # live_reference.py has the latter
         return
-    sets = _sets(run)
+    sets = sets_of(run)
     given = _given(run, REF, sets)
     prev_given = _given(run, PREV, sets) if run.kappa is not None else set()
     if "train" in given:
@@ -113,6 +114,13 @@ def _given(run: "Trainer", role: Role, sets: Sets) -> set[str]:
         if any(has) and examples[0].token_weights is not None:
             columns = " and ".join(rows.RESPONSE_COLUMNS[role.columns])
             raise DataError(f"{columns} are sums, which chosen_token_weights cannot weigh: pass {role.model} instead")
+        of_tokens = next((t.name for t in run.pair_terms if needs_reference_tokens(t.loss)), None)
+        if of_tokens is not None and any(has):
+            columns = " and ".join(rows.RESPONSE_COLUMNS[role.columns])
+            raise DataError(
+                f"{of_tokens} needs the reference's log-probability of every token, and {columns} of the {name} data "
+                f"are sums: drop the columns, or pass {role.model}"
+            )
         found |= {name} if all(has) else set()
     return found
 
@@ -124,7 +132,7 @@ def _logps(run: "Trainer", plan: list[tuple[int, list[int]]], role: Role, sets: 
     with contextlib.ExitStack() as stack:
         engine, fingerprint = run.engine, run.fingerprint
         if getattr(run, role.model) is not None:
-            engine, fingerprint = _engine(run, role, sets, stack)
+            engine, fingerprint = load(run, role, sets, stack)
             run.verify(engine, plan[0][1])
         elif run.reference_is_base:
             # A new adapter's reference is the base model; one that was trained before is its own, as in TRL.
@@ -165,7 +173,7 @@ def of_batch(logps: TokenLogps, batch: PackedBatch) -> torch.Tensor:
     return torch.from_numpy(np.concatenate(parts).astype(np.float32)).to(batch.target.device)
 
 
-def _sets(run: "Trainer") -> Sets:
+def sets_of(run: "Trainer") -> Sets:
     # A callback may ask for an evaluation that the options do not.
     evaluates = run.config.eval_strategy != "no" or run.config.eval_on_start or bool(run.callbacks.user)
     sets = {"train": run.examples, **(run.eval_sets if evaluates else {})}
@@ -174,9 +182,8 @@ def _sets(run: "Trainer") -> Sets:
 
 def _cache(run: "Trainer", role: Role, fingerprint: str) -> RefCache:
     """The cache of this policy on rank 0; of a resumed run, its checkpoint's own log-probabilities first."""
-    tf32 = "|tf32" if run.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32 else ""
-    key = cache_key(fingerprint, f"{run.autocast_dtype or 'as loaded'}|{run.device.type}{tf32}")
-    run.other_reference = run.identity.setdefault(role.key, key) != key
+    key = _key(run, fingerprint)
+    run.other_reference = not is_as_begun(run, role, fingerprint)
     # The model is not as the run began, or ref_model another: what it computes now would not fit what is there.
     cache = RefCache(key, cache_folder()) if run.world.main and not run.other_reference else RefCache("", None)
     if run.resume is not None and (run.resume / role.file).exists():
@@ -184,7 +191,18 @@ def _cache(run: "Trainer", role: Role, fingerprint: str) -> RefCache:
     return cache
 
 
-def _engine(run: "Trainer", role: Role, sets: Sets, stack: contextlib.ExitStack) -> tuple[Engine, str]:
+def _key(run: "Trainer", fingerprint: str) -> str:
+    tf32 = "|tf32" if run.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32 else ""
+    return cache_key(fingerprint, f"{run.autocast_dtype or 'as loaded'}|{run.device.type}{tf32}")
+
+
+def is_as_begun(run: "Trainer", role: Role, fingerprint: str) -> bool:
+    """Whether a resumed run's policy in this role is the one that it began with; a new run's is noted."""
+    key = _key(run, fingerprint)
+    return run.identity.setdefault(role.key, key) == key
+
+
+def load(run: "Trainer", role: Role, sets: Sets, stack: contextlib.ExitStack) -> tuple[Engine, str]:
     """The model given on the device or split as the policy is, and its fingerprint."""
     config, model = run.config, getattr(run, role.model)
     sharded = config.fsdp != "no"
@@ -219,7 +237,7 @@ def _pass(
                 f"evaluation data, pass the model and {'ref_model' if what == REF.name else 'prev_model'} that the run "
                 "began with"
             )
-        return run.logp(engine, batch.to(run.device))
+        return run.logp(engine, batch.to(run.device), statistics=False)
 
     with torch.no_grad(), eval_mode(policy.model), policy.attach():
         for name, examples in sets.items():
@@ -261,12 +279,12 @@ def move(run: "Trainer", plan: list[tuple[int, list[int]]], start: int) -> None:
     assert run.moving is not None
     run.reference_start = start
     visited = {row for _, step in plan[start : start + run.moving.every] for row in step}
-    with run.moving.in_place(lambda: _exchanging(run)):
-        run.ref |= _pass(run, run.engine, RefCache("", None), _sets(run), visited)
+    with run.moving.in_place(lambda: exchanging(run)):
+        run.ref |= _pass(run, run.engine, RefCache("", None), sets_of(run), visited)
 
 
 @contextlib.contextmanager
-def _exchanging(run: "Trainer") -> Iterator[None]:
+def exchanging(run: "Trainer") -> Iterator[None]:
     """Inside, the weights are neither the policy's nor the reference's: nothing may be saved."""
     before, run.updating = run.updating, True
     yield

@@ -17,7 +17,7 @@ from fastpo import data
 from fastpo.errors import ConfigError
 from fastpo.losses import KL, ORDER, REWARD_MEAN, Pairs, Term
 from fastpo.metrics import pair_inputs
-from fastpo.packing import PackedBatch, collate, loss_count, pack_step, trunk_tokens
+from fastpo.packing import PackedBatch, loss_count, pack_step, trunk_tokens
 
 if TYPE_CHECKING:
     from fastpo.trainer import Trainer
@@ -105,13 +105,14 @@ class StepWide:
         return Statistics(kl=(total / count).float())
 
     def first_pass(
-        self, share: Sequence[list[int]], rounds: int, examples: Sequence[data.Example], ref: Any, idle: list[int]
-    ) -> Iterator[tuple[PackedBatch, Tensor]]:
+        self, share: Sequence[list[int]], rounds: int, examples: Sequence[data.Example], ref: Any, idle: list[int],
+        statistics: bool = False,
+    ) -> Iterator[tuple[PackedBatch, Tensor]]:  # fmt: skip
         """Micro-batches of this rank and their log-probabilities without gradient; in idle rounds the rows `idle`."""
         for k in range(rounds):
             with torch.no_grad():
-                batch = collate(examples, share[k] if k < len(share) else idle, ref).to(self.run.device)
-                logp = self.run.logp(self.run.engine, batch)
+                batch = self.run.batch(examples, share[k] if k < len(share) else idle, ref)
+                logp = self.run.logp(self.run.engine, batch, statistics=statistics)
             if k < len(share):
                 yield batch, logp
 

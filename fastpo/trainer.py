@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, TrainerState, set_seed
 
-from fastpo import adapters, checkpoint, data, losses, ops, outputs, references, rows, saving
+from fastpo import adapters, checkpoint, data, live_reference, losses, ops, outputs, references, rows, saving
 from fastpo.callbacks import Callbacks, best, check_best
 from fastpo.config import TrainConfig
 from fastpo.distributed import Engine, World, shard
@@ -46,6 +46,7 @@ from fastpo.packing import (
 )
 from fastpo.prepare import check_ids, disable_dropout, eval_mode, set_numerics, training_mode
 from fastpo.ref_policy import MovingReference, cache_folder
+from fastpo.row_statistics import EVALUATION, TOKEN_KL, TRAIN, draw_rows, observer, row_statistics, term_inputs
 from fastpo.samples import check_generation_kwargs, generate_samples
 from fastpo.stepwide import Statistics, StepWide
 
@@ -130,7 +131,8 @@ class Trainer:
             config.losses, config.loss_weights, loss_kwargs=config.loss_kwargs, beta=config.beta,
             label_smoothing=config.label_smoothing, gamma_beta_ratio=config.gamma_beta_ratio,
             ipo_reduce=config.ipo_reduce, discopop_tau=config.discopop_tau, f_divergence_type=config.f_divergence_type,
-            f_alpha_divergence_coef=config.f_alpha_divergence_coef,
+            f_alpha_divergence_coef=config.f_alpha_divergence_coef, ld_alpha=config.ld_alpha,
+            use_weighting=config.use_weighting,
         )  # fmt: skip
         self.pair_terms = [t for t in self.terms if t.loss is not None]
         self.uses_reference = any(t.loss.reference for t in self.pair_terms)
@@ -143,6 +145,10 @@ class Trainer:
         self.nll_reduction = next((t.hyper["nll_reduction"] for t in self.terms if t.name == SFT), "token_mean")
         self.kappa = next((t.hyper["kappa"] for t in self.pair_terms if t.loss.previous), None)
         references.check_previous(self, prev_model)
+        self.row_statistics = row_statistics(self.pair_terms)
+        if TOKEN_KL in self.row_statistics:
+            live_reference.check(config, self.pair_terms)
+        self.live: live_reference.LiveReference | None = None
         check_generation_kwargs(config.generation_kwargs)
         build_scheduler(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0), config, steps=100)  # its errors, early
         self.ref_model, self.prev_model = ref_model, prev_model
@@ -309,12 +315,24 @@ class Trainer:
 
     # ------------------------------------------------------------- forward
 
-    def logp(self, engine: Engine, batch: PackedBatch) -> Tensor:
-        """Token log-probabilities [N] fp32 of a packed batch."""
+    def logp(self, engine: Engine, batch: PackedBatch, statistics: bool = True) -> Tensor:
+        """Token log-probabilities [N] fp32 of a packed batch; into it, with `statistics`, what else the losses read."""
+        observe = observer(self, batch) if statistics else None
+        budget = self.config.logits_memory_budget
         with self.autocast():
-            logp = engine(lambda: engine.policy.logp(batch, memory_budget=self.config.logits_memory_budget))
+            logp = engine(lambda: engine.policy.logp(batch, memory_budget=budget, observe=observe))
         assert isinstance(logp, Tensor)
         return logp
+
+    def batch(
+        self, examples: Sequence[data.Example], part: Sequence[int], ref: Any, stream: int = EVALUATION, step: int = 0
+    ) -> PackedBatch:
+        """A micro-batch on the device; `stream` and `step` say which tokens are drawn, where a loss draws some."""
+        batch = collate(examples, part, ref)
+        if any(t.loss.drawn for t in self.pair_terms):
+            seed = self.config.seed if self.config.data_seed is None else self.config.data_seed
+            batch.drawn_rows = draw_rows(examples, part, seed, stream, step)
+        return batch.to(self.device)
 
     def autocast(self) -> Any:
         if self.autocast_dtype is None:
@@ -349,7 +367,8 @@ class Trainer:
             if term.loss.of_step == losses.ORDER:
                 total = total + term.weight * stats.ordered_loss(x, term, batch)
                 continue
-            of_each = term.loss.fn(stats.of_term(x, term), **term.hyper)
+            inputs = stats.of_term(term_inputs(term, x, logp, batch), term)
+            of_each = term.loss.fn(inputs, **term.hyper)
             total = total + term.weight * (of_each if batch.label is not None else batch.pair_weight * of_each).sum()
         return total, pair_metrics(x._replace(kl=stats.kl), self.pair_terms[0])
 
@@ -364,6 +383,8 @@ class Trainer:
             return result
         finally:
             World.failed = not finished
+            if self.live is not None:
+                self.live.close()
             if hasattr(self, "gradients"):  # its hooks would take the next run's gradients from a model in memory
                 self.gradients.close()
             self.callbacks.close(failed=not finished)
@@ -389,6 +410,8 @@ class Trainer:
             self.moving = MovingReference(self.parameters, config.ref_model_mixup_alpha, config.ref_model_sync_steps)
         self.verify(self.engine, plan[0][1])
         references.attach(self, plan)
+        if TOKEN_KL in self.row_statistics:
+            self.live = live_reference.start(self, plan[0][1])
         self._build_optimizer(len(plan))
         outputs.start(self)
         self.window = Window(self.device, self.policy, self.terms, self.max_tokens, config.max_nonfinite_steps)
@@ -618,7 +641,7 @@ class Trainer:
             idle = k >= len(self.share)
             part = idle_rows if idle else self.share[k]
             self.engine.sync_gradients(k == self.rounds - 1)
-            batch = collate(self.examples, part, self.ref["train"]).to(self.device)
+            batch = self.batch(self.examples, part, self.ref["train"], TRAIN, self.state.global_step)
             logp = self.logp(self.engine, batch)
             if idle:
                 (0.0 * logp.sum()).backward()
@@ -629,6 +652,7 @@ class Trainer:
             if check_start:
                 wrong = wrong or self._wrong_start(logp.detach(), batch)
             loss.backward()
+            batch.rows.clear()  # the step's batches are counted at its end: their graphs need not live until then
             step_loss += loss.detach()
             step_metrics += metrics
             done.append(batch)
@@ -657,14 +681,18 @@ class Trainer:
         allowed = 0.1 if low_precision else 1e-4 * max(1.0, logp.abs().mean().item())
         if gap <= allowed:
             return None
-        zero = logp.new_zeros(())  # what a step's statistics are at the start
-        x, start = (pair_inputs(v, batch)._replace(kl=zero, reward_mean=zero) for v in (logp, start_logp))
-        got, expected = ([round(t.loss.fn(v, **t.hyper).mean().item(), 4) for t in self.pair_terms] for v in (x, start))
+        got, expected = ([round(self._plain_loss(t, v, batch), 4) for t in self.pair_terms] for v in (logp, start_logp))
         return (
             f"the policy should start at its reference, but its token log-probabilities differ by {gap:.2g} on average "
             f"(allowed {allowed:.2g}; loss {got} instead of {expected}): is the model random in train mode, or did "
             f"{cache_folder()} outlive a change of the model's code?"
         )
+
+    def _plain_loss(self, term: Any, logp: Tensor, batch: PackedBatch) -> float:
+        """Mean of a loss over a batch whose step's statistics are those of the start."""
+        zero = logp.new_zeros(())
+        x = term_inputs(term, pair_inputs(logp, batch), logp, batch)._replace(kl=zero, reward_mean=zero)
+        return term.loss.fn(x, **term.hyper).mean().item()
 
     def _warn(self, warnings: Sequence[Any]) -> None:
         for warning in warnings if self.config.guardrails else []:
@@ -705,7 +733,7 @@ class Trainer:
         with eval_mode(self.model), self.policy.attach():
             stats = self.stepwide.statistics(prefix, range(len(examples)))
             parts: Iterable[tuple[PackedBatch, Tensor]]
-            parts = self.stepwide.first_pass(share, rounds, examples, ref, batches[0])
+            parts = self.stepwide.first_pass(share, rounds, examples, ref, batches[0], statistics=True)
             if self.stepwide.reads_rows:
                 parts = list(parts)
                 self.stepwide.of_rows(stats, parts, examples, train=False)

@@ -64,6 +64,54 @@ def linear_logprob(
     return (logp, entropy) if return_entropy else logp
 
 
+def log_sum_sq(
+    hidden: Tensor,  # [N, D]
+    weight: Tensor,  # [V, D]
+    bias: Tensor | None = None,  # [V]
+    *,
+    target: Tensor | None = None,  # [N] int64
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> Tensor:
+    """log sum_v p_v^2 -> [N], p the softmax of a row's logits z: lse(2 z) - 2 lse(z); rows with target -100 have 0."""
+    logp = _log_softmax(hidden, weight, bias, softcap, logit_scale)
+    return _live((2 * logp).logsumexp(dim=-1), target)
+
+
+def token_kl(
+    hidden: Tensor,  # [N, D]
+    weight: Tensor,  # [V, D]
+    ref_hidden: Tensor,  # [N, E]
+    ref_weight: Tensor,  # [V, E]
+    bias: Tensor | None = None,  # [V]
+    ref_bias: Tensor | None = None,  # [V]
+    *,
+    target: Tensor | None = None,  # [N] int64
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ref_softcap: float | None = None,
+    ref_logit_scale: float = 1.0,
+) -> Tensor:
+    """KL(p_ref || p) = sum_v p_ref,v (log p_ref,v - log p_v) -> [N]; no gradient to the reference; -100 rows have 0."""
+    logp = _log_softmax(hidden, weight, bias, softcap, logit_scale)
+    with torch.no_grad():
+        ref = _log_softmax(ref_hidden, ref_weight, ref_bias, ref_softcap, ref_logit_scale).to(logp.dtype)
+    return _live((ref.exp() * (ref - logp)).sum(dim=-1), target)
+
+
+def _log_softmax(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, logit_scale: float
+) -> Tensor:
+    """Log-probabilities [N, V] of the whole vocabulary."""
+    raw = F.linear(hidden, weight, bias)
+    raw = raw.float() if raw.dtype in (torch.bfloat16, torch.float16) else raw
+    return logit_rule(raw, softcap, logit_scale).log_softmax(dim=-1)
+
+
+def _live(values: Tensor, target: Tensor | None) -> Tensor:
+    return values if target is None else values.where(target != IGNORE_INDEX, 0.0)
+
+
 def response_sums(logp: Tensor, response_offsets: Tensor) -> Tensor:
     """Sum of logp [N] over each response -> [S]."""
     lengths = response_offsets.diff().tolist()

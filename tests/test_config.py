@@ -50,7 +50,7 @@ def test_training_arguments_object():
     [
         ({"bta": 0.1}, "unknown option 'bta'; did you mean 'beta'"),
         ({"fp16": True}, "fp16=True is not honoured by fastpo: use bf16"),
-        ({"use_weighting": True}, "use_weighting=True is not honoured"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 is not honoured"),
         ({"model_init_kwargs": "{a"}, "model_init_kwargs is not JSON"),
         ({"load_best_model_at_end": True}, "load_best_model_at_end needs save_strategy and eval_strategy alike"),
         ({"ref_model_mixup_alpha": 1.5}, r"ref_model_mixup_alpha must be in \[0, 1\]"),

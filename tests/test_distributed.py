@@ -40,7 +40,7 @@ def assert_same_log(a, b, rel):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("case", ["dpo", "tied", "idle", "tr-dpo", "checkpointing"])
+@pytest.mark.parametrize("case", ["dpo", "tied", "idle", "tr-dpo", "rows", "checkpointing"])
 def test_ranks_change_nothing(results, case, layout):
     """SGD in fp32: every logged number, evaluations included, and the final weights."""
     one, several = results[case]["one"], results[case][layout]
@@ -48,6 +48,12 @@ def test_ranks_change_nothing(results, case, layout):
     assert_same_log(one, several, rel=2e-5)
     # something was learned, and the last step of an epoch was short
     assert one["logs"][0]["loss"] != pytest.approx(one["logs"][-2].get("loss", 0.0), rel=1e-3)
+
+
+@pytest.mark.parametrize("case", ["tdpo", "tdpo lora"])
+def test_a_reference_in_memory_on_every_rank(results, case):
+    assert distance(results[case]["one"], results[case]["ddp"]) < 1e-6
+    assert_same_log(results[case]["one"], results[case]["ddp"], rel=2e-5)
 
 
 @pytest.mark.parametrize("layout", ["ddp accumulating", "fsdp on four", "shard_grad_op", "offload", "micro_batch"])

@@ -40,7 +40,7 @@ def run(toy, tmp_path):
 
 
 def sums(toy, rows):
-    """Log-probabilities and lengths of the untrained model, one row at a time, in fp64."""
+    """Log-probabilities, lengths and sums of log sum_v p^2 of the untrained model, one row at a time, in fp64."""
     model, tokenizer = toy.model().double(), toy.tokenizer()
 
     @torch.no_grad()
@@ -49,11 +49,12 @@ def sums(toy, rows):
         start = len(tokenizer(prompt)["input_ids"])
         logits = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
         logp = logits[start - 1 : -1].gather(1, torch.tensor(ids[start:])[:, None])
-        return logp.sum(), torch.tensor(float(len(logp))).double()
+        return logp.sum(), torch.tensor(float(len(logp))).double(), (2 * logits[start - 1 : -1]).logsumexp(-1).sum()
 
     sides = [zip(*(of(r["prompt"], r[k]) for r in rows), strict=True) for k in ("chosen", "rejected")]
-    (lw, nw), (ll, nl) = ([torch.stack(part) for part in side] for side in sides)
-    return SimpleNamespace(lw=lw, ll=ll, nw=nw, nl=nl, p=torch.tensor([r["win_prob"] for r in rows]).double())
+    (lw, nw, qw), (ll, nl, ql) = ([torch.stack(part) for part in side] for side in sides)
+    p = torch.tensor([r["win_prob"] for r in rows]).double()
+    return SimpleNamespace(lw=lw, ll=ll, nw=nw, nl=nl, qw=qw, ql=ql, p=p)
 
 
 def s(u):
@@ -61,18 +62,9 @@ def s(u):
 
 
 LIKE_DPO = (
-    "dpo",
-    "cdpo",
-    "robust",
-    "dpo_soft",
-    "dpop",
-    "fdpo",
-    "gpo_logistic",
-    "dno",
-    "dno_prct",
-    "dno_reg",
-    "sigmoid_norm",
-)
+    "dpo", "cdpo", "robust", "dpo_soft", "dpop", "fdpo", "gpo_logistic", "dno", "dno_prct", "dno_reg", "sigmoid_norm",
+    "ld_dpo", "sampo", "tdpo1", "tdpo2",
+)  # fmt: skip
 
 # The mean loss where the policy is the reference, or of a policy without one. NLLs are means over the step's tokens.
 START = {
@@ -95,6 +87,7 @@ START = {
     "alphapo": lambda v: LOSSES["alphapo"](v.lw, v.ll, chosen_len=v.nw, rejected_len=v.nl).mean(),
     "sppo": lambda v: 1e6 * ((v.p - 0.5) ** 2).mean(), "sppo_single": lambda v: 1e6 * ((v.p - 0.5) ** 2).mean(),
     "sppo_hard": lambda v: 2 * 500.0**2, "inpo": lambda v: 100.0**2,
+    "wpo": lambda v: LN2 * torch.exp((v.lw - v.qw) / v.nw + (v.ll - v.ql) / v.nl).clamp(max=1).mean(),
 }  # fmt: skip
 
 

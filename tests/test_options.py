@@ -32,7 +32,7 @@ VALUES = {
     "fsdp": "shard_grad_op", "resume_from_checkpoint": "out/checkpoint-5", "model_init_kwargs": {"revision": "v2"},
     "dataset_num_proc": 2, "truncation_mode": "keep_end", "loss_type": ["hinge"], "loss_weights": [0.5],
     "label_smoothing": 0.1, "ref_model_mixup_alpha": 0.5, "adam_beta1": 0.8, "adam_beta2": 0.95,
-    "precompute_ref_log_probs": False, "f_divergence_type": "js_divergence",
+    "precompute_ref_log_probs": False, "f_divergence_type": "js_divergence", "ld_alpha": 0.5,
 }  # fmt: skip
 NEEDS = {"load_best_model_at_end": {"eval_strategy": "epoch", "save_strategy": "epoch"}}
 
@@ -41,7 +41,7 @@ REFUSED_VALUES = {
     "optim_target_modules": "all-linear", "label_smoothing_factor": 0.1, "torch_compile_backend": "inductor",
     "torch_compile_mode": "max-autotune", "neftune_noise_alpha": 5.0, "accelerator_config": {"split_batches": True},
     "parallelism_config": {"tp_size": 2}, "deepspeed": "zero3.json", "debug": "underflow_overflow",
-    "router_aux_loss_coef": 0.001, "ld_alpha": 0.5,
+    "router_aux_loss_coef": 0.001,
 }  # fmt: skip
 
 
@@ -177,8 +177,7 @@ def test_arguments_of_trl_arrive(tmp_path):
     assert config.gradient_checkpointing is False and config.sync_ref_model and config.lr_scheduler_type == "cosine"
     assert config.hub_strategy == "end" and config.optim == "adamw_torch" and config.load_best_model_at_end
     assert TrainConfig.build(trl.DPOConfig(**base, loss_type="sft")).beta is None  # which sft does not read
-    with pytest.raises(ConfigError, match="use_weighting=True is not honoured"):
-        TrainConfig.build(trl.DPOConfig(**base, use_weighting=True))
+    assert TrainConfig.build(trl.DPOConfig(**base, use_weighting=True)).use_weighting and config.ld_alpha == 1.0
     with pytest.raises(ConfigError, match="save_strategy must be one of"):
         TrainConfig.build(trl.DPOConfig(**base, save_strategy="best", metric_for_best_model="loss"))
 
