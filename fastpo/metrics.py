@@ -260,7 +260,8 @@ class Flops:
         self.per_row = (6 if head.requires_grad else 4) * head.numel()
         config = policy.model.config
         config = config.get_text_config() if hasattr(config, "get_text_config") else config
-        self.attention = getattr(config, "num_hidden_layers", 0) * getattr(config, "hidden_size", 0)
+        self.layers = getattr(config, "num_hidden_layers", 0)
+        self.attention = self.layers * getattr(config, "hidden_size", 0)
         self.reset()
 
     def reset(self) -> None:
@@ -268,6 +269,7 @@ class Flops:
 
     def add(self, batch: PackedBatch) -> None:
         squares = sum((b - a) ** 2 for a, b in zip(batch.cu_seqlens, batch.cu_seqlens[1:], strict=False))
+        squares += sum(2 * (b.stop - b.start) * (b.prompt_stop - b.prompt) for b in batch.branches)
         self.total += self.per_token * batch.cu_seqlens[-1] + 6 * self.attention * squares
         self.total += self.per_row * batch.target.numel()
 

@@ -30,7 +30,16 @@ from fastpo.errors import ConfigError, DataError, TrainingError
 from fastpo.guardrails import Guardrails
 from fastpo.hub import Hub
 from fastpo.losses import SFT
-from fastpo.metrics import PAIR_METRICS, Window, fused_pair_loss, metric_means, nll_sum, pair_inputs, pair_metrics
+from fastpo.metrics import (
+    PAIR_METRICS,
+    Flops,
+    Window,
+    fused_pair_loss,
+    metric_means,
+    nll_sum,
+    pair_inputs,
+    pair_metrics,
+)
 from fastpo.model import Policy, load_model, load_tokenizer, verify_policy
 from fastpo.optim import Gradients, build_optimizer, build_scheduler
 from fastpo.packing import (
@@ -42,6 +51,8 @@ from fastpo.packing import (
     nll_count,
     pack_all,
     pack_step,
+    sequence_tokens,
+    set_sharing,
     trunk_tokens,
 )
 from fastpo.prepare import check_ids, disable_dropout, eval_mode, set_numerics, training_mode
@@ -313,6 +324,17 @@ class Trainer:
                 return steps[:total]
             epoch += 1
 
+    def _share_prompts(self) -> None:
+        mode = self.config.share_prompts
+        if mode == "auto" and self.device.type != "cpu":
+            mode = "never"  # unmeasured there
+        flops = Flops(self.policy, self.device)
+        for examples in (self.examples, *self.eval_sets.values()):
+            set_sharing(examples, mode, flops.per_token / max(flops.layers, 1))
+        if any(e.share for e in self.examples):
+            alone, shared = sum(map(sequence_tokens, self.examples)), sum(map(trunk_tokens, self.examples))
+            log.info("prompts are shared by their responses: %d tokens an epoch instead of %d", shared, alone)
+
     # ------------------------------------------------------------- forward
 
     def logp(self, engine: Engine, batch: PackedBatch, statistics: bool = True) -> Tensor:
@@ -394,6 +416,7 @@ class Trainer:
     def _train(self) -> TrainResult:
         config = self.config
         plan = self._plan()
+        self._share_prompts()
         self._tokens = [trunk_tokens(e) for e in self.examples]
         self.parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         if not self.parameters:
@@ -609,7 +632,7 @@ class Trainer:
         self.window.add(loss[0], metrics, norm, finite)
         for batch in self.done:  # here, so that a step cut short leaves no trace in the counters
             self.window.trunk(batch)
-        self.num_tokens += sum(self._tokens[i] + len(self.examples[i].responses) for i in rows)
+        self.num_tokens += sum(sequence_tokens(self.examples[i]) for i in rows)
         self.state.global_step += 1
         if self.moving is not None and self.state.global_step % self.moving.every == 0:
             self.moving.move_()
@@ -666,8 +689,9 @@ class Trainer:
     # --------------------------------------------------------------- guards
 
     def verify(self, engine: Engine, rows: list[int]) -> None:
-        """The packed path must equal the model's own logits on a few real rows; short ones, to keep it cheap."""
-        rows = sorted(rows, key=lambda i: self._tokens[i])[:GUARD_ROWS]
+        """The packed path must equal the model's own logits on a few real rows; short ones, to keep it cheap, and such
+        as share their prompt, where some do."""
+        rows = sorted(rows, key=lambda i: (not self.examples[i].share, self._tokens[i]))[:GUARD_ROWS]
         with self.autocast(), torch.no_grad():
             engine(lambda: verify_policy(engine.policy, [self.examples[i] for i in rows]))
 

@@ -113,6 +113,42 @@ def test_packing_and_accumulation_change_nothing(toy, run, loss):
     assert runs[16].log_history[0]["packing_efficiency"] > 1 > runs[1].log_history[0]["packing_efficiency"]
 
 
+@pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}, {"loss_type": ["simpo", "sft"]}], ids=str)
+def test_sharing_prompts_changes_nothing(toy, run, options):
+    """Fewer tokens in the trunk, the same numbers, evaluation included, with one-token responses among the rows."""
+    rows = [*toy.rows(15), {"prompt": "w1 w2 w3", "chosen": " w4", "rejected": " w5 w6"}]
+    options = dict(optim="sgd", learning_rate=0.05, max_steps=3, eval_steps=3, max_tokens=150, **options)
+    runs = [
+        run(rows=rows, share_prompts=mode, rest={"eval_dataset": rows[:5]}, **options) for mode in ("never", "always")
+    ]
+    alone, shared = ([line for line in r.log_history if "loss" in line or "eval_loss" in line] for r in runs)
+    for a, b in zip(alone, shared, strict=True):
+        for key in a.keys() & {"loss", "eval_loss", "grad_norm", "num_tokens", "rewards/margins"}:
+            assert b[key] == pytest.approx(a[key], rel=2e-5, abs=1e-6), key
+    assert (weights(runs[0].model) - weights(runs[1].model)).abs().max() < 2e-6
+
+
+def test_prompts_are_shared_where_it_pays():
+    import numpy as np
+
+    from fastpo.data import Example
+    from fastpo.packing import sequence_tokens, set_sharing, trunk_tokens
+
+    def example(prompt, *responses, **rest):
+        return Example(np.arange(prompt), [np.arange(n) for n in responses], [(0, 1)], **rest)
+
+    short, long, alone = example(3, 4, 5), example(40, 4, 5), example(40, 6)
+    cut = example(40, 4, 5, response_prompts=[np.arange(40), np.arange(39)])
+    examples = [short, long, alone, cut]
+    set_sharing(examples, "auto", layer_flops=6e6)
+    assert [e.share for e in examples] == [False, True, False, False]
+    assert trunk_tokens(long) == 40 + 3 + 4 and sequence_tokens(long) == 89
+    set_sharing(examples, "always", layer_flops=6e6)
+    assert [e.share for e in examples] == [True, True, False, False]
+    set_sharing(examples, "never", layer_flops=1e12)
+    assert not any(e.share for e in examples)
+
+
 def test_pair_weights(toy, run):
     rows = toy.rows(8)
     weighted = [{**r, "weight": 2.0 if i < 4 else 0.0} for i, r in enumerate(rows)]
