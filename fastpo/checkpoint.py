@@ -341,6 +341,8 @@ def data_fingerprint(examples: Sequence[Example]) -> str:
             for ids in (e.prompt_of(k), response):
                 digest.update(len(ids).to_bytes(4, "little") + np.ascontiguousarray(ids, np.int32).tobytes())
         digest.update(json.dumps([e.pairs, e.pair_columns, e.response_columns], sort_keys=True).encode())
+        if e.greedy is not None:
+            digest.update(b"greedy %d" % e.greedy)
         for weights in e.token_weights or ():
             digest.update(weights.tobytes())
     return digest.hexdigest()

@@ -76,6 +76,8 @@ class TrainConfig:
     max_length: int | None = _opt(1024, "data", "tokens of prompt plus response that are kept (None: all)")
     truncation_mode: str = _opt("keep_start", "data", "which end of a sequence over max_length is kept", ("keep_start", "keep_end"))
     invalid_rows: str = _opt("raise", "data", "rows with NaN scores, empty or identical responses: raise, or drop with a count", ("raise", "drop"))
+    pair_policy: str = _opt("best_worst", "data", "pairs of rows with K responses: the best against the worst, all that differ, all that differ by pair_margin, or the column pairs (explicit)", ("best_worst", "all", "margin", "explicit"))
+    pair_margin: float | None = _opt(None, "data", "pair_policy=margin: the least difference in score (or win_prob) of a pair")
     train_sampling_strategy: str = _opt("random", "data", "order of the rows", ("random", "sequential"))
     dataloader_drop_last: bool = _opt(False, "data", "leave out an epoch's last, incomplete step")
     dataset_num_proc: int | None = _opt(None, "data", "processes that tokenise")
@@ -179,12 +181,15 @@ class TrainConfig:
             self._require(name, getattr(self, name) > 0, "positive")
         for name in ("learning_rate", "weight_decay", "warmup_steps", "eval_delay", "sample_generations"):
             self._require(name, getattr(self, name) >= 0, "zero or more")
-        for name in ("beta", "max_length", "max_tokens", "eval_steps", "save_total_limit", "dataset_num_proc"):
+        for name in ("beta", "max_length", "max_tokens", "eval_steps", "save_total_limit", "dataset_num_proc",
+                     "pair_margin"):  # fmt: skip
             value = getattr(self, name)
             self._require(name, value is None or value > 0, "positive")
         for name in ("adam_beta1", "adam_beta2"):
             self._require(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
         self._require("max_grad_norm", True, "a finite number")
+        if (self.pair_margin is not None) != (self.pair_policy == "margin"):
+            raise ConfigError("pair_policy=margin and pair_margin need each other")
         if self.warmup_ratio is not None and self.warmup_steps:
             raise ConfigError("warmup_steps and warmup_ratio are both set; give one")
         self._require("label_smoothing", 0 <= self.label_smoothing < 1, "in [0, 1)")

@@ -17,7 +17,7 @@ the responses of one pair may keep prompts of different length: `Example.respons
 import itertools
 import logging
 import multiprocessing
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, fields
 from hashlib import blake2b
@@ -25,12 +25,15 @@ from typing import Any
 
 import numpy as np
 
+from fastpo import kway
+from fastpo.encoding import Encoder
 from fastpo.errors import DataError
+from fastpo.kway import BEST_WORST, Forming
 from fastpo.rows import (
     BOUNDS,
     COMPLETIONS,
+    GREEDY,
     LABEL,
-    PAIR_COLUMNS,
     RESPONSE_COLUMNS,
     TOKEN_COLUMNS,
     InvalidRow,
@@ -41,7 +44,6 @@ from fastpo.rows import (
     extract_prompt,
     load_rows,
     nearest,
-    one_line,
     parse_row,
     quoted,
     read_schema,
@@ -80,6 +82,7 @@ class Example:
     response_prompts: list[np.ndarray] | None = None
     token_weights: list[np.ndarray] | None = None  # K arrays [len_k] fp32, where the data have them
     share: bool = False  # the responses share one copy of the prompt in the trunk
+    greedy: int | None = None  # which response is the reference's greedy one (selm); it need not be in a pair
 
     def prompt_of(self, response: int) -> np.ndarray:
         """The prompt ids that response number `response` continues."""
@@ -93,6 +96,8 @@ class DataReport:
     rows: int = 0
     kept: int = 0
     dropped: dict[str, int] = field(default_factory=dict)  # by reason
+    pairs: int = 0
+    offered: int = 0  # responses of the rows kept that have K of them; `responses` counts those in use
     responses: int = 0
     truncated: int = 0  # responses that lost tokens to max_length
     truncated_eos: int = 0  # of these, how many lost their EOS or end of turn
@@ -129,6 +134,8 @@ class DataReport:
     def summary(self) -> str:
         """One line: rows kept and dropped, responses truncated, mean lengths."""
         parts = [f"{self.kept} of {self.rows} rows kept"]
+        if self.offered:
+            parts.append(f"{self.pairs} pairs of {self.responses} of their {self.offered} responses")
         parts += [f"{count} dropped: {reason}" for reason, count in self.dropped.items()]
         if self.truncated or self.truncated_prompts:
             cut = f"{self.truncated} of {self.responses} responses truncated at max_length {self.max_length}"
@@ -141,116 +148,26 @@ class DataReport:
         return "; ".join(parts)
 
 
-class _Encoder:
-    """Rows to the token ids of the prompt and of prompt + response, each tokenised whole."""
-
-    def __init__(self, tokenizer: Any, conversational: bool):
-        if hasattr(tokenizer, "image_processor") or not hasattr(tokenizer, "eos_token"):
-            name = type(tokenizer).__name__
-            raise DataError(f"processing_class must be a tokenizer, not a {name} (a processor has one as .tokenizer)")
-        self.tokenizer = tokenizer
-        self.conversational = conversational
-        if conversational and not getattr(tokenizer, "chat_template", None) and _renders_as_text(tokenizer):
-            raise DataError(
-                "the rows are conversations and the tokenizer has no chat template: set tokenizer.chat_template, or "
-                "give prompt, chosen and rejected as texts"
-            )
-        eos, eos_id = tokenizer.eos_token, tokenizer.eos_token_id
-        if not conversational:
-            if eos is None or eos_id is None:
-                raise DataError(
-                    "the tokenizer has no EOS token, which ends every response: set it, as tokenizer.eos_token = '</s>'"
-                )
-            if self._ids([eos], special=False)[0][-1:] != [eos_id]:
-                raise DataError(f"the tokenizer does not read its own EOS text {eos!r} as one token: add it as special")
-            # What the tokenizer adds to any text by itself.
-            try:
-                bare, whole = self._ids(["a"], special=False)[0], self._ids(["a"], special=True)[0]
-            except Exception:  # a vocabulary of whole words without an unknown token cannot read the probe
-                bare, whole = self._ids([""], special=False)[0], self._ids([""], special=True)[0]
-            bos_id = tokenizer.bos_token_id
-            self.leading = bos_id if bos_id is not None and whole[:1] == [bos_id] != bare[:1] else None
-            self.trailing = eos_id if whole[-1:] == [eos_id] != bare[-1:] else None
-        added = getattr(tokenizer, "added_tokens_decoder", {})
-        special = {token.content: number for number, token in added.items() if token.special}
-        no_ending = {getattr(tokenizer, f"{role}_token", None) for role in ("bos", "unk", "pad", "cls", "mask")} - {eos}
-        self.endings = tuple(text for text in special if text not in no_ending) + ((eos,) if eos else ())
-        self.ending_ids = {special[text] for text in self.endings if text in special} | {eos_id}
-
-    def __call__(self, rows: Sequence[Row], report: DataReport) -> list[list[list[int]]]:
-        """[[prompt, prompt + response, ...], ...] for each row."""
-        if self.conversational and not _renders_as_text(self.tokenizer):
-            return [
-                [self._chat(row, k, tokenize=True)["input_ids"] for k in range(-1, len(row.completions))]
-                for row in rows
-            ]
-        texts = [text for row in rows for text in self._texts(row, report)]
-        ids = self._ids(texts, special=not self.conversational)
-        per_row = len(texts) // len(rows)
-        grouped = [ids[start : start + per_row] for start in range(0, len(ids), per_row)]
-        if not self.conversational:
-            for row_ids in grouped:
-                self._undouble(row_ids, report)
-        return grouped
-
-    def _texts(self, row: Row, report: DataReport) -> list[str]:
-        if self.conversational:
-            return [self._chat(row, k, tokenize=False) for k in range(-1, len(row.completions))]
-        texts = [row.prompt]
-        for completion in row.completions:
-            if not completion.endswith(self.tokenizer.eos_token):
-                if completion.rstrip().endswith(self.endings):
-                    report.own_endings += 1
-                else:
-                    completion = completion + self.tokenizer.eos_token
-            texts.append(row.prompt + completion)
-        return texts
-
-    def _chat(self, row: Row, response: int, tokenize: bool) -> Any:
-        """The prompt (response -1, with the generation prompt) or the whole conversation, rendered."""
-        turns = row.prompt if response < 0 else [*row.prompt, *row.completions[response]]
-        output = {"tokenize": tokenize, "return_dict": tokenize, "add_generation_prompt": response < 0}
-        try:
-            return self.tokenizer.apply_chat_template(turns, **output, **row.template_kwargs)
-        except Exception as error:  # whatever a template raises, jinja's errors and Python's alike
-            message = f"row {row.number}: the chat template failed: {one_line(error)}"
-            raise InvalidRow("refused by the chat template", message) from error
-
-    def _ids(self, texts: list[str], special: bool) -> list[list[int]]:
-        return self.tokenizer(text=texts, add_special_tokens=special, return_attention_mask=False)["input_ids"]
-
-    def _undouble(self, row_ids: list[list[int]], report: DataReport) -> None:
-        """Removes, in place, what the tokenizer adds by itself although the text has it (an EOS or ending always)."""
-        doubled = self.trailing is not None
-        for index, ids in enumerate(row_ids):
-            if self.leading is not None and ids[1:2] == [self.leading]:
-                ids = ids[1:]
-                doubled = True
-            row_ids[index] = ids if self.trailing is None else ids[:-1]
-        report.doubled_specials += doubled
-
-
-def _renders_as_text(tokenizer: Any) -> bool:
-    """False for tokenizers with a way of their own (mistral-common): those turn conversations into ids directly."""
-    return type(tokenizer).apply_chat_template.__module__ == "transformers.tokenization_utils_base"
-
-
 @dataclass(frozen=True)
 class _Preparer:
     """Everything that turns a chunk of rows into examples; can be sent to another process."""
 
-    encoder: _Encoder
+    encoder: Encoder
     schema: Schema
     max_length: int | None
     keep_end: bool
     drop_invalid: bool
+
+    @property
+    def parse(self) -> Callable[[Mapping, int, Schema], Row]:
+        return parse_row if self.schema.kway is None else kway.parse_row
 
     def __call__(self, start: int, raw_rows: Sequence[Mapping]) -> tuple[list[Example], DataReport]:
         report = DataReport(rows=len(raw_rows))
         rows = []
         for number, raw in enumerate(raw_rows, start=start):
             try:
-                row = parse_row(raw, number, self.schema)
+                row = self.parse(raw, number, self.schema)
             except InvalidRow as error:
                 self._refuse(error, report)
                 continue
@@ -267,12 +184,14 @@ class _Preparer:
                 continue
             if example is not None:
                 examples.append(example)
+                report.offered += row.offered
+                report.pairs += len(row.pairs)
                 report.kept_rows.append(row.number)
         report.kept = len(examples)
         return examples, report
 
     def _refuse(self, error: InvalidRow, report: DataReport) -> None:
-        if not self.drop_invalid:
+        if not self.drop_invalid and not error.always_dropped:
             raise DataError(f"{error} (invalid_rows='drop' leaves such rows out and counts them)") from error
         report.dropped[error.reason] = report.dropped.get(error.reason, 0) + 1
 
@@ -298,9 +217,11 @@ class _Preparer:
             raise InvalidRow("empty prompt", message)
         if not all(responses):
             raise InvalidRow("empty completion", f"row {row.number}: a response has no tokens of its own")
-        pair = self.schema.kind == "preference"
-        if pair and responses[0] == responses[1]:
-            raise InvalidRow("identical pair", f"row {row.number}: 'chosen' and 'rejected' have the same token ids")
+        pair, compared = self.schema.kind == "preference", row.compared
+        same = "identical pair" if self.schema.kway is None else "identical responses"
+        if pair and _twins(responses[:compared]):
+            who = "'chosen' and 'rejected'" if self.schema.kway is None else "two responses"
+            raise InvalidRow(same, f"row {row.number}: {who} have the same token ids")
         for name, given, response in zip(TOKEN_COLUMNS, row.token_weights, responses, strict=False):
             if len(given) != len(response):
                 message = (
@@ -316,32 +237,35 @@ class _Preparer:
         dropped = None
         if not all(kept):
             dropped = "prompt fills max_length"
-        elif pair and kept[0] == kept[1]:
-            dropped = "identical pair after truncation"
-        weights = [np.array(w[-len(ids) :] if self.keep_end else w[: len(ids)], np.float32)
+        elif pair and _twins(kept[:compared]):
+            dropped = f"{same} after truncation"
+        weights = [np.array(w[-len(ids) :] if self.keep_end else w[: len(ids)], np.float32) if w
+                   else np.ones(len(ids), np.float32)
                    for w, ids in zip(row.token_weights, kept, strict=False)]  # fmt: skip
         if not dropped and not all(w.any() for w in weights):
             dropped = "no token of weight is left after truncation"
         if dropped:
             report.dropped[dropped] = report.dropped.get(dropped, 0) + 1
             return None
+        greedy = row.greedy
+        if compared < len(kept):  # a greedy response in no pair: its ids may be a response's where its text is none's
+            twin = [k for k in range(compared) if (prompts[k], kept[k]) == (prompts[-1], kept[-1])]
+            if twin:
+                greedy = twin[0]
+                prompts, responses, kept = prompts[:compared], responses[:compared], kept[:compared]
+                weights = weights[:compared]
         self._count(boundary, prompts, responses, kept, report)
         arrays = [np.array(ids, dtype=np.int32) for ids in prompts]
         shortest = min(arrays, key=len)
-        values = row.values
         return Example(
             prompt_ids=shortest,
             responses=[np.array(ids, dtype=np.int32) for ids in kept],
-            pairs=[(0, 1)] if pair else [],
-            pair_columns={name: [values[name]] for name in PAIR_COLUMNS if name in values},
-            response_columns={
-                name: [values[column] for column in columns]
-                for name, columns in RESPONSE_COLUMNS.items()
-                if columns[0] in values
-            }
-            | ({LABEL: [values[LABEL]]} if LABEL in values else {}),
+            pairs=list(row.pairs),
+            pair_columns=dict(row.pair_columns),
+            response_columns={name: values[: len(kept)] for name, values in row.response_columns.items()},
             response_prompts=None if all(ids == prompts[0] for ids in prompts) else arrays,
             token_weights=weights or None,
+            greedy=greedy,
         )
 
     def _truncate(self, prompt: list[int], responses: list[list[int]]) -> tuple[list[list[int]], list[list[int]]]:
@@ -379,6 +303,10 @@ class _Preparer:
         report.truncated_prompts += shortest < prompt_len
 
 
+def _twins(responses: Sequence[list[int]]) -> bool:
+    return len({tuple(ids) for ids in responses}) < len(responses)
+
+
 def prepare_examples(
     dataset: Any,
     tokenizer: Any,
@@ -389,12 +317,14 @@ def prepare_examples(
     columns: Collection[str] | None = None,
     invalid: str = "raise",
     num_proc: int | None = None,
+    forming: Forming = BEST_WORST,
 ) -> tuple[list[Example], DataReport]:
     """Examples in the order of the rows, and what became of every row.
 
     `kind` is "preference" or "sft". `columns` names the optional columns to read (default: all that are there); the
-    others may hold anything. `invalid="drop"` counts rows with NaN, None or out-of-range values, empty texts or
-    identical pairs where "raise" refuses the first of them; rows lost to `max_length` are always dropped and counted.
+    others may hold anything. `forming` says which pairs rows of K `responses` give. `invalid="drop"` counts rows with
+    NaN, None or out-of-range values, empty texts or identical pairs where "raise" refuses the first of them; rows lost
+    to `max_length` and rows of K that form no pair are always dropped and counted.
     """
     for name, value, allowed in (
         ("kind", kind, tuple(COMPLETIONS)),
@@ -409,8 +339,12 @@ def prepare_examples(
     if len(rows) == 0:
         raise DataError("the dataset has no rows")
     names = column_names(rows)
-    schema = read_schema(names, next(_chunks(rows, names))[1], kind, columns)
-    encoder = _Encoder(tokenizer, schema.conversational)
+    first = next(_chunks(rows, names))[1]
+    if kind == "preference" and kway.is_kway(names, first):
+        schema = kway.read_schema(names, first, columns, forming)
+    else:
+        schema = read_schema(names, first, kind, columns)
+    encoder = Encoder(tokenizer, schema.conversational)
     prepare = _Preparer(encoder, schema, max_length, truncation_mode == "keep_end", invalid == "drop")
 
     report = DataReport(max_length=max_length, columns=names)
@@ -418,6 +352,8 @@ def prepare_examples(
     for part, part_report in _run(prepare, _chunks(rows, names), num_proc):
         examples += part
         report.add(part_report)
+    if schema.kway is None and forming.policy != "best_worst":
+        report.warnings.append(f"pair_policy={forming.policy} has no effect: the rows have no '{kway.RESPONSES}'")
     _warn(report, schema, names)
     if not examples:
         raise DataError(f"no row is left to train on: {report.summary()}")
@@ -431,7 +367,8 @@ def _chunks(rows: Any, names: list[str]) -> Iterator[tuple[int, list[Mapping]]]:
         for start in range(0, len(rows), _CHUNK_ROWS):
             yield start, rows[start : start + _CHUNK_ROWS]
         return
-    read = {"prompt", "chosen", "rejected", "completion", "tools", "chat_template_kwargs", *BOUNDS, *TOKEN_COLUMNS}
+    read = {"prompt", "chosen", "rejected", "completion", "tools", "chat_template_kwargs", *BOUNDS, *TOKEN_COLUMNS,
+            LABEL, GREEDY, kway.RESPONSES, kway.PAIRS}  # fmt: skip
     plain = rows.with_format(None).select_columns([name for name in names if name in read])
     for start in range(0, len(plain), _CHUNK_ROWS):
         batch = plain[start : start + _CHUNK_ROWS]
@@ -482,12 +419,18 @@ def _warn(report: DataReport, schema: Schema, names: list[str]) -> None:
     for chosen, rejected in (RESPONSE_COLUMNS["ref_logps"], RESPONSE_COLUMNS["prev_logps"]):
         if report.truncated and chosen in schema.numbers:
             add(f"responses were truncated: {chosen} and {rejected} must be of the truncated ones")
-    unread = [name for name in (*BOUNDS, *TOKEN_COLUMNS) if name in names] if schema.kind != "preference" else []
+    unread = [name for name in (*BOUNDS, *TOKEN_COLUMNS) if name in names]
+    if schema.kway is not None:
+        unread = [name for name in unread if name not in ("weight", "ref_greedy_logps")]
+        if kway.PAIRS in names and schema.kway.policy != "explicit":
+            add(f"the column '{kway.PAIRS}' is not used: pair_policy=explicit reads it")
+    elif schema.kind == "preference":
+        unread = []
     if unread:
-        add(f"the columns {quoted(unread)} are not used for {schema.kind} rows")
+        add(f"the columns {quoted(unread)} are not used for {'K-way' if schema.kway else schema.kind} rows")
     if "tools" in names and not schema.conversational:
         add("the column 'tools' is not used: the rows are texts, and only a chat template can show tools")
-    known = {*BOUNDS, *TOKEN_COLUMNS, "tools", "chat_template_kwargs"}
+    known = {*BOUNDS, *TOKEN_COLUMNS, GREEDY, kway.RESPONSES, "tools", "chat_template_kwargs"}
     for name in names:
         close = nearest(name, known, 0.8)
         if close and close not in names and name not in known:
@@ -540,18 +483,26 @@ def require_columns(
     for alternatives in names:
         wanted = (alternatives,) if isinstance(alternatives, str) else alternatives
         keys = dict.fromkeys(fields_of.get(name, name) for name in wanted)
-        if all(any(key in e.pair_columns or key in e.response_columns for key in keys) for e in examples):
+        if all(any(_has(e, key) for key in keys) for e in examples):
             continue
         in_data = " or ".join(" with ".join(map(repr, RESPONSE_COLUMNS.get(key, (key,)))) for key in keys)
         message = f"loss_type={loss_name!r} needs the column {in_data}, which the dataset has not"
+        if kway.RESPONSES in columns and wanted[0] != GREEDY:
+            return kway.refuse_loss(loss_name, next(iter(keys)), single=len(keys) == 1)
         close = nearest(wanted[0], columns, 0.7)
         raise DataError(f"{message}: did you mean '{close}'?" if close else message)
 
 
+def _has(example: Example, key: str) -> bool:
+    if key == GREEDY:
+        return example.greedy is not None
+    return key in example.pair_columns or key in example.response_columns
+
+
 def describe_example(example: Example, tokenizer: Any, max_chars: int = 600) -> str:
     """The decoded prompt and responses, each marked as context or as trained on."""
-    if example.pairs == [(0, 1)] and len(example.responses) == 2:
-        labels = ["chosen", "rejected"]
+    if example.pairs == [(0, 1)] and len(example.responses) == 2 + (example.greedy == 2):
+        labels = ["chosen", "rejected", "greedy"][: len(example.responses)]
     elif len(example.responses) == 1:
         labels = ["completion"]
     else:

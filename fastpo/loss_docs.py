@@ -17,6 +17,7 @@ class Note(NamedTuple):
 
 
 _FLIPPED = "labels that are wrong now and then"
+_LISTS = "Not in TRL. `fastpo.train` takes rows of differing K as they are."
 _GPO_UNVERIFIED = "The formula is from knowledge of the paper, and beta is ours: neither was read in a primary source."
 _IPO_UNVERIFIED = "The formula is from knowledge of the paper, not read in a primary source."
 _LIVE = "The reference stays in memory: `ref_model`, or with a new adapter the base, or a copy of the trainable weights. A micro-batch takes its forward pass too, three more GEMMs of the head, and three or four in the backward. Not with fsdp or sync_ref_model, nor from the columns ref_chosen_logps and ref_rejected_logps."
@@ -48,10 +49,10 @@ NOTES: dict[str, Note] = {
     "rdpo": Note("dpo whose answers grow too long; the sign rewards a longer rejected response less", "The plus sign is SamPO's code (`lenN`) and what the regularised reward gives."),
     "exo_pair": Note("a start that is good already: it has no gradient where a pair is very wrong",
                      "As TRL, which needs `label_smoothing` set. The authors' labels are log-probabilities (0, -10), about e = 4.5e-5."),
-    "exo_rw": Note("K responses with rewards"),
+    "exo_rw": Note("K responses with rewards", _LISTS),
     "nca_pair": Note("keeping the chosen likelihood up: its optimum is at beta a = ln 2", "As TRL and Liger."),
-    "nca_rw": Note("K responses with rewards, and the likelihood of the best kept up", "The authors add 0.01 to the first response's score; temperature 1e-4 makes w one for the best."),
-    "infonca": Note("K responses with rewards; for two it is dpo", "The authors add 0.01 to the first response's score; temperature 1e-4 makes w one for the best."),
+    "nca_rw": Note("K responses with rewards, and the likelihood of the best kept up", "The authors add 0.01 to the first response's score, which is not done here; temperature 1e-4 makes w one for the best. " + _LISTS),
+    "infonca": Note("K responses with rewards; for two it is dpo", "The authors add 0.01 to the first response's score, which is not done here; temperature 1e-4 makes w one for the best. " + _LISTS),
     "kto": Note("thumbs up and down instead of pairs", "`kl` is the mean log-ratio of the step's prompts with completions of other prompts, the next in the data, over all ranks; TRL and Liger estimate it in the micro-batch, Liger without the two weights.",
                 "The rule to keep (desirable weight x count) / (undesirable weight x count) in [1, 4/3] was not read in a primary source."),
     "bco_pair": Note("pairs whose two sides should be judged apart", "TRL has `delta` 0, and its documentation prints dpo's formula; its code is this."),
@@ -85,7 +86,7 @@ NOTES: dict[str, Note] = {
     "inpo": Note("self-play towards the equilibrium of a regularised game, with one squared loss", "As the paper and COMAL. It needs pairs sampled from the previous policy; best against worst of K biases it. In a first iteration previous policy and reference are both the start, and it is ipo (sum) with tau = eta. Rewards are log-ratios to the mixture of the two."),
     "online_ipo": Note("ipo on pairs sampled while training", "TRL's online trainer has the sum too.", _IPO_UNVERIFIED),
     "ipo_md": Note("online_ipo on samples held near the reference", "", _IPO_UNVERIFIED),
-    "selm": Note("exploration: the reference's own greedy response is pushed down", "The authors' code has alpha beta, algorithm 1 of the paper prints alpha. alpha 1e-3 is their Zephyr recipe, 1e-4 Llama-3."),
+    "selm": Note("exploration: the reference's own greedy response is pushed down", "The authors' code has alpha beta, algorithm 1 of the paper prints alpha. alpha 1e-3 is their Zephyr recipe, 1e-4 Llama-3. As theirs, the sum over the greedy response is not divided by its length. It may be the chosen or the rejected response too."),
     "xpo": Note("exploration while sampling: the reference's samples are pushed down", "As TRL's XPO trainer (gone from 1.16); SELM subtracts the reference's term and scales by beta."),
 }
 # fmt: on
@@ -143,6 +144,10 @@ def _trains(loss: Loss) -> str:
             + read
             * bool(loss.may_read)
         )
+    if loss.shape == "lists":
+        return "yes, on rows of K responses with scores, or on pairs with the columns chosen_score and rejected_score"
+    if "greedy_logps" in loss.needs:
+        return "yes, with the column greedy, a text or turns, or one of K responses marked greedy: true"
     columns = " and ".join(dict.fromkeys(" or ".join(names) for names in loss.columns))
     return f"yes, with the column {columns}" if columns else "yes"
 
@@ -189,6 +194,11 @@ was accumulated or packed.
 Each pair's losses are weighted by the column `weight`. `chosen_token_weights` and `rejected_token_weights`, a list of
 numbers from 0 on for each response, one a token (as tokenised, with its end of sequence), weigh tokens: one of weight w
 counts as w tokens in sums, lengths and NLLs, of policy and reference alike; 0 leaves a token out.
+
+Rows of K `responses` ([training.md](training.md#k-responses-a-prompt)) give pairs, which every loss of pairs takes; the
+`win_prob` of each response, its probability of beating the previous policy, is what `sppo`, `dno` and `dno_reg` read.
+`exo_rw`, `infonca` and `nca_rw` read whole lists: their loss is a mean over the rows of the step, of any K; rewards and
+accuracies are those of the best and the worst by score. They can be summed with losses of that pair.
 
 Unpaired losses take one response a row, [S], and K-response losses [P, K], both as first argument (and
 `ref_chosen_logps`). A previous policy that is a loss's only reference is read from `ref_*`.

@@ -1,7 +1,7 @@
 """Losses that read more than a pair's own numbers: a previous policy, the whole batch, unpaired or K responses, ...
 
-As fastpo/loss_functions.py, with its notation. `lacks` in the table of fastpo/losses.py says which `fastpo.train` does
-not serve; all take their statistics as arguments.
+As fastpo/loss_functions.py, with its notation. They take their statistics as arguments; docs/losses.md says which of
+them `fastpo.train` forms.
 """
 
 import torch

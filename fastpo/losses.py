@@ -26,7 +26,6 @@ from fastpo.loss_functions import F_DIVERGENCES, Gradient, Pairs
 __all__ = ["ALIASES", "LOSSES", "SFT", "Loss", "Pairs", "Term", "canonical_name", "resolve_terms", "segment_sum"]
 
 # What `fastpo.train` does not carry yet, by the losses that need it.
-K_RESPONSES = "scores of K responses a prompt"
 NO_LACK = ""
 # What a loss may read of a whole step, beside a pair's own numbers (fastpo/stepwide.py).
 KL, REWARD_MEAN, ORDER = "kl", "reward_mean", "order"
@@ -130,6 +129,10 @@ class Loss:
         """Columns of the data beside the responses; of each tuple any one."""
         if self.pair_prob:
             return [("win_prob",)]
+        if self.shape == "lists":
+            return [("chosen_score",), ("rejected_score",)]
+        if "greedy_logps" in self.needs:
+            return [("greedy",)]
         return [("win_prob", "win_prob_chosen"), ("win_prob", "win_prob_rejected")] if self.win_prob else []
 
     @property
@@ -229,13 +232,12 @@ _TABLE = (
     Loss("dpop", f.dpop, f.d_dpop, "2402.13228", {"beta": 0.1, "dpop_lambda": 50.0}),
     Loss("rdpo", f.rdpo, f.d_rdpo, "2403.19159", {"beta": 0.1, "alpha": 0.01}, length=True),
     Loss("exo_pair", f.exo_pair, f.d_exo_pair, "2402.00856", {"beta": 0.1, "label_smoothing": 1e-3}),
-    Loss("exo_rw", g.exo_rw, g.d_exo_rw, "2402.00856", {"beta": 0.5, "beta_r": 0.5}, needs=("scores",), shape="lists",
-         lacks=K_RESPONSES),
+    Loss("exo_rw", g.exo_rw, g.d_exo_rw, "2402.00856", {"beta": 0.5, "beta_r": 0.5}, needs=("scores",), shape="lists"),
     Loss("nca_pair", f.nca_pair, f.d_nca_pair, "2402.05369", {"beta": 0.01}),
     Loss("nca_rw", g.nca_rw, g.d_nca_rw, "2402.05369", {"beta": 0.01, "temperature": 1e-4}, needs=("scores",),
-         shape="lists", lacks=K_RESPONSES),
+         shape="lists"),
     Loss("infonca", g.infonca, g.d_infonca, "2402.05369", {"beta": 0.01, "temperature": 1e-4}, needs=("scores",),
-         shape="lists", lacks=K_RESPONSES),
+         shape="lists"),
     Loss("kto", g.kto, g.d_kto, "2402.01306", {"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0},
          needs=("label", "kl"), shape="unpaired", of_step=KL),
     Loss("bco_pair", f.bco_pair, f.d_bco_pair, "2404.04656", {"beta": 0.01, "delta": 0.0}),
@@ -276,7 +278,7 @@ _TABLE = (
     Loss("ipo_md", f.ipo_md, f.d_online_ipo, "2403.08635", {"beta": 0.1},
          lacks="pairs sampled from the mixture of policy and reference"),
     Loss("selm", g.selm, g.d_selm, "2405.19332", {"beta": 0.01, "alpha": 1e-3},
-         needs=("greedy_logps", "ref_greedy_logps"), lacks="the reference's greedy response as a third one"),
+         needs=("greedy_logps", "ref_greedy_logps")),
     Loss("xpo", g.xpo, g.d_xpo, "2405.21046", {"beta": 0.1, "alpha": 1e-5}, needs=("ref_sample_logps",),
          lacks="pairs sampled from the policy and the reference as it trains"),
 )  # fmt: skip
@@ -366,8 +368,8 @@ def resolve_terms(
         hint = f"; did you mean {close[0]!r}?" if close else ""
         summed = " + ".join(t.name for t in terms)
         raise ConfigError(f"{', '.join(sorted(unread))} is set, but {summed} does not read it{hint}")
-    columns = [(t.name, c) for t in terms if t.loss for c in t.loss.columns]
-    single, of_each = ([name for name, c in columns if (len(c) == 1) == one] for one in (True, False))
+    single, of_each = ([t.name for t in terms if t.loss and t.loss.pair_prob], [
+        t.name for t in terms if t.loss and t.loss.win_prob])  # fmt: skip
     if single and of_each:  # a batch has room for one kind
         raise ConfigError(
             f"{single[0]} reads win_prob as P(chosen beats rejected) and {of_each[0]} win probabilities against the "
@@ -380,6 +382,10 @@ def resolve_terms(
     with_kl = [t.name for t in terms if t.loss and "chosen_kl" in t.loss.needs]
     if ordered and with_kl:  # its first pass over a step reads a reference that is computed beforehand
         raise ConfigError(f"{ordered[0]} and {with_kl[0]} cannot be mixed: one needs the reference before a step")
+    lists = [t.name for t in terms if t.loss and t.loss.shape == "lists"]
+    greedy = [t.name for t in terms if t.loss and "greedy_logps" in t.loss.needs]
+    if lists and greedy:  # the greedy response is none of the list
+        raise ConfigError(f"{lists[0]} reads whole lists of responses and {greedy[0]} one beside: they cannot be mixed")
     mixed, alone = (
         [t.name for t in terms if t.loss and t.loss.reference and t.loss.previous == p] for p in (True, False)
     )

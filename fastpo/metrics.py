@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,6 +32,7 @@ def pair_inputs(logp: Tensor, batch: PackedBatch, sums: tuple[Tensor, ...] | Non
         logp = batch.token_weight * logp
         ref_logp = None if ref_logp is None else batch.token_weight * ref_logp
     has_ref = batch.ref_logp is not None or batch.ref_response_logps is not None
+    greedy: list[Tensor | None] = [None, None]
     if sums is None:
         of_response = segment_sum(logp, batch.response_offsets)
         ref = batch.ref_response_logps
@@ -40,11 +42,35 @@ def pair_inputs(logp: Tensor, batch: PackedBatch, sums: tuple[Tensor, ...] | Non
             return Pairs(of_response, None, ref, None, lengths, label=batch.label)
         sums = (of_response[chosen], of_response[rejected])
         sums += (ref[chosen], ref[rejected]) if ref is not None else ()
+        if batch.greedy is not None:
+            greedy = [None if of is None else of[batch.greedy.long()] for of in (of_response, ref)]
     rw, rl = (sums[2], sums[3]) if has_ref else (None, None)
     return Pairs(
         sums[0], sums[1], rw, rl, lengths[chosen], lengths[rejected], batch.win_prob_chosen, batch.win_prob_rejected,
-        prev_chosen_logps=rw, prev_rejected_logps=rl,
+        prev_chosen_logps=rw, prev_rejected_logps=rl, greedy_logps=greedy[0], ref_greedy_logps=greedy[1],
     )  # fmt: skip
+
+
+def list_loss(term: Term, logp: Tensor, batch: PackedBatch) -> Tensor:
+    """A term's loss of each row's list of responses, differentiable in `logp` [N]. -> [rows]
+
+    Rows with as many responses are a block [R, K], one block after another: exact for rows of different K.
+    """
+    ref_logp, ref = batch.ref_logp, batch.ref_response_logps
+    if batch.token_weight is not None:
+        logp = batch.token_weight * logp
+        ref_logp = None if ref_logp is None else batch.token_weight * ref_logp
+    of_response = segment_sum(logp, batch.response_offsets)  # [S]
+    ref = ref if ref_logp is None else segment_sum(ref_logp, batch.response_offsets)
+    assert ref is not None and batch.score is not None  # checked before training
+    sizes = np.array(batch.row_responses)
+    first = np.cumsum(sizes) - sizes
+    parts = []
+    for k in np.unique(sizes):
+        at = torch.from_numpy(first[sizes == k, None] + np.arange(k)).to(logp.device)  # [R, K]
+        parts.append(term.loss.fn(Pairs(of_response[at], None, ref[at], scores=batch.score[at]), **term.hyper))
+    back = np.argsort(np.argsort(sizes, kind="stable"), kind="stable")  # from the order of the blocks to that of rows
+    return torch.cat(parts)[torch.from_numpy(back).to(logp.device)]
 
 
 def weighted_lengths(logp: Tensor, batch: PackedBatch) -> Tensor:

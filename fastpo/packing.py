@@ -50,9 +50,13 @@ class PackedBatch:
     win_prob_chosen: Tensor | None  # [P] fp32
     win_prob_rejected: Tensor | None  # [P] fp32
     label: Tensor | None  # [S] bool: desirable; of unpaired rows
+    score: Tensor | None  # [S] fp32
+    greedy: Tensor | None  # [P] int32: the reference's greedy response of each pair's row
     ref_logp: Tensor | None  # [N] fp32, the reference's token log-probabilities
     ref_response_logps: Tensor | None  # [S] fp32, where the data give only their sums
     examples: tuple[int, ...]  # which rows of the data set; host
+    row_pairs: tuple[int, ...]  # pairs of each row; host
+    row_responses: tuple[int, ...]  # responses of each row; host
     num_tokens: int  # prompt and response tokens of every response, as TRL counts them; host
     unique: bool  # every response is in exactly one pair; host
     drawn_rows: Tensor | None = None  # [K] int64: SamPO's draw, row_statistics.draw_rows
@@ -137,6 +141,8 @@ def collate(
     ref_sums: list[float] = []
     labels: list[float] = []
     branches: list[Branch] = []
+    scores: list[float] = []
+    greedy: list[int] = []
     start = num_tokens = 0
     for i in indices:
         example = examples[i]
@@ -186,6 +192,9 @@ def collate(
             if start > after_first:
                 branches.append(Branch(after_first, start, root, root + len(example.prompt_ids)))
         ref_sums += example.response_columns.get("ref_logps", [])
+        scores += example.response_columns.get("score", [])
+        if example.greedy is not None:
+            greedy += [first_response + example.greedy] * len(example.pairs)
     n_responses = len(response_lengths)
     flat_pairs = [r for pair in pairs for r in pair]
     return PackedBatch(
@@ -205,9 +214,13 @@ def collate(
         win_prob_chosen=torch.tensor(win_chosen, dtype=torch.float32) if len(win_chosen) == len(pairs) else None,
         win_prob_rejected=torch.tensor(win_rejected, dtype=torch.float32) if len(win_rejected) == len(pairs) else None,
         label=torch.tensor(labels).bool() if labels else None,
+        score=torch.tensor(scores, dtype=torch.float32) if len(scores) == n_responses else None,
+        greedy=torch.tensor(greedy, dtype=torch.int32) if pairs and len(greedy) == len(pairs) else None,
         ref_logp=torch.from_numpy(np.concatenate(ref).astype(np.float32)) if ref else None,
         ref_response_logps=torch.tensor(ref_sums, dtype=torch.float32) if len(ref_sums) == n_responses else None,
         examples=tuple(indices),
+        row_pairs=tuple(len(examples[i].pairs) for i in indices),
+        row_responses=tuple(len(examples[i].responses) for i in indices),
         num_tokens=num_tokens,
         unique=sorted(flat_pairs) == list(range(n_responses)),
     )

@@ -22,6 +22,8 @@ from fastpo.errors import DataError
 _SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 COMPLETIONS = {"preference": ("chosen", "rejected"), "sft": ("completion",), "unpaired": ("completion",)}
 LABEL = "label"  # of unpaired rows: whether the completion is desirable
+RESPONSES = "responses"  # of rows with K responses: their entries (fastpo/kway.py)
+GREEDY = "greedy"  # the reference's greedy response, beside the pair or the responses
 _FORM_NAMES = {"text": "a text", "chat": "a conversation"}
 
 # Optional columns of preference rows: lowest and highest value. A sum of log-probabilities may round to just above 0.
@@ -34,6 +36,7 @@ BOUNDS = {
     "rejected_score": (-math.inf, math.inf),
     "ref_chosen_logps": (-math.inf, 1e-3),
     "ref_rejected_logps": (-math.inf, 1e-3),
+    "ref_greedy_logps": (-math.inf, 1e-3),
     "prev_chosen_logps": (-math.inf, 1e-3),
     "prev_rejected_logps": (-math.inf, 1e-3),
 }
@@ -150,9 +153,17 @@ def _load_parquet(path: Path) -> list[dict]:
 class InvalidRow(Exception):
     """A row that the option `invalid` refuses or drops; `reason` is what the report counts."""
 
+    always_dropped = False
+
     def __init__(self, reason: str, message: str):
         super().__init__(message)
         self.reason = reason
+
+
+class NoPair(InvalidRow):
+    """A row of K responses of which no pair is formed: no mistake, so dropped and counted in any case."""
+
+    always_dropped = True
 
 
 class Row(NamedTuple):
@@ -162,8 +173,18 @@ class Row(NamedTuple):
     prompt: Any  # str or list of turns
     completions: tuple  # the same, one for each response
     template_kwargs: dict
-    values: dict[str, float]  # optional columns
+    pairs: Sequence[tuple[int, int]] = ()  # (preferred, other): indices into completions
+    pair_columns: Mapping[str, list[float]] = {}  # one value a pair
+    response_columns: Mapping[str, list[float]] = {}  # one value a response
     token_weights: tuple[list[float], ...] = ()  # one list for each response, where the data have them
+    greedy: int | None = None  # which completion is the reference's greedy response
+    offered: int = 0  # responses that a row of K has, of which the completions are those in use
+
+    @property
+    def compared(self) -> int:
+        """Completions that preferences are about: all but a greedy response that is in no pair, the last then."""
+        apart = self.greedy is not None and all(self.greedy not in pair for pair in self.pairs)
+        return len(self.completions) - apart
 
 
 @dataclass(frozen=True)
@@ -176,10 +197,24 @@ class Schema:
     forms: dict[str, str]  # text columns that are read -> "text" or "chat"
     numbers: tuple[str, ...]  # optional columns that are read
     token_weights: bool = False  # whether TOKEN_COLUMNS are read
+    kway: "KWay | None" = None  # how rows of K responses are read
 
     @property
     def completions(self) -> tuple[str, ...]:
-        return COMPLETIONS[self.kind]
+        return (*COMPLETIONS[self.kind], *((GREEDY,) if GREEDY in self.forms else ()))
+
+
+@dataclass(frozen=True)
+class KWay:
+    """What is read of rows with K responses, and which pairs are formed (fastpo/kway.py)."""
+
+    policy: str
+    margin: float
+    whole: bool  # every response is used, not only those in pairs
+    rank: str | None  # what responses are compared by: score or win_prob
+    numbers: tuple[str, ...]  # read of every response
+    win_probs: bool  # whether a loss reads the win probabilities too
+    greedy: bool  # whether the reference's greedy response is read
 
 
 def column_names(rows: Any) -> list[str]:
@@ -208,9 +243,10 @@ def read_schema(columns: list[str], rows: list[Mapping], kind: str, wanted: Coll
                 f"no column 'prompt' but '{close}': did you mean 'prompt'? (if the prompt is the common beginning of "
                 "chosen and rejected, remove that column)"
             )
-    for name in ("image", "images"):
-        if name in columns:
-            raise DataError(f"the column '{name}' is not supported: fastpo trains on text only")
+    refuse_images(columns)
+    greedy = kind == "preference" and GREEDY in columns and (wanted is None or GREEDY in wanted)
+    if greedy and "prompt" not in columns:
+        raise DataError(f"the column '{GREEDY}' needs 'prompt' beside it")
     if kind == "preference":
         for pair in _TOGETHER:
             given = [name for name in pair if name in columns and (wanted is None or name in wanted)]
@@ -218,9 +254,9 @@ def read_schema(columns: list[str], rows: list[Mapping], kind: str, wanted: Coll
                 lacking = pair[1 - pair.index(given[0])]
                 raise DataError(f"the column '{given[0]}' needs '{lacking}' beside it")
 
-    texts = [name for name in ("prompt", *COMPLETIONS[kind]) if name in columns]
+    texts = [name for name in ("prompt", *COMPLETIONS[kind], *((GREEDY,) if greedy else ())) if name in columns]
     first = next((row for row in rows if all(row.get(name) is not None for name in texts)), rows[0])
-    forms = {name: _form(first.get(name), name, 0) for name in texts}
+    forms = {name: form_of(first.get(name), name, 0) for name in texts}
     explicit = "prompt" in columns
     if kind == "preference" and forms.get("prompt") == "text" and forms["chosen"] == "chat":
         # A common layout: the prompt's text in its own column, and whole conversations that contain it as a turn.
@@ -235,12 +271,21 @@ def read_schema(columns: list[str], rows: list[Mapping], kind: str, wanted: Coll
     return Schema(kind, "chat" in forms.values(), explicit, forms, numbers_read, weighs)
 
 
+def refuse_images(columns: Collection[str]) -> None:
+    """DataError for columns of images."""
+    for name in ("image", "images"):
+        if name in columns:
+            raise DataError(f"the column '{name}' is not supported: fastpo trains on text only")
+
+
 def _missing_column(name: str, required: Sequence[str], columns: list[str], kind: str) -> str:
     message = f"{kind} rows need the columns {quoted(required)}; '{name}' is missing from {quoted(columns)}"
     others = [column for column in columns if column not in required]
     close = nearest(name, others, 0.6)
     if close:
         return f"{message}: did you mean '{close}'? Rename it to '{name}'"
+    if kind == "unpaired" and RESPONSES in columns:
+        return f"{message}: rows of K responses are for losses of pairs and lists"
     if kind == "sft" and "chosen" in columns:
         return f"{message}: to train on the chosen responses rename 'chosen' to 'completion'"
     if kind == "preference" and "completion" in columns:
@@ -249,7 +294,7 @@ def _missing_column(name: str, required: Sequence[str], columns: list[str], kind
     return message
 
 
-def _form(value: Any, name: str, number: int) -> str:
+def form_of(value: Any, name: str, number: int) -> str:
     if isinstance(value, str):
         return "text"
     if isinstance(value, list | tuple):
@@ -265,24 +310,10 @@ def _form(value: Any, name: str, number: int) -> str:
 
 def parse_row(raw: Mapping, number: int, schema: Schema) -> Row:
     """Checks one row; InvalidRow for what may be dropped, DataError for what breaks the form of the others."""
-    values = {}
-    for name in schema.forms:
-        if name not in raw:
-            close = nearest(name, [key for key in raw if key not in schema.forms], 0.6)
-            hint = f": did you mean '{close}'?" if close else f", only {quoted(raw)}"
-            raise DataError(f"row {number} has no column '{name}'{hint}")
-        if raw[name] is None:
-            raise InvalidRow(f"'{name}' is None", f"row {number}: column '{name}' is None")
-        if _form(raw[name], name, number) != schema.forms[name]:
-            raise DataError(
-                f"row {number}: column '{name}' is {_FORM_NAMES[_form(raw[name], name, number)]}, "
-                f"where it is {_FORM_NAMES[schema.forms[name]]} in the rows before"
-            )
-        values[name] = raw[name]
-
+    values = read_texts(raw, number, schema.forms)
     completions = [values[name] for name in schema.completions]
     for name, completion in zip(schema.completions, completions, strict=True):
-        if _says_nothing(completion):
+        if says_nothing(completion):
             raise InvalidRow("empty completion", f"row {number}: '{name}' is empty")
     if schema.kind == "preference" and completions[0] == completions[1]:
         raise InvalidRow("identical pair", f"row {number}: 'chosen' and 'rejected' are identical")
@@ -293,11 +324,53 @@ def parse_row(raw: Mapping, number: int, schema: Schema) -> Row:
     if schema.conversational and not prompt:
         hint = "" if schema.explicit_prompt else ": chosen and rejected share no turns, so give it as a list of turns"
         raise InvalidRow("empty prompt", f"row {number}: the prompt is empty{hint}")
-    numbers_read = {name: _number(raw, name, number) for name in schema.numbers}
-    if schema.kind == "unpaired":
-        numbers_read[LABEL] = _label(raw, number)
+    found = {name: _number(raw, name, number) for name in schema.numbers}
     weights = tuple(_token_weights(raw, name, number) for name in TOKEN_COLUMNS) if schema.token_weights else ()
-    return Row(number, prompt, tuple(completions), _template_kwargs(raw, number), numbers_read, weights)
+    row = Row(number, prompt, tuple(completions), template_kwargs(raw, number), token_weights=weights)
+    if schema.kind == "unpaired":
+        return row._replace(response_columns={LABEL: [_label(raw, number)]})
+    if schema.kind != "preference":
+        return row
+    of_responses = {name: [found[column] for column in pair] for name, pair in RESPONSE_COLUMNS.items()
+                    if pair[0] in found}  # fmt: skip
+    of_pairs = {name: [found[name]] for name in PAIR_COLUMNS if name in found}
+    row = row._replace(pairs=((0, 1),), pair_columns=of_pairs, response_columns=of_responses)
+    return row if GREEDY not in schema.forms else with_greedy(row, completions[2], found.get("ref_greedy_logps"))
+
+
+def with_greedy(row: Row, greedy: Any, ref_logp: float | None) -> Row:
+    """`row` with the reference's greedy response: one of its own, or one more behind them."""
+    own = row.completions[: 2 if row.offered == 0 else None]
+    if greedy in own:
+        return row._replace(completions=own, greedy=own.index(greedy))
+    more = {name: math.nan for name in row.response_columns}  # which no loss of a greedy response reads
+    if "ref_logps" in row.response_columns:
+        if ref_logp is None:
+            raise DataError(f"row {row.number}: the responses' ref_logps need 'ref_greedy_logps' beside them")
+        more["ref_logps"] = ref_logp
+    columns = {name: [*values, more[name]] for name, values in row.response_columns.items()}
+    weights = (*row.token_weights, []) if row.token_weights else ()  # [] stands for ones
+    return row._replace(completions=(*own, greedy), greedy=len(own), response_columns=columns, token_weights=weights)
+
+
+def read_texts(raw: Mapping, number: int, forms: Mapping[str, str]) -> dict[str, Any]:
+    """The text columns of a row, each of the form that it has in the rows before."""
+    values = {}
+    for name in forms:
+        if name not in raw:
+            close = nearest(name, [key for key in raw if key not in forms], 0.6)
+            hint = f": did you mean '{close}'?" if close else f", only {quoted(raw)}"
+            raise DataError(f"row {number} has no column '{name}'{hint}")
+        if raw[name] is None:
+            raise InvalidRow(f"'{name}' is None", f"row {number}: column '{name}' is None")
+        form = form_of(raw[name], name, number)
+        if form != forms[name]:
+            raise DataError(
+                f"row {number}: column '{name}' is {_FORM_NAMES[form]}, where it is {_FORM_NAMES[forms[name]]} in the "
+                "rows before"
+            )
+        values[name] = raw[name]
+    return values
 
 
 def extract_prompt(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
@@ -326,7 +399,7 @@ def common_length(a: Sequence, b: Sequence) -> int:
     return low
 
 
-def _says_nothing(completion: Any) -> bool:
+def says_nothing(completion: Any) -> bool:
     if isinstance(completion, str):
         return not completion
     turns = [turn for turn in completion if isinstance(turn, Mapping)]
@@ -358,8 +431,12 @@ def _shortened(value: Any) -> str:
 
 
 def _number(raw: Mapping, name: str, number: int) -> float:
-    value = raw.get(name)
-    low, high = BOUNDS[name]
+    return read_number(raw.get(name), BOUNDS[name], name, f"row {number}: column '{name}'")
+
+
+def read_number(value: Any, bounds: tuple[float, float], name: str, what: str) -> float:
+    """A finite number within bounds as a float, or InvalidRow that counts as bad `name` and says `what`."""
+    low, high = bounds
     if isinstance(value, numbers.Real) and not isinstance(value, bool):
         value = float(value)
         if math.isfinite(value) and low <= value <= high:
@@ -370,10 +447,10 @@ def _number(raw: Mapping, name: str, number: int) -> float:
         expected = f"a finite number, at least {low:g}"
     else:
         expected = "a finite number" + ", at most 0 (a sum of log-probabilities)" * math.isfinite(high)
-    raise InvalidRow(f"bad '{name}'", f"row {number}: column '{name}' is {value!r}, expected {expected}")
+    raise InvalidRow(f"bad '{name}'", f"{what} is {_shortened(value)}, expected {expected}")
 
 
-def _template_kwargs(raw: Mapping, number: int) -> dict:
+def template_kwargs(raw: Mapping, number: int) -> dict:
     tools, kwargs = raw.get("tools"), raw.get("chat_template_kwargs")
     if isinstance(tools, str):
         try:

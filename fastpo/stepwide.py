@@ -16,8 +16,9 @@ from torch import Tensor
 from fastpo import data
 from fastpo.errors import ConfigError
 from fastpo.losses import KL, ORDER, REWARD_MEAN, Pairs, Term
-from fastpo.metrics import pair_inputs
+from fastpo.metrics import list_loss, pair_inputs
 from fastpo.packing import PackedBatch, loss_count, pack_step, trunk_tokens
+from fastpo.row_statistics import term_inputs
 
 if TYPE_CHECKING:
     from fastpo.trainer import Trainer
@@ -40,10 +41,15 @@ class Statistics:
         mean = None if self.ratio_mean is None else term.beta * self.ratio_mean
         return x._replace(kl=self.kl, reward_mean=mean)
 
+    def loss(self, term: Term, x: Pairs, logp: Tensor, batch: PackedBatch) -> Tensor:
+        """The term's loss of each pair, each unpaired response, or each row's list of responses. -> [P]"""
+        if term.loss.shape == "lists":
+            return list_loss(term, logp, batch)
+        return term.loss.fn(self.of_term(term_inputs(term, x, logp, batch), term), **term.hyper)
+
     def ordered_loss(self, x: Pairs, term: Term, batch: PackedBatch) -> Tensor:
         """The batch's share of a loss over the order of all pairs: its value, and its gradient for these pairs."""
-        pairs = len(x.chosen_logps) // len(batch.examples)  # of a row; all have as many
-        at = [self.pair_at[row] + k for row in batch.examples for k in range(pairs)]
+        at = [self.pair_at[row] + k for row, n in zip(batch.examples, batch.row_pairs, strict=True) for k in range(n)]
         index = torch.tensor(at, device=x.chosen_logps.device)
         chosen, rejected = (c.index_select(0, index) for c in self.coefficients[term.name])
         slope = (chosen * x.chosen_logps + rejected * x.rejected_logps).sum()

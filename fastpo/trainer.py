@@ -29,6 +29,7 @@ from fastpo.distributed import Engine, World, shard
 from fastpo.errors import ConfigError, DataError, TrainingError
 from fastpo.guardrails import Guardrails
 from fastpo.hub import Hub
+from fastpo.kway import Forming
 from fastpo.losses import SFT
 from fastpo.metrics import (
     PAIR_METRICS,
@@ -57,7 +58,7 @@ from fastpo.packing import (
 )
 from fastpo.prepare import check_ids, disable_dropout, eval_mode, set_numerics, training_mode
 from fastpo.ref_policy import MovingReference, cache_folder
-from fastpo.row_statistics import EVALUATION, TOKEN_KL, TRAIN, draw_rows, observer, row_statistics, term_inputs
+from fastpo.row_statistics import EVALUATION, TOKEN_KL, TRAIN, draw_rows, observer, row_statistics
 from fastpo.samples import check_generation_kwargs, generate_samples
 from fastpo.stepwide import Statistics, StepWide
 
@@ -155,6 +156,10 @@ class Trainer:
             raise ConfigError(f"ref_model is given, and {'+'.join(config.losses)} has no reference: leave it out")
         self.nll_reduction = next((t.hyper["nll_reduction"] for t in self.terms if t.name == SFT), "token_mean")
         self.kappa = next((t.hyper["kappa"] for t in self.pair_terms if t.loss.previous), None)
+        lists = [t.name for t in self.pair_terms if t.loss.shape == "lists"]
+        if lists and config.pair_policy != "best_worst":
+            raise ConfigError(f"{lists[0]} reads whole lists of responses: leave pair_policy={config.pair_policy} out")
+        self.forming = Forming(config.pair_policy, config.pair_margin, whole=bool(lists))
         references.check_previous(self, prev_model)
         self.row_statistics = row_statistics(self.pair_terms)
         if TOKEN_KL in self.row_statistics:
@@ -266,12 +271,14 @@ class Trainer:
             table = rows.load_rows(dataset, split=split, config_name=config.dataset_config)
             names = rows.column_names(table)
             unpaired = any(t.loss.shape == "unpaired" for t in self.pair_terms)
-            kind = "preference" if self.pair_terms or "chosen" in names else "sft"
+            kway = rows.RESPONSES in names and "completion" not in names
+            kind = "preference" if self.pair_terms or "chosen" in names or kway else "sft"
             if unpaired and (rows.LABEL in names or "chosen" not in names):
                 kind = "unpaired"
             examples, report = data.prepare_examples(
                 table, self.tokenizer, kind=kind, max_length=config.max_length, truncation_mode=config.truncation_mode,
                 columns=self._columns(), invalid=config.invalid_rows, num_proc=config.dataset_num_proc,
+                forming=self.forming,
             )  # fmt: skip
             for term in self.pair_terms:
                 data.require_columns(examples, term.loss.columns, term.name, report.columns)
@@ -288,7 +295,7 @@ class Trainer:
         """The optional columns that this run reads; others may hold anything."""
         columns = ["weight", *rows.TOKEN_COLUMNS]
         if self.uses_reference and self.ref_model is None and not self.config.sync_ref_model:
-            columns += rows.RESPONSE_COLUMNS["ref_logps"]
+            columns += [*rows.RESPONSE_COLUMNS["ref_logps"], "ref_greedy_logps"]
         if self.kappa is not None and self.prev_model is None:
             columns += rows.RESPONSE_COLUMNS["prev_logps"]
         of_losses = [name for t in self.pair_terms for names in (*t.loss.columns, t.loss.may_read) for name in names]
@@ -389,8 +396,7 @@ class Trainer:
             if term.loss.of_step == losses.ORDER:
                 total = total + term.weight * stats.ordered_loss(x, term, batch)
                 continue
-            inputs = stats.of_term(term_inputs(term, x, logp, batch), term)
-            of_each = term.loss.fn(inputs, **term.hyper)
+            of_each = stats.loss(term, x, logp, batch)
             total = total + term.weight * (of_each if batch.label is not None else batch.pair_weight * of_each).sum()
         return total, pair_metrics(x._replace(kl=stats.kl), self.pair_terms[0])
 
@@ -705,18 +711,14 @@ class Trainer:
         allowed = 0.1 if low_precision else 1e-4 * max(1.0, logp.abs().mean().item())
         if gap <= allowed:
             return None
-        got, expected = ([round(self._plain_loss(t, v, batch), 4) for t in self.pair_terms] for v in (logp, start_logp))
+        zero = logp.new_zeros(())  # what a step's statistics are at the start
+        stats, both = Statistics(zero, zero), ((pair_inputs(v, batch), v) for v in (logp, start_logp))
+        got, expected = ([round(stats.loss(t, *v, batch).mean().item(), 4) for t in self.pair_terms] for v in both)
         return (
             f"the policy should start at its reference, but its token log-probabilities differ by {gap:.2g} on average "
             f"(allowed {allowed:.2g}; loss {got} instead of {expected}): is the model random in train mode, or did "
             f"{cache_folder()} outlive a change of the model's code?"
         )
-
-    def _plain_loss(self, term: Any, logp: Tensor, batch: PackedBatch) -> float:
-        """Mean of a loss over a batch whose step's statistics are those of the start."""
-        zero = logp.new_zeros(())
-        x = term_inputs(term, pair_inputs(logp, batch), logp, batch)._replace(kl=zero, reward_mean=zero)
-        return term.loss.fn(x, **term.hyper).mean().item()
 
     def _warn(self, warnings: Sequence[Any]) -> None:
         for warning in warnings if self.config.guardrails else []:

@@ -154,6 +154,7 @@ NEEDS = {
     "fsdp_cpu_offload": {"fsdp": "full_shard"},
     "load_best_model_at_end": {"save_strategy": "epoch", "eval_strategy": "epoch"},
     "sample_generations": {"eval_strategy": "epoch"},
+    "pair_margin": {"pair_policy": "margin"},
 }
 
 

@@ -17,7 +17,13 @@ LN2 = math.log(2)
 
 
 def rows_with_probabilities(toy):
-    return [row | {"win_prob": 0.55 + 0.4 * i / 16} for i, row in enumerate(toy.rows(16))]
+    """Pairs with all that any loss reads; the reference's greedy response is the rejected one every other time."""
+    extra = toy.rows(16, seed=1)
+    return [
+        row | {"win_prob": 0.55 + 0.4 * i / 16, "chosen_score": 0.7, "rejected_score": 0.4,
+               "greedy": row["rejected"] if i % 2 else extra[i]["chosen"]}
+        for i, row in enumerate(toy.rows(16))
+    ]  # fmt: skip
 
 
 @pytest.fixture
@@ -63,7 +69,7 @@ def s(u):
 
 LIKE_DPO = (
     "dpo", "cdpo", "robust", "dpo_soft", "dpop", "fdpo", "gpo_logistic", "dno", "dno_prct", "dno_reg", "sigmoid_norm",
-    "ld_dpo", "sampo", "tdpo1", "tdpo2",
+    "ld_dpo", "sampo", "tdpo1", "tdpo2", "infonca", "selm",
 )  # fmt: skip
 
 # The mean loss where the policy is the reference, or of a policy without one. NLLs are means over the step's tokens.
@@ -73,6 +79,8 @@ START = {
     "ipo": lambda v: 25.0, "hinge": lambda v: 1.0, "gpo_hinge": lambda v: 1.0, "gpo_exp": lambda v: 1.0,
     "gpo_sq": lambda v: 1.0, "gpo_tquad": lambda v: 1.0, "gpo_savage": lambda v: 0.25,
     "rdpo": lambda v: torch.log(1 + torch.exp(-0.01 * (v.nw - v.nl))).mean(),
+    "exo_rw": lambda v: -LN2 - 0.5 * float(torch.log_softmax(torch.tensor([1.4, 0.8]).double(), 0).sum()),
+    "nca_rw": lambda v: 2 * LN2,
     "exo_pair": lambda v: 0.5 * math.log(0.5 / 0.999) + 0.5 * math.log(0.5 / 0.001),
     "nca_pair": lambda v: 2 * LN2, "bco_pair": lambda v: 2 * LN2, "apo_zero": lambda v: 1.0, "apo_down": lambda v: 1.0,
     "discopop": lambda v: 0.5 * LN2 + 0.5,
