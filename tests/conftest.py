@@ -129,6 +129,18 @@ class Toy:
 
         return [row() for _ in range(n)]
 
+    @staticmethod
+    def kway_rows(n: int, seed: int = 0, sizes: tuple[int, ...] = (2, 3, 5)) -> list[dict]:
+        """Rows of `sizes` responses in turn, with scores that tie now and then; every row has a pair."""
+        rng = random.Random(seed)
+        rows = []
+        for i in range(n):
+            responses = [{"text": " " + Toy.text(rng, 2, 12), "score": rng.randrange(10) / 2,
+                          "win_prob": rng.randrange(100) / 100} for _ in range(sizes[i % len(sizes)])]  # fmt: skip
+            responses[0]["score"] = 5.0
+            rows.append({"prompt": Toy.text(rng, 3, 12), "responses": responses})
+        return rows
+
 
 @pytest.fixture(scope="session")
 def toy() -> Toy:

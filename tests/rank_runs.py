@@ -40,6 +40,8 @@ CASES: dict[str, tuple[dict, int, bool, dict]] = {
     "rows": ({"loss_type": ["wpo", "sampo", "ld_dpo"]}, 21, False, {}),
     "tdpo": ({"loss_type": "tdpo2"}, 21, False, {}),
     "tdpo lora": ({"loss_type": "tdpo1"}, 21, True, {}),
+    "all pairs": ({"pair_policy": "all"}, 21, False, {"kway": True}),  # rows of differing K, differing pairs
+    "lists": ({"loss_type": ["exo_rw", "dpo"]}, 21, False, {"kway": True}),
     "checkpointing": ({"gradient_checkpointing": True, "max_steps": 2}, 21, False, {}),
 }
 LAYOUTS: dict[str, tuple[int, dict]] = {
@@ -83,11 +85,12 @@ def run(case: str, ranks: int, options: dict, out: Path, counts: bool = False, s
     dtype = model.pop("dtype", torch.float32)
     if "prev_model" in model:
         rest["prev_model"] = Toy.model(model.pop("prev_model"))
+    make = Toy.kway_rows if model.pop("kway", False) else Toy.rows
     calls = _count_collectives() if counts else {}
     args = {"output_dir": str(out.parent / out.stem), **OPTIONS, **changes, **options}
     result = fastpo.train(
-        Toy.model(**model).to(dtype), Toy.rows(rows), processing_class=Toy.tokenizer(), args=args,
-        eval_dataset={"a": Toy.rows(5, seed=1), "b": Toy.rows(2 if case == "kto" else 1, seed=2)}, **rest,
+        Toy.model(**model).to(dtype), make(rows), processing_class=Toy.tokenizer(), args=args,
+        eval_dataset={"a": make(5, seed=1), "b": make(2 if case == "kto" else 1, seed=2)}, **rest,
     )  # fmt: skip
     named = dict(result.model.named_parameters())
     whole = {n: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone() for n, p in named.items()}

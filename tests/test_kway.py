@@ -2,7 +2,6 @@
 
 import json
 import math
-import random
 
 import pytest
 import torch
@@ -10,23 +9,15 @@ import torch
 import fastpo
 from fastpo import data
 from fastpo.data import DataError
-from fastpo.errors import ConfigError
+from fastpo.errors import ConfigError, TrainingError
 from fastpo.kway import Forming
 from fastpo.packing import collate
 
 LISTS = ["exo_rw", "infonca", "nca_rw"]
 
 
-def kway_rows(toy, n=8, sizes=(2, 3, 5), seed=0, levels=10):
-    """Rows of differing K, with scores that tie now and then."""
-    rng = random.Random(seed)
-    rows = []
-    for i in range(n):
-        responses = [{"text": " " + toy.text(rng, 2, 12), "score": rng.randrange(levels) / 2,
-                      "win_prob": rng.randrange(100) / 100} for _ in range(sizes[i % len(sizes)])]  # fmt: skip
-        responses[0]["score"] = levels / 2  # so that every row has a pair
-        rows.append({"prompt": toy.text(rng, 3, 12), "responses": responses})
-    return rows
+def kway_rows(toy, n=8, sizes=(2, 3, 5)):
+    return toy.kway_rows(n, sizes=sizes)
 
 
 def pair(row, winner, loser, **more):
@@ -284,6 +275,16 @@ def test_mixtures_with_lists(toy, run):
     both, first, second = (logged(run(rows, loss_type=name, **weight, **ref))[0] for name, weight in (
         (["exo_rw", "dpo"], {"loss_weights": [1.0, 0.25]}), ("exo_rw", {}), ("dpo", {})))  # fmt: skip
     assert both == pytest.approx(first + 0.25 * second, rel=1e-5)
+
+
+@pytest.mark.parametrize("loss", ["nca_rw", "selm", ["exo_rw", "dpo"]])
+def test_a_start_away_from_the_reference_is_refused(toy, run, monkeypatch, loss):
+    real = fastpo.references.reference_logps
+    monkeypatch.setattr(
+        "fastpo.references.reference_logps", lambda *a, **k: [[p + 0.5 for p in row] for row in real(*a, **k)]
+    )
+    with pytest.raises(TrainingError, match=r"should start at its reference, .* loss \[[-\d., ]+\] instead of \["):
+        run(with_greedy(toy) if loss == "selm" else kway_rows(toy), loss_type=loss)
 
 
 def test_reference_sums_from_the_data(toy, run):
