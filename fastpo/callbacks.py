@@ -12,7 +12,7 @@ import importlib.util
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -478,13 +478,13 @@ def note_saved(state: TrainerState, folder: str | Path) -> None:
         state.best_model_checkpoint = str(folder)
 
 
-def check_best(config: TrainConfig, eval_names: Sequence[str], metric_names: Sequence[str]) -> None:
+def check_best(config: TrainConfig, reported: Mapping[str, Sequence[str]]) -> None:
     """Refuse before training a metric that no evaluation will have.
 
-    eval_names: the sets' prefixes, such as `eval` or `eval_news`; metric_names: what each reports, such as `loss`.
+    reported: by the set's prefix, such as `eval` or `eval_news`, what it reports, such as `loss`.
     """
     name = best_metric_name(config)
-    known = [f"{prefix}_{metric}" for prefix in eval_names for metric in metric_names]
+    known = [f"{prefix}_{metric}" for prefix, metrics in reported.items() for metric in metrics]
     if name is not None and name not in known:
         raise ConfigError(_no_metric(name, known))
 

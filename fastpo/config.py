@@ -89,7 +89,7 @@ class TrainConfig:
     gamma_beta_ratio: float | None = _opt(None, "loss", "simpo, cpo_simpo, alphapo: target margin over beta (None: simpo's 0.5)")
     ipo_reduce: str = _opt("mean", "loss", "ipo: log-ratios per token (mean, as TRL) or per response (sum, as the paper)", ("mean", "sum"))
     discopop_tau: float = _opt(0.05, "loss", "discopop: temperature of the blend")
-    f_divergence_type: str = _opt("reverse_kl", "loss", "dpo: the divergence from the reference; other than reverse_kl it is the loss fdpo", ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"))
+    f_divergence_type: str | None = _opt(None, "loss", "dpo: the divergence from the reference; other than reverse_kl it is the loss fdpo (None: dpo's reverse_kl, fdpo's js_divergence)", ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"))
     f_alpha_divergence_coef: float = _opt(0.5, "loss", "f_divergence_type=alpha_divergence: its alpha")
     ld_alpha: float | None = _opt(None, "loss", "dpo, which is then ld_dpo: weight of the tokens past the pair's shorter response")
     use_weighting: bool = _opt(False, "loss", "dpo, which is then wpo with clamp_weight=false: pairs weighted by how likely the policy is to say them")
@@ -170,7 +170,7 @@ class TrainConfig:
         for f in dataclasses.fields(self):
             setattr(self, f.name, _coerce(f.name, getattr(self, f.name), f.type))
             choices = f.metadata["choices"]
-            if choices and (value := getattr(self, f.name)) not in choices:
+            if choices and (value := getattr(self, f.name)) is not None and value not in choices:
                 hint = _CHOICE_HINTS.get((f.name, value)) if isinstance(value, str) else None
                 raise ConfigError(
                     f"{f.name} must be one of {', '.join(choices)}, not {value!r}" + (f": {hint}" if hint else "")
@@ -203,6 +203,7 @@ class TrainConfig:
         self._check_resume()
         if self.loss_weights is not None and len(self.loss_weights) != len(self.losses):
             raise ConfigError(f"loss_weights has {len(self.loss_weights)} entries for {len(self.losses)} losses")
+        self._require("loss_weights", all(map(math.isfinite, self.loss_weights or ())), "finite numbers")
 
     def _check_fsdp(self) -> None:
         self.fsdp, offload = options.fsdp_mode(self.fsdp)

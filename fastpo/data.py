@@ -547,12 +547,18 @@ def mismatched(examples: Sequence[Example], max_length: int | None) -> list[Exam
     rows have one prompt.
     """
     n = len(examples)
+    others: list[Example | None] = [None] * n
+    other = None
+    # Backwards, twice around: a row of the same prompt as the next one has its other, however many they are.
+    for i in reversed(range(2 * n)):
+        example, after = examples[i % n], examples[(i + 1) % n]
+        other = other if np.array_equal(example.prompt_ids, after.prompt_ids) else after
+        others[i % n] = other
     out = []
-    for i, example in enumerate(examples):
-        others = (examples[(i + step) % n] for step in range(1, n))
-        other = next((o for o in others if not np.array_equal(o.prompt_ids, example.prompt_ids)), None)
+    for example, other in zip(examples, others, strict=True):
         if other is None:
             raise DataError("kto estimates a KL from completions of other prompts, and all rows have the same prompt")
         room = None if max_length is None else max_length - len(example.prompt_ids)
-        out.append(Example(example.prompt_ids, [other.responses[0][:room]]))
+        weights = None if other.token_weights is None else [other.token_weights[0][:room]]
+        out.append(Example(example.prompt_ids, [other.responses[0][:room]], token_weights=weights))
     return out

@@ -290,7 +290,7 @@ SFT = "sft"  # negative log-likelihood of the chosen responses, reduced over the
 # TRL's and our own options that one of the losses reads, with the value that leaves each loss its default.
 OPTIONS: dict[str, Any] = {
     "beta": None, "label_smoothing": 0.0, "gamma_beta_ratio": None, "ipo_reduce": "mean", "discopop_tau": 0.05,
-    "f_divergence_type": "reverse_kl", "f_alpha_divergence_coef": 0.5, "ld_alpha": None, "use_weighting": False,
+    "f_divergence_type": None, "f_alpha_divergence_coef": 0.5, "ld_alpha": None, "use_weighting": False,
 }  # fmt: skip
 
 
@@ -341,6 +341,8 @@ def resolve_terms(
     if weighted and {canonical_name(n) for n in names} != {"dpo"}:
         raise ConfigError("use_weighting goes with loss_type=dpo alone, as wpo; name wpo as one of the losses instead")
     unread = {name for name, value in options.items() if value is not None}
+    if options.get("f_divergence_type") == "reverse_kl":
+        unread.discard("f_divergence_type")  # every loss but fdpo has it
     terms: list[Term] = []
     for i, name in enumerate(canonical_name(n) for n in names):
         weight = 1.0 if weights is None else float(weights[i])
@@ -400,7 +402,7 @@ def resolve_terms(
 def _of_dpo(options: Mapping[str, Any], weighted: bool) -> str:
     """The loss that DPO is with TRL's options of it."""
     chosen = {"f_divergence_type": "fdpo", "ld_alpha": "ld_dpo"}
-    named = {option: name for option, name in chosen.items() if options.get(option) is not None}
+    named = {option: name for option, name in chosen.items() if options.get(option) not in (None, "reverse_kl")}
     if weighted:
         named["use_weighting"] = "wpo"
     if len(named) > 1:

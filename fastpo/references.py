@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
 from fastpo import checkpoint, data, rows
@@ -212,6 +213,8 @@ def load(run: "Trainer", role: Role, sets: Sets, stack: contextlib.ExitStack) ->
                            trust_remote_code=config.trust_remote_code)  # fmt: skip
     elif not isinstance(model, nn.Module):
         raise ConfigError(f"{role.model} must be a model, or its name or path, not {model!r}")
+    elif sharded and any(isinstance(p, DTensor) for p in model.parameters()):
+        raise ConfigError(f"{role.model} is a model that fsdp has split for another purpose: pass a copy, or its path")
     policy = Policy(model)
     for name, examples in sets.items():
         check_ids(policy, examples, f"{name} (for {role.model})")

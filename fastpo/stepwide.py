@@ -82,6 +82,13 @@ class StepWide:
                     f"{self.ordered[0].name} compares sorted margins of different pairs, so a pair can have no weight: "
                     f"leave the column weight out of the {name} data"
                 )
+            if self.reads_kl and any("ref_logps" in e.response_columns for e in examples):
+                # The KL would be to the policy's start, whatever reference the columns are of.
+                raise ConfigError(
+                    "kto scores completions of other prompts with the reference, which ref_chosen_logps and "
+                    f"ref_rejected_logps of the {name} data cannot: pass ref_model, or leave the columns out where the "
+                    "reference is the model itself"
+                )
             if self.reads_kl:
                 self.mismatched[name] = data.mismatched(examples, self.run.config.max_length)
         for term in self.run.pair_terms:
@@ -105,7 +112,8 @@ class StepWide:
         rounds = max(map(len, shares)) if run.engine.sharded else len(share)
         sums = torch.zeros(2, dtype=torch.float64, device=run.device)
         for batch, logp in self.first_pass(share, rounds, examples, run.ref[_mismatched(name)], shares[0][0]):
-            sums[0] += (logp.double() - batch.ref_logp.double()).sum()
+            ratios = logp.double() - batch.ref_logp.double()
+            sums[0] += (ratios if batch.token_weight is None else batch.token_weight * ratios).sum()
             sums[1] += len(batch.examples)
         total, count = run.world.sum_(sums)
         return Statistics(kl=(total / count).float())

@@ -201,8 +201,7 @@ class Trainer:
         self.eval_sets = self._prepare_eval(eval_dataset)
         self.stepwide = StepWide(self)
         self.stepwide.prepare({"train": self.examples, **self.eval_sets})
-        check_best(config, list(self.eval_sets), ["loss", *metric_means([1.0] * len(PAIR_METRICS), self.pair_terms)]
-                   if self.pair_terms else ["loss"])  # fmt: skip
+        check_best(config, {name: ["loss", *self._reported(examples)] for name, examples in self.eval_sets.items()})
         self.hub = Hub(config) if config.push_to_hub and world.main else None
 
         home = torch.device("cpu") if config.fsdp != "no" else self.device  # FSDP moves its shards itself
@@ -273,7 +272,7 @@ class Trainer:
             unpaired = any(t.loss.shape == "unpaired" for t in self.pair_terms)
             kway = rows.RESPONSES in names and "completion" not in names
             kind = "preference" if self.pair_terms or "chosen" in names or kway else "sft"
-            if unpaired and (rows.LABEL in names or "chosen" not in names):
+            if unpaired and ({"completion", rows.LABEL} <= set(names) or "chosen" not in names):  # else pairs, labelled
                 kind = "unpaired"
             examples, report = data.prepare_examples(
                 table, self.tokenizer, kind=kind, max_length=config.max_length, truncation_mode=config.truncation_mode,
@@ -282,7 +281,12 @@ class Trainer:
             )  # fmt: skip
             for term in self.pair_terms:
                 data.require_columns(examples, term.loss.columns, term.name, report.columns)
-            return data.unpair(examples) if unpaired and kind == "preference" else examples, report
+            if not unpaired or kind != "preference":
+                return examples, report
+            if any("weight" in e.pair_columns for e in examples):
+                log.warning("the column 'weight' is not used: %s takes each response of a pair as a row of its own",
+                            self.pair_terms[0].name)  # fmt: skip
+            return data.unpair(examples), report
 
         examples, report = self.world.first(prepare)
         self.data_reports[name] = report
@@ -312,6 +316,15 @@ class Trainer:
         if isinstance(eval_dataset, Mapping):
             return {f"eval_{k}": self._prepare(v, split, f"eval {k}") for k, v in eval_dataset.items()}
         return {"eval": self._prepare(eval_dataset, split, "eval")}
+
+    def _reported(self, examples: Sequence[data.Example]) -> list[str]:
+        """Pair metrics of an evaluation of `examples`: unpaired rows may be of one kind, and have no pairs."""
+        if not self.pair_terms:
+            return []
+        labels = {label for e in examples for label in e.response_columns.get(rows.LABEL, ())}
+        counts = dict.fromkeys(PAIR_METRICS, 1.0)
+        counts |= {"chosen": float(labels != {0.0}), "rejected": float(labels != {1.0}), "pairs": float(not labels)}
+        return list(metric_means(list(counts.values()), self.pair_terms))
 
     def _plan(self) -> list[tuple[int, list[int]]]:
         """(epoch, rows) of every optimiser step of the run, over all processes."""

@@ -42,10 +42,10 @@ def test_best_without_a_metric_notes_nothing(tmp_path):
 def test_a_metric_that_no_evaluation_reports(tmp_path):
     options = config(tmp_path, metric_for_best_model="reward/accuracies", eval_steps=1)
     with pytest.raises(ConfigError, match="did you mean 'eval_rewards/accuracies'"):
-        cb.check_best(options, ["eval"], ["loss", "rewards/accuracies"])
+        cb.check_best(options, {"eval": ["loss", "rewards/accuracies"]})
     named = config(tmp_path, metric_for_best_model="loss", eval_steps=1)
     with pytest.raises(ConfigError, match="no evaluation reports 'eval_loss'; did you mean 'eval_news_loss'"):
-        cb.check_best(named, ["eval_news", "eval_code"], ["loss"])
-    cb.check_best(config(tmp_path, metric_for_best_model="news_loss"), ["eval_news"], ["loss"])
+        cb.check_best(named, {"eval_news": ["loss"], "eval_code": ["loss"]})
+    cb.check_best(config(tmp_path, metric_for_best_model="news_loss"), {"eval_news": ["loss"]})
     with pytest.raises(ConfigError, match="no evaluation reports 'eval_loss'"):
         cb.best(TrainerState(), {"eval_news_loss": 1.0}, named)

@@ -48,6 +48,7 @@ def test_training_arguments_object():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"loss_type": ["dpo", "ipo"], "loss_weights": [1, float("nan")]}, "loss_weights must be finite numbers"),
         ({"bta": 0.1}, "unknown option 'bta'; did you mean 'beta'"),
         ({"fp16": True}, "fp16=True is not honoured by fastpo: use bf16"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 is not honoured"),

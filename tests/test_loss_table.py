@@ -88,10 +88,15 @@ def test_coefficients_are_autograds(name, hyper, seed, scale):
 
 @pytest.mark.parametrize("name, hyper", CASES, ids=IDS)
 def test_coefficients_are_central_differences(name, hyper):
-    """Of every pair at once where its loss is its own; one by one where the batch is coupled. No autograd."""
-    x, h = inputs(name, 5), 1e-5
+    for numeric, c, size in central_differences(name, 5, **hyper):
+        assert abs(numeric - c) <= 1e-5 * (1 + abs(numeric)) + 1e-10 * size
+
+
+def central_differences(name, seed, **hyper):
+    """(difference quotient of the summed losses, closed form, largest loss) of every log-probability. No autograd."""
+    x, h = inputs(name, seed), 1e-5
     if name == "alphapo":  # its fourth derivative grows like its exponential
-        x = inputs(name, 5, 0.3)
+        x = inputs(name, seed, 0.3)
     for key, c in zip(("chosen_logps", "rejected_logps"), coefficients(name, x, **hyper), strict=False):
         for at in range(x[key].numel()):
             step = torch.zeros_like(x[key])
@@ -105,9 +110,7 @@ def test_coefficients_are_central_differences(name, hyper):
                 call(name, x | {key: x[key] + s * step} | {k: x[k] + s * v for k, v in held.items()}, **hyper)
                 for s in (1, -1)
             )
-            numeric = (ups - downs).sum() / (2 * h)
-            size = ups.abs().max()
-            assert abs(numeric - c.view(-1)[at]) <= 1e-5 * (1 + abs(numeric)) + 1e-10 * size, (key, at)
+            yield (ups - downs).sum() / (2 * h), c.view(-1)[at], ups.abs().max()
 
 
 @pytest.mark.parametrize("name, hyper", CASES, ids=IDS)
@@ -450,6 +453,11 @@ def test_terms():
     (f,) = resolve_terms(["sigmoid"], f_divergence_type="alpha_divergence", f_alpha_divergence_coef=0.7)
     assert f.name == "fdpo" and f.hyper["f_alpha_divergence_coef"] == 0.7
     assert [t.name for t in resolve_terms(["sigmoid"], f_divergence_type="reverse_kl")] == ["dpo"]
+    assert [t.name for t in resolve_terms(["hinge"], f_divergence_type="reverse_kl")] == ["hinge"]
+    for given in ({"f_divergence_type": "reverse_kl"}, {"loss_kwargs": {"f_divergence_type": "reverse_kl"}}):
+        (f,) = resolve_terms(["fdpo"], **given)
+        assert f.hyper["f_divergence_type"] == "reverse_kl", "asked for, though it is dpo"
+    assert resolve_terms(["fdpo"])[0].hyper["f_divergence_type"] == "js_divergence"
     assert resolve_terms(["exo_pair"], label_smoothing=0.0)[0].hyper["label_smoothing"] == 1e-3
 
 

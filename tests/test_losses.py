@@ -14,7 +14,11 @@ P = 7
 
 @pytest.fixture
 def pairs() -> dict[str, torch.Tensor]:
-    g = torch.Generator().manual_seed(3)
+    return random_pairs()
+
+
+def random_pairs(seed: int = 3) -> dict[str, torch.Tensor]:
+    g = torch.Generator().manual_seed(seed)
     rand = lambda: -60 * torch.rand(P, generator=g, dtype=torch.float64)  # noqa: E731
     win = torch.rand(P, generator=g, dtype=torch.float64)
     return {

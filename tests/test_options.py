@@ -163,7 +163,7 @@ def test_arguments_of_trl_arrive(tmp_path):
     assert config.save_strategy == "steps" and config.beta == 0.1 and config.losses == ["sigmoid"]
     assert config == TrainConfig(
         output_dir=str(tmp_path), use_cpu=True, bf16=False, loss_type=["sigmoid"], beta=0.1, save_strategy="steps",
-        gradient_checkpointing_kwargs=config.gradient_checkpointing_kwargs,
+        f_divergence_type="reverse_kl", gradient_checkpointing_kwargs=config.gradient_checkpointing_kwargs,
     )  # fmt: skip
     config = TrainConfig.build(
         trl.DPOConfig(

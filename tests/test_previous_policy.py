@@ -1,7 +1,9 @@
 """INPO and regularised DNO: a previous policy from a model, a path, columns or the start, mixed with the reference."""
 
+import contextlib
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -257,3 +259,18 @@ def test_an_adapter(toy, run):
     adapter = peft.LoraConfig(r=4, target_modules=["q_proj"])
     alike = losses(run(ref_model=toy.model(1), max_steps=1))
     assert losses(run(ref_model=toy.model(1), max_steps=1, peft_config=adapter)) == pytest.approx(alike, rel=1e-5)
+
+
+def test_a_model_that_is_split_already(toy):
+    """One model in memory as both references, under fsdp: the second use finds the first one's shards."""
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+        run = SimpleNamespace(config=SimpleNamespace(fsdp="full_shard"), prev_model=fully_shard(toy.model(), mesh=mesh))
+        with contextlib.ExitStack() as stack, pytest.raises(ConfigError, match="prev_model .* pass a copy, or its"):
+            references._engine(run, references.PREV, {}, stack)
+    finally:
+        dist.destroy_process_group()

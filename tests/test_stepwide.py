@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -169,6 +170,15 @@ def test_a_kl_of_other_prompts(toy):
         data.mismatched(examples[:2], None)
 
 
+def test_rows_sorted_by_prompt_are_no_quadratic_work(monkeypatch):
+    rows = [data.Example(np.array([i // 200]), [np.array([i])]) for i in range(1000)]
+    calls, equal = [], np.array_equal
+    monkeypatch.setattr(np, "array_equal", lambda a, b: calls.append(1) or equal(a, b))
+    found = [int(e.responses[0][0]) for e in data.mismatched(rows, None)]
+    assert found == [(i // 200 + 1) % 5 * 200 for i in range(1000)]
+    assert len(calls) <= 2 * len(rows)
+
+
 def test_mixtures_and_balance(toy, run, caplog):
     rows = unpaired_rows(toy)
     result = run(
@@ -197,6 +207,8 @@ def test_mixtures_and_balance(toy, run, caplog):
         (lambda t: [{"prompt": "w1", "completion": "w2"}] * 3, {"loss_type": "bco"}, "unpaired rows need the columns"),
         (lambda t: [r | {"weight": 2.0} for r in t.rows(4)], {"loss_type": "aot"}, "leave the column weight out"),
         (lambda t: t.rows(4), {"loss_type": "aot", "disable_dropout": False}, "dropout must be off: disable_dropout"),
+        (lambda t: [r | {"ref_chosen_logps": -9.0, "ref_rejected_logps": -9.0} for r in t.rows(4)],
+         {"loss_type": "kto"}, "ref_chosen_logps and ref_rejected_logps of the train data cannot: pass ref_model"),
     ],
 )  # fmt: skip
 def test_bad_input(toy, run, rows, options, message):
@@ -216,3 +228,59 @@ def test_the_command_reads_unpaired_rows(toy, tmp_path):
     assert cli.main(["train", "--model", str(tmp_path / "model"), "--train-dataset", str(path), *options]) == 0
     lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert lines[0]["kl"] == 0 or abs(lines[0]["kl"]) < 1e-5
+
+
+def test_labels_of_a_dataset_object(toy, run):
+    """Its columns are selected by name before rows are read."""
+    datasets = pytest.importorskip("datasets")
+    rows = unpaired_rows(toy)
+    one, two = run(rows, "a", loss_type="kto"), run(datasets.Dataset.from_list(rows), "b", loss_type="kto")
+    assert logged(one, "loss") == logged(two, "loss")
+
+
+def test_pairs_with_a_column_named_label_are_pairs(toy, run):
+    rows = toy.rows(6)
+    one, two = (run(r, loss_type="kto", name=n) for r, n in ((rows, "a"), ([r | {"label": 3} for r in rows], "b")))
+    assert logged(one, "loss") == logged(two, "loss")
+
+
+def test_weights_of_pairs_that_become_rows(toy, run, caplog):
+    run([r | {"weight": 2.0} for r in toy.rows(6)], loss_type="kto", max_steps=1)
+    assert "the column 'weight' is not used: kto takes each response of a pair as a row of its own" in caplog.text
+
+
+def test_the_kl_counts_token_weights_as_the_rewards_do(toy, run):
+    def kl(weight):
+        rows = [r | {f"{k}_token_weights": [weight] * (len(r[k].split()) + 1) for k in ("chosen", "rejected")}
+                for r in toy.rows(6)]  # fmt: skip
+        result = run(rows, f"by{weight}", loss_type="kto", max_steps=1, rest={"ref_model": toy.model(1)})
+        return result.log_history[0]["kl"]
+
+    once, twice = kl(1.0), kl(2.0)
+    assert abs(once) > 0.01 and twice == pytest.approx(2 * once, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("metric", "kinds", "message"),
+    [
+        ("rewards/margins", (True, False), None),
+        ("rewards/accuracies", (True, False), "no evaluation reports 'eval_rewards/accuracies'"),
+        ("rewards/margins", (True,), "no evaluation reports 'eval_rewards/margins'"),
+    ],
+)
+def test_what_unpaired_rows_can_be_best_by(toy, run, metric, kinds, message):
+    rows, began = unpaired_rows(toy), []
+    evaluated = [r for r in rows if r["label"] in kinds]
+
+    class Begins:
+        def on_train_begin(self, args, state, control, **kwargs):
+            began.append(True)
+
+    options = dict(loss_type="kto", eval_steps=1, save_steps=1, load_best_model_at_end=True,
+                   metric_for_best_model=metric, rest={"eval_dataset": evaluated, "callbacks": [Begins()]})  # fmt: skip
+    if message is None:
+        assert run(rows, **options).state.best_metric is not None
+        return
+    with pytest.raises(ConfigError, match=message):
+        run(rows, **options)
+    assert not began, "it is said before training"
