@@ -6,7 +6,8 @@ Needs the `bench` extra (TRL). Each run is one fresh process; runs of the provid
 Same rows in the same order, same initial weights, fp32, two threads, no gradient checkpointing, one epoch of fresh
 rows. `seconds` is everything between the call and its return, divided by the optimiser steps: tokenisation, guards,
 reference pass and training. Memory is the peak resident size over that of the interpreter with its imports, tokenizer
-and rows loaded, so model, gradients and optimiser state count. Providers: `fastpo`; `trl` (reference model in memory,
+and rows loaded, so model, gradients and optimiser state count. Providers: `fastpo`; `fastpo_unshared`
+(`share_prompts=never`); `trl` (reference model in memory,
 one forward in each step, TRL's default); `trl_precompute` (`precompute_ref_log_probs=True`). FASTPO_CACHE is empty in
 every run: no reference pass is saved.
 """
@@ -24,8 +25,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH leaves it out
 
-ORDER = ("fastpo", "trl", "fastpo", "trl_precompute", "fastpo")  # one TRL run takes minutes
-PROVIDERS = ("fastpo", "trl", "trl_precompute")
+ORDER = (
+    "fastpo",
+    "fastpo_unshared",
+    "trl",
+    "fastpo",
+    "fastpo_unshared",
+    "trl_precompute",
+    "fastpo",
+    "fastpo_unshared",
+)  # one TRL run takes minutes
+PROVIDERS = ("fastpo", "fastpo_unshared", "trl", "trl_precompute")
 VOCAB = 32_000
 MODEL = {"hidden": 256, "intermediate": 688, "layers": 4, "heads": 4}  # untied head: 19.6M parameters
 LOSS_TOLERANCE = 1e-3
@@ -95,7 +105,7 @@ def worker(provider: str, scenario: str, steps: int, result_path: str) -> None:
     import common
     import torch
 
-    if provider == "fastpo":
+    if provider.startswith("fastpo"):
         import fastpo
 
         _ = fastpo.train
@@ -122,6 +132,8 @@ def worker(provider: str, scenario: str, steps: int, result_path: str) -> None:
         start, cpu_start = time.perf_counter(), time.process_time()
         if provider == "fastpo":
             logs = run_fastpo(model, rows, tokenizer, options, output_dir)
+        elif provider == "fastpo_unshared":
+            logs = run_fastpo(model, rows, tokenizer, {**options, "share_prompts": "never"}, output_dir)
         else:
             logs, step_ends = run_trl(model, rows, tokenizer, options, output_dir, provider == "trl_precompute")
         seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
