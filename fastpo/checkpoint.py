@@ -40,7 +40,7 @@ from fastpo.errors import ConfigError, TrainingError
 
 log = logging.getLogger("fastpo")
 
-FORMAT = 1  # of everything in a checkpoint but the model's own files
+FORMAT = 2  # of everything in a checkpoint but the model's own files
 MANIFEST = "manifest.json"
 REFERENCE = "reference.safetensors"
 PREVIOUS = "previous.safetensors"

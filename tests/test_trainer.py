@@ -310,7 +310,7 @@ def test_dropout_is_disabled_and_checkpointing_changes_nothing(toy, run):
     dropped = run(toy.model(attention_dropout=0.5), **options)
     assert torch.equal(weights(dropped.model), plain)
     checkpointed = run(gradient_checkpointing=True, **options).model
-    assert (weights(checkpointed) - plain).abs().max() < 1e-7 and not checkpointed.is_activation_checkpointing
+    assert (weights(checkpointed) - plain).abs().max() < 5e-7 and not checkpointed.is_activation_checkpointing
 
 
 def test_same_seed_same_weights(run):
