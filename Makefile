@@ -74,6 +74,7 @@ test: $(VENV)/.installed-dev
 bench: $(VENV)/.installed-bench
 	$(BIN)/python bench/bench_head.py
 	$(BIN)/python bench/loss_values.py
+	$(BIN)/python bench/loss_training.py
 	$(BIN)/python bench/parity_trl.py
 	$(BIN)/python bench/train_vs_trl.py
 	$(BIN)/python bench/optim_memory.py

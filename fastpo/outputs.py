@@ -84,7 +84,7 @@ def say(metrics: Mapping[str, Any], step: int, steps: int) -> None:
              "grad_norm": "grad_norm", "learning_rate": "lr", "tokens_per_second": "tokens/s"}  # fmt: skip
     parts = [f"{short} {metrics[name]:.4g}" for name, short in names.items() if name in metrics]
     parts += [f"{k} {v:.4g}" for k, v in metrics.items() if k.endswith("_loss") and k not in (*names, "train_loss")]
-    if parts:
+    if any("loss" in key for key in metrics if key != "train_loss"):  # the summary has a line of its own
         log.info("step %d of %d: %s", step, steps, ", ".join(parts))
 
 

@@ -16,13 +16,13 @@ OPTIONS = {"orpo": {"loss_kwargs": {"disable_prompt_loss": True}}}
 LN2 = math.log(2)
 
 
-def rows_with_probabilities(toy):
+def rows_with_probabilities(toy, count=16):
     """Pairs with all that any loss reads; the reference's greedy response is the rejected one every other time."""
-    extra = toy.rows(16, seed=1)
+    extra = toy.rows(count, seed=1)
     return [
-        row | {"win_prob": 0.55 + 0.4 * i / 16, "chosen_score": 0.7, "rejected_score": 0.4,
+        row | {"win_prob": 0.55 + 0.4 * i / count, "chosen_score": 0.7, "rejected_score": 0.4,
                "greedy": row["rejected"] if i % 2 else extra[i]["chosen"]}
-        for i, row in enumerate(toy.rows(16))
+        for i, row in enumerate(toy.rows(count))
     ]  # fmt: skip
 
 
