@@ -354,7 +354,7 @@ def test_invalid_conversations(columns, message):
     [
         ({"prompt": "a", "choosen": "b", "rejected": "c"}, {}, "'chosen' is missing .* did you mean 'choosen'"),
         ({"promt": "a", "chosen": "b", "rejected": "c"}, {}, "no column 'prompt' but 'promt': did you mean"),
-        ({"prompt": "a", "completion": "b"}, {}, "rows with 'completion' are for loss_type=sft"),
+        ({"prompt": "a", "completion": "b"}, {}, "rows with 'completion' are for loss_type='sft'"),
         (PAIR, {"kind": "sft"}, "sft rows need the columns 'prompt', 'completion'; 'completion' is missing .* rename"),
         ({**PAIR, "chosen_score": 1.0}, {}, "'chosen_score' needs 'rejected_score'"),
         ({**PAIR, "win_prob_rejected": 1.0}, {}, "'win_prob_rejected' needs 'win_prob_chosen'"),

@@ -271,6 +271,6 @@ def test_a_model_that_is_split_already(toy):
         mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
         run = SimpleNamespace(config=SimpleNamespace(fsdp="full_shard"), prev_model=fully_shard(toy.model(), mesh=mesh))
         with contextlib.ExitStack() as stack, pytest.raises(ConfigError, match="prev_model .* pass a copy, or its"):
-            references._engine(run, references.PREV, {}, stack)
+            references.load(run, references.PREV, {}, stack)
     finally:
         dist.destroy_process_group()

@@ -308,7 +308,8 @@ def test_dropout_is_disabled_and_checkpointing_changes_nothing(toy, run):
     options = dict(optim="sgd", max_steps=2)
     plain = weights(run(**options).model)
     dropped = run(toy.model(attention_dropout=0.5), **options)
-    assert torch.equal(weights(dropped.model), plain)
+    # Not to the bit: the reference may come from the cache, where another test's packing rounded otherwise.
+    assert (weights(dropped.model) - plain).abs().max() < 5e-7
     checkpointed = run(gradient_checkpointing=True, **options).model
     assert (weights(checkpointed) - plain).abs().max() < 5e-7 and not checkpointed.is_activation_checkpointing
 
