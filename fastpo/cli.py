@@ -104,10 +104,19 @@ def _parse_value(text: str, kinds: tuple[Any, ...]) -> Any:
 
 
 def _parse_json_object(text: str) -> dict[str, Any]:
+    """JSON, or a mapping as YAML has it: `{cpo_alpha: 0.5}`, as help and messages write them."""
+    import yaml
+
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from None
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            value = None
+        # {a 1} is {"a 1": None} to YAML.
+        if not isinstance(value, dict) or None in value.values():
+            raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"must be a JSON object such as '{{\"key\": 1}}', not {text!r}")
     return value

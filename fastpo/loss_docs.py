@@ -148,8 +148,13 @@ def _trains(loss: Loss) -> str:
         return "yes, on rows of K responses with scores, or on pairs with the columns chosen_score and rejected_score"
     if "greedy_logps" in loss.needs:
         return "yes, with the column greedy, a text or turns, or one of K responses marked greedy: true"
-    columns = " and ".join(dict.fromkeys(" or ".join(names) for names in loss.columns))
-    return f"yes, with the column {columns}" if columns else "yes"
+    if not loss.columns:
+        return "yes"
+    # An alternative that stands in for every column comes first: "win_prob, or win_prob_chosen and win_prob_rejected".
+    shared = [name for name in loss.columns[0] if all(name in names for names in loss.columns)]
+    own = [" or ".join(name for name in names if name not in shared) for names in loss.columns]
+    words = [*shared, " and ".join(own)] if all(own) else shared
+    return f"yes, with the column {', or '.join(words)}"
 
 
 def entry(loss: Loss) -> dict[str, str]:

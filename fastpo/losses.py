@@ -300,10 +300,18 @@ def canonical_name(name: str) -> str:
     if name in LOSSES or name == SFT:
         return name
     known = [*LOSSES, *ALIASES, SFT]
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
     raise ConfigError(
         f"unknown loss_type {name!r}" + (f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(known)}")
     )
+
+
+def _number(value: Any) -> Any:
+    """1e-3 is a text to YAML."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 @dataclass(frozen=True)
@@ -336,7 +344,7 @@ def resolve_terms(
     both = [name for name in loss_kwargs or {} if options.get(name) is not None]
     if both:
         raise ConfigError(f"{', '.join(both)} is set, and in loss_kwargs too; give one")
-    options |= loss_kwargs or {}
+    options |= {name: _number(value) for name, value in (loss_kwargs or {}).items()}
     weighted = bool(options.pop("use_weighting", None))
     if weighted and {canonical_name(n) for n in names} != {"dpo"}:
         raise ConfigError("use_weighting goes with loss_type=dpo alone, as wpo; name wpo as one of the losses instead")

@@ -83,7 +83,7 @@ def trunk_tokens(example: Example) -> int:
     response but its last token."""
     if example.share:
         return len(example.prompt_ids) + sum(len(r) - 1 for r in example.responses)
-    return sum(len(example.prompt_of(k)) + len(r) - 1 for k, r in enumerate(example.responses))
+    return sequence_tokens(example) - len(example.responses)
 
 
 def sequence_tokens(example: Example) -> int:
@@ -103,7 +103,8 @@ def set_sharing(examples: Sequence[Example], mode: str, layer_flops: float) -> N
     """
     for example in examples:
         possible = len(example.responses) > 1 and example.response_prompts is None and mode != "never"
-        pays = mode == "always" or len(example.prompt_ids) * layer_flops >= _BRANCH_FLOPS
+        saved = (len(example.responses) - 1) * len(example.prompt_ids)  # tokens, for one branch however many responses
+        pays = mode == "always" or saved * layer_flops >= _BRANCH_FLOPS
         example.share = possible and pays
 
 

@@ -352,8 +352,11 @@ class Trainer:
         for examples in (self.examples, *self.eval_sets.values()):
             set_sharing(examples, mode, flops.per_token / max(flops.layers, 1))
         if any(e.share for e in self.examples):
-            alone, shared = sum(map(sequence_tokens, self.examples)), sum(map(trunk_tokens, self.examples))
+            alone = sum(sequence_tokens(e) - len(e.responses) for e in self.examples)
+            shared = sum(map(trunk_tokens, self.examples))
             log.info("prompts are shared by their responses: %d tokens an epoch instead of %d", shared, alone)
+        elif mode == "always":
+            log.warning("share_prompts=always has no effect: no row has several responses to one prompt")
 
     # ------------------------------------------------------------- forward
 

@@ -96,6 +96,8 @@ def test_lists_and_mappings(trained):
     assert args.loss_weights == [1.0, 0.5]
     assert args.lr_scheduler_kwargs == {"num_cycles": 2}
     assert run_train(trained, "--loss-type", "[sigmoid, sft]").loss_type == ["sigmoid", "sft"]
+    # as the help and the messages write them
+    assert run_train(trained, "--loss-kwargs", "{cpo_alpha: 0.5}").loss_kwargs == {"cpo_alpha": 0.5}
     assert run_train(trained, "--loss-type", "simpo").loss_type == "simpo"
 
 
@@ -367,6 +369,7 @@ def test_unknown_yaml_key_names_the_nearest(trained, tmp_path, capsys):
         (["train", *INPUTS, "--optim", "adamw"], ["optim", "adamw"]),
         (["train", *INPUTS, "--model-init-kwargs", "{"], ["model-init-kwargs", "JSON"]),
         (["train", *INPUTS, "--model-init-kwargs", "[1]"], ["model-init-kwargs", "JSON"]),
+        (["train", *INPUTS, "--loss-kwargs", "{cpo_alpha 1}"], ["loss-kwargs", "JSON"]),
         (["train", *INPUTS, "--loss-type", "[a"], ["loss-type", "list"]),
         (["train", *INPUTS, "stray"], ["stray"]),
         (["train", *INPUTS, "--lora_r", "8"], ["lora_r", "use_peft"]),

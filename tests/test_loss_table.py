@@ -440,6 +440,10 @@ def test_configurations_that_cannot_be(make, message):
     assert "\n" not in str(caught.value)
 
 
+def test_a_number_that_yaml_leaves_a_text():
+    assert resolve_terms(["cpo_simpo"], loss_kwargs={"beta": "1e-3"})[0].hyper["beta"] == 1e-3
+
+
 def test_terms():
     cpo, sft = resolve_terms(["cpo"], [0.5], loss_kwargs={"cpo_alpha": 0.2})
     assert (cpo.name, cpo.weight, cpo.hyper) == ("cpo", 0.5, {"beta": 0.1, "label_smoothing": 0.0})

@@ -142,6 +142,9 @@ def test_prompts_are_shared_where_it_pays():
     examples = [short, long, alone, cut]
     set_sharing(examples, "auto", layer_flops=6e6)
     assert [e.share for e in examples] == [False, True, False, False]
+    eight = example(3, *[4] * 8)  # one branch saves seven prompts
+    set_sharing([eight], "auto", layer_flops=6e6)
+    assert eight.share and trunk_tokens(eight) == 3 + 8 * 3
     assert trunk_tokens(long) == 40 + 3 + 4 and sequence_tokens(long) == 89
     set_sharing(examples, "always", layer_flops=6e6)
     assert [e.share for e in examples] == [True, True, False, False]
