@@ -499,8 +499,9 @@ def _has(example: Example, key: str) -> bool:
     return key in example.pair_columns or key in example.response_columns
 
 
-def describe_example(example: Example, tokenizer: Any, max_chars: int = 600) -> str:
-    """The decoded prompt and responses, each marked as context or as trained on."""
+def describe_example(example: Example, tokenizer: Any, max_chars: int = 600, prompt_loss: bool = False) -> str:
+    """The decoded prompt and responses, each marked as context or as trained on; with `prompt_loss` the prompts of
+    preferred responses are both."""
     if example.pairs == [(0, 1)] and len(example.responses) == 2 + (example.greedy == 2):
         labels = ["chosen", "rejected", "greedy"][: len(example.responses)]
     elif len(example.responses) == 1:
@@ -515,11 +516,13 @@ def describe_example(example: Example, tokenizer: Any, max_chars: int = 600) -> 
         return f"{label:<10} {len(ids):>6} tokens, {mask}: {text!r}"
 
     lines = []
+    preferred = {winner for winner, _ in example.pairs} if prompt_loss else set()
     for k, (label, response) in enumerate(zip(labels, example.responses, strict=True)):
-        if example.response_prompts is not None:
-            lines.append(line("prompt", example.response_prompts[k], "context, no loss"))
-        elif k == 0:
-            lines.append(line("prompt", example.prompt_ids, "context, no loss"))
+        own = example.response_prompts is not None
+        if own or k == 0:
+            in_loss = k in preferred if own else bool(preferred)
+            mask = "context, and in the NLL" if in_loss else "context, no loss"
+            lines.append(line("prompt", example.prompt_of(k), mask))
         ends = "" if response[-1] == tokenizer.eos_token_id else " (no EOS at the end)"
         lines.append(line(label, response, f"trained on{ends}"))
     values = {**example.pair_columns, **example.response_columns}

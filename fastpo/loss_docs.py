@@ -40,7 +40,7 @@ NOTES: dict[str, Note] = {
     "simpo": Note("no reference in memory or time, and length bias to be kept low",
                   "TRL's CPO trainer has gamma itself (`simpo_gamma`) and adds an NLL by default (`cpo_alpha` 1). Liger's fused loss is alike, with gamma too. The authors' config defaults (ratio 0.25) are none of their recipes: beta 2 to 10, ratio 0.3 to 0.8."),
     "orpo": Note("supervised and preference training in one, without a reference",
-                 "As TRL's experimental trainer and the authors: NLL over prompt and response, mean over tokens. `fastpo.train` does not carry the prompt's log-probabilities yet: set `disable_prompt_loss`, the authors' flag. Liger's fused loss leaves the prompt out too unless given other targets, and does not keep p from 0."),
+                 "As TRL's experimental trainer and the authors: NLL over the prompt's tokens but the first and the chosen response, mean over tokens: over the whole step's, there over a micro-batch's. `disable_prompt_loss`, the authors' flag, leaves the prompt out. Liger's fused loss leaves the prompt out too unless given other targets, and does not keep p from 0."),
     "cpo": Note("no reference, good chosen responses: the NLL keeps their likelihood up", "As TRL's experimental trainer and ALMA; the NLL there is a mean over a micro-batch's tokens, here over the whole step's. Liger's fused loss has the same sigmoid term."),
     "cpo_simpo": Note("simpo that loses the chosen responses' likelihood", "The authors write gamma 5.4 at beta 10, which is the ratio 0.54."),
     "rpo": Note("dpo that loses the chosen responses' likelihood", "As TRL's `[sigmoid, sft]` with weights `[1, 0.005]`. Iterative RPO is `nll_reduction=seq_mean` with `rpo_alpha` 1.",
@@ -134,8 +134,6 @@ def needs(loss: Loss) -> str:
 def _trains(loss: Loss) -> str:
     if loss.lacks:
         return f"not in fastpo.train yet, which does not carry {loss.lacks}"
-    if loss.name == "orpo":
-        return "yes, with loss_kwargs={disable_prompt_loss: true}"
     if loss.previous:
         read = "; win_prob, or win_prob_chosen and win_prob_rejected, are read where the data have them"
         return (
@@ -199,6 +197,9 @@ was accumulated or packed.
 Each pair's losses are weighted by the column `weight`. `chosen_token_weights` and `rejected_token_weights`, a list of
 numbers from 0 on for each response, one a token (as tokenised, with its end of sequence), weigh tokens: one of weight w
 counts as w tokens in sums, lengths and NLLs, of policy and reference alike; 0 leaves a token out.
+
+`orpo`'s NLL is over the prompt too, all its tokens but the first, each of weight 1: the head then runs on the prompts
+of chosen responses as well. Where K responses share a prompt, it counts once for each that is preferred.
 
 Rows of K `responses` ([training.md](training.md#k-responses-a-prompt)) give pairs, which every loss of pairs takes; the
 `win_prob` of each response, its probability of beating the previous policy, is what `sppo`, `dno` and `dno_reg` read.

@@ -327,6 +327,13 @@ class Term:
     def beta(self) -> float:
         return self.hyper.get("beta", 1.0)
 
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether its NLL is that of prompt and response."""
+        if self.loss is None:
+            return not self.hyper.get("disable_prompt_loss", True)
+        return "prompt_logps" in self.loss.needed(self.hyper)
+
 
 def resolve_terms(
     names: Sequence[str],
@@ -420,16 +427,17 @@ def _of_dpo(options: Mapping[str, Any], weighted: bool) -> str:
 
 def _terms(loss: Loss, weight: float, hyper: dict[str, Any]) -> list[Term]:
     """A loss as the trainer sums it: its NLL by tokens apart. ConfigError where the trainer cannot feed it."""
-    lacks, advice = loss.lacks, f"call fastpo.losses.LOSSES[{loss.name!r}] yourself"
-    if not hyper.get("disable_prompt_loss", True) and hyper[loss.nll]:
-        lacks, advice = "the prompt's log-probabilities", "set loss_kwargs={'disable_prompt_loss': True}, or " + advice
-    if lacks:
-        raise ConfigError(f"{loss.name} needs {lacks}, which fastpo.train does not carry yet; {advice}")
+    if loss.lacks:
+        advice = f"call fastpo.losses.LOSSES[{loss.name!r}] yourself"
+        raise ConfigError(f"{loss.name} needs {loss.lacks}, which fastpo.train does not carry yet; {advice}")
     if not loss.nll or hyper["nll_reduction"] != "token_mean":
         return [Term(loss.name, weight, loss, hyper)]
     apart = (loss.nll, "nll_reduction", "disable_prompt_loss")
     terms = [Term(loss.name, weight, loss, {k: v for k, v in hyper.items() if k not in apart})]
-    return terms + ([Term(SFT, weight * hyper[loss.nll], None, _TOKEN_NLL)] if hyper[loss.nll] else [])
+    if not hyper[loss.nll]:
+        return terms
+    nll = _TOKEN_NLL if hyper.get("disable_prompt_loss", True) else _TOKEN_NLL | {"disable_prompt_loss": False}
+    return [*terms, Term(SFT, weight * hyper[loss.nll], None, nll)]
 
 
 def segment_sum(values: Tensor, offsets: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from fastpo.errors import TrainingError
 from fastpo.losses import KL, Pairs, Term, segment_sum
 from fastpo.packing import PackedBatch
 
+PROMPT_LOGP = "prompt_logp"  # name in PackedBatch.rows: [M], of the prompts' tokens
 # Sums over pairs that every pair loss reports, in this order; of unpaired rows, the desirable ones are the chosen.
 PAIR_METRICS = ("chosen_logratios", "rejected_logratios", "accuracies", "logps/chosen", "logps/rejected", "chosen",
                 "rejected", "kl", "pairs")  # fmt: skip
@@ -80,16 +81,25 @@ def weighted_lengths(logp: Tensor, batch: PackedBatch) -> Tensor:
     return segment_sum(batch.token_weight, batch.response_offsets).to(logp.dtype)
 
 
-def nll_sum(logp: Tensor, batch: PackedBatch, reduction: str) -> Tensor:
+def nll_sum(logp: Tensor, batch: PackedBatch, reduction: str, with_prompt: bool = False) -> Tensor:
     """Weighted NLL of the chosen responses of a batch, differentiable in `logp` [N]: summed over their tokens, or over
-    each one's mean (seq_mean). Divided by the step's `packing.nll_count` it is the sft term. -> []
+    each one's mean (seq_mean). `with_prompt` adds that of each one's prompt, summed. Divided by the step's
+    `packing.nll_count` it is the sft term. -> []
     """
     weight = batch.nll_weight
+    if with_prompt:
+        assert batch.prompts is not None and reduction == "token_mean"
+        return nll_sum(logp, batch, reduction) - (batch.prompts.weight * prompt_sums(batch)).sum()
     if reduction == "seq_mean":
         of_tokens = batch.response_offsets.diff()
         lengths = weighted_lengths(logp, batch)
         weight = weight / torch.repeat_interleave(lengths, of_tokens, output_size=logp.numel())
     return -(weight * logp).sum()
+
+
+def prompt_sums(batch: PackedBatch) -> Tensor:
+    """Log-probabilities of the batch's prompts, from the forward pass that left them in `batch.rows`. -> [U]"""
+    return segment_sum(batch.rows[PROMPT_LOGP], batch.prompts.offsets)
 
 
 def fused_pair_loss(term: Term, logp: Tensor, batch: PackedBatch) -> tuple[Tensor, ops.PreferenceOutput]:
@@ -297,7 +307,7 @@ class Flops:
         squares = sum((b - a) ** 2 for a, b in zip(batch.cu_seqlens, batch.cu_seqlens[1:], strict=False))
         squares += sum(2 * (b.stop - b.start) * (b.prompt_stop - b.prompt) for b in batch.branches)
         self.total += self.per_token * batch.cu_seqlens[-1] + 6 * self.attention * squares
-        self.total += self.per_row * batch.target.numel()
+        self.total += self.per_row * (batch.target.numel() + (batch.prompts.target.numel() if batch.prompts else 0))
 
 
 def peak_memory_gb(device: torch.device) -> float:

@@ -93,9 +93,11 @@ class Policy:
         layout = Layout.from_chains(batch.cu_seqlens, batch.input_ids.device, batch.branches)
         return self._trunk_forward(batch.input_ids, batch.position_ids, layout)
 
-    def head_rows(self, batch: PackedBatch) -> tuple[Tensor, Head]:
-        """(hidden states [N, D] of the positions that predict a target, in the head's dtype and on its device; head)"""
-        hidden = self.hidden(batch).index_select(0, batch.logit_rows)  # [N, D]
+    def head_rows(self, batch: PackedBatch, prompts: bool = False) -> tuple[Tensor, Head]:
+        """(hidden states [N, D] of the positions that predict a target, in the head's dtype and on its device; head);
+        with `prompts`, [N + M, D]: those that predict the batch's prompt tokens follow."""
+        rows = torch.cat([batch.logit_rows, batch.prompts.rows]) if prompts and batch.prompts else batch.logit_rows
+        hidden = self.hidden(batch).index_select(0, rows)  # [N, D]
         head = self.head()
         if hidden.dtype != head.weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
             hidden = hidden.to(head.weight.dtype)  # a head kept in another precision, as the model's own forward has it
@@ -107,18 +109,21 @@ class Policy:
         memory_budget: int | None = None,
         return_entropy: bool = False,
         observe: Callable[[Tensor, Head], None] | None = None,
+        prompts: bool = False,
     ) -> Any:
         """Token log-probabilities [N] fp32 of the targets; with `return_entropy`, a pair with the entropies [N].
 
-        `observe` is called with what `head_rows` returns, for other numbers of the same rows.
+        `observe` is called with what `head_rows` returns, for other numbers of the same rows. With `prompts`, [N + M]:
+        the batch's prompt tokens follow, from the same pass of the head.
         """
-        hidden, head = self.head_rows(batch)
+        hidden, head = self.head_rows(batch, prompts)
         if observe is not None:
-            observe(hidden, head)
+            observe(hidden[: batch.target.numel()], head)
+        target = torch.cat([batch.target, batch.prompts.target]) if prompts and batch.prompts else batch.target
         return ops.linear_logprob(
             hidden,
             head.weight,
-            batch.target,
+            target,
             head.bias,
             softcap=head.softcap,
             logit_scale=head.logit_scale,

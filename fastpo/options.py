@@ -294,7 +294,7 @@ FOREIGN: dict[str, dict[str, str]] = {
         "stage": "leave it out, `fastpo train` is stage dpo",
         "finetuning_type": "full is the default; for lora set use_peft: true (freeze and oft are not built)",
         "pref_beta": "beta",
-        "pref_loss": "loss_type (sigmoid, hinge, ipo, simpo, orpo with loss_kwargs: {disable_prompt_loss: true}; kto_pair is not built)",
+        "pref_loss": "loss_type (sigmoid, hinge, ipo, simpo, orpo; kto_pair is not built)",
         "pref_ftx": _SFT_TERM.format("dpo", "pref_ftx"),
         "pref_bco_weight": "not built",
         "dpo_label_smoothing": "label_smoothing",

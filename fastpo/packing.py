@@ -1,6 +1,7 @@
 """Token ids to packed batches: all bookkeeping on the host, so that no step ever asks the device for a length.
 
-T = packed tokens of the trunk, N = head rows (completion tokens), S = responses, P = pairs, C = chains.
+T = packed tokens of the trunk, N = head rows (completion tokens), S = responses, P = pairs, C = chains, M = prompt
+tokens that have one before them, U = prompts that they are of.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,16 @@ class Branch(NamedTuple):
     stop: int
     prompt: int
     prompt_stop: int
+
+
+class Prompts(NamedTuple):
+    """The prompts of preferred responses, for an NLL over prompt and response: all their tokens but the first."""
+
+    rows: Tensor  # [M] int64: the position whose hidden state predicts each target
+    target: Tensor  # [M] int64
+    offsets: Tensor  # [U + 1] int32, cumulative rows per prompt; a shared one is there once
+    weight: Tensor  # [U] fp32: the sft term's weight of each; a shared one has those of its preferred responses
+    of_pair: Tensor  # [P] int64: which of them is that of the pair's preferred response
 
 
 @dataclass(slots=True)
@@ -59,6 +70,7 @@ class PackedBatch:
     row_responses: tuple[int, ...]  # responses of each row; host
     num_tokens: int  # prompt and response tokens of every response, as TRL counts them; host
     unique: bool  # every response is in exactly one pair; host
+    prompts: Prompts | None = None  # where a loss reads them
     drawn_rows: Tensor | None = None  # [K] int64: SamPO's draw, row_statistics.draw_rows
     rows: dict[str, Tensor] = field(default_factory=dict)  # further numbers per head row [N], from the forward pass
 
@@ -75,6 +87,8 @@ class PackedBatch:
             value = getattr(self, f.name)
             if isinstance(value, Tensor):
                 moved[f.name] = value.pin_memory().to(device, non_blocking=True)
+            elif isinstance(value, Prompts):
+                moved[f.name] = Prompts(*(part.pin_memory().to(device, non_blocking=True) for part in value))
         return replace(self, **moved)
 
 
@@ -113,23 +127,30 @@ def loss_count(example: Example) -> int:
     return len(example.pairs) or len(example.responses)
 
 
-def nll_count(example: Example, reduction: str = "token_mean") -> float:
+def nll_count(example: Example, reduction: str = "token_mean", with_prompt: bool = False) -> float:
     """What the sft term is a mean over: responses that win a pair or are desirable (all of them where there are neither
-    pairs nor labels), or, with token_mean, their tokens.
+    pairs nor labels), or, with token_mean, their tokens, and `with_prompt` those of the prompt of each but the first.
     """
     labels = example.response_columns.get("label", [1.0] * len(example.responses))
     chosen = {winner for winner, _ in example.pairs} or [k for k, label in enumerate(labels) if label]
     if reduction != "token_mean":
         return len(chosen)
+    of_prompts = sum(len(example.prompt_of(k)) - 1 for k in chosen) if with_prompt else 0
     if example.token_weights is not None:
-        return float(sum(example.token_weights[k].sum(dtype=np.float64) for k in chosen))
-    return sum(len(example.responses[k]) for k in chosen)
+        return of_prompts + float(sum(example.token_weights[k].sum(dtype=np.float64) for k in chosen))
+    return of_prompts + sum(len(example.responses[k]) for k in chosen)
 
 
 def collate(
-    examples: Sequence[Example], indices: Sequence[int], ref_logps: Sequence[Sequence[np.ndarray]] | None = None
+    examples: Sequence[Example],
+    indices: Sequence[int],
+    ref_logps: Sequence[Sequence[np.ndarray]] | None = None,
+    with_prompts: bool = False,
 ) -> PackedBatch:
-    """Pack `examples[i] for i in indices`; `ref_logps[i][k]` are the reference's log-probabilities of response k."""
+    """Pack `examples[i] for i in indices`; `ref_logps[i][k]` are the reference's log-probabilities of response k.
+
+    `with_prompts` lists the prompts' tokens too, for a loss that reads their log-probabilities.
+    """
     ids, positions, rows, targets, ref, nll, token_weights = ([] for _ in range(7))  # arrays, one a segment or response
     seg_lengths: list[int] = []
     seg_parents: list[int] = []
@@ -144,6 +165,7 @@ def collate(
     branches: list[Branch] = []
     scores: list[float] = []
     greedy: list[int] = []
+    prompts = _PromptRows()
     start = num_tokens = 0
     for i in indices:
         example = examples[i]
@@ -177,6 +199,8 @@ def collate(
             if "label" in example.response_columns:
                 weight = example.response_columns["label"][k]
                 labels.append(weight)
+            if with_prompts and k in preferred:
+                prompts.add(first_response + k, root if example.share else start, prompt, preferred[k])
             nll.append(np.full(len(response), weight, np.float32))
             if example.token_weights is not None:
                 token_weights.append(example.token_weights[k])
@@ -224,7 +248,37 @@ def collate(
         row_responses=tuple(len(examples[i].responses) for i in indices),
         num_tokens=num_tokens,
         unique=sorted(flat_pairs) == list(range(n_responses)),
+        prompts=prompts.packed(pairs) if with_prompts else None,
     )
+
+
+class _PromptRows:
+    """Gathers `Prompts`, each prompt by its place in the trunk."""
+
+    def __init__(self) -> None:
+        self.number: dict[int, int] = {}  # first position -> which prompt
+        self.of_response: dict[int, int] = {}
+        self.rows, self.target = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+        self.lengths: list[int] = []
+        self.weights: list[float] = []
+
+    def add(self, response: int, start: int, prompt: np.ndarray, weight: float) -> None:
+        """A preferred response whose prompt begins at `start`."""
+        if start not in self.number:
+            self.number[start] = len(self.lengths)
+            self.rows.append(np.arange(start, start + len(prompt) - 1))
+            self.target.append(prompt[1:])
+            self.lengths.append(len(prompt) - 1)
+            self.weights.append(0.0)
+        self.of_response[response] = self.number[start]
+        self.weights[self.number[start]] += weight
+
+    def packed(self, pairs: Sequence[tuple[int, int]]) -> Prompts:
+        return Prompts(
+            _int64(self.rows), _int64(self.target), torch.tensor(_offsets(self.lengths), dtype=torch.int32),
+            torch.tensor(self.weights, dtype=torch.float32),
+            torch.tensor([self.of_response[winner] for winner, _ in pairs], dtype=torch.int64),
+        )  # fmt: skip
 
 
 def _win_probs(example: Example, chosen: list[float], rejected: list[float]) -> None:

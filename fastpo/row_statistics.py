@@ -13,6 +13,7 @@ from torch import Tensor
 from fastpo import ops
 from fastpo.data import Example
 from fastpo.losses import Loss, Pairs, Term, segment_sum
+from fastpo.metrics import prompt_sums
 from fastpo.model import Head
 from fastpo.packing import PackedBatch
 
@@ -66,6 +67,9 @@ def observer(run: "Trainer", batch: PackedBatch) -> Callable[[Tensor, Head], Non
 def term_inputs(term: Term, x: Pairs, logp: Tensor, batch: PackedBatch) -> Pairs:
     """`x` with what this loss needs beside it, or in its place; differentiable in `logp` [N] and in the KL's rows."""
     needs = term.loss.needs
+    if term.reads_prompt:
+        of_pair, lengths = batch.prompts.of_pair, batch.prompts.offsets.diff().to(logp.dtype)
+        x = x._replace(prompt_logps=prompt_sums(batch)[of_pair], prompt_len=lengths[of_pair])
     if "chosen_log_sum_sq" in needs:
         chosen, rejected = _of_pairs(batch.rows[LOG_SUM_SQ], batch)
         x = x._replace(chosen_log_sum_sq=chosen, rejected_log_sum_sq=rejected)

@@ -33,6 +33,7 @@ from fastpo.kway import Forming
 from fastpo.losses import SFT
 from fastpo.metrics import (
     PAIR_METRICS,
+    PROMPT_LOGP,
     Flops,
     Window,
     fused_pair_loss,
@@ -154,7 +155,8 @@ class Trainer:
             raise ConfigError("sync_ref_model starts from the policy: leave ref_model out, or sync_ref_model")
         if ref_model is not None and not self.uses_reference:
             raise ConfigError(f"ref_model is given, and {'+'.join(config.losses)} has no reference: leave it out")
-        self.nll_reduction = next((t.hyper["nll_reduction"] for t in self.terms if t.name == SFT), "token_mean")
+        self.sft_terms = [t for t in self.terms if t.name == SFT]
+        self.reads_prompts = any(t.reads_prompt for t in self.terms)
         self.kappa = next((t.hyper["kappa"] for t in self.pair_terms if t.loss.previous), None)
         lists = [t.name for t in self.pair_terms if t.loss.shape == "lists"]
         if lists and config.pair_policy != "best_worst":
@@ -292,7 +294,8 @@ class Trainer:
         self.data_reports[name] = report
         log.info("%s data: %s", name, report.summary())
         if name == "train":
-            log.info("an example, as it is trained on:\n%s", data.describe_example(examples[0], self.tokenizer))
+            shown = data.describe_example(examples[0], self.tokenizer, prompt_loss=self.reads_prompts)
+            log.info("an example, as it is trained on:\n%s", shown)
         return examples
 
     def _columns(self) -> list[str]:
@@ -363,17 +366,20 @@ class Trainer:
     def logp(self, engine: Engine, batch: PackedBatch, statistics: bool = True) -> Tensor:
         """Token log-probabilities [N] fp32 of a packed batch; into it, with `statistics`, what else the losses read."""
         observe = observer(self, batch) if statistics else None
+        prompts = statistics and batch.prompts is not None
         budget = self.config.logits_memory_budget
         with self.autocast():
-            logp = engine(lambda: engine.policy.logp(batch, memory_budget=budget, observe=observe))
+            logp = engine(lambda: engine.policy.logp(batch, memory_budget=budget, observe=observe, prompts=prompts))
         assert isinstance(logp, Tensor)
+        if prompts:
+            logp, batch.rows[PROMPT_LOGP] = logp.split([batch.target.numel(), logp.numel() - batch.target.numel()])
         return logp
 
     def batch(
         self, examples: Sequence[data.Example], part: Sequence[int], ref: Any, stream: int = EVALUATION, step: int = 0
     ) -> PackedBatch:
         """A micro-batch on the device; `stream` and `step` say which tokens are drawn, where a loss draws some."""
-        batch = collate(examples, part, ref)
+        batch = collate(examples, part, ref, with_prompts=self.reads_prompts)
         if any(t.loss.drawn for t in self.pair_terms):
             seed = self.config.seed if self.config.data_seed is None else self.config.data_seed
             batch.drawn_rows = draw_rows(examples, part, seed, stream, step)
@@ -385,18 +391,24 @@ class Trainer:
         return torch.autocast(self.device.type, self.autocast_dtype)
 
     def _objective(
-        self, logp: Tensor, batch: PackedBatch, stats: Statistics, pair_count: int, nlls: float
+        self, logp: Tensor, batch: PackedBatch, stats: Statistics, pair_count: int, nlls: Sequence[float]
     ) -> tuple[Tensor, Tensor]:
-        """This micro-batch's share of the step's loss, and its metrics [len(PAIR_METRICS)], both on the device."""
+        """This micro-batch's share of the step's loss, and its metrics [len(PAIR_METRICS)], both on the device.
+        `pair_count` and `nlls`: what the whole step's losses, and each sft term, are means over."""
         total = logp.new_zeros(())
         metrics = logp.new_zeros(len(PAIR_METRICS))
-        for term in self.terms:
-            if term.name == SFT:
-                total = total + term.weight / (nlls or 1) * nll_sum(logp, batch, self.nll_reduction)
+        for term, count in zip(self.sft_terms, nlls, strict=True):
+            nll = nll_sum(logp, batch, term.hyper["nll_reduction"], term.reads_prompt)
+            total = total + term.weight / (count or 1) * nll
         if self.pair_terms:
             share, metrics = self._pair_loss(logp, batch, stats)
             total = total + share / pair_count
         return total, metrics
+
+    def _nll_counts(self, examples: Iterable[data.Example]) -> list[float]:
+        """What each sft term is a mean over, of these examples."""
+        rows = list(examples)
+        return [sum(nll_count(e, t.hyper["nll_reduction"], t.reads_prompt) for e in rows) for t in self.sft_terms]
 
     def _pair_loss(self, logp: Tensor, batch: PackedBatch, stats: Statistics) -> tuple[Tensor, Tensor]:
         """sum over terms and pairs of weight * loss, and the metrics as sums over pairs."""
@@ -671,7 +683,7 @@ class Trainer:
     def _forward_backward(self, rows: list[int]) -> tuple[Tensor, Tensor]:
         """Gradients of this process's part of a step; returns its loss and metric sums, detached."""
         pair_count = sum(loss_count(self.examples[i]) for i in rows)
-        nlls = sum(nll_count(self.examples[i], self.nll_reduction) for i in rows)
+        nlls = self._nll_counts(self.examples[i] for i in rows)
         step_loss = torch.zeros((), device=self.device)
         step_metrics = torch.zeros(len(PAIR_METRICS), device=self.device)
         check_start = self.state.global_step == 0 and (self.starts_at_reference or self.start is not None)
@@ -767,7 +779,7 @@ class Trainer:
         started = time.monotonic()
         tokens = [trunk_tokens(e) for e in examples]
         pair_count = sum(map(loss_count, examples))
-        nlls = sum(nll_count(e, self.nll_reduction) for e in examples)
+        nlls = self._nll_counts(examples)
         sums = torch.zeros(1 + len(PAIR_METRICS), dtype=torch.float64, device=self.device)
         batches = pack_all(range(len(examples)), tokens, self.max_tokens)
         share = batches[self.world.rank :: self.world.size]

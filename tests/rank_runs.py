@@ -37,6 +37,7 @@ CASES: dict[str, tuple[dict, int, bool, dict]] = {
     "kto": ({"loss_type": "kto"}, 11, False, {}),
     "bco": ({"loss_type": "bco"}, 11, False, {}),
     "aot": ({"loss_type": "aot"}, 21, False, {}),
+    "orpo": ({"loss_type": ["orpo", "sft"], "beta": None, "pair_policy": "all"}, 21, False, {"kway": True}),
     "rows": ({"loss_type": ["wpo", "sampo", "ld_dpo"]}, 21, False, {}),
     "tdpo": ({"loss_type": "tdpo2"}, 21, False, {}),
     "tdpo lora": ({"loss_type": "tdpo1"}, 21, True, {}),

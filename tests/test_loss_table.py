@@ -420,7 +420,6 @@ def test_what_cannot_be_trained_yet_says_why(name):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: resolve_terms(["orpo"]), "orpo needs the prompt's .* set .*'disable_prompt_loss': True"),
         (lambda: resolve_terms(["dpo"], loss_kwargs={"cpo_alpha": 1}), "cpo_alpha is set, but dpo does not read it"),
         (lambda: resolve_terms(["cpo"], loss_kwargs={"cpo_alfa": 1}), "cpo_alfa is set.*did you mean 'cpo_alpha'"),
         (lambda: resolve_terms(["dpo"], beta=0.1, loss_kwargs={"beta": 1}), "beta is set, and in loss_kwargs too"),
@@ -452,8 +451,13 @@ def test_terms():
     assert alone.name == "cpo"
     (own,) = resolve_terms(["rpo"], loss_kwargs={"nll_reduction": "seq_sum"})
     assert own.hyper == {"beta": 0.01, "rpo_alpha": 0.005, "nll_reduction": "seq_sum"}
-    names = [t.name for t in resolve_terms(["orpo"], loss_kwargs={"disable_prompt_loss": True})]
-    assert names == ["orpo", "sft"]
+    for without in (False, True):
+        orpo, sft = resolve_terms(["orpo"], loss_kwargs={"disable_prompt_loss": without})
+        assert (orpo.name, sft.name) == ("orpo", "sft") and orpo.hyper == {"beta": 0.1}
+        assert not orpo.reads_prompt and sft.reads_prompt is not without
+        (own,) = resolve_terms(["orpo"], loss_kwargs={"disable_prompt_loss": without, "nll_reduction": "seq_mean"})
+        assert own.reads_prompt is not without
+    assert not any(t.reads_prompt for t in resolve_terms(["orpo", "cpo", "sft"], loss_kwargs={"nll_coef": 0.0}))
     (f,) = resolve_terms(["sigmoid"], f_divergence_type="alpha_divergence", f_alpha_divergence_coef=0.7)
     assert f.name == "fdpo" and f.hyper["f_alpha_divergence_coef"] == 0.7
     assert [t.name for t in resolve_terms(["sigmoid"], f_divergence_type="reverse_kl")] == ["dpo"]

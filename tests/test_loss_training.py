@@ -12,7 +12,6 @@ from fastpo.errors import ConfigError
 from fastpo.losses import LOSSES, resolve_terms
 
 TRAINABLE = [name for name, loss in LOSSES.items() if loss.trainable]
-OPTIONS = {"orpo": {"loss_kwargs": {"disable_prompt_loss": True}}}
 LN2 = math.log(2)
 
 
@@ -46,7 +45,8 @@ def run(toy, tmp_path):
 
 
 def sums(toy, rows):
-    """Log-probabilities, lengths and sums of log sum_v p^2 of the untrained model, one row at a time, in fp64."""
+    """Log-probabilities, lengths and sums of log sum_v p^2 of the untrained model, one row at a time, in fp64; of the
+    prompts too, from their second token on."""
     model, tokenizer = toy.model().double(), toy.tokenizer()
 
     @torch.no_grad()
@@ -55,12 +55,14 @@ def sums(toy, rows):
         start = len(tokenizer(prompt)["input_ids"])
         logits = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
         logp = logits[start - 1 : -1].gather(1, torch.tensor(ids[start:])[:, None])
-        return logp.sum(), torch.tensor(float(len(logp))).double(), (2 * logits[start - 1 : -1]).logsumexp(-1).sum()
+        prompt_logp = logits[: start - 1].gather(1, torch.tensor(ids[1:start])[:, None])
+        length, prompt_length = (torch.tensor(float(len(part))).double() for part in (logp, prompt_logp))
+        return logp.sum(), length, (2 * logits[start - 1 : -1]).logsumexp(-1).sum(), prompt_logp.sum(), prompt_length
 
     sides = [zip(*(of(r["prompt"], r[k]) for r in rows), strict=True) for k in ("chosen", "rejected")]
-    (lw, nw, qw), (ll, nl, ql) = ([torch.stack(part) for part in side] for side in sides)
+    (lw, nw, qw, lp, np), (ll, nl, ql, _, _) = ([torch.stack(part) for part in side] for side in sides)
     p = torch.tensor([r["win_prob"] for r in rows]).double()
-    return SimpleNamespace(lw=lw, ll=ll, nw=nw, nl=nl, qw=qw, ql=ql, p=p)
+    return SimpleNamespace(lw=lw, ll=ll, nw=nw, nl=nl, qw=qw, ql=ql, p=p, lp=lp, np=np)
 
 
 def s(u):
@@ -91,7 +93,9 @@ START = {
     "cpo_simpo": lambda v: (
         -torch.log(s(10 * (v.lw / v.nw - v.ll / v.nl) - 5.4)).mean() - 0.05 * v.lw.sum() / v.nw.sum()
     ),
-    "orpo": lambda v: LOSSES["orpo"](v.lw, v.ll, chosen_len=v.nw, rejected_len=v.nl, disable_prompt_loss=True).mean(),
+    "orpo": lambda v: LOSSES["orpo"](
+        v.lw, v.ll, chosen_len=v.nw, rejected_len=v.nl, prompt_logps=v.lp, prompt_len=v.np
+    ).mean(),
     "alphapo": lambda v: LOSSES["alphapo"](v.lw, v.ll, chosen_len=v.nw, rejected_len=v.nl).mean(),
     "sppo": lambda v: 1e6 * ((v.p - 0.5) ** 2).mean(), "sppo_single": lambda v: 1e6 * ((v.p - 0.5) ** 2).mean(),
     "sppo_hard": lambda v: 2 * 500.0**2, "inpo": lambda v: 100.0**2,
@@ -101,7 +105,7 @@ START = {
 
 @pytest.mark.parametrize("name", TRAINABLE)
 def test_three_steps(toy, run, name):
-    result = run(loss_type=name, **OPTIONS.get(name, {}))
+    result = run(loss_type=name)
     losses = [line["loss"] for line in result.log_history if "loss" in line]
     assert len(losses) == 3 and all(map(math.isfinite, losses))
     assert losses[0] == pytest.approx(float(START[name](sums(toy, rows_with_probabilities(toy)))), rel=2e-5)
@@ -113,7 +117,7 @@ def test_every_trainable_loss_has_its_start_here():
     assert set(START) == set(TRAINABLE)
 
 
-@pytest.mark.parametrize("name", ["cpo", "rpo", "slic", "sppo_single", "rdpo"])
+@pytest.mark.parametrize("name", ["cpo", "rpo", "slic", "orpo", "sppo_single", "rdpo"])
 def test_packing_changes_nothing(run, name):
     """One micro-batch or sixteen: NLLs are means over the step's tokens."""
     runs = [run(loss_type=name, max_tokens=budget, optim="sgd") for budget in (10_000, 1)]
@@ -280,8 +284,6 @@ def test_options_reach_the_loss(run):
 def test_what_is_refused(toy, run):
     with pytest.raises(ConfigError, match="online_ipo needs pairs sampled .* does not carry yet"):
         run(loss_type="online_ipo")
-    with pytest.raises(ConfigError, match="orpo needs the prompt's log-probabilities"):
-        run(loss_type="orpo")
     with pytest.raises(DataError, match="loss_type='sppo_single' needs the column 'win_prob'"):
         run(toy.rows(4), loss_type="sppo_single")
     both = [row | {"win_prob_chosen": 0.8, "win_prob_rejected": 0.1} for row in toy.rows(4)]
