@@ -283,7 +283,17 @@ _TABLE = (
          lacks="pairs sampled from the policy and the reference as it trains"),
 )  # fmt: skip
 
-LOSSES: dict[str, Loss] = {loss.name: loss for loss in _TABLE}
+
+class _Table(dict[str, Loss]):
+    """By name; a name of TRL's finds its loss, an unknown one is a ConfigError that names the nearest."""
+
+    def __missing__(self, name: str) -> Loss:
+        if (own := canonical_name(name)) == SFT:
+            raise ConfigError("sft is no loss of pairs: it is the trainer's term on the chosen response's tokens")
+        return self[own]
+
+
+LOSSES: dict[str, Loss] = _Table({loss.name: loss for loss in _TABLE})
 ALIASES = {"sigmoid": "dpo"}  # TRL's names
 SFT = "sft"  # negative log-likelihood of the chosen responses, reduced over the step as `nll_reduction` says
 
@@ -355,7 +365,7 @@ def resolve_terms(
     weighted = bool(options.pop("use_weighting", None))
     if weighted and {canonical_name(n) for n in names} != {"dpo"}:
         raise ConfigError("use_weighting goes with loss_type=dpo alone, as wpo; name wpo as one of the losses instead")
-    unread = {name for name, value in options.items() if value is not None}
+    unread = {name for name, value in options.items() if value is not None or name in (loss_kwargs or {})}
     if options.get("f_divergence_type") == "reverse_kl":
         unread.discard("f_divergence_type")  # every loss but fdpo has it
     terms: list[Term] = []

@@ -74,10 +74,6 @@ class PackedBatch:
     drawn_rows: Tensor | None = None  # [K] int64: SamPO's draw, row_statistics.draw_rows
     rows: dict[str, Tensor] = field(default_factory=dict)  # further numbers per head row [N], from the forward pass
 
-    @property
-    def max_seqlen(self) -> int:
-        return max(b - a for a, b in zip(self.cu_seqlens, self.cu_seqlens[1:], strict=False))
-
     def to(self, device: torch.device) -> Self:
         """The same batch with its tensors on `device`; host bookkeeping is shared."""
         if device.type == "cpu":

@@ -151,3 +151,13 @@ def test_segment_sum_with_empty_segments():
     )
     assert torch.autograd.gradcheck(lambda v: segment_sum(v, offsets), (values,))
     assert segment_sum(values[:0], torch.zeros(3, dtype=torch.int32)).tolist() == [0, 0]
+
+
+def test_the_table_knows_names_and_options_that_say_nothing():
+    assert LOSSES["sigmoid"] is LOSSES["dpo"] and "sigmoid" not in LOSSES
+    with pytest.raises(ConfigError, match="did you mean 'simpo'"):
+        LOSSES["simpso"]
+    with pytest.raises(ConfigError, match="the trainer's term"):
+        LOSSES["sft"]
+    with pytest.raises(ConfigError, match="typo is set, but dpo does not read it"):
+        resolve_terms(["dpo"], loss_kwargs={"typo": None})

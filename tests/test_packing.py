@@ -37,7 +37,6 @@ def test_every_target_is_predicted_from_the_position_before_it():
     assert batch.seg_parents == tuple(x for s in range(len(rows)) for x in (-1, 2 * s))
     assert batch.seg_offsets[-1] == batch.cu_seqlens[-1] == len(batch.input_ids)
     assert batch.num_tokens == sum(len(p) + len(r) for p, r in rows)
-    assert batch.max_seqlen == max(len(p) + len(r) - 1 for p, r in rows)
     assert batch.pairs.tolist() == [[0, 1], [0, 2], [3, 4]]
     assert not batch.unique and collate(examples, [0, 1]).unique
 
