@@ -69,7 +69,6 @@ def main() -> int:
                 learning_rate=1e-4, lr_scheduler_type="constant", logging_steps=1, use_cpu=True, bf16=False,
                 disable_tqdm=True, report=False, save_final=False, guardrails=False, gradient_checkpointing=False,
             )  # fmt: skip
-            options |= closed.OPTIONS.get(name, {})
             result = fastpo.train(task.model(), rows, processing_class=task.tokenizer(), args=options)
             log = [line for line in result.log_history if "loss" in line]
             start = float(closed.START[name](values))
