@@ -184,9 +184,8 @@ class Trainer:
                  "prev_model": prev_model}  # fmt: skip
         self.inputs: dict[str, Any] = {k: os.fspath(v) for k, v in paths.items() if isinstance(v, str | os.PathLike)}
         evaluated = eval_dataset if isinstance(eval_dataset, Mapping) else {"": eval_dataset}
-        for dataset in (train_dataset, *evaluated.values()):  # before the hub is asked for a model
-            if isinstance(dataset, str | os.PathLike):
-                rows.check_path(dataset)
+        named = [d for d in (train_dataset, *evaluated.values()) if isinstance(d, str | os.PathLike)]
+        world.first(lambda: [rows.check_path(dataset) for dataset in named])  # before the hub is asked for a model
         if isinstance(eval_dataset, Mapping) and all(isinstance(v, str | os.PathLike) for v in eval_dataset.values()):
             self.inputs["eval_dataset"] = {name: os.fspath(v) for name, v in eval_dataset.items()}
         self.tokenizer = processing_class if processing_class is not None else load_tokenizer(
