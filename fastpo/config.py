@@ -168,8 +168,12 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
-            setattr(self, f.name, _coerce(f.name, getattr(self, f.name), f.type))
             choices = f.metadata["choices"]
+            value = getattr(self, f.name)
+            if isinstance(value, bool) and choices and bool not in _kinds(f.type):  # to YAML, no is false
+                meant = ("always",) if value else ("no", "never")
+                setattr(self, f.name, next((c for c in choices if c in meant), value))
+            setattr(self, f.name, _coerce(f.name, getattr(self, f.name), f.type))
             if choices and (value := getattr(self, f.name)) is not None and value not in choices:
                 hint = _CHOICE_HINTS.get((f.name, value)) if isinstance(value, str) else None
                 raise ConfigError(

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from fastpo.config import TrainConfig, field_names
+from fastpo.config import TrainConfig, field_names, read_yaml
 from fastpo.errors import ConfigError
 
 
@@ -122,3 +122,14 @@ def test_harmless_values_are_accepted(tmp_path):
     assert TrainConfig.build(output_dir=tmp_path, dtype=torch.bfloat16).dtype == "torch.bfloat16"
     with pytest.raises(ConfigError, match="both set"):
         TrainConfig.build(warmup_ratio=0.0, warmup_steps=3)
+
+
+def test_no_and_yes_of_yaml(tmp_path):
+    """YAML reads a bare no as false; transformers' strategies are called no."""
+    path = tmp_path / "run.yaml"
+    path.write_text("eval_strategy: no\nsave_strategy: no\nshare_prompts: no\n")
+    config = TrainConfig.build(read_yaml(path))
+    assert (config.eval_strategy, config.save_strategy, config.share_prompts) == ("no", "no", "never")
+    assert TrainConfig(share_prompts=True).share_prompts == "always"
+    with pytest.raises(ConfigError, match="eval_strategy must be a string, not True"):
+        TrainConfig(eval_strategy=True)
