@@ -59,9 +59,10 @@ def bpe_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
 
 
 def llama(
-    vocab_size: int, *, hidden: int, intermediate: int, layers: int, heads: int, seed: int = 0
-) -> LlamaForCausalLM:
-    """Random fp32 Llama with SDPA attention and an untied head (Llama's default)."""
+    vocab_size: int, *, hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int | None = None,
+    tied: bool = False, dtype: torch.dtype = torch.float32, max_positions: int = 2048, seed: int = 0,
+) -> LlamaForCausalLM:  # fmt: skip
+    """Random Llama with SDPA attention; by default fp32 with an untied head."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=vocab_size,
@@ -69,15 +70,15 @@ def llama(
         intermediate_size=intermediate,
         num_hidden_layers=layers,
         num_attention_heads=heads,
-        num_key_value_heads=heads,
-        max_position_embeddings=2048,
-        tie_word_embeddings=False,
+        num_key_value_heads=kv_heads or heads,
+        max_position_embeddings=max_positions,
+        tie_word_embeddings=tied,
         pad_token_id=0,
         eos_token_id=1,
         bos_token_id=None,
         attn_implementation="sdpa",
     )
-    return LlamaForCausalLM(config).float()
+    return LlamaForCausalLM(config).to(dtype)
 
 
 def trl_config(output_dir: str, **kwargs):

@@ -65,7 +65,7 @@ from fastpo.stepwide import Statistics, StepWide
 
 log = logging.getLogger("fastpo")
 
-# On a CPU half of DESIGN's 4,096: as fast, and a fifth less memory (bench/train_vs_trl.py).
+# On a CPU half of DESIGN's 4,096: as fast, and a fifth less memory (bench/train_vs_peers.py).
 MAX_TOKENS = {"cuda": 16_384, "cpu": 2_048}
 GUARD_ROWS = 3  # real rows on which the packed path must equal the model's own logits before the first step
 
