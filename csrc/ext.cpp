@@ -13,11 +13,7 @@
 #include <thread>
 #include <vector>
 
-#if defined(__linux__)
-#include <dlfcn.h>
-#include <sys/mman.h>
-#include <unistd.h>
-#elif defined(__APPLE__)
+#if defined(__linux__) || defined(__APPLE__)
 #include <dlfcn.h>
 #endif
 
@@ -212,19 +208,6 @@ PyObject* use_openmp_of(PyObject*, PyObject* args) {
   return PyBool_FromLong(gomp_parallel != nullptr);
 }
 
-PyObject* advise_huge_pages(PyObject*, PyObject* args) {
-  unsigned long long address, bytes;
-  if (!PyArg_ParseTuple(args, "KK", &address, &bytes)) return nullptr;
-  int done = 0;
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
-  const uintptr_t begin = (static_cast<uintptr_t>(address) + page - 1) / page * page;
-  const uintptr_t end = static_cast<uintptr_t>(address + bytes) / page * page;
-  done = end > begin && madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE) == 0;
-#endif
-  return PyBool_FromLong(done);
-}
-
 PyObject* isa(PyObject*, PyObject*) { return PyUnicode_FromString(current_isa.name); }
 
 PyObject* use_isa(PyObject*, PyObject* args) {
@@ -240,7 +223,6 @@ PyMethodDef methods[] = {
      "One pass over a tile of logits; arguments are the fields of struct Tile in order, then the number of threads."},
     {"use_openmp_of", use_openmp_of, METH_VARARGS,
      "Run on the OpenMP threads of a loaded library (None: on threads of its own); whether it has any."},
-    {"advise_huge_pages", advise_huge_pages, METH_VARARGS, "Ask for huge pages for memory not yet touched."},
     {"isa", isa, METH_NOARGS, "The instruction set in use: avx512, avx2 or generic."},
     {"use_isa", use_isa, METH_VARARGS, "Use this instruction set (None: the best one); whether it is there."},
     {nullptr, nullptr, 0, nullptr}};

@@ -40,7 +40,6 @@ CPU_TILE_ROWS = 2048
 DEVICE_TILE_BYTES = 512 << 20
 DEVICE_TILE_ROWS = 8192
 DEVICE_ROW_STEP = 256  # blocks of whole rows are multiples of it: whole tiles of the vendor's GEMM
-HUGE_PAGE_BYTES = 32 << 20  # above glibc's largest mmap threshold, so that the advice ends with the tensor
 
 
 class Head(NamedTuple):
@@ -93,14 +92,6 @@ def load_extension():
 
 
 _C = load_extension()
-
-
-def _empty(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """A new tensor; on Linux CPUs in huge pages: the first touch of 4 KiB pages costs a tenth of the GEMM over them."""
-    out = like.new_empty(shape)
-    if _C is not None and out.device.type == "cpu" and out.nbytes >= HUGE_PAGE_BYTES:
-        _C.advise_huge_pages(out.data_ptr(), out.nbytes)
-    return out
 
 
 def _slices(columns: int, column_bytes: int, tile_bytes: int) -> list[slice]:
@@ -170,7 +161,7 @@ def _finish_rows(m: Tensor, others: Tensor, z_target: Tensor, ez: Tensor, live: 
 
 def _new_saved(head: Head, regime: str) -> Tensor:
     if regime == "kept":
-        return _empty((head.hidden.shape[0], head.weight.shape[0]), head.hidden)
+        return head.hidden.new_empty(head.hidden.shape[0], head.weight.shape[0])
     shape = head.hidden.shape if regime == "frozen" else (0,)
     return head.hidden.new_zeros(shape, dtype=acc_dtype(head.hidden.dtype))
 
@@ -264,7 +255,7 @@ def kept_backward(
     if need[0]:
         dhidden = _mm_wide(saved, head.weight, c.dtype).mul_(c).to(saved.dtype)
     if need[1]:
-        dweight = torch.mm(saved.t(), (head.hidden * c).to(saved.dtype), out=_empty(head.weight.shape, head.weight))
+        dweight = torch.mm(saved.t(), (head.hidden * c).to(saved.dtype), out=head.weight.new_empty(head.weight.shape))
     if need[2]:
         dbias = _column_sums(saved, c.squeeze(1))
     return dhidden, dweight, dbias
@@ -396,7 +387,7 @@ def cpu_sliced_backward(head: Head, grad: Tensor, stats: Tensor, need: list[bool
     rows = torch.stack([m, others, m, others])
     factor = grad * (-head.logit_scale / total)
     dhidden = torch.zeros_like(x, dtype=torch.float32) if need[0] else None
-    dweight = _empty(w.shape, w) if need[1] else None
+    dweight = w.new_empty(w.shape) if need[1] else None
     dbias = w.new_empty(len(w)) if need[2] else None
     tiles = list(_tiles(len(x), len(w), x.device, 4))
     scratch = None
