@@ -368,7 +368,8 @@ class Trainer:
         """Token log-probabilities [N] fp32 of a packed batch; into it, with `statistics`, what else the losses read."""
         observe = observer(self, batch) if statistics else None
         prompts = statistics and batch.prompts is not None
-        options: dict[str, Any] = {"memory_budget": self.config.logits_memory_budget, "grad_filter": self.config.grad_filter}
+        config = self.config
+        options: dict[str, Any] = {"memory_budget": config.logits_memory_budget, "grad_filter": config.grad_filter}
         with self.autocast():
             logp = engine(lambda: engine.policy.logp(batch, observe=observe, prompts=prompts, **options))
         assert isinstance(logp, Tensor)
