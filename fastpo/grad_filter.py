@@ -169,7 +169,8 @@ def backward(
     head = _contiguous(head)
     x, w, acc = head.hidden, head.weight, acc_dtype(head.hidden.dtype)
     dhidden = x.new_zeros(x.shape, dtype=acc) if need[0] else None
-    dweight = _empty(w.shape, w) if need[1] else None
+    # Not in huge pages: written a narrow slice at a time, they cost up to 150 ms of 470 (V 32000, D 512, two cores).
+    dweight = w.new_empty(w.shape) if need[1] else None
     dbias = w.new_empty(len(w)) if need[2] else None
     # The compiled pass writes c U, the plain one U.
     factor = grad * (-head.logit_scale / stats[1])
