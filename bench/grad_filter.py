@@ -33,6 +33,7 @@ from fastpo import grad_filter, ops  # noqa: E402
 
 BUDGETS = (0.0, 1e-4, 1e-3, 1e-2, 5e-2)
 REGIMES = {"kept": (True, None), "sliced": (True, 0), "frozen": (False, None)}
+LAYOUT_BUDGET = 1e-3
 CCE_EPS = 2.0**-12  # cut-cross-entropy's threshold for bf16, on blocks of 128 x 128 logits
 
 
@@ -98,6 +99,38 @@ def cce_rule(p: Tensor, x: dict[str, Tensor], eps: float = CCE_EPS, block: int =
     return {"skipped": skip.double().mean().item(), "mean": lost.mean().item(), "max": lost.max().item()}
 
 
+def layouts(p: Tensor, x: dict[str, Tensor], mass: float) -> dict[str, float]:
+    """Share of tiles that stay when rows have lists of their own (1), or blocks of rows decide together, sorted by
+    their entropy; with the vocabulary as it is, or by mean logit; by the width of a tile."""
+    by_mean = (x["weight"].float() @ x["hidden"].float().mean(0)).argsort(descending=True)
+    sorted_rows = torch.special.entr(p).sum(1).argsort()
+    out = {}
+    for order_name, order in (("ids", torch.arange(p.shape[1])), ("mean logit", by_mean)):
+        at = torch.empty_like(order)
+        at[order] = torch.arange(len(order))
+        for width in (256, 512, 1024):
+            q = torch.nn.functional.pad(p[:, order], (0, -p.shape[1] % width))
+            shares = q.view(len(q), -1, width).sum(2)
+            shares.scatter_(1, (at[x["target"]] // width).unsqueeze(1), torch.inf)
+            for rows in (1, 64, 256):
+                blocks = shares[sorted_rows].split(rows)
+                kept = sum(block_keeps(b, mass) for b in blocks) / (len(blocks) * shares.shape[1])
+                out[f"rows {rows}, {order_name}, {width} columns"] = kept
+    return out
+
+
+def block_keeps(shares: Tensor, mass: float) -> int:
+    """Tiles that a block of rows keeps: given up in the order of their worst row, while no row loses more than mass."""
+    lost, skipped = shares.new_zeros(len(shares)), 0
+    for t in shares.amax(0).argsort().tolist():
+        if shares[:, t].amax() > mass:
+            break
+        if (lost + shares[:, t] <= mass).all():
+            lost += shares[:, t]
+            skipped += 1
+    return shares.shape[1] - skipped
+
+
 def measure(args: argparse.Namespace) -> dict:
     x, scale = problem(args)
     p = probabilities(x, scale)
@@ -105,6 +138,7 @@ def measure(args: argparse.Namespace) -> dict:
     entropy = torch.special.entr(p).sum(1)
     quantiles = {f"p{q}": entropy.quantile(q / 100).item() for q in (10, 50, 90)}
     case: dict = {"entropy": {"mean": entropy.mean().item(), **quantiles}, "cce_rule": cce_rule(p, x), "budgets": {}}
+    case["layouts"] = layouts(p.float(), x, LAYOUT_BUDGET)
     del p
     for budget in BUDGETS:
         out = step(x, scale, budget, True, None)
@@ -159,6 +193,14 @@ def table(result: dict) -> str:
     for name, case in result["cases"].items():
         rule = case["cce_rule"]
         lines.append(f"| {name} | {rule['skipped']:.1%} | {rule['mean']:.1e} | {rule['max']:.1e} |")
+    names = [name for name, case in result["cases"].items() if "float32" in name and "layouts" in case]
+    if names:
+        lines += ["", f"Tiles that would stay under a budget of {LAYOUT_BUDGET:g}, by how many rows decide together and how "
+                  "the vocabulary is cut (the op: rows 1, ids, 512 columns), from fp64 shares:\n",
+                  f"| | {' | '.join(names)} |", "| --- |" + " ---: |" * len(names)]  # fmt: skip
+        for layout in result["cases"][names[0]]["layouts"]:
+            shares = (f"{result['cases'][name]['layouts'][layout]:.1%}" for name in names)
+            lines.append(f"| {layout} | {' | '.join(shares)} |")
     return "\n".join(lines) + "\n"
 
 
