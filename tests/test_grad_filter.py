@@ -332,6 +332,33 @@ def test_opcheck_and_compile(backend, keep_logits):
         assert set(eager) == set(ours) and all(eager[name].equal(ours[name]) for name in eager)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_memory(backend, monkeypatch):
+    """Without a budget nothing of size N x V is alive; with one, the logits are, once."""
+    monkeypatch.undo()  # the real tiles
+    n, d, v = 1536, 32, 32000
+    x = Case(n, d, v, ignored=False).tensors(torch.float32, "cpu")
+    matrix = n * v * 4
+
+    def peak(budget: int) -> int:
+        def status(field: str) -> int:
+            with open("/proc/self/status") as lines:
+                return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
+
+        run(x, ("hidden", "weight"), backend=backend, memory_budget=budget, grad_filter=1e-3)
+        try:
+            with open("/proc/self/clear_refs", "w") as reset:
+                reset.write("5")
+        except OSError:
+            pytest.skip("needs /proc/self/clear_refs to reset the peak")
+        before = status("VmRSS")
+        run(x, ("hidden", "weight"), backend=backend, memory_budget=budget, grad_filter=1e-3)
+        return status("VmHWM") - before
+
+    room = 60 << 20  # tiles and their temporaries, lists of rows, the gradients
+    assert peak(0) < room < matrix / 2 < peak(matrix) < matrix + room
+
+
 def test_autocast_and_strides():
     x = problem("mixed")
     with torch.autocast("cpu", dtype=torch.bfloat16):
