@@ -195,8 +195,8 @@ def table(result: dict) -> str:
         lines.append(f"| {name} | {rule['skipped']:.1%} | {rule['mean']:.1e} | {rule['max']:.1e} |")
     names = [name for name, case in result["cases"].items() if "float32" in name and "layouts" in case]
     if names:
-        lines += ["", f"Tiles that would stay under a budget of {LAYOUT_BUDGET:g}, by how many rows decide together and "
-                  "how the vocabulary is cut (the op: rows 1, ids, 512 columns), from fp64 shares:\n",
+        lines += ["", f"Tiles that would stay under a budget of {LAYOUT_BUDGET:g}, by how many rows decide together "
+                  "and how the vocabulary is cut (the op: rows 1, ids, 512 columns), from fp64 shares:\n",
                   f"| | {' | '.join(names)} |", "| --- |" + " ---: |" * len(names)]  # fmt: skip
         for layout in result["cases"][names[0]]["layouts"]:
             shares = (f"{result['cases'][name]['layouts'][layout]:.1%}" for name in names)
