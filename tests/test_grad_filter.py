@@ -12,6 +12,7 @@ from fastpo import backends, check, grad_filter, ops
 from fastpo.check import SOFTCAPPED, Case
 from fastpo.errors import ConfigError, FastpoError
 from fastpo.kernels import reference
+from fastpo.metrics import Window
 
 TILE = 32
 BUILT = backends._C is not None
@@ -373,6 +374,24 @@ def test_autocast_and_strides():
     logp = ops.linear_logprob(*leaves, strided["target"], grad_filter=0.05)
     for name, grad in zip(("hidden", "weight"), torch.autograd.grad(logp, leaves, x["upstream"])):
         torch.testing.assert_close(grad, expected_grads[name])
+
+
+def test_dropped_mass_of_several_ranks():
+    """Mean and largest are of all ranks' rows; a rank without rows adds nothing."""
+
+    class SecondOfTwo:
+        size, rank = 2, 1
+
+        @staticmethod
+        def sum_(of_ranks: Tensor) -> Tensor:
+            return of_ranks.add_(torch.tensor([2.0, 0.5, 0.4, 0.0]))
+
+    window = object.__new__(Window)
+    window.device, window.dropped = torch.device("cpu"), torch.zeros(3)
+    window.add_dropped([torch.tensor([0.1, 0.3]), torch.zeros(0)], SecondOfTwo())
+    torch.testing.assert_close(window.dropped, torch.tensor([4.0, 0.9, 0.4]))
+    window.add_dropped([], SecondOfTwo())
+    torch.testing.assert_close(window.dropped, torch.tensor([6.0, 1.4, 0.4]))
 
 
 def test_trainer(toy, tmp_path, monkeypatch):
