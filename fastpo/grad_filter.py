@@ -28,7 +28,8 @@ NaN or an infinite logit gives up nothing, and its gradient is NaN as without a 
 The logits [N, V] are kept in the input dtype from forward to backward where they fit the memory budget (GEMMs: 1 + 2 s
 for the share s of tiles that stay, 1 + s with a frozen head), else recomputed where they are needed (1 + 3 s, 1 + 2 s).
 Compiled passes for the `cpu` backend; anything else, GPUs included, runs plain PyTorch operations, for the Triton
-kernels know no lists of rows. The lists depend on the data: the backward asks a GPU for their lengths once.
+kernels know no lists of rows; that has not been run on a GPU yet. The lists depend on the data: the backward asks a GPU
+for their lengths once.
 """
 
 from __future__ import annotations
