@@ -304,7 +304,7 @@ def torch_sliced_backward(head: Head, grad: Tensor, stats: Tensor, need: list[bo
 def _cpu_pass(
     head: Head,
     tile: Tensor,  # [rows, columns], raw logits in, E out when `keep`
-    rows: Tensor,  # [4, rows]: m, others, z_target, ez
+    rows: Tensor | tuple[Tensor, ...],  # [4, rows]: m, others, z_target, ez
     v: slice,
     *,
     keep: bool = True,

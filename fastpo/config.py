@@ -127,6 +127,7 @@ class TrainConfig:
     gradient_checkpointing: bool = _opt(True, "precision and memory", "recompute each layer in the backward pass")
     gradient_checkpointing_kwargs: dict | None = _opt(None, "precision and memory", "arguments of gradient_checkpointing_enable")
     logits_memory_budget: int | None = _opt(None, "precision and memory", "bytes that the head may keep from forward to backward (None: 1 GiB, or an fp32 gradient of its weight if that is more; 0: nothing of size N x V)")
+    grad_filter: float = _opt(0.0, "precision and memory", "probability of each token's distribution that the head's gradient may leave out, for speed: its least likely tokens, 0.001 for instance; the mean and the largest share left out are logged (0: exact gradients)")
 
     eval_strategy: str = _opt("no", "evaluation", "when to evaluate; steps where eval_steps is set", ("no", "steps", "epoch"))
     eval_steps: float | None = _opt(None, "evaluation", "steps between evaluations (None: logging_steps); below 1, a share of all steps")
@@ -198,6 +199,7 @@ class TrainConfig:
             raise ConfigError("warmup_steps and warmup_ratio are both set; give one")
         self._require("label_smoothing", 0 <= self.label_smoothing < 1, "in [0, 1)")
         self._require("warmup_ratio", self.warmup_ratio is None or 0 <= self.warmup_ratio < 1, "in [0, 1)")
+        self._require("grad_filter", 0 <= self.grad_filter < 1, "in [0, 1)")
         self._require("logits_memory_budget", (self.logits_memory_budget or 0) >= 0, "zero or more bytes")
         if self.max_steps == 0 or self.max_steps < -1:
             raise ConfigError(f"max_steps must be positive, or -1 for num_train_epochs, not {self.max_steps}")

@@ -176,6 +176,7 @@ class Window:
     def _reset(self) -> None:
         self.sums = torch.zeros(2 + len(PAIR_METRICS), device=self.device)  # steps that counted, loss, pair metrics
         self.norm = torch.zeros((), device=self.device)
+        self.dropped = torch.zeros(3, device=self.device)  # by grad_filter: rows, sum of their mass, the largest
         self.trunk_tokens = self.micro_batches = 0
         self.flops.reset()
         self.started = time.monotonic()
@@ -211,6 +212,18 @@ class Window:
         self.run[3] = torch.maximum(self.run[3], self.run[2])
         self.run[4] += skipped
 
+    def add_dropped(self, parts: Sequence[Tensor], world: Any) -> None:
+        """One step's probability mass left out by `grad_filter`, of this process's rows. Every rank calls it."""
+        of_ranks = torch.zeros(2 + world.size, device=self.device)
+        for mass in parts:
+            of_ranks[0] += mass.numel()
+            of_ranks[1] += mass.sum()
+            if mass.numel():
+                of_ranks[2 + world.rank] = torch.maximum(of_ranks[2 + world.rank], mass.amax())
+        world.sum_(of_ranks)
+        self.dropped[:2] += of_ranks[:2]
+        self.dropped[2] = torch.maximum(self.dropped[2], of_ranks[2:].amax())
+
     def state_dict(self) -> dict[str, Any]:
         """The open window and the run's totals, for a checkpoint."""
         return {**{k: getattr(self, k) for k in self._STATE}, "seconds": time.monotonic() - self.started}
@@ -218,15 +231,16 @@ class Window:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state_dict` was taken."""
         for name in self._STATE:
-            value = state[name]
+            value = state.get(name, getattr(self, name))
             setattr(self, name, value.to(self.device) if isinstance(value, Tensor) else value)
         self.started = time.monotonic() - state["seconds"]
 
-    _STATE = ("run", "sums", "norm", "tokens_at_flush", "trunk_tokens", "micro_batches")
+    _STATE = ("run", "sums", "norm", "dropped", "tokens_at_flush", "trunk_tokens", "micro_batches")
 
     def flush(self, learning_rate: float, num_tokens: int) -> dict[str, float]:
         """The log line: one host read, then a new window. Raises TrainingError after too many non-finite steps."""
-        norm, *values = torch.cat([self.norm.reshape(1).to(self.device), self.run, self.sums]).tolist()
+        numbers = [self.norm.reshape(1).to(self.device), self.dropped, self.run, self.sums]
+        norm, rows, dropped, largest, *values = torch.cat(numbers).tolist()
         self.run[3] = self.run[2]
         self._check(values[3])
         skipped = int(values[4])
@@ -241,6 +255,8 @@ class Window:
         out["num_tokens"] = num_tokens
         out["tokens_per_second"] = (num_tokens - self.tokens_at_flush) / seconds
         out["packing_efficiency"] = self.trunk_tokens / max(1, self.micro_batches * self.max_tokens)
+        if rows:
+            out |= {"grad_filter/dropped_mass": dropped / rows, "grad_filter/dropped_mass_max": largest}
         if self.flops.peak:
             out["mfu"] = self.flops.total / seconds / self.flops.peak
         out["peak_memory_gb"] = peak_memory_gb(self.device)

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from fastpo.data import Example
 
+DROPPED_MASS = "dropped_mass"  # name in PackedBatch.rows
 _PROBE = "fastpo_probe"  # the attention implementation that records what the model's masks and layers ask for
 _MAX_GUARD_ROWS = 4
 
@@ -110,17 +111,19 @@ class Policy:
         return_entropy: bool = False,
         observe: Callable[[Tensor, Head], None] | None = None,
         prompts: bool = False,
+        grad_filter: float = 0.0,
     ) -> Any:
         """Token log-probabilities [N] fp32 of the targets; with `return_entropy`, a pair with the entropies [N].
 
         `observe` is called with what `head_rows` returns, for other numbers of the same rows. With `prompts`, [N + M]:
-        the batch's prompt tokens follow, from the same pass of the head.
+        the batch's prompt tokens follow, from the same pass of the head. With a `grad_filter`, the probability that the
+        backward leaves out, of the same rows, is put into `batch.rows`.
         """
         hidden, head = self.head_rows(batch, prompts)
         if observe is not None:
             observe(hidden[: batch.target.numel()], head)
         target = torch.cat([batch.target, batch.prompts.target]) if prompts and batch.prompts else batch.target
-        return ops.linear_logprob(
+        out = ops.linear_logprob(
             hidden,
             head.weight,
             target,
@@ -129,7 +132,13 @@ class Policy:
             logit_scale=head.logit_scale,
             return_entropy=return_entropy,
             memory_budget=memory_budget,
+            grad_filter=grad_filter,
+            return_dropped=grad_filter > 0,
         )
+        if grad_filter:
+            *rest, batch.rows[DROPPED_MASS] = out
+            out = (rest[0], rest[1]) if return_entropy else rest[0]
+        return out
 
     @contextlib.contextmanager
     def attach(self) -> Iterator["Policy"]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastpo import backends, vocab_ops
+from fastpo import grad_filter as filters
 from fastpo.backends import IGNORE_INDEX, Head, acc_dtype
 from fastpo.errors import FastpoError
 from fastpo.kernels import reference
@@ -53,21 +54,40 @@ def linear_logprob(
     return_entropy: bool = False,
     memory_budget: int | None = None,
     backend: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
+    grad_filter: float = 0.0,
+    return_dropped: bool = False,
+) -> Tensor | tuple[Tensor, ...]:
     """log_softmax(softcap(logit_scale * (hidden W^T + b)))[target] -> logp [N], or (logp, entropy [N]), fp32 or fp64.
 
     Differentiable once in hidden, weight and bias; the entropy is detached; rows with target -100 give 0. One N x V
     matrix in the input dtype is kept for the backward where it fits `memory_budget` bytes (default:
     `default_memory_budget`); over that, and with 0, the backward recomputes it a vocabulary slice at a time.
+
+    grad_filter, in [0, 1): the backward leaves out each row's least likely tiles of the vocabulary, never its target's,
+    that hold at most this much of the row's probability; the error that this allows is in grad_filter.py. A matrix
+    N x V is then kept by `memory_budget` with a frozen head too; on a GPU it runs plain PyTorch operations and the
+    backward waits for the device once. 0.0 is the exact gradient. return_dropped adds an output, the last: the mass
+    left out [N], detached, 0 where no gradient is asked for.
     """
     hidden, weight, bias = _autocast(hidden, weight, bias)
     _check_softcap(softcap)
     backend = _check(hidden, weight, target, bias, memory_budget, backend)
+    if not 0 <= grad_filter < 1:
+        raise OpError(f"grad_filter must be in [0, 1), a share of each row's probability, not {grad_filter}")
     regime = _regime(hidden, weight, bias, memory_budget)
-    logp, entropy, _, _ = _linear_logprob(
-        hidden, weight, target.long(), bias, softcap, logit_scale, regime, backend, return_entropy
-    )
-    return (logp, entropy) if return_entropy else logp
+    if grad_filter and regime != "none":
+        logp, entropy, dropped, _, _, _ = _filtered_logprob(
+            hidden, weight, target.long(), bias, softcap, logit_scale, backend, grad_filter,
+            _fits(hidden, weight, memory_budget), return_entropy,
+        )  # fmt: skip
+    else:
+        logp, entropy, _, _ = _linear_logprob(
+            hidden, weight, target.long(), bias, softcap, logit_scale, regime, backend, return_entropy
+        )
+        dropped = torch.zeros_like(logp) if return_dropped else logp
+    if return_entropy or return_dropped:
+        return logp, *([entropy] if return_entropy else []), *([dropped.detach()] if return_dropped else [])
+    return logp
 
 
 def log_sum_sq(
@@ -193,8 +213,13 @@ def _regime(hidden: Tensor, weight: Tensor, bias: Tensor | None, memory_budget: 
         return "none"
     if not trained:
         return "frozen"
+    return "kept" if _fits(hidden, weight, memory_budget) else "sliced"
+
+
+def _fits(hidden: Tensor, weight: Tensor, memory_budget: int | None) -> bool:
+    """Whether an N x V matrix in the input dtype is within the budget."""
     budget = default_memory_budget(weight) if memory_budget is None else memory_budget
-    return "kept" if hidden.shape[0] * weight.shape[0] * hidden.dtype.itemsize <= budget else "sliced"
+    return hidden.shape[0] * weight.shape[0] * hidden.dtype.itemsize <= budget
 
 
 @torch.library.custom_op("fastpo::linear_logprob", mutates_args=())
@@ -315,6 +340,92 @@ def _backward_linear_logprob(ctx, grad, *_):
 
 
 _linear_logprob.register_autograd(_backward_linear_logprob, setup_context=_setup_linear_logprob)
+
+
+@torch.library.custom_op("fastpo::filtered_logprob", mutates_args=())
+def _filtered_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    backend: str,
+    mass: float,
+    keep_logits: bool,
+    entropy: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(logp [N], entropy [N] or [0], dropped [N], logits [N, V] or [0], stats [3, N], keep [N, T]): grad_filter.py."""
+    head = Head(hidden, weight, target, bias, softcap, logit_scale)
+    if target.device.type == "cpu":
+        _check_range(target, weight.shape[0])
+    with torch.autocast(hidden.device.type, enabled=False):
+        logp, entropies, dropped, saved, stats, keep = filters.forward(
+            head, mass, keep_logits, entropy, compiled=backend == "cpu"
+        )
+    return logp, entropies, dropped, saved, stats, keep
+
+
+@_filtered_logprob.register_fake
+def _(hidden, weight, target, bias, softcap, logit_scale, backend, mass, keep_logits, entropy):
+    n, v_size, acc = hidden.shape[0], weight.shape[0], acc_dtype(hidden.dtype)
+    logp, dropped, stats = (hidden.new_empty(shape, dtype=acc) for shape in ((n,), (n,), (3, n)))
+    saved = hidden.new_empty((n, v_size) if keep_logits else 0)
+    keep = hidden.new_empty(n, filters.tile_count(v_size), dtype=torch.bool)
+    return logp, hidden.new_empty(n if entropy else 0, dtype=acc), dropped, saved, stats, keep
+
+
+@torch.library.custom_op("fastpo::filtered_logprob_backward", mutates_args=())
+def _filtered_logprob_backward(
+    grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    saved: Tensor,
+    stats: Tensor,
+    keep: Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    backend: str,
+    need: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dhidden [N, D], dweight [V, D], dbias [V]), each [0] where `need` does not ask."""
+    head = Head(hidden, weight, target, bias, softcap, logit_scale)
+    grad = grad.where(target != IGNORE_INDEX, 0.0).contiguous()
+    with torch.autocast(grad.device.type, enabled=False):
+        grads = filters.backward(head, grad, saved, stats, keep, need, compiled=backend == "cpu")
+    dhidden, dweight, dbias = (hidden.new_empty(0) if g is None else g for g in grads)
+    return dhidden, dweight, dbias
+
+
+@_filtered_logprob_backward.register_fake
+def _(grad, hidden, weight, target, bias, saved, stats, keep, softcap, logit_scale, backend, need):
+    shapes = (hidden.shape, weight.shape, weight.shape[:1])
+    return tuple(hidden.new_empty(shape if asked else 0) for shape, asked in zip(shapes, need))
+
+
+_filtered_logprob_backward.register_autograd(_once_only)
+
+
+def _setup_filtered_logprob(ctx, inputs, output) -> None:
+    hidden, weight, target, bias, *options, _, _, _ = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.options = options
+    ctx.save_for_backward(hidden, weight, target, bias, *output[3:])
+
+
+def _backward_filtered_logprob(ctx, grad, *_):
+    need = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
+    grads = [None, None, None]
+    if grad is not None:
+        grads = _filtered_logprob_backward(grad, *ctx.saved_tensors, *ctx.options, need)
+        grads = [g if asked else None for g, asked in zip(grads, need)]
+    return grads[0], grads[1], None, grads[2], *[None] * 6
+
+
+_filtered_logprob.register_autograd(_backward_filtered_logprob, setup_context=_setup_filtered_logprob)
 
 
 FUSED_LOSSES = reference.LOSS_TYPES  # what `preference_loss` knows; fastpo.losses has more

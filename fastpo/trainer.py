@@ -42,7 +42,7 @@ from fastpo.metrics import (
     pair_inputs,
     pair_metrics,
 )
-from fastpo.model import Policy, load_model, load_tokenizer, verify_policy
+from fastpo.model import DROPPED_MASS, Policy, load_model, load_tokenizer, verify_policy
 from fastpo.optim import Gradients, build_optimizer, build_scheduler
 from fastpo.packing import (
     PackedBatch,
@@ -241,6 +241,8 @@ class Trainer:
         self.reference_is_base = self.new_adapter and not adapters.rewrites_base(peft_config)
         self.start_is_known = config.disable_dropout and adapters.starts_at_base(peft_config)
         self.starts_at_reference = ref_model is None and self.start_is_known
+        if config.grad_filter and self.device.type == "cuda":
+            log.warning("grad_filter runs plain PyTorch operations on a GPU, unmeasured: compare tokens_per_second")
         self.autocast_dtype = torch.bfloat16 if _use_bf16(config, self.device) else None
         self.max_tokens = config.max_tokens or MAX_TOKENS[self.device.type]
         self.optimizer, self.scheduler = optimizers or (None, None)
@@ -366,9 +368,10 @@ class Trainer:
         """Token log-probabilities [N] fp32 of a packed batch; into it, with `statistics`, what else the losses read."""
         observe = observer(self, batch) if statistics else None
         prompts = statistics and batch.prompts is not None
-        budget = self.config.logits_memory_budget
+        config = self.config
+        options: dict[str, Any] = {"memory_budget": config.logits_memory_budget, "grad_filter": config.grad_filter}
         with self.autocast():
-            logp = engine(lambda: engine.policy.logp(batch, memory_budget=budget, observe=observe, prompts=prompts))
+            logp = engine(lambda: engine.policy.logp(batch, observe=observe, prompts=prompts, **options))
         assert isinstance(logp, Tensor)
         if prompts:
             logp, batch.rows[PROMPT_LOGP] = logp.split([batch.target.numel(), logp.numel() - batch.target.numel()])
@@ -663,6 +666,8 @@ class Trainer:
         if self.stepwide.reads_mean:
             self.stepwide.commit(bool(finite))
         self.window.add(loss[0], metrics, norm, finite)
+        if self.config.grad_filter:
+            self.window.add_dropped(self.dropped, self.world)
         for batch in self.done:  # here, so that a step cut short leaves no trace in the counters
             self.window.trunk(batch)
         self.num_tokens += sum(sequence_tokens(self.examples[i]) for i in rows)
@@ -686,7 +691,7 @@ class Trainer:
         step_loss = torch.zeros((), device=self.device)
         step_metrics = torch.zeros(len(PAIR_METRICS), device=self.device)
         check_start = self.state.global_step == 0 and (self.starts_at_reference or self.start is not None)
-        done, wrong = [], None
+        done, dropped, wrong = [], [], None
         idle_rows = [min(rows, key=lambda i: self._tokens[i])]
         stats = self.stepwide.statistics("train", rows)
         at_once = not self.world.several and len(self.share) == 1
@@ -708,6 +713,8 @@ class Trainer:
             if check_start:
                 wrong = wrong or self._wrong_start(logp.detach(), batch)
             loss.backward()
+            if self.config.grad_filter:
+                dropped.append(batch.rows[DROPPED_MASS])
             batch.rows.clear()  # the step's batches are counted at its end: their graphs need not live until then
             step_loss += loss.detach()
             step_metrics += metrics
@@ -716,7 +723,7 @@ class Trainer:
                 self.callbacks.call("on_substep_end")
         if check_start and any(self.world.gather(wrong)):
             raise TrainingError(wrong or "another process does not start at the reference")
-        self.done = done
+        self.done, self.dropped = done, dropped
         return step_loss, step_metrics
 
     # --------------------------------------------------------------- guards
