@@ -19,6 +19,7 @@ import numpy as np
 from fastpo.backends import _C
 from fastpo.errors import ConfigError
 
+COMPILED = getattr(_C, "pack", None)  # None without a compiler
 SEARCH_TREES = 4096  # steps beyond it are large enough for best-fit's last micro-batches to be lost among the others
 LEVEL_TREES = 1024
 EVEN_TREES = 65_536
@@ -129,12 +130,12 @@ def _pack(sizes: np.ndarray, cost: np.ndarray, capacity: int, ranks: int) -> tup
     tries = _TRIES if n <= EVEN_TREES else 0
     by_cost = _descending(cost) if tries else np.zeros(0, np.int64)
     nodes = _NODES + _NODES_A_TREE * n
-    if _C is None:
+    if COMPILED is None:
         return _pack_python(sizes.tolist(), cost.tolist(), by_cost.tolist(), capacity, ranks, least, nodes, tries)
     bin_of = np.empty(n, np.int64)
     sizes, cost = np.ascontiguousarray(sizes), np.ascontiguousarray(cost)
     pointers = (x.ctypes.data for x in (sizes, cost, by_cost, bin_of))
-    return bin_of, _C.pack(*pointers, n, capacity, ranks, least, nodes, _NODES_A_BIN, tries)
+    return bin_of, COMPILED(*pointers, n, capacity, ranks, least, nodes, _NODES_A_BIN, tries)
 
 
 # ---- the twin of csrc/pack.inc

@@ -133,8 +133,14 @@ class TreeSize(NamedTuple):
     """What one tree, or one row whose responses have a copy of the prompt each, is to the trunk."""
 
     tokens: int
-    pairs: int  # of a query and a key that it sees, about
+    head_rows: int
+    pairs: int  # of a query and a key that it sees
     branches: int
+
+    @property
+    def size(self) -> int:
+        """What counts against max_tokens. Responses that several rows have can make head rows more than tokens."""
+        return max(self.tokens, self.head_rows)
 
     def cost(self, cost: TrunkCost) -> int:
         """In 1/1024 of a token's share of a layer's matrices; an integer, so that it is the same on every machine."""
@@ -144,13 +150,14 @@ class TreeSize(NamedTuple):
 
 def tree_size(rows: Sequence[Example], share: bool) -> TreeSize:
     """Of rows that are one tree, or with `share` false of one row with a copy of its prompt for each response."""
+    head_rows = sum(len(r) for e in rows for r in e.responses)
     if not share:
         chains = [len(e.prompt_of(k)) + len(r) - 1 for e in rows for k, r in enumerate(e.responses)]
-        return TreeSize(sum(chains), sum(n * (n + 1) // 2 for n in chains), 0)
+        return TreeSize(sum(chains), head_rows, sum(n * (n + 1) // 2 for n in chains), 0)
     prompt = len(rows[0].prompt_ids)
     lengths = {r.tobytes(): len(r) - 1 for e in rows for r in e.responses}.values()
     pairs = prompt * (prompt + 1) // 2 + sum(n * (n + 1) // 2 + n * prompt for n in lengths)
-    return TreeSize(prompt + sum(lengths), pairs, int(len(lengths) > 1))
+    return TreeSize(prompt + sum(lengths), head_rows, pairs, int(len(lengths) > 1))
 
 
 def trunk_tokens(example: Example) -> int:
@@ -205,7 +212,7 @@ def _adjacent_trees(examples: Sequence[Example], indices: Sequence[int]) -> Iter
 
 
 def step_trees(examples: Sequence[Example], rows: Iterable[int], max_tokens: int) -> list[list[int]]:
-    """Rows of one prompt together, in trees of at most `max_tokens` (a row stays whole), by their first row."""
+    """Rows of one prompt together, in trees no larger than `max_tokens` (a row stays whole), by their first row."""
     groups: dict[bytes | int, list[int]] = {}
     for i in rows:
         groups.setdefault(examples[i].prompt_ids.tobytes() if examples[i].share_from else i, []).append(i)
@@ -213,18 +220,20 @@ def step_trees(examples: Sequence[Example], rows: Iterable[int], max_tokens: int
     for group in groups.values():
         part: list[int] = []
         seen: set[bytes] = set()
-        tokens = 0
+        tokens = head_rows = 0
         for i in group:
             own = {r.tobytes(): len(r) - 1 for r in examples[i].responses}
             more = sum(length for response, length in own.items() if response not in seen)
-            if part and tokens + more > max_tokens:
+            more_rows = sum(map(len, examples[i].responses))
+            if part and (tokens + more > max_tokens or head_rows + more_rows > max_tokens):
                 trees += _trees(examples, part)
                 part, seen = [], set()
             if not part:
-                tokens, more = len(examples[i].prompt_ids), sum(own.values())
+                tokens, head_rows, more = len(examples[i].prompt_ids), 0, sum(own.values())
             part.append(i)
             seen |= own.keys()
             tokens += more
+            head_rows += more_rows
         trees += _trees(examples, part)
     return trees
 
@@ -252,15 +261,15 @@ def step_batches(
         trees[most : most + 1] = halves
         sizes[most : most + 1] = _sizes(examples, halves)
         costs = [size.cost(cost) for size in sizes]
-    shares = pack_step(range(len(trees)), [size.tokens for size in sizes], max_tokens, ranks, costs)
+    shares = pack_step(range(len(trees)), [size.size for size in sizes], max_tokens, ranks, costs)
     return [[[i for k in part for i in trees[k]] for part in share] for share in shares]
 
 
 def pass_batches(examples: Sequence[Example], rows: Iterable[int], max_tokens: int) -> list[list[int]]:
     """The rows of each micro-batch of a pass without gradients over many rows; rows of one tree are neighbours."""
     trees = step_trees(examples, rows, max_tokens)
-    tokens = [size.tokens for size in _sizes(examples, trees)]
-    return [[i for k in part for i in trees[k]] for part in pack_all(range(len(trees)), tokens, max_tokens)]
+    sizes = [size.size for size in _sizes(examples, trees)]
+    return [[i for k in part for i in trees[k]] for part in pack_all(range(len(trees)), sizes, max_tokens)]
 
 
 def loss_count(example: Example) -> int:
