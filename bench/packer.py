@@ -109,11 +109,9 @@ def fullness(examples: list[Example], step: int, budget: int) -> dict:
         (parts,) = step_batches(examples, rows, budget, COST)
         seconds.append(time.perf_counter() - before)
         trees = step_trees(examples, rows, budget)
-        sizes = [
-            tree_size([examples[i] for i in tree], len(tree) > 1 or examples[tree[0]].share).tokens for tree in trees
-        ]
-        bound = packer.lower_bound(np.sort(np.array(sizes))[::-1], budget)
-        batches, least, tokens = batches + len(parts), least + bound, tokens + sum(sizes)
+        sizes = [tree_size([examples[i] for i in tree], len(tree) > 1 or examples[tree[0]].share) for tree in trees]
+        bound = packer.lower_bound(np.sort([s.size for s in sizes])[::-1], budget)
+        batches, least, tokens = batches + len(parts), least + bound, tokens + sum(s.tokens for s in sizes)
         proved += len(parts) == bound
         steps += 1
     return {

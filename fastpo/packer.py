@@ -198,11 +198,11 @@ def _search(sizes: list[int], capacity: int, limit: int, nodes: int) -> tuple[li
         if anchor == n:
             return bin_of, over + len(frames)
         rest = [i for i in range(anchor + 1, n) if bin_of[i] < 0]
-        completions, spent = _completions(
-            [sizes[i] for i in rest], capacity - sizes[anchor], waste, min(nodes, _NODES_A_BIN)
-        )
+        share = waste // (limit - over - len(frames))
+        room, most = capacity - sizes[anchor], min(nodes, _NODES_A_BIN)
+        found, spent = _completions([sizes[i] for i in rest], room, waste, share, most)
         nodes -= spent
-        frames.append([anchor, [(slack, [rest[p] for p in chosen]) for slack, chosen in completions], 0, waste])
+        frames.append([anchor, [(slack, [rest[p] for p in chosen]) for slack, chosen in found], 0, waste])
         bin_of[anchor] = over + len(frames) - 1
         while frames:
             anchor, options, next_, before = frames[-1]
@@ -222,10 +222,13 @@ def _search(sizes: list[int], capacity: int, limit: int, nodes: int) -> tuple[li
             return None
 
 
-def _completions(sizes: list[int], room: int, waste: int, nodes: int) -> tuple[list[tuple[int, list[int]]], int]:
-    """(slack, indices) of sets of items that fill `room` but for at most `waste`, the fullest first; and nodes spent.
+def _completions(
+    sizes: list[int], room: int, waste: int, share: int, nodes: int
+) -> tuple[list[tuple[int, list[int]]], int]:
+    """(slack, indices) of sets of items that fill `room` but for at most `waste`; and nodes spent.
 
-    Sets to which an item left out could be added are left out: the fuller bin is never worse.
+    First those within the bin's `share` of the waste, larger items first, which are harder to place later; then the
+    fullest. Sets to which an item left out could be added are left out: the fuller bin is never worse.
     """
     n = len(sizes)
     after = [0] * (n + 1)  # sum of the sizes from here on
@@ -234,8 +237,8 @@ def _completions(sizes: list[int], room: int, waste: int, nodes: int) -> tuple[l
     found: list[tuple[int, list[int]]] = []
     chosen: list[int] = []
     stack = [(0, room, 0, room + 1, -1)]  # next item, room, how many are chosen, the smallest left out, the one added
-    spent, perfect = 0, False
-    while stack and spent < nodes and not (perfect and spent > 200):
+    spent, good = 0, False
+    while stack and spent < nodes and not (good and spent > 200):
         p, left, depth, skipped, added = stack.pop()
         spent += 1
         del chosen[depth:]
@@ -247,7 +250,7 @@ def _completions(sizes: list[int], room: int, waste: int, nodes: int) -> tuple[l
             slack = max(slack, 0) if p < n else left
             if slack <= waste and slack < skipped:
                 found.append((slack, chosen + list(range(p, n))))
-                perfect = perfect or slack == 0
+                good = good or slack <= share
             continue
         if slack > waste:
             continue
@@ -256,7 +259,7 @@ def _completions(sizes: list[int], room: int, waste: int, nodes: int) -> tuple[l
         if left - after[other] <= min(waste, size - 1):
             stack.append((other, left, len(chosen), size, -1))
         stack.append((p + 1, left - size, len(chosen), skipped, p))
-    found.sort(key=lambda option: option[0])
+    found.sort(key=lambda option: max(option[0], share))
     return found, spent
 
 

@@ -139,8 +139,9 @@ class TreeSize(NamedTuple):
 
     @property
     def size(self) -> int:
-        """What counts against max_tokens. Responses that several rows have can make head rows more than tokens."""
-        return max(self.tokens, self.head_rows)
+        """What counts against max_tokens: a head row takes less than a fourth of the memory of a trunk token, and there
+        are more of them only where many rows of a tree have the same responses."""
+        return max(self.tokens, self.head_rows // 4)
 
     def cost(self, cost: TrunkCost) -> int:
         """In 1/1024 of a token's share of a layer's matrices; an integer, so that it is the same on every machine."""
@@ -225,7 +226,7 @@ def step_trees(examples: Sequence[Example], rows: Iterable[int], max_tokens: int
             own = {r.tobytes(): len(r) - 1 for r in examples[i].responses}
             more = sum(length for response, length in own.items() if response not in seen)
             more_rows = sum(map(len, examples[i].responses))
-            if part and (tokens + more > max_tokens or head_rows + more_rows > max_tokens):
+            if part and max(tokens + more, (head_rows + more_rows) // 4) > max_tokens:
                 trees += _trees(examples, part)
                 part, seen = [], set()
             if not part:
