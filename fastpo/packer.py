@@ -55,18 +55,18 @@ def pack_step(
     order = order[np.argsort(bin_of, kind="stable")]
     names, sizes, cost = names[order], sizes[order], cost[order]  # from here on numbered by bins: read as they lie
     ends = np.cumsum(np.bincount(bin_of, minlength=count)).tolist()
-    bins = [list(range(a, b)) for a, b in zip([0, *ends], ends, strict=False)]
+    bins = [range(a, b) for a, b in zip([0, *ends], ends, strict=False)]
+    of, tokens_of = names.tolist(), sizes.tolist()
     wanted = min(-(-count // ranks) * ranks, len(names))
-    while len(bins) < wanted:
-        largest = max((part for part in bins if len(part) > 1), key=lambda part: sum(sizes[i] for i in part))
-        bins.append(largest[1::2])
-        del largest[1::2]
-    shares = [bins]
-    if ranks > 1:
-        shares = _deal(bins, cost, ranks)
-        if len(names) <= LEVEL_TREES:
-            _level(shares, sizes, cost, max_tokens)
-    of = names.tolist()
+    while len(bins) < wanted:  # fewer times than there are ranks
+        largest = max((b for b in range(len(bins)) if len(bins[b]) > 1), key=lambda b: _sum(tokens_of, bins[b]))
+        bins.append(bins[largest][1::2])
+        bins[largest] = bins[largest][::2]
+    if ranks == 1:
+        return [[of[part.start : part.stop : part.step] for part in bins]]
+    shares = _deal(bins, cost, ranks)
+    if len(names) <= LEVEL_TREES:
+        _level(shares, sizes, cost, max_tokens)
     return [[[of[i] for i in part] for part in share] for share in shares]
 
 
@@ -291,17 +291,21 @@ def _even(
 # ---- over the ranks
 
 
-def _deal(bins: list[list[int]], cost: np.ndarray, ranks: int) -> list[list[list[int]]]:
+def _sum(values: list[int], part: range) -> int:
+    return sum(values[part.start : part.stop : part.step])
+
+
+def _deal(bins: list[range], cost: np.ndarray, ranks: int) -> list[list[list[int]]]:
     """As many bins for each rank, the costliest first: in each round the rank with the least work takes the most."""
     shares: list[list[list[int]]] = [[] for _ in range(ranks)]
     work = [0] * ranks
     costs = cost.tolist()
-    of_bin = [sum(costs[i] for i in part) for part in bins]
+    of_bin = [_sum(costs, part) for part in bins]
     by_cost = sorted(range(len(bins)), key=lambda b: -of_bin[b])
     for start in range(0, len(bins), ranks):
         turn = sorted(range(ranks), key=lambda r: work[r])
         for rank, b in zip(turn, by_cost[start : start + ranks], strict=False):
-            shares[rank].append(bins[b])
+            shares[rank].append(list(bins[b]))
             work[rank] += of_bin[b]
     return shares
 
