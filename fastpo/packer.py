@@ -3,11 +3,13 @@
 A tree is whole (its loss couples its responses) and has a size, the tokens that it puts through the trunk, and a cost,
 what these take to compute. Sizes and costs are integers, so csrc/pack.inc and the Python below give the same answer.
 
-1. Best-fit decreasing: O(n log n), at most 11/9 of the fewest micro-batches and 6/9 of one more (Dosa & Sgall 2014).
-2. Where that is above the lower bound of Martello & Toth (1990), one fewer is searched for: bin completion (Korf,
-   AAAI 2002), the fullest bin with the largest tree left first, until a number of nodes is spent.
-3. As many micro-batches for each rank; the costliest tree to the cheapest micro-batch with room (LPT), where the trees
-   fit so; dealt to the ranks by cost, and evened out by moves and swaps between the ranks.
+1. Best-fit decreasing: O(n log n), at most 11/9 of the fewest micro-batches and four more (Johnson et al., SIAM J.
+   Computing 3, 1974).
+2. Where that is above the lower bound of Martello & Toth (Discrete Applied Mathematics 28, 1990), one fewer is searched
+   for, until a number of nodes is spent: bin completion (Korf, AAAI 2002), one micro-batch after another, each begun
+   with the largest tree left and filled but for its share of the room that may stay empty.
+3. As many micro-batches for each rank; the costliest tree to the cheapest micro-batch with room (LPT; Graham 1969),
+   where the trees fit so; dealt to the ranks by cost, and evened out by moves and swaps between the ranks.
 """
 
 import bisect
@@ -20,9 +22,9 @@ from fastpo.backends import _C
 from fastpo.errors import ConfigError
 
 COMPILED = getattr(_C, "pack", None)  # None without a compiler
-SEARCH_TREES = 4096  # steps beyond it are large enough for best-fit's last micro-batches to be lost among the others
-LEVEL_TREES = 1024
-EVEN_TREES = 65_536
+# Larger steps are not searched, evened out or filled by LPT: what each gains there, a few micro-batches or part of one,
+# is lost among the others.
+SEARCH_TREES, LEVEL_TREES, EVEN_TREES = 4_096, 1_024, 65_536
 _NODES = 20_000  # of a search, and `_NODES_A_TREE` for each tree: 30 ms in Python for 16 trees, 0.5 ms in C++
 _NODES_A_TREE = 100
 _NODES_A_BIN = 1000
@@ -110,11 +112,7 @@ def lower_bound(sizes: np.ndarray, max_tokens: int) -> int:
 
 
 def _values(of: Sequence[int] | Mapping[int, int] | np.ndarray, names: np.ndarray) -> np.ndarray:
-    return (
-        of[names].astype(np.int64)
-        if isinstance(of, np.ndarray)
-        else np.array([of[i] for i in names.tolist()], np.int64)
-    )
+    return np.asarray(of[names] if isinstance(of, np.ndarray) else [of[i] for i in names.tolist()], np.int64)
 
 
 def _descending(values: np.ndarray) -> np.ndarray:
