@@ -1,5 +1,6 @@
-// fastpo._C: the passes over logits that PyTorch's GEMMs leave to be done on a CPU. No PyTorch headers: pointers come in
-// as integers, so it builds in seconds in an isolated environment and serves every PyTorch. See tile.inc for the math.
+// fastpo._C: the passes over logits that PyTorch's GEMMs leave to be done on a CPU (tile.inc has the math), and the bin
+// packer (pack.inc). No PyTorch headers: pointers come in as integers, so it builds in seconds in an isolated environment
+// and serves every PyTorch.
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -8,9 +9,16 @@
 #include <stdint.h>
 #include <string.h>
 
+#include <algorithm>
 #include <atomic>
+#include <functional>
+#include <map>
+#include <new>
+#include <numeric>
+#include <queue>
 #include <system_error>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #if defined(__linux__) || defined(__APPLE__)
@@ -92,6 +100,8 @@ namespace {
 #endif
 
 namespace {
+
+#include "pack.inc"
 
 using RowsFn = void (*)(const Tile&, int64_t, int64_t);
 
@@ -196,6 +206,24 @@ PyObject* tile_pass(PyObject*, PyObject* args) {
   Py_RETURN_NONE;
 }
 
+PyObject* pack_bins(PyObject*, PyObject* args) {
+  unsigned long long sizes, cost, by_cost, out;
+  long long n, capacity, ranks, least, nodes, nodes_a_bin, tries;
+  if (!PyArg_ParseTuple(args, "KKKKLLLLLLL", &sizes, &cost, &by_cost, &out, &n, &capacity, &ranks, &least, &nodes,
+                        &nodes_a_bin, &tries))
+    return nullptr;
+  const pack::Problem problem{pointer<int64_t>(sizes), pointer<int64_t>(cost), pointer<int64_t>(by_cost), n, capacity,
+                              nodes_a_bin,             tries};
+  int64_t count = -1;
+  Py_BEGIN_ALLOW_THREADS;
+  try {
+    count = pack::run(problem, ranks, least, nodes, pointer<int64_t>(out));
+  } catch (const std::bad_alloc&) {
+  }
+  Py_END_ALLOW_THREADS;
+  return count < 0 ? PyErr_NoMemory() : PyLong_FromLongLong(count);
+}
+
 PyObject* use_openmp_of(PyObject*, PyObject* args) {
   const char* path;
   if (!PyArg_ParseTuple(args, "z", &path)) return nullptr;
@@ -221,6 +249,8 @@ PyObject* use_isa(PyObject*, PyObject* args) {
 PyMethodDef methods[] = {
     {"tile_pass", tile_pass, METH_VARARGS,
      "One pass over a tile of logits; arguments are the fields of struct Tile in order, then the number of threads."},
+    {"pack", pack_bins, METH_VARARGS,
+     "The bin of each item, and how many bins; arguments as fastpo/packer.py passes them."},
     {"use_openmp_of", use_openmp_of, METH_VARARGS,
      "Run on the OpenMP threads of a loaded library (None: on threads of its own); whether it has any."},
     {"isa", isa, METH_NOARGS, "The instruction set in use: avx512, avx2 or generic."},

@@ -356,7 +356,7 @@ _SAME = ("seed", "data_seed", "train_sampling_strategy", "dataloader_drop_last",
 _FREE = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "run_name", "report_to", "disable_tqdm",
          "per_device_train_batch_size", "gradient_accumulation_steps", "max_tokens", "logits_memory_budget", "device",
          "share_prompts", "fsdp", "fsdp_cpu_offload", "ddp_timeout", "ddp_backend", "save_total_limit", "report",
-         "guardrails",
+         "guardrails", "token_bucket",
          "per_device_eval_batch_size", "dataset_num_proc", "hub_token")  # fmt: skip
 
 

@@ -102,8 +102,9 @@ class TrainConfig:
     per_device_train_batch_size: int = _opt(8, "batch", "pairs per device and accumulation step")
     gradient_accumulation_steps: int = _opt(1, "batch", "an optimiser step takes this many times per_device_train_batch_size pairs")
     per_device_eval_batch_size: int = _opt(8, "batch", "has no effect on the numbers; evaluation is packed like training")
-    share_prompts: str = _opt("auto", "batch", "one copy of a prompt for all its responses in the trunk; auto: where it is estimated faster (on a CPU only, so far)", ("auto", "always", "never"))
+    share_prompts: str = _opt("auto", "batch", "one copy of a prompt in the trunk for all its responses, those of other rows of the step too; auto: where it is estimated faster (on a CPU only, so far)", ("auto", "always", "never"))
     max_tokens: int | None = _opt(None, "batch", "tokens of a packed micro-batch (None: 16384 on a GPU, 2048 on a CPU)")
+    token_bucket: int | None = _opt(None, "batch", "pad micro-batches to a multiple of this many tokens, which no number sees, so that compiled layers meet few shapes (None: no padding)")
 
     learning_rate: float = _opt(1e-6, "optimisation", "peak learning rate")
     num_train_epochs: float = _opt(3.0, "optimisation", "passes over the data")
@@ -186,7 +187,7 @@ class TrainConfig:
             self._require(name, getattr(self, name) > 0, "positive")
         for name in ("learning_rate", "weight_decay", "warmup_steps", "eval_delay", "sample_generations"):
             self._require(name, getattr(self, name) >= 0, "zero or more")
-        for name in ("beta", "max_length", "max_tokens", "eval_steps", "save_total_limit", "dataset_num_proc",
+        for name in ("beta", "max_length", "max_tokens", "token_bucket", "eval_steps", "save_total_limit", "dataset_num_proc",
                      "pair_margin"):  # fmt: skip
             value = getattr(self, name)
             self._require(name, value is None or value > 0, "positive")

@@ -82,6 +82,8 @@ class Example:
     response_prompts: list[np.ndarray] | None = None
     token_weights: list[np.ndarray] | None = None  # K arrays [len_k] fp32, where the data have them
     share: bool = False  # the responses share one copy of the prompt in the trunk
+    # Rows of a step with the same prompt have one copy of it in the trunk from this many responses on; 0: each its own.
+    share_from: int = 0
     greedy: int | None = None  # which response is the reference's greedy one (selm); it need not be in a pair
 
     def prompt_of(self, response: int) -> np.ndarray:

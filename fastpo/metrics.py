@@ -196,7 +196,7 @@ class Window:
 
     def trunk(self, batch: PackedBatch) -> None:
         """Count one micro-batch's work."""
-        self.trunk_tokens += batch.cu_seqlens[-1]
+        self.trunk_tokens += batch.cu_seqlens[-1] - batch.padding
         self.micro_batches += 1
         self.flops.add(batch)
 
@@ -320,9 +320,11 @@ class Flops:
         self.total = 0.0
 
     def add(self, batch: PackedBatch) -> None:
-        squares = sum((b - a) ** 2 for a, b in zip(batch.cu_seqlens, batch.cu_seqlens[1:], strict=False))
+        tokens = batch.cu_seqlens[-1] - batch.padding
+        chains = zip(batch.cu_seqlens, batch.cu_seqlens[1:], strict=False)
+        squares = sum((b - a) ** 2 for a, b in chains if b <= tokens)
         squares += sum(2 * (b.stop - b.start) * (b.prompt_stop - b.prompt) for b in batch.branches)
-        self.total += self.per_token * batch.cu_seqlens[-1] + 6 * self.attention * squares
+        self.total += self.per_token * tokens + 6 * self.attention * squares
         self.total += self.per_row * (batch.target.numel() + (batch.prompts.target.numel() if batch.prompts else 0))
 
 

@@ -1,18 +1,27 @@
 """Token ids to packed batches: all bookkeeping on the host, so that no step ever asks the device for a length.
 
+Rows of a step with the same prompt are one tree, where that is estimated cheaper (`set_sharing`): the prompt passes the
+trunk once, and so does a response that several of them have. The data know nothing of it: rows, responses, pairs and
+columns of a batch are the same, only the trunk positions that head rows read coincide.
+
 T = packed tokens of the trunk, N = head rows (completion tokens), S = responses, P = pairs, C = chains, M = prompt
 tokens that have one before them, U = prompts that they are of.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fastpo.data import Example
+from fastpo.packer import pack_all, pack_step
+
+if TYPE_CHECKING:
+    from fastpo.metrics import Flops
 
 
 class Branch(NamedTuple):
@@ -40,9 +49,10 @@ class PackedBatch:
 
     A prompt is a segment; each response is a segment whose parent is its prompt. Without sharing, every response has
     its own copy of the prompt, the two are adjacent, and together they form one causal chain. A shared prompt forms one
-    with its first response; each other response is a chain of its own, and together they are a branch of that prompt.
-    The last token of a response predicts nothing, so it never enters the trunk; the last of a prompt predicts the first
-    of each of its responses.
+    with its first response; each other response is a chain of its own, and together they are a branch of that prompt;
+    one that a row before it in the tree has already is no segment, its head rows read the same positions again. The
+    last token of a response predicts nothing, so it never enters the trunk; the last of a prompt predicts the first of
+    each of its responses. Padding, if any, is last: chains of their own that no head row reads.
     """
 
     input_ids: Tensor  # [T] int64
@@ -70,6 +80,7 @@ class PackedBatch:
     row_responses: tuple[int, ...]  # responses of each row; host
     num_tokens: int  # prompt and response tokens of every response, as TRL counts them; host
     unique: bool  # every response is in exactly one pair; host
+    padding: int = 0  # trunk tokens at the end that are no one's; host
     prompts: Prompts | None = None  # where a loss reads them
     drawn_rows: Tensor | None = None  # [K] int64: SamPO's draw, row_statistics.draw_rows
     rows: dict[str, Tensor] = field(default_factory=dict)  # further numbers per head row [N], from the forward pass
@@ -88,12 +99,72 @@ class PackedBatch:
         return replace(self, **moved)
 
 
+# ---- what a tree costs, and which rows are one
+
+
+# What a branch costs a layer beside its tokens, in FLOPs of the device's matrices, by kind of device: more attention
+# calls, and the merge of their outputs. CPU: measured on two Zen 4 cores, D = 256 (6.3 MFLOP a token and layer), where
+# sharing breaks even at a prompt of 12 tokens. CUDA: unmeasured; three launches of 5 us at 400 TFLOP/s.
+BRANCH_FLOPS = {"cpu": 75e6, "cuda": 6e9}
+
+
+class TrunkCost(NamedTuple):
+    """Estimated FLOPs of one layer, forward and backward: linear in tokens, quadratic in lengths, and of branches."""
+
+    token: float  # of a token in the layer's matrices
+    pair: float = 0.0  # of a query and a key that it sees
+    branch: float = BRANCH_FLOPS["cpu"]
+
+    @classmethod
+    def of(cls, flops: "Flops", device: torch.device) -> Self:
+        """Of a model whose work `flops` counts."""
+        layers = max(flops.layers, 1)
+        branch = BRANCH_FLOPS.get(device.type, BRANCH_FLOPS["cuda"])
+        # Flops counts the square of a chain's length, of which half are pairs.
+        return cls(flops.per_token / layers, 12 * flops.attention / layers, branch)
+
+    def share_from(self, prompt: int) -> int:
+        """The least number of responses for which one copy of a prompt of so many tokens is cheaper than one each."""
+        saved = prompt * self.token + prompt**2 / 2 * self.pair  # by each response but the first
+        return 1 + max(1, math.ceil(self.branch / max(saved, 1e-9)))
+
+
+class TreeSize(NamedTuple):
+    """What one tree, or one row whose responses have a copy of the prompt each, is to the trunk."""
+
+    tokens: int
+    head_rows: int
+    pairs: int  # of a query and a key that it sees
+    branches: int
+
+    @property
+    def size(self) -> int:
+        """What counts against max_tokens: a head row takes less than a fourth of the memory of a trunk token, and there
+        are more of them only where many rows of a tree have the same responses."""
+        return max(self.tokens, self.head_rows // 4)
+
+    def cost(self, cost: TrunkCost) -> int:
+        """In 1/1024 of a token's share of a layer's matrices; an integer, so that it is the same on every machine."""
+        flops = self.tokens * cost.token + self.pairs * cost.pair + self.branches * cost.branch
+        return round(1024 * flops / max(cost.token, 1.0))
+
+
+def tree_size(rows: Sequence[Example], share: bool) -> TreeSize:
+    """Of rows that are one tree, or with `share` false of one row with a copy of its prompt for each response."""
+    head_rows = sum(len(r) for e in rows for r in e.responses)
+    if not share:
+        chains = [len(e.prompt_of(k)) + len(r) - 1 for e in rows for k, r in enumerate(e.responses)]
+        return TreeSize(sum(chains), head_rows, sum(n * (n + 1) // 2 for n in chains), 0)
+    prompt = len(rows[0].prompt_ids)
+    lengths = {r.tobytes(): len(r) - 1 for e in rows for r in e.responses}.values()
+    pairs = prompt * (prompt + 1) // 2 + sum(n * (n + 1) // 2 + n * prompt for n in lengths)
+    return TreeSize(prompt + sum(lengths), head_rows, pairs, int(len(lengths) > 1))
+
+
 def trunk_tokens(example: Example) -> int:
     """Tokens that the example puts through the trunk: its prompt once a response, or once where it is shared, and every
     response but its last token."""
-    if example.share:
-        return len(example.prompt_ids) + sum(len(r) - 1 for r in example.responses)
-    return sequence_tokens(example) - len(example.responses)
+    return tree_size([example], example.share).tokens
 
 
 def sequence_tokens(example: Example) -> int:
@@ -101,21 +172,105 @@ def sequence_tokens(example: Example) -> int:
     return sum(len(example.prompt_of(k)) + len(r) for k, r in enumerate(example.responses))
 
 
-# What a branch costs a layer beside its tokens, in FLOPs of its matrices: three more attention calls and two merges.
-# Measured on two Zen 4 cores, D = 256 (6.3 MFLOP a token and layer): sharing breaks even at a prompt of 12 tokens.
-_BRANCH_FLOPS = 75e6
-
-
-def set_sharing(examples: Sequence[Example], mode: str, layer_flops: float) -> None:
-    """Decide which examples share their prompt. `mode`: auto, always or never; `layer_flops`: of a token in a layer.
+def set_sharing(examples: Sequence[Example], mode: str, cost: TrunkCost) -> None:
+    """Decide from how many responses on a prompt is shared, in each example and by those of a step. `mode`: auto, by
+    `cost`; always or never.
 
     Where the truncation left the responses different prompts there is none to share.
     """
     for example in examples:
-        possible = len(example.responses) > 1 and example.response_prompts is None and mode != "never"
-        saved = (len(example.responses) - 1) * len(example.prompt_ids)  # tokens, for one branch however many responses
-        pays = mode == "always" or saved * layer_flops >= _BRANCH_FLOPS
-        example.share = possible and pays
+        possible = example.response_prompts is None and mode != "never"
+        least = 2 if mode == "always" else cost.share_from(len(example.prompt_ids))
+        example.share_from = least if possible else 0
+        example.share = 0 < example.share_from <= len(example.responses)
+
+
+def repeated_prompts(examples: Iterable[Example]) -> int:
+    """How many examples have the prompt of one before them, and may share it with that in a step."""
+    prompts = [e.prompt_ids.tobytes() for e in examples if e.share_from]
+    return len(prompts) - len(set(prompts))
+
+
+def _trees(examples: Sequence[Example], rows: Sequence[int]) -> list[list[int]]:
+    """`rows`, of which all have one prompt, as one tree where that pays; else each alone."""
+    together = len(rows) == 1 or sum(len(examples[i].responses) for i in rows) >= examples[rows[0]].share_from
+    return [list(rows)] if together else [[i] for i in rows]
+
+
+def _adjacent_trees(examples: Sequence[Example], indices: Sequence[int]) -> Iterator[tuple[int, bool, bool]]:
+    """(row, whether it begins a tree, whether the tree's prompt is shared): neighbours of one prompt are one tree."""
+    groups: list[list[int]] = []
+    for i in indices:
+        example, last = examples[i], examples[groups[-1][-1]] if groups else None
+        if last and example.share_from and last.share_from and np.array_equal(example.prompt_ids, last.prompt_ids):
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    for group in groups:
+        for tree in _trees(examples, group):
+            for i in tree:
+                yield i, i == tree[0], len(tree) > 1 or examples[i].share
+
+
+def step_trees(examples: Sequence[Example], rows: Iterable[int], max_tokens: int) -> list[list[int]]:
+    """Rows of one prompt together, in trees no larger than `max_tokens` (a row stays whole), by their first row."""
+    groups: dict[bytes | int, list[int]] = {}
+    for i in rows:
+        groups.setdefault(examples[i].prompt_ids.tobytes() if examples[i].share_from else i, []).append(i)
+    trees: list[list[int]] = []
+    for group in groups.values():
+        part: list[int] = []
+        seen: set[bytes] = set()
+        tokens = head_rows = 0
+        for i in group:
+            own = {r.tobytes(): len(r) - 1 for r in examples[i].responses}
+            more = sum(length for response, length in own.items() if response not in seen)
+            more_rows = sum(map(len, examples[i].responses))
+            if part and max(tokens + more, (head_rows + more_rows) // 4) > max_tokens:
+                trees += _trees(examples, part)
+                part, seen = [], set()
+            if not part:
+                tokens, head_rows, more = len(examples[i].prompt_ids), 0, sum(own.values())
+            part.append(i)
+            seen |= own.keys()
+            tokens += more
+            head_rows += more_rows
+        trees += _trees(examples, part)
+    return trees
+
+
+def _sizes(examples: Sequence[Example], trees: Iterable[Sequence[int]]) -> list[TreeSize]:
+    return [tree_size([examples[i] for i in tree], len(tree) > 1 or examples[tree[0]].share) for tree in trees]
+
+
+def step_batches(
+    examples: Sequence[Example], rows: Sequence[int], max_tokens: int, cost: TrunkCost, ranks: int = 1
+) -> list[list[list[int]]]:
+    """The rows of each micro-batch of one step, for each of `ranks` processes; rows of one tree are neighbours.
+
+    `packer.pack_step` over trees. A tree of several rows that costs more than a rank's share is split.
+    """
+    trees = step_trees(examples, rows, max_tokens)
+    sizes = _sizes(examples, trees)
+    costs = [size.cost(cost) for size in sizes]
+    while ranks > 1:
+        most = max((k for k in range(len(trees)) if len(trees[k]) > 1), key=lambda k: costs[k], default=None)
+        if most is None or (len(trees) >= ranks and costs[most] * ranks <= sum(costs)):
+            break
+        tree = trees[most]
+        halves = _trees(examples, tree[: len(tree) // 2]) + _trees(examples, tree[len(tree) // 2 :])
+        trees[most : most + 1] = halves
+        sizes[most : most + 1] = _sizes(examples, halves)
+        costs = [size.cost(cost) for size in sizes]
+    shares = pack_step(range(len(trees)), [size.size for size in sizes], max_tokens, ranks, costs)
+    return [[[i for k in part for i in trees[k]] for part in share] for share in shares]
+
+
+def pass_batches(examples: Sequence[Example], rows: Iterable[int], max_tokens: int) -> list[list[int]]:
+    """The rows of each micro-batch of a pass without gradients over many rows; rows of one tree are neighbours."""
+    trees = step_trees(examples, rows, max_tokens)
+    sizes = [size.size for size in _sizes(examples, trees)]
+    return [[i for k in part for i in trees[k]] for part in pack_all(range(len(trees)), sizes, max_tokens)]
 
 
 def loss_count(example: Example) -> int:
@@ -142,10 +297,12 @@ def collate(
     indices: Sequence[int],
     ref_logps: Sequence[Sequence[np.ndarray]] | None = None,
     with_prompts: bool = False,
+    token_bucket: int | None = None,
 ) -> PackedBatch:
     """Pack `examples[i] for i in indices`; `ref_logps[i][k]` are the reference's log-probabilities of response k.
 
-    `with_prompts` lists the prompts' tokens too, for a loss that reads their log-probabilities.
+    Neighbours with one prompt are one tree where their `share_from` says so. `with_prompts` lists the prompts' tokens
+    too, for a loss that reads their log-probabilities. `token_bucket`: the trunk's row is padded to a multiple of it.
     """
     ids, positions, rows, targets, ref, nll, token_weights = ([] for _ in range(7))  # arrays, one a segment or response
     seg_lengths: list[int] = []
@@ -162,8 +319,9 @@ def collate(
     scores: list[float] = []
     greedy: list[int] = []
     prompts = _PromptRows()
-    start = num_tokens = 0
-    for i in indices:
+    placed: dict[bytes, np.ndarray] = {}  # of a shared prompt's responses: the positions that predict their tokens
+    start = num_tokens = root = root_segment = after_first = 0
+    for i, opens, share in _adjacent_trees(examples, indices):
         example = examples[i]
         first_response = len(response_lengths)
         pair_weights = example.pair_columns.get("weight", [1.0] * len(example.pairs))
@@ -173,18 +331,24 @@ def collate(
             weights.append(weight)
             preferred.setdefault(winner, weight)
         _win_probs(example, win_chosen, win_rejected)
-        root, root_segment = start, len(seg_parents)  # of the example's first prompt
+        if opens:
+            root, root_segment = start, len(seg_parents)  # of the tree's first prompt
+            placed.clear()
         for k, response in enumerate(example.responses):
             prompt = example.prompt_of(k)
-            if k and example.share:
+            if share and response.tobytes() in placed:
+                length = 0
+                rows.append(placed[response.tobytes()])
+            elif share and placed:
                 length = len(response) - 1
                 ids.append(response[:-1])
                 positions.append(np.arange(len(prompt), len(prompt) + length))
                 seg_parents.append(root_segment)
                 seg_lengths.append(length)
-                rows += [np.array([root + len(prompt) - 1]), np.arange(start, start + length)]
+                rows.append(np.concatenate([[root + len(prompt) - 1], np.arange(start, start + length)]))
             else:
                 length = len(prompt) + len(response) - 1
+                after_first = start + length
                 ids += [prompt, response[:-1]]
                 positions.append(np.arange(length))
                 seg_parents += [-1, len(seg_parents)]
@@ -196,11 +360,13 @@ def collate(
                 weight = example.response_columns["label"][k]
                 labels.append(weight)
             if with_prompts and k in preferred:
-                prompts.add(first_response + k, root if example.share else start, prompt, preferred[k])
+                prompts.add(first_response + k, root if share else start, prompt, preferred[k])
             nll.append(np.full(len(response), weight, np.float32))
             if example.token_weights is not None:
                 token_weights.append(example.token_weights[k])
                 nll[-1] *= example.token_weights[k]
+            if share:
+                placed.setdefault(response.tobytes(), rows[-1])
             if length:
                 chain_lengths.append(length)
             response_lengths.append(len(response))
@@ -208,14 +374,23 @@ def collate(
             num_tokens += len(prompt) + len(response)
             if ref_logps is not None:
                 ref.append(ref_logps[i][k])
-        if example.share:
-            after_first = root + len(example.prompt_ids) + len(example.responses[0]) - 1
-            if start > after_first:
-                branches.append(Branch(after_first, start, root, root + len(example.prompt_ids)))
+        if share and start > after_first:
+            if not opens and branches and branches[-1].prompt == root:
+                branches.pop()
+            branches.append(Branch(after_first, start, root, root + len(example.prompt_ids)))
         ref_sums += example.response_columns.get("ref_logps", [])
         scores += example.response_columns.get("score", [])
         if example.greedy is not None:
             greedy += [first_response + example.greedy] * len(example.pairs)
+    padding = -start % token_bucket if token_bucket else 0
+    longest = max(chain_lengths, default=1)  # so that padding has no position, and asks for no window, that rows do not
+    for first in range(0, padding, longest):
+        length = min(longest, padding - first)
+        ids.append(np.zeros(length, np.int64))
+        positions.append(np.arange(length))
+        seg_parents.append(-1)
+        seg_lengths.append(length)
+        chain_lengths.append(length)
     n_responses = len(response_lengths)
     flat_pairs = [r for pair in pairs for r in pair]
     return PackedBatch(
@@ -244,6 +419,7 @@ def collate(
         row_responses=tuple(len(examples[i].responses) for i in indices),
         num_tokens=num_tokens,
         unique=sorted(flat_pairs) == list(range(n_responses)),
+        padding=padding,
         prompts=prompts.packed(pairs) if with_prompts else None,
     )
 
@@ -312,62 +488,3 @@ def epoch_steps(order: Sequence[int], batch_size: int, accumulation: int, drop_l
         order = order[: len(order) // batch_size * batch_size]
     step = batch_size * accumulation
     return [list(order[start : start + step]) for start in range(0, len(order), step)]
-
-
-def pack_step(
-    rows: Sequence[int], tokens: Sequence[int] | Mapping[int, int], max_tokens: int, ranks: int = 1
-) -> list[list[list[int]]]:
-    """Split one step's rows into micro-batches of at most `max_tokens` trunk tokens, for each of `ranks` processes.
-
-    `tokens[i]` is row i's size; longest rows first, as few micro-batches as best-fit finds, rounded up so that every
-    rank gets as many. Where they can be filled evenly, they are: the largest one sets the peak memory, and the slowest
-    rank the time. A row over the budget gets a micro-batch of its own. A rank runs dry only where there are fewer rows
-    than ranks. Deterministic; a row stays whole, because its loss couples its responses.
-    """
-    ordered = sorted(rows, key=lambda i: -tokens[i])
-    bins: list[list[int]] = []
-    room: list[int] = []
-    for row in ordered:
-        fitting = [b for b, free in enumerate(room) if free >= tokens[row]]
-        if fitting:
-            best = min(fitting, key=lambda b: room[b])
-            bins[best].append(row)
-            room[best] -= tokens[row]
-        else:
-            bins.append([row])
-            room.append(max_tokens - tokens[row])
-    count = min(-(-len(bins) // ranks) * ranks, len(ordered))
-    even: list[list[int]] = [[] for _ in range(count)]
-    filled = [0] * count
-    for row in ordered:
-        smallest = filled.index(min(filled))
-        even[smallest].append(row)
-        filled[smallest] += tokens[row]
-    if max(filled, default=0) <= max_tokens:
-        bins = even
-    while len(bins) < count:
-        largest = max((part for part in bins if len(part) > 1), key=lambda part: sum(tokens[i] for i in part))
-        bins.append(largest[1::2])
-        del largest[1::2]
-    if ranks == 1:
-        return [bins]
-    shares: list[list[list[int]]] = [[] for _ in range(ranks)]
-    work = [0] * ranks
-    for part in sorted(bins, key=lambda part: -sum(tokens[i] for i in part)):
-        rank = min(range(ranks), key=lambda r: (len(shares[r]), work[r]))
-        shares[rank].append(part)
-        work[rank] += sum(tokens[i] for i in part)
-    return shares
-
-
-def pack_all(rows: Sequence[int], tokens: Sequence[int] | Mapping[int, int], max_tokens: int) -> list[list[int]]:
-    """Micro-batches for a pass without gradients over many rows: rows of similar length together, filled in order."""
-    batches: list[list[int]] = []
-    size = max_tokens + 1
-    for row in sorted(rows, key=lambda i: -tokens[i]):
-        if size + tokens[row] > max_tokens:
-            batches.append([])
-            size = 0
-        batches[-1].append(row)
-        size += tokens[row]
-    return batches

@@ -27,7 +27,7 @@ from torch import nn
 from fastpo import adapters
 from fastpo.data import Example
 from fastpo.distributed import World, local
-from fastpo.packing import PackedBatch, collate, pack_all, trunk_tokens
+from fastpo.packing import PackedBatch, collate, pass_batches
 
 log = logging.getLogger("fastpo")
 
@@ -185,6 +185,7 @@ def reference_logps(
     compute_logp: Callable[[PackedBatch], torch.Tensor],
     *,
     max_tokens: int,
+    token_bucket: int | None = None,
     world: World | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> TokenLogps:
@@ -209,7 +210,7 @@ def reference_logps(
     for i, entries in world.first(look_up).items():
         out[i] = entries
     missing = [i for i in needed if not out[i]]
-    batches = pack_all(missing, {i: trunk_tokens(examples[i]) for i in missing}, max_tokens)
+    batches = pass_batches(examples, missing, max_tokens)
     last_flush = time.monotonic()
     done = 0
     # In rounds of a few micro-batches for each rank: a pass that is cut short has kept all rounds but the last.
@@ -219,7 +220,9 @@ def reference_logps(
         # Every rank runs as many, for the sharded ones run together; one that has no more repeats its first.
         mine = round_[world.rank :: world.size] or round_[:1]
         mine += mine[:1] * (-(-len(round_) // world.size) - len(mine))
-        computed = {i: logps for rows in mine for i, logps in _of_batch(examples, rows, compute_logp).items()}
+        computed = {
+            i: logps for rows in mine for i, logps in _of_batch(examples, rows, compute_logp, token_bucket).items()
+        }
         for part in world.gather(computed):
             for i, logps in part.items():
                 out[i] = logps
@@ -239,9 +242,12 @@ ROUND = 8  # micro-batches that a rank computes between two exchanges
 
 
 def _of_batch(
-    examples: Sequence[Example], rows: Sequence[int], compute_logp: Callable[[PackedBatch], torch.Tensor]
+    examples: Sequence[Example],
+    rows: Sequence[int],
+    compute_logp: Callable[[PackedBatch], torch.Tensor],
+    token_bucket: int | None,
 ) -> dict[int, list[np.ndarray]]:
-    batch = collate(examples, rows)
+    batch = collate(examples, rows, token_bucket=token_bucket)
     logp = compute_logp(batch).float().cpu().numpy()
     offsets = batch.response_offsets.tolist()
     parts = iter(logp[a:b].copy() for a, b in zip(offsets, offsets[1:], strict=False))

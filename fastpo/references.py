@@ -254,7 +254,7 @@ def _pass(
             rows = sorted(visited) if name in ("train", TRAIN_MISMATCHED) else range(len(examples))
             out[name] = reference_logps(
                 examples, rows, cache, compute,
-                max_tokens=run.max_tokens, world=run.world, progress=progress,
+                max_tokens=run.max_tokens, token_bucket=run.config.token_bucket, world=run.world, progress=progress,
             )  # fmt: skip
             for bar in bars:
                 bar.close()

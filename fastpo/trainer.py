@@ -46,15 +46,17 @@ from fastpo.model import DROPPED_MASS, Policy, load_model, load_tokenizer, verif
 from fastpo.optim import Gradients, build_optimizer, build_scheduler
 from fastpo.packing import (
     PackedBatch,
+    TrunkCost,
     collate,
     epoch_order,
     epoch_steps,
     loss_count,
     nll_count,
-    pack_all,
-    pack_step,
+    pass_batches,
+    repeated_prompts,
     sequence_tokens,
     set_sharing,
+    step_batches,
     trunk_tokens,
 )
 from fastpo.prepare import check_ids, disable_dropout, eval_mode, set_numerics, training_mode
@@ -245,6 +247,8 @@ class Trainer:
             log.warning("grad_filter runs plain PyTorch operations on a GPU, unmeasured: compare tokens_per_second")
         self.autocast_dtype = torch.bfloat16 if _use_bf16(config, self.device) else None
         self.max_tokens = config.max_tokens or MAX_TOKENS[self.device.type]
+        if config.token_bucket and self.max_tokens % config.token_bucket:
+            raise ConfigError(f"max_tokens={self.max_tokens} is no multiple of token_bucket={config.token_bucket}")
         self.optimizer, self.scheduler = optimizers or (None, None)
         if self.optimizer is not None and config.fsdp != "no":
             raise ConfigError("fsdp splits the parameters, so an optimiser made before does not fit: set optim instead")
@@ -352,15 +356,24 @@ class Trainer:
         mode = self.config.share_prompts
         if mode == "auto" and self.device.type != "cpu":
             mode = "never"  # unmeasured there
-        flops = Flops(self.policy, self.device)
-        for examples in (self.examples, *self.eval_sets.values()):
-            set_sharing(examples, mode, flops.per_token / max(flops.layers, 1))
+        self.trunk_cost = TrunkCost.of(Flops(self.policy, self.device), self.device)
+        for name, examples in {"train": self.examples, **self.eval_sets}.items():
+            set_sharing(examples, mode, self.trunk_cost)
+            over = [tokens for e in examples if (tokens := trunk_tokens(e)) > self.max_tokens]
+            if over:
+                log.warning("%d of %d %s rows have more tokens than max_tokens=%d, the largest %d: each is a "
+                            "micro-batch of its own, and takes the memory of one", len(over), len(examples), name,
+                            self.max_tokens, max(over))  # fmt: skip
+        repeated = repeated_prompts(self.examples)
         if any(e.share for e in self.examples):
             alone = sum(sequence_tokens(e) - len(e.responses) for e in self.examples)
             shared = sum(map(trunk_tokens, self.examples))
             log.info("prompts are shared by their responses: %d tokens an epoch instead of %d", shared, alone)
-        elif mode == "always":
-            log.warning("share_prompts=always has no effect: no row has several responses to one prompt")
+        if repeated:
+            log.info("%d of %d rows have the prompt of another: they share it where a step has both", repeated,
+                     len(self.examples))  # fmt: skip
+        elif mode == "always" and not any(e.share for e in self.examples):
+            log.warning("share_prompts=always has no effect: no two responses have the same prompt")
 
     # ------------------------------------------------------------- forward
 
@@ -381,7 +394,7 @@ class Trainer:
         self, examples: Sequence[data.Example], part: Sequence[int], ref: Any, stream: int = EVALUATION, step: int = 0
     ) -> PackedBatch:
         """A micro-batch on the device; `stream` and `step` say which tokens are drawn, where a loss draws some."""
-        batch = collate(examples, part, ref, with_prompts=self.reads_prompts)
+        batch = collate(examples, part, ref, with_prompts=self.reads_prompts, token_bucket=self.config.token_bucket)
         if any(t.loss.drawn for t in self.pair_terms):
             seed = self.config.seed if self.config.data_seed is None else self.config.data_seed
             batch.drawn_rows = draw_rows(examples, part, seed, stream, step)
@@ -678,7 +691,7 @@ class Trainer:
 
     def _micro_batches(self, rows: list[int]) -> int:
         """Packs the step; returns how many micro-batches this process has of it."""
-        shares = pack_step(rows, self._tokens, self.max_tokens, self.world.size)
+        shares = step_batches(self.examples, rows, self.max_tokens, self.trunk_cost, self.world.size)
         self.share = shares[self.world.rank]
         # Sharded ranks gather parameters together, so that one without work runs the smallest row for nothing.
         self.rounds = max(map(len, shares)) if self.engine.sharded else len(self.share)
@@ -783,11 +796,10 @@ class Trainer:
     def evaluate(self, examples: Sequence[data.Example], ref: Any, prefix: str = "eval") -> dict[str, float]:
         """The training metrics on other data, every pair once whatever packing and ranks; keys carry `prefix`."""
         started = time.monotonic()
-        tokens = [trunk_tokens(e) for e in examples]
         pair_count = sum(map(loss_count, examples))
         nlls = self._nll_counts(examples)
         sums = torch.zeros(1 + len(PAIR_METRICS), dtype=torch.float64, device=self.device)
-        batches = pack_all(range(len(examples)), tokens, self.max_tokens)
+        batches = pass_batches(examples, range(len(examples)), self.max_tokens)
         share = batches[self.world.rank :: self.world.size]
         rounds = -(-len(batches) // self.world.size) if self.engine.sharded else len(share)
         with eval_mode(self.model), self.policy.attach():

@@ -43,6 +43,7 @@ CASES: dict[str, tuple[dict, int, bool, dict]] = {
     "tdpo lora": ({"loss_type": "tdpo1"}, 21, True, {}),
     "all pairs": ({"pair_policy": "all"}, 21, False, {"kway": True}),  # rows of differing K, differing pairs
     "lists": ({"loss_type": ["exo_rw", "dpo"]}, 21, False, {"kway": True}),
+    "few prompts": ({"share_prompts": "always"}, 21, False, {"few_prompts": True}),  # trees of several rows
     "checkpointing": ({"gradient_checkpointing": True, "max_steps": 2}, 21, False, {}),
 }
 LAYOUTS: dict[str, tuple[int, dict]] = {
@@ -87,10 +88,13 @@ def run(case: str, ranks: int, options: dict, out: Path, counts: bool = False, s
     if "prev_model" in model:
         rest["prev_model"] = Toy.model(model.pop("prev_model"))
     make = Toy.kway_rows if model.pop("kway", False) else Toy.rows
+    train = make(rows)
+    if model.pop("few_prompts", False):
+        train = [{**row, "prompt": train[k % 3]["prompt"]} for k, row in enumerate(train)]
     calls = _count_collectives() if counts else {}
     args = {"output_dir": str(out.parent / out.stem), **OPTIONS, **changes, **options}
     result = fastpo.train(
-        Toy.model(**model).to(dtype), make(rows), processing_class=Toy.tokenizer(), args=args,
+        Toy.model(**model).to(dtype), train, processing_class=Toy.tokenizer(), args=args,
         eval_dataset={"a": make(5, seed=1), "b": make(2 if case == "kto" else 1, seed=2)}, **rest,
     )  # fmt: skip
     named = dict(result.model.named_parameters())

@@ -132,7 +132,7 @@ def test_prompts_are_shared_where_it_pays():
     import numpy as np
 
     from fastpo.data import Example
-    from fastpo.packing import sequence_tokens, set_sharing, trunk_tokens
+    from fastpo.packing import TrunkCost, sequence_tokens, set_sharing, trunk_tokens
 
     def example(prompt, *responses, **rest):
         return Example(np.arange(prompt), [np.arange(n) for n in responses], [(0, 1)], **rest)
@@ -140,15 +140,15 @@ def test_prompts_are_shared_where_it_pays():
     short, long, alone = example(3, 4, 5), example(40, 4, 5), example(40, 6)
     cut = example(40, 4, 5, response_prompts=[np.arange(40), np.arange(39)])
     examples = [short, long, alone, cut]
-    set_sharing(examples, "auto", layer_flops=6e6)
+    set_sharing(examples, "auto", TrunkCost(6e6))
     assert [e.share for e in examples] == [False, True, False, False]
-    eight = example(3, *[4] * 8)  # one branch saves seven prompts
-    set_sharing([eight], "auto", layer_flops=6e6)
-    assert eight.share and trunk_tokens(eight) == 3 + 8 * 3
+    eight = example(3, *range(4, 12))  # one branch saves seven prompts
+    set_sharing([eight], "auto", TrunkCost(6e6))
+    assert eight.share and trunk_tokens(eight) == 3 + sum(range(3, 11))
     assert trunk_tokens(long) == 40 + 3 + 4 and sequence_tokens(long) == 89
-    set_sharing(examples, "always", layer_flops=6e6)
+    set_sharing(examples, "always", TrunkCost(6e6))
     assert [e.share for e in examples] == [True, True, False, False]
-    set_sharing(examples, "never", layer_flops=1e12)
+    set_sharing(examples, "never", TrunkCost(1e12))
     assert not any(e.share for e in examples)
 
 
