@@ -1,9 +1,9 @@
 """When the device runs out of memory: the same rows again, in smaller micro-batches.
 
 Every term of a loss is normalised over its whole step, so a step may be packed in any way. What a failed attempt has
-left behind (gradients that are half accumulated, on their way through hooks and fp32 buffers) is not mended but thrown
-away: the step begins anew, with the random states of its beginning. Passes without gradients have nothing to throw away,
-and split the micro-batch that failed.
+left behind (gradients half accumulated, on their way through hooks and fp32 buffers) is not mended but dropped: the step
+begins anew, with the random states of its beginning. Passes without gradients have nothing to drop, and split the
+micro-batch that failed.
 
 Replicas exchange nothing between the micro-batches of a step, so each mends its own share alone. Sharded ranks (fsdp)
 gather every layer together: one that stops in the middle leaves the others waiting inside a collective, which no flag
@@ -31,7 +31,14 @@ log = logging.getLogger("fastpo")
 
 T = TypeVar("T")
 
-_MESSAGES = ("out of memory", "not enough memory", "defaultcpuallocator", "allocate memory", "bad_alloc", "alloc_failed")
+_MESSAGES = (
+    "out of memory",
+    "not enough memory",
+    "defaultcpuallocator",
+    "allocate memory",
+    "bad_alloc",
+    "alloc_failed",
+)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -181,7 +188,7 @@ class Budget:
         reason = first_line(error)[:160]
         if self.run.config.fsdp != "no":
             raise TrainingError(
-                f"out of memory on rank {self.run.world.rank} ({reason}): with fsdp the ranks run every layer together, "
+                f"out of memory on rank {self.run.world.rank} ({reason}): with fsdp the ranks run each layer together, "
                 f"so one cannot repeat its part alone; lower max_tokens (now {self.run.max_tokens}), or use "
                 f"{savings(self.run)}; resume_from_checkpoint goes on from the last checkpoint"
             ) from error

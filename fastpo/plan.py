@@ -1,26 +1,17 @@
 """What a run takes, by what it is for, and the largest `max_tokens` that fits: `fastpo plan`, `max_tokens=auto`.
 
-A training step's own code runs over fake tensors, which have shapes and no memory: trunk, checkpointing, adapters,
-head op, hooks, fp32 accumulation, whatever the architecture. After every operation the bytes of all living storages are
-noted. The operations are the same for any number of tokens, so two short runs give each moment as a linear function of
-T, and the peak is the largest of them at the T asked for. Not seen are the insides of single kernels; those of the head
-op are added (`_head_scratch`), packed attention is taken to save its inputs, output and log-sum-exp, as
-FlashAttention and the CPU kernel do.
+A training step runs over fake tensors (weightless.py), and after every operation the bytes of all that lives are noted.
+The operations are the same for any number of tokens, so two short runs give each moment as a linear function of T, and
+the peak is the largest of them at the T asked for. To it comes what the head op takes inside (`_head_scratch`).
 
 T = packed tokens, N = head rows, D = hidden, V = vocabulary.
 """
 
-import argparse
 import contextlib
-import copy
-import dataclasses
-import functools
 import json
-import os
 import re
 import resource
-import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,23 +19,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
-from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
-from fastpo import adapters, attention, backends, data, losses, ops, rows
+from fastpo import backends, data, losses, rows
 from fastpo.adapters import first_line
 from fastpo.config import TrainConfig
 from fastpo.data import Example
 from fastpo.errors import ConfigError, FastpoError, UnsupportedModelError
 from fastpo.kway import Forming
-from fastpo.memory import MAX_TOKENS
-from fastpo.model import Policy, _parse_dtype, load_tokenizer, resolve_device
-from fastpo.optim import NARROW, Gradients
-from fastpo.packing import collate, trunk_tokens
-from fastpo.prepare import disable_dropout, training_mode
+from fastpo.memory import MAX_TOKENS, log
+from fastpo.model import load_tokenizer, resolve_device
+from fastpo.optim import NARROW
+from fastpo.packing import trunk_tokens
+from fastpo.prepare import disable_dropout
+from fastpo.weightless import Blueprint, simulate
 
 if TYPE_CHECKING:
     from fastpo.trainer import Trainer
@@ -53,213 +40,8 @@ GIB = 1 << 30
 # Of the memory, left to the allocator's fragments, the vendor's workspaces and what else is not seen.
 HEADROOM = 0.08
 SIMULATED = (256, 512)  # tokens of the two fake runs
-CHAIN = 64  # tokens of their chains: within the positions of any model
 STEP_TOKENS = 64  # budgets are multiples of it
 MOST_TOKENS = 1 << 18
-
-
-# ---- living bytes
-
-
-class _Tracker(TorchDispatchMode):
-    """Notes the bytes of all living storages that were made inside, after every operation."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = 0
-        self.known: set[int] = set()
-        self.trace: list[int] = []
-        self.at_head: list[int] = []  # places in the trace of the head op, forward and backward
-
-    def add(self, tensor: Tensor, counts: bool = True) -> None:
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key not in self.known:
-            nbytes = storage.nbytes() if counts else 0
-            self.known.add(key)
-            self.live += nbytes
-            weakref.finalize(storage, self._freed, key, nbytes)
-
-    def _freed(self, key: int, nbytes: int) -> None:
-        self.known.discard(key)
-        self.live -= nbytes
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor):
-                self.add(leaf)
-        if str(func).startswith("fastpo.linear_logprob"):
-            self.at_head.append(len(self.trace))
-        self.trace.append(self.live)
-        return out
-
-
-class _PackedAttention(torch.autograd.Function):
-    """What a packed attention kernel keeps and returns, and none of its arithmetic."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        _, heads, tokens, _ = query.shape
-        out = query.new_empty(1, tokens, heads, value.shape[-1])
-        ctx.save_for_backward(query, key, value, out, query.new_empty(1, tokens, heads, dtype=torch.float32))
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-        return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
-
-
-def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
-    dtype = attention._compute_dtype(query, value)
-    return _PackedAttention.apply(query.to(dtype), key.to(dtype), value.to(dtype)), None
-
-
-@contextlib.contextmanager
-def _fake_attention() -> Iterator[None]:
-    AttentionInterface.register(attention.NAME, _attention)
-    try:
-        yield
-    finally:
-        attention.register()
-
-
-@contextlib.contextmanager
-def _offloaded(trunk: nn.Module, wanted: bool, weights: set[int]) -> Iterator[None]:
-    """activation_offloading without the host's side: what is saved leaves the device and comes back when it is needed."""
-
-    def pack(t: Tensor) -> Any:
-        return t if t.untyped_storage()._cdata in weights else (t.shape, t.dtype)
-
-    def unpack(saved: Any) -> Tensor:
-        return saved if isinstance(saved, Tensor) else torch.empty(saved[0], dtype=saved[1])
-
-    if not wanted:
-        yield
-        return
-    hooks: list[saved_tensors_hooks] = []
-
-    def enter(*_: Any) -> None:
-        hooks.append(saved_tensors_hooks(pack, unpack))
-        hooks[-1].__enter__()
-
-    handles = [trunk.register_forward_pre_hook(enter),
-               trunk.register_forward_hook(lambda *_: hooks.pop().__exit__(None, None, None), always_call=True)]  # fmt: skip
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-# ---- a model without weights
-
-
-@dataclass
-class Blueprint:
-    """A policy over fake tensors, and what its real weights take."""
-
-    policy: Policy
-    mode: FakeTensorMode
-    weights: int  # bytes
-    scratch: int = 0  # bytes: the largest quantised matrix in the dtype it computes in
-    quantized: str = ""
-
-    @classmethod
-    def of_model(cls, model: nn.Module) -> "Blueprint":
-        """Of a model in memory, which is not touched."""
-        mode = FakeTensorMode(allow_non_fake_inputs=True)
-        if adapters.is_quantized(model):
-            inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-            peft_config = next(iter(getattr(model, "peft_config", {}).values()), None)
-            quantization = inner.config.quantization_config
-            config = copy.deepcopy(inner.config)
-            del config.quantization_config
-            return cls._build(mode, config, inner.dtype, peft_config, quantization)
-        with FakeCopyMode(mode):
-            fake = copy.deepcopy(model)
-        return cls(Policy(fake), mode, _nbytes([*model.parameters(), *model.buffers()]))
-
-    @classmethod
-    def of_name(cls, name: str, config: TrainConfig, peft_config: Any = None, quantization: Any = None) -> "Blueprint":
-        """Of a model by name or path, from its configuration alone."""
-        kwargs = {**(config.model_init_kwargs or {}), "trust_remote_code": config.trust_remote_code}
-        where = name
-        if adapter := adapters.saved_adapter(name):
-            if peft_config is not None:
-                raise ConfigError("peft_config is given, but the model has an adapter already")
-            where, peft_config = adapter.base_model_name_or_path, adapter
-            peft_config.inference_mode = False
-        dtype = config.dtype or kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None) or "auto"
-        for of_loading in ("attn_implementation", "device_map", "low_cpu_mem_usage", "max_memory"):
-            kwargs.pop(of_loading, None)
-        try:
-            of_model = AutoConfig.from_pretrained(where, **kwargs)
-        except (OSError, ValueError, KeyError) as error:
-            raise ConfigError(f"{where!r} is no model that can be planned: {first_line(error)}") from error
-        parsed = _parse_dtype(dtype)
-        if not isinstance(parsed, torch.dtype):
-            parsed = getattr(of_model, "dtype", None) or torch.float32
-        quantization = quantization or getattr(of_model, "quantization_config", None)
-        if hasattr(of_model, "quantization_config"):
-            del of_model.quantization_config
-        mode = FakeTensorMode(allow_non_fake_inputs=True)
-        return cls._build(mode, of_model, parsed, peft_config, quantization, config.trust_remote_code)
-
-    @classmethod
-    def _build(
-        cls, mode: FakeTensorMode, of_model: Any, dtype: torch.dtype, peft_config: Any, quantization: Any,
-        trust_remote_code: bool = False,
-    ) -> "Blueprint":  # fmt: skip
-        try:
-            with mode:
-                model = AutoModelForCausalLM.from_config(of_model, dtype=dtype, trust_remote_code=trust_remote_code)
-        except (ValueError, ImportError) as error:
-            raise ConfigError(f"no causal language model of {of_model.model_type!r}: {first_line(error)}") from error
-        weights = _nbytes([*model.parameters(), *model.buffers()])
-        scratch, kind = 0, ""
-        if quantization is not None:
-            saved, scratch, kind = _quantized(model, quantization)
-            weights -= saved
-            if peft_config is None:
-                raise ConfigError("a quantised model cannot be trained itself: pass peft_config (--use-peft) for an "
-                                  "adapter")  # fmt: skip
-        before = _nbytes([*model.parameters(), *model.buffers()])
-        if peft_config is not None:
-            with mode:
-                model = adapters.with_adapter(model, peft_config)
-        weights += _nbytes([*model.parameters(), *model.buffers()]) - before
-        return cls(Policy(model), mode, weights, scratch, kind)
-
-
-def _nbytes(tensors: Sequence[Tensor]) -> int:
-    """Of distinct storages: tied weights count once."""
-    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
-
-
-def _quantized(model: Any, quantization: Any) -> tuple[int, int, str]:
-    """(bytes that quantising saves, bytes of the largest matrix while it computes, which kind) by bitsandbytes."""
-    get = quantization.get if isinstance(quantization, Mapping) else functools.partial(_attribute, quantization)
-    four, eight = get("load_in_4bit", False), get("load_in_8bit", False)
-    if not (four or eight):
-        raise ConfigError(f"a model quantised by {get('quant_method', 'this method')} cannot be planned: bitsandbytes")
-    skip = get("llm_int8_skip_modules", None) or ["lm_head"]
-    head = model.get_output_embeddings()
-    linear = [m.weight for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head
-              and not any(part in name.split(".") or name == part for part in skip)]  # fmt: skip
-    count = sum(w.numel() for w in linear)
-    if four:  # half a byte, and a scale for every 64: in fp32, or in 8 bits with a scale for every 256 of these
-        each = 0.5 + (1 / 64 + 4 / (64 * 256) if get("bnb_4bit_use_double_quant", False) else 4 / 64)
-        after = each * count
-    else:
-        after = count + 4 * sum(w.shape[0] for w in linear)
-    largest = max((w.numel() * w.element_size() for w in linear), default=0)
-    return int(sum(w.nbytes for w in linear) - after), largest if four else 0, "4 bits" if four else "8 bits"
-
-
-def _attribute(owner: Any, name: str, default: Any) -> Any:
-    return getattr(owner, name, default)
-
 
 # ---- the estimate
 
@@ -365,12 +147,14 @@ def estimate(
 ) -> Estimate:  # fmt: skip
     """`live`: bytes of a reference that stays in memory; `moving`: sync_ref_model, or a copy of what is trained."""
     if config.fsdp != "no":
-        raise ConfigError("memory is estimated for a model that is whole on its device: leave fsdp out, and set a number")
+        raise ConfigError(
+            "memory is estimated for a model that is whole on its device: leave fsdp out, and set a number"
+        )
     policy, mode = blueprint.policy, blueprint.mode
     if config.disable_dropout:
         disable_dropout(policy.model)
     try:
-        runs = [_simulate(blueprint, config, tokens, row_share, autocast) for tokens in SIMULATED]
+        runs = [simulate(blueprint, config, tokens, row_share, autocast) for tokens in SIMULATED]
     except FastpoError:
         raise
     except Exception as error:  # a model that looks at values, such as a loop over the experts that got a token
@@ -389,7 +173,8 @@ def estimate(
         budget = max(GIB, 4 * head.weight.numel()) if budget is None else budget
         copies = sum(p.nbytes for p in trained.values()) if moving else 0
     return Estimate(
-        parameters=sum(p.numel() for p in policy.model.parameters()), trainable=sum(p.numel() for p in trained.values()),
+        parameters=sum(p.numel() for p in policy.model.parameters()),
+        trainable=sum(p.numel() for p in trained.values()),
         weights=blueprint.weights, gradients=runs[0].gradients, masters=runs[0].masters,
         optimizer=_optimizer_bytes(policy.model, config, trained), reference=live + copies,
         process=_resident() if device_type == "cpu" else 0, row_share=row_share, vocabulary=head.weight.shape[0],
@@ -401,65 +186,6 @@ def estimate(
         # AdamW over lists of tensors forms its updates for all of them at once.
         optimizer_scratch=4 * runs[0].stepped if config.optim == "adamw_torch" and device_type == "cuda" else 0,
     )  # fmt: skip
-
-
-@dataclass
-class _Run:
-    masters: int
-    gradients: int
-    stepped: int  # numbers that the optimiser steps
-    saved: int
-    traces: dict[str, tuple[list[int], list[int]]]  # by regime: bytes after every operation, and after the head op's
-
-
-def _simulate(blueprint: Blueprint, config: TrainConfig, tokens: int, row_share: float, autocast: bool) -> _Run:
-    """A micro-batch of `tokens`, every gradient being there already, as in all micro-batches but a step's first."""
-    policy, mode = blueprint.policy, blueprint.mode
-    model = policy.model
-    plain = dataclasses.replace(config, activation_offloading=False)
-    per_chain = max(1, round(CHAIN * row_share))
-    prompt = np.ones(max(1, CHAIN + 1 - per_chain), np.int32)
-    example = Example(prompt, [np.ones(CHAIN + 1 - len(prompt), np.int32)])
-    batch = collate([example], [0] * (tokens // CHAIN))
-    moved = {f.name: mode.from_tensor(value) for f in dataclasses.fields(batch)
-             if isinstance(value := getattr(batch, f.name), Tensor)}  # fmt: skip
-    batch = dataclasses.replace(batch, **moved)
-    tracker = _Tracker()
-    weights = [*model.parameters(), *model.buffers()]
-    for tensor in weights:
-        tracker.add(tensor, counts=False)
-    stored = {t.untyped_storage()._cdata for t in weights}
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(mode)
-        stack.enter_context(_fake_attention())
-        stack.enter_context(training_mode(policy, plain))
-        stack.enter_context(_offloaded(policy.trunk, config.activation_offloading, stored))
-        stack.enter_context(tracker)
-        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        gradients = Gradients(trained, master_weights=config.master_weights, seed=0)
-        masters = tracker.live
-        gradients.begin(2, 1)
-        for p in trained.values():
-            if p.dtype in NARROW:
-                gradients.buffers[p] = torch.zeros_like(p, dtype=torch.float32)
-            else:
-                p.grad = torch.zeros_like(p)
-        base = tracker.live
-        head = policy.head()
-        saved, traces = 0, {}
-        for regime, budget in {"kept": 1 << 62, "sliced": 0}.items() if head.weight.requires_grad else {"frozen": 0}.items():
-            tracker.trace.clear()
-            tracker.at_head.clear()
-            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                logp = policy.logp(batch, memory_budget=budget)
-            saved = tracker.live - base
-            logp.sum().backward()
-            del logp
-            trace = [nbytes - base for nbytes in tracker.trace]
-            traces[regime] = trace, [trace[i] for i in tracker.at_head]
-        out = _Run(masters, base - masters, sum(p.numel() for p in trained.values()), saved, traces)
-        gradients.close()
-    return out
 
 
 def _lines(traces: list[list[int]]) -> _Moments:
@@ -501,8 +227,8 @@ def _optimizer_bytes(model: nn.Module, config: TrainConfig, trained: Mapping[str
 # ---- how much there is
 
 
-def device_memory(device: torch.device, ours: int = 0) -> int | None:
-    """Bytes that this process may use in all on the device, of which it uses `ours` already; None where nobody knows."""
+def device_memory(device: torch.device) -> int | None:
+    """Bytes that this process may use on the device in all, with those that it uses already; None if unknown."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device)
@@ -571,8 +297,6 @@ def largest_max_tokens(run: "Trainer") -> int:
             f"{gib(room)}: set gradient_checkpointing, logits_memory_budget=0, or train an adapter (peft_config)"
         )
     tokens = min(tokens, max(step, STEP_TOKENS))
-    from fastpo.memory import log
-
     log.info("max_tokens=auto: %d, estimated to take %s of %s", tokens, gib(found.total(tokens)), gib(memory))
     if found.total(sizes[0]) > room:
         log.warning("the longest row has %d tokens, which are estimated to take %s of %s: set a shorter max_length",
@@ -581,11 +305,6 @@ def largest_max_tokens(run: "Trainer") -> int:
 
 
 # ---- the command
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--memory", metavar="SIZE", help="memory to fit into, such as 80GiB (default: the device's)")
-    parser.add_argument("--json", action="store_true", help="the numbers as JSON, in bytes")
 
 
 def run(inputs: dict[str, Any], config: TrainConfig, memory: str | None, as_json: bool) -> int:
@@ -623,7 +342,7 @@ def run(inputs: dict[str, Any], config: TrainConfig, memory: str | None, as_json
 
 def _reference(inputs: dict[str, Any], config: TrainConfig, blueprint: Blueprint) -> tuple[int, bool]:
     """(bytes of a second model that stays in memory, whether a copy of the trained weights does)."""
-    terms = [losses.LOSSES.get(losses.ALIASES.get(n, n) if hasattr(losses, "ALIASES") else n) for n in config.losses]
+    terms = [losses.LOSSES.get(name) for name in config.losses]
     live = any(t is not None and "chosen_kl" in t.needs for t in terms)
     if live and inputs.get("ref_model"):
         return Blueprint.of_name(inputs["ref_model"], config).weights, False
@@ -685,7 +404,7 @@ def _table(
               f"{gib(numbers['activations_per_token'])} a token x {tokens:,} tokens, kept for the backward pass"),
         *(_line(f"head, {r}", nbytes, f"{'in use' if r == regime else 'not in use'}; "
                 f"N {found.rows(tokens):,.0f} x V {found.vocabulary:,}") for r, nbytes in numbers["head"].items()),
-        _line("peak of a step", found.step(tokens), "activations, head and gradients on their way, at the worst moment"),
+        _line("peak of a step", found.step(tokens), "activations, head, gradients on their way: the worst moment"),
         _line("total", found.total(tokens), f"at max_tokens={tokens}"),
         "",
         f"memory {gib(memory)}, of which {HEADROOM:.0%} are left free: "

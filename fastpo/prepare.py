@@ -120,7 +120,14 @@ def offloading(policy: Policy) -> Iterator[None]:
         storage = tensor.untyped_storage()
         if tensor.nbytes < OFFLOADED_BYTES or storage.data_ptr() in weights or tensor.layout != torch.strided:
             return tensor
-        key = (storage.data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, tensor._version)
+        key = (
+            storage.data_ptr(),
+            tensor.storage_offset(),
+            tensor.shape,
+            tensor.stride(),
+            tensor.dtype,
+            tensor._version,
+        )
         source, known = copies.get(key, (None, None))
         if source is not None and source() is storage and (copy := known()) is not None:
             return copy

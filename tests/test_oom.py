@@ -60,8 +60,8 @@ def run(toy, tmp_path):
         if scarce is not None:
             scarce = Scarce(model, **scarce)
         defaults = dict(
-            output_dir=str(tmp_path / f"run{next(count)}"), disable_tqdm=True, use_cpu=True, logging_steps=1, max_steps=3,
-            learning_rate=1e-2, lr_scheduler_type="constant", gradient_checkpointing=False, save_final=False,
+            output_dir=str(tmp_path / f"run{next(count)}"), disable_tqdm=True, use_cpu=True, logging_steps=1,
+            max_steps=3, learning_rate=1e-2, lr_scheduler_type="constant", gradient_checkpointing=False, save_final=False,
             max_tokens=BUDGET, train_sampling_strategy="sequential", eval_strategy="steps", eval_steps=3, optim="sgd",
             max_grad_norm=0.0,
         )  # fmt: skip
@@ -186,7 +186,7 @@ def test_what_is_no_lack_of_memory_is_raised(toy, run):
 
 
 LIMITED = """
-import json, resource, sys
+import json, random, resource, sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 import torch, fastpo
@@ -201,11 +201,12 @@ class Limit(TrainerCallback):
             used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
             resource.setrlimit(resource.RLIMIT_AS, (used + limit, used + limit))
 
-rows = [{{"prompt": Toy.text(__import__("random").Random(i), 60, 80), **{{k: " " + Toy.text(
-    __import__("random").Random(99 * i + j), 40, 60) for j, k in enumerate(("chosen", "rejected"))}}}} for i in range(16)]
+rng = random.Random(0)
+rows = [{{"prompt": Toy.text(rng, 60, 80), **{{k: " " + Toy.text(rng, 40, 60) for k in ("chosen", "rejected")}}}}
+        for _ in range(16)]
 result = fastpo.train(
     Toy.model(hidden_size=128, intermediate_size=512, num_hidden_layers=4), rows, processing_class=Toy.tokenizer(),
-    callbacks=[Limit()], args=dict(output_dir=folder, disable_tqdm=True, use_cpu=True, bf16=False, max_steps=3, optim="sgd",
+    callbacks=[Limit()], args=dict(output_dir=folder, disable_tqdm=True, use_cpu=True, max_steps=3, optim="sgd",
     per_device_train_batch_size=16, learning_rate=1e-2, gradient_checkpointing=False, max_tokens=4096, logging_steps=1))
 print(json.dumps([w.message for w in result.warnings if w.name == "out_of_memory"]))
 """
