@@ -1,8 +1,8 @@
 """When the device runs out of memory: the same rows again, in smaller micro-batches.
 
 Every term of a loss is normalised over its whole step, so a step may be packed in any way. What a failed attempt has
-left behind (gradients half accumulated, on their way through hooks and fp32 buffers) is not mended but dropped: the step
-begins anew, with the random states of its beginning. Passes without gradients have nothing to drop, and split the
+left behind (gradients half accumulated, on their way through hooks and fp32 buffers) is not mended but dropped: the
+step begins anew, with the random states of its beginning. Passes without gradients have nothing to drop, and split the
 micro-batch that failed.
 
 Replicas exchange nothing between the micro-batches of a step, so each mends its own share alone. Sharded ranks (fsdp)

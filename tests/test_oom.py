@@ -61,9 +61,9 @@ def run(toy, tmp_path):
             scarce = Scarce(model, **scarce)
         defaults = dict(
             output_dir=str(tmp_path / f"run{next(count)}"), disable_tqdm=True, use_cpu=True, logging_steps=1,
-            max_steps=3, learning_rate=1e-2, lr_scheduler_type="constant", gradient_checkpointing=False, save_final=False,
-            max_tokens=BUDGET, train_sampling_strategy="sequential", eval_strategy="steps", eval_steps=3, optim="sgd",
-            max_grad_norm=0.0,
+            max_steps=3, learning_rate=1e-2, lr_scheduler_type="constant", gradient_checkpointing=False,
+            save_final=False, max_tokens=BUDGET, train_sampling_strategy="sequential", eval_strategy="steps",
+            eval_steps=3, optim="sgd", max_grad_norm=0.0,
         )  # fmt: skip
         result = fastpo.train(
             model, toy.rows(24) if rows is None else rows, processing_class=toy.tokenizer(),
@@ -185,48 +185,40 @@ def test_what_is_no_lack_of_memory_is_raised(toy, run):
     assert not is_out_of_memory(OSError(2, "No such file")) and not is_out_of_memory(ValueError("out of memory"))
 
 
-LIMITED = """
-import json, random, resource, sys
-from pathlib import Path
-sys.path.insert(0, {tests!r})
-import torch, fastpo
-from conftest import Toy
-from transformers import TrainerCallback
+# ---- processes of their own
 
-limit, folder = int(sys.argv[1]), sys.argv[2]
 
-class Limit(TrainerCallback):
-    def on_train_begin(self, args, state, control, **kwargs):
-        if limit:
-            used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-            resource.setrlimit(resource.RLIMIT_AS, (used + limit, used + limit))
-
-rng = random.Random(0)
-rows = [{{"prompt": Toy.text(rng, 60, 80), **{{k: " " + Toy.text(rng, 40, 60) for k in ("chosen", "rejected")}}}}
-        for _ in range(16)]
-result = fastpo.train(
-    Toy.model(hidden_size=128, intermediate_size=512, num_hidden_layers=4), rows, processing_class=Toy.tokenizer(),
-    callbacks=[Limit()], args=dict(output_dir=folder, disable_tqdm=True, use_cpu=True, max_steps=3, optim="sgd",
-    per_device_train_batch_size=16, learning_rate=1e-2, gradient_checkpointing=False, max_tokens=4096, logging_steps=1))
-print(json.dumps([w.message for w in result.warnings if w.name == "out_of_memory"]))
-"""
+def runs(*words, tmp_path):
+    env = {**os.environ, "FASTPO_CACHE": str(tmp_path / "cache"), "MALLOC_ARENA_MAX": "1"}
+    script = Path(__file__).with_name("oom_runs.py")
+    done = subprocess.run(
+        [sys.executable, str(script), *map(str, words)], capture_output=True, text=True, timeout=240, env=env
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS and /proc are Linux's")
-def test_under_a_hard_memory_limit(tmp_path, repo_root):
-    """A child process whose address space may grow by 64 MiB from the first step on trains the same model."""
+def test_under_a_hard_memory_limit(tmp_path):
+    """A process whose address space may grow by 64 MiB from the first step on trains the same model."""
     from safetensors.torch import load_file
 
-    script = LIMITED.format(tests=str(repo_root / "tests"))
-    outcome = {}
-    for limit in (0, 64 << 20):
+    outcome = []
+    for limit in (0, 64):
         folder = tmp_path / str(limit)
-        done = subprocess.run(
-            [sys.executable, "-c", script, str(limit), str(folder)], capture_output=True, text=True, timeout=120,
-            env={**os.environ, "FASTPO_CACHE": str(tmp_path / "cache"), "MALLOC_ARENA_MAX": "1"},
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-2000:]
-        outcome[limit] = (json.loads(done.stdout.splitlines()[-1]), load_file(Path(folder) / "model.safetensors"))
-    (none, free), (some, tight) = outcome.values()
+        runs("limit", limit, folder, tmp_path=tmp_path)
+        outcome.append((json.loads((folder / "warnings.json").read_text()), load_file(folder / "model.safetensors")))
+    (none, free), (some, tight) = outcome
     assert not none and some
     assert max((free[name] - tight[name]).abs().max() for name in free) < 1e-6
+
+
+def test_one_rank_of_two(tmp_path):
+    """A replica repeats its own part while the other waits, and both end with one process's weights; a shard cannot, and
+    says so, and neither rank is left waiting."""
+    runs("ranks", tmp_path, tmp_path=tmp_path)
+    codes = json.loads((tmp_path / "codes.json").read_text())
+    assert codes["one"] == [0] and codes["ddp"] == [0, 0] and all(codes["fsdp"])
+    one, _ = torch.load(tmp_path / "one" / "out-0.pt")
+    (first, none), (second, failed) = (torch.load(tmp_path / "ddp" / f"out-{rank}.pt") for rank in range(2))
+    assert failed and not none and torch.equal(first, second) and (first - one).abs().max() < 1e-6
+    assert "out of memory on rank 1" in (tmp_path / "fsdp" / "log-1.txt").read_text()

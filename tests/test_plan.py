@@ -2,8 +2,6 @@
 
 import json
 import resource
-import subprocess
-import sys
 
 import pytest
 import torch
