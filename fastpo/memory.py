@@ -110,7 +110,7 @@ class Budget:
         """
         from fastpo.saving import rng_state, set_rng_state
 
-        rng = rng_state()
+        rng, self.part = rng_state(), ()
         while True:
             try:
                 return work()
@@ -126,6 +126,8 @@ class Budget:
     def _lower(self, reason: str) -> None:
         run, step, part = self.run, self.run.state.global_step + 1, self.part
         tokens = sum(run._tokens[i] for i in part)
+        if not part:
+            raise TrainingError(f"out of memory before the first micro-batch of a step ({reason}); use {savings(run)}")
         if self.tokens not in self._forgiven:
             self._forgiven.add(self.tokens)
             log.warning(
@@ -210,13 +212,17 @@ class Budget:
 
     def state_dict(self) -> dict[str, object]:
         """For a checkpoint: a resumed run packs as this one would have. Every rank calls it."""
-        return {"max_tokens": self.run.max_tokens, "tokens": self.run.world.gather(self.tokens)}
+        run = self.run
+        auto = run.config.max_tokens == "auto"
+        return {"max_tokens": run.max_tokens, "auto": auto, "tokens": run.world.gather(self.tokens)}
 
     def load_state_dict(self, state: dict) -> None:
         """Go on where `state_dict` was taken; not with another max_tokens, which was set to try that."""
-        tokens = state.get("tokens", [])
-        if state.get("max_tokens") == self.run.max_tokens and self.run.world.rank < len(tokens):
-            self.tokens = self.run.window.max_tokens = tokens[self.run.world.rank]
+        run, tokens = self.run, state.get("tokens", [])
+        if run.config.max_tokens == "auto" and state.get("auto"):  # the memory that is free changes from day to day
+            run.max_tokens = self.pass_tokens = state["max_tokens"]
+        if state.get("max_tokens") == run.max_tokens and run.world.rank < len(tokens):
+            self.tokens = run.window.max_tokens = tokens[run.world.rank]
 
 
 def release(device: torch.device) -> None:

@@ -9,6 +9,7 @@ T = packed tokens, N = head rows, D = hidden, V = vocabulary.
 
 import contextlib
 import json
+import os
 import re
 import resource
 from collections.abc import Mapping
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastpo import backends, data, losses, rows
+from fastpo import backends, data, losses, ops, rows
 from fastpo.adapters import first_line
 from fastpo.config import TrainConfig
 from fastpo.data import Example
@@ -31,6 +32,7 @@ from fastpo.model import load_tokenizer, resolve_device
 from fastpo.optim import NARROW
 from fastpo.packing import trunk_tokens
 from fastpo.prepare import disable_dropout
+from fastpo.row_statistics import TOKEN_KL
 from fastpo.weightless import Blueprint, simulate
 
 if TYPE_CHECKING:
@@ -68,6 +70,7 @@ class Estimate:
     masters: int
     optimizer: int
     reference: int  # that stay in memory during training
+    reference_pass: int  # of a model that is there before training only
     process: int  # Python and its libraries, on a CPU
     row_share: float  # N / T
     vocabulary: int
@@ -114,7 +117,8 @@ class Estimate:
         return self.scratch + max(self.trunk[regime].at(tokens), self.head[regime].at(tokens) + scratch)
 
     def total(self, tokens: float) -> float:
-        return self.fixed + max(self.step(tokens), self.optimizer_scratch)
+        before = self.weights + self.reference_pass + self.process
+        return max(before, self.fixed + max(self.step(tokens), self.optimizer_scratch))
 
     def largest(self, memory: float) -> int:
         """The largest T, a multiple of 64, whose total is within `memory` bytes; 0 where there is none."""
@@ -142,10 +146,10 @@ class Estimate:
 
 
 def estimate(
-    blueprint: Blueprint, config: TrainConfig, device_type: str, *, row_share: float = 1.0, live: int = 0,
-    moving: bool = False, autocast: bool = False,
+    blueprint: Blueprint, config: TrainConfig, device_type: str, *, row_share: float = 1.0, autocast: bool = False,
+    ref_model: int = 0, live: bool = False,
 ) -> Estimate:  # fmt: skip
-    """`live`: bytes of a reference that stays in memory; `moving`: sync_ref_model, or a copy of what is trained."""
+    """row_share: N / T. ref_model: bytes of a second model; live: a loss reads the reference's logits (TDPO)."""
     if config.fsdp != "no":
         raise ConfigError(
             "memory is estimated for a model that is whole on its device: leave fsdp out, and set a number"
@@ -167,18 +171,19 @@ def estimate(
     with mode:
         head = policy.head()
         trained = {n: p for n, p in policy.model.named_parameters() if p.requires_grad}
-        head_trained = head.weight.requires_grad or (head.bias is not None and head.bias.requires_grad)
         itemsize = 2 if autocast else head.weight.element_size()
         budget = config.logits_memory_budget
-        budget = max(GIB, 4 * head.weight.numel()) if budget is None else budget
-        copies = sum(p.nbytes for p in trained.values()) if moving else 0
+        budget = ops.default_memory_budget(head.weight) if budget is None else budget
+        copied = config.sync_ref_model or (live and not ref_model and not hasattr(policy.model, "peft_config"))
+        copies = sum(p.nbytes for p in trained.values()) if copied else 0
     return Estimate(
         parameters=sum(p.numel() for p in policy.model.parameters()),
         trainable=sum(p.numel() for p in trained.values()),
         weights=blueprint.weights, gradients=runs[0].gradients, masters=runs[0].masters,
-        optimizer=_optimizer_bytes(policy.model, config, trained), reference=live + copies,
+        optimizer=_optimizer_bytes(policy.model, config, trained), reference=copies + (ref_model if live else 0),
+        reference_pass=0 if live else ref_model,
         process=_resident() if device_type == "cpu" else 0, row_share=row_share, vocabulary=head.weight.shape[0],
-        hidden=head.weight.shape[1], itemsize=itemsize, device_type=device_type, head_trained=head_trained,
+        hidden=head.weight.shape[1], itemsize=itemsize, device_type=device_type, head_trained="frozen" not in regimes,
         logits_budget=budget, scratch=blueprint.scratch,
         trunk={r: _lines([run.traces[r][0] for run in runs]) for r in regimes},
         head={r: _lines([run.traces[r][1] for run in runs]) for r in regimes},
@@ -281,12 +286,12 @@ def largest_max_tokens(run: "Trainer") -> int:
         raise ConfigError("max_tokens=auto: the memory of this device is unknown: set max_tokens to a number")
     sizes = sorted(map(trunk_tokens, run.examples), reverse=True)
     step = sum(sizes[: run.config.step_size])
-    share = sum(len(r) for e in run.examples for r in e.responses) / max(1, sum(sizes))
+    share = 1.0 if run.reads_prompts else sum(len(r) for e in run.examples for r in e.responses) / sum(sizes)
     found = estimate(
         Blueprint.of_model(run.model), config, run.device.type, row_share=min(1.0, share),
-        moving=config.sync_ref_model or bool(run.row_statistics), autocast=run.autocast_dtype is not None,
+        autocast=run.autocast_dtype is not None, ref_model=_ref_model_bytes(run), live=TOKEN_KL in run.row_statistics,
     )  # fmt: skip
-    # The model is in this process already.
+    # The model is in this process already, on a CPU.
     found.process = max(0, found.process - found.weights)
     room = memory * (1 - HEADROOM)
     found.check_fixed(room, f"this {run.device.type} has for it")
@@ -304,6 +309,15 @@ def largest_max_tokens(run: "Trainer") -> int:
     return tokens
 
 
+def _ref_model_bytes(run: "Trainer") -> int:
+    """Weights of a reference that is still to come into this process, or onto the device."""
+    if isinstance(run.ref_model, str | os.PathLike):
+        return Blueprint.of_name(os.fspath(run.ref_model), run.config).weights
+    if isinstance(run.ref_model, nn.Module) and next(run.ref_model.parameters()).device != run.device:
+        return sum(p.nbytes for p in run.ref_model.parameters())
+    return 0
+
+
 # ---- the command
 
 
@@ -319,9 +333,11 @@ def run(inputs: dict[str, Any], config: TrainConfig, memory: str | None, as_json
         sizes = [trunk_tokens(e) for e in examples]
         longest = max(sizes)
         share = min(1.0, sum(len(r) for e in examples for r in e.responses) / sum(sizes))
-    live, moving = _reference(inputs, config, blueprint)
     autocast = config.bf16 if config.bf16 is not None else device_type == "cuda"
-    found = estimate(blueprint, config, device_type, row_share=share, live=live, moving=moving, autocast=autocast)
+    ref_model = Blueprint.of_name(inputs["ref_model"], config).weights if inputs.get("ref_model") else 0
+    terms = [losses.LOSSES.get(name) for name in config.losses]
+    live = any(t is not None and "chosen_kl" in t.needs for t in terms)
+    found = estimate(blueprint, config, device_type, row_share=share, autocast=autocast, ref_model=ref_model, live=live)
     if given is not None:
         found.process = 0  # the size given is the run's
     available = given if given is not None else device_memory(device) if device is not None else None
@@ -338,16 +354,6 @@ def run(inputs: dict[str, Any], config: TrainConfig, memory: str | None, as_json
         print(_table(found, blueprint, config, tokens, available, largest, longest, bool(examples)))
     found.check_fixed(available, "the memory given" if given is not None else "this device has")
     return 0
-
-
-def _reference(inputs: dict[str, Any], config: TrainConfig, blueprint: Blueprint) -> tuple[int, bool]:
-    """(bytes of a second model that stays in memory, whether a copy of the trained weights does)."""
-    terms = [losses.LOSSES.get(name) for name in config.losses]
-    live = any(t is not None and "chosen_kl" in t.needs for t in terms)
-    if live and inputs.get("ref_model"):
-        return Blueprint.of_name(inputs["ref_model"], config).weights, False
-    adapter = hasattr(blueprint.policy.model, "peft_config")
-    return 0, config.sync_ref_model or (live and not adapter)
 
 
 def _examples(inputs: dict[str, Any], config: TrainConfig) -> list[Example]:
@@ -386,6 +392,9 @@ def _table(
     if config.gradient_checkpointing:
         count = config.gradient_checkpointing_layers
         checkpointing = "every layer" if count is None else f"the first {count} layers"
+    reference = "stays in memory" if found.reference else "computed before training"
+    if found.reference_pass:
+        reference += f", when ref_model takes {gib(found.reference_pass)}"
     share = "of the data" if from_data else "taken as 1 without --train-dataset: an upper bound"
     lines = [
         f"{type(policy.causal_lm).__name__}: {found.parameters:,} parameters ({trained} trained), "
@@ -395,7 +404,7 @@ def _table(
         _line("gradients", found.gradients, "fp32" if found.gradients else ""),
         _line("fp32 master copies", found.masters, config.master_weights),
         _line("optimiser state", found.optimizer, config.optim),
-        _line("reference", found.reference, "stays in memory" if found.reference else "computed before training"),
+        _line("reference", found.reference, reference),
     ]
     if found.process:
         lines.append(_line("process", found.process, "Python and its libraries"))

@@ -56,7 +56,7 @@ class _Tracker(TorchDispatchMode):
             nbytes = storage.nbytes() if counts else 0
             self.known.add(key)
             self.live += nbytes
-            weakref.finalize(storage, self._freed, key, nbytes)
+            weakref.finalize(storage, self._freed, key, nbytes).atexit = False
 
     def _freed(self, key: int, nbytes: int) -> None:
         self.known.discard(key)
@@ -311,9 +311,8 @@ def simulate(blueprint: Blueprint, config: TrainConfig, tokens: int, row_share: 
         base = tracker.live
         head = policy.head()
         saved, traces = 0, {}
-        for regime, budget in (
-            {"kept": 1 << 62, "sliced": 0}.items() if head.weight.requires_grad else {"frozen": 0}.items()
-        ):
+        trains_head = head.weight.requires_grad or (head.bias is not None and head.bias.requires_grad)
+        for regime, budget in ({"kept": 1 << 62, "sliced": 0} if trains_head else {"frozen": 0}).items():
             tracker.trace.clear()
             tracker.at_head.clear()
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):

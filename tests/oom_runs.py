@@ -20,8 +20,8 @@ import fastpo  # noqa: E402
 from conftest import Toy  # noqa: E402
 from kill_runs import fork  # noqa: E402
 
-OPTIONS = dict(disable_tqdm=True, use_cpu=True, bf16=False, max_steps=3, optim="sgd", learning_rate=1e-2, logging_steps=1,
-               lr_scheduler_type="constant", gradient_checkpointing=False, report=False)  # fmt: skip
+OPTIONS = dict(disable_tqdm=True, use_cpu=True, bf16=False, max_steps=3, optim="sgd", learning_rate=1e-2,
+               lr_scheduler_type="constant", gradient_checkpointing=False, report=False, logging_steps=1)  # fmt: skip
 
 
 class Limit(TrainerCallback):

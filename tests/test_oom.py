@@ -213,7 +213,7 @@ def test_under_a_hard_memory_limit(tmp_path):
 
 
 def test_one_rank_of_two(tmp_path):
-    """A replica repeats its own part while the other waits, and both end with one process's weights; a shard cannot, and
+    """A replica repeats its part while the other waits, and both end with one process's weights; a shard cannot, and
     says so, and neither rank is left waiting."""
     runs("ranks", tmp_path, tmp_path=tmp_path)
     codes = json.loads((tmp_path / "codes.json").read_text())
