@@ -355,6 +355,7 @@ _SAME = ("seed", "data_seed", "train_sampling_strategy", "dataloader_drop_last",
 # Those that may change without a word.
 _FREE = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "run_name", "report_to", "disable_tqdm",
          "per_device_train_batch_size", "gradient_accumulation_steps", "max_tokens", "logits_memory_budget", "device",
+         "gradient_checkpointing", "gradient_checkpointing_layers", "activation_offloading",
          "share_prompts", "fsdp", "fsdp_cpu_offload", "ddp_timeout", "ddp_backend", "save_total_limit", "report",
          "guardrails", "token_bucket",
          "per_device_eval_batch_size", "dataset_num_proc", "hub_token")  # fmt: skip

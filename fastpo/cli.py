@@ -1,4 +1,4 @@
-"""The command line: `fastpo train`, `losses`, `quickstart`, `check`, `games`, `env`.
+"""The command line: `fastpo train`, `plan`, `losses`, `quickstart`, `check`, `games`, `env`.
 
 Exit codes: 0 done, 1 a run or a check failed, 2 a user's mistake (one line on stderr; FASTPO_TRACEBACK=1 shows where),
 130 on Ctrl-C. PyTorch is imported only by the command that runs, so that --help is quick.
@@ -252,7 +252,8 @@ def _check_names(given: dict[str, Any], source: str) -> None:
 
 def _merge_train_options(namespace: argparse.Namespace, extras: Sequence[str]) -> tuple[dict[str, Any], Any]:
     """The inputs of `fastpo.train` and its TrainConfig: command line over YAML over defaults."""
-    given = {k: v for k, v in vars(namespace).items() if k not in ("command", "config", "print_config")}
+    apart = ("command", "config", "print_config", "memory", "json")
+    given = {k: v for k, v in vars(namespace).items() if k not in apart}
     others = _other_options(extras)
     _check_names(others, "on the command line")
     given.update(others)
@@ -350,6 +351,8 @@ def _mapping(merged: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _train(namespace: argparse.Namespace, extras: Sequence[str]) -> int:
+    """`train`, and `plan`, which takes the same options."""
+    plans = namespace.command == "plan"
     try:
         inputs, args = _merge_train_options(namespace, extras)
     except FastpoError as error:
@@ -360,7 +363,7 @@ def _train(namespace: argparse.Namespace, extras: Sequence[str]) -> int:
 
         print(yaml.safe_dump({**inputs, **args.to_dict()}, sort_keys=False), end="")
         return 0
-    for name in ("model", "train_dataset"):
+    for name in ("model",) if plans else ("model", "train_dataset"):
         if not inputs.get(name):
             raise ConfigError(f"no {name} given: --{name.replace('_', '-')} PATH, or {name}: PATH in the YAML file")
     if inputs.get("peft_config") is not None:
@@ -372,6 +375,10 @@ def _train(namespace: argparse.Namespace, extras: Sequence[str]) -> int:
         from transformers import BitsAndBytesConfig
 
         inputs["quantization_config"] = _construct(BitsAndBytesConfig, inputs["quantization_config"])
+    if plans:
+        from fastpo import plan
+
+        return plan.run(inputs, args, namespace.memory, namespace.json)
     from fastpo.trainer import train
 
     train(args=args, **inputs)
@@ -408,6 +415,17 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
         usage="fastpo train [--config run.yaml] [--model PATH] [--train-dataset PATH] [--OPTION VALUE ...]",
     )
     _add_train_options(train)
+    plan = commands.add_parser(
+        "plan",
+        help="what a run takes in memory, and the largest max_tokens that fits",
+        description="Estimate the memory of `fastpo train` with the same options, from the model's configuration "
+        "alone. With --train-dataset its lengths are used too.",
+        usage="fastpo plan --model PATH [--memory 80GiB] [--train-dataset PATH] [--OPTION VALUE ...]",
+    )
+    if command == "plan":
+        plan.add_argument("--memory", metavar="SIZE", help="memory to fit into, such as 80GiB (default: the device's)")
+        plan.add_argument("--json", action="store_true", help="the numbers as JSON, in bytes")
+        _add_train_options(plan)
     quickstart = commands.add_parser(
         "quickstart", help="train a small model on a task with a checkable answer, and show that it got better"
     )
@@ -440,12 +458,12 @@ def _dispatch(argv: Sequence[str]) -> int:
         parser.print_help()
         return 0
     namespace, extras = parser.parse_known_args(argv)
-    if namespace.command == "train":
+    if namespace.command in ("train", "plan"):
         return _train(namespace, extras)
     if extras:
         raise UsageError(f"unrecognised argument {extras[0]!r} (see fastpo {namespace.command or ''} --help)")
     if namespace.command is None:
-        raise UsageError("no command given: train, losses, quickstart, check, games or env (see fastpo --help)")
+        raise UsageError("no command given: train, plan, losses, quickstart, check, games or env (see fastpo --help)")
     if namespace.command == "env":
         return _env(namespace)
     if namespace.command == "losses":
@@ -501,8 +519,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             message, code = _one_line(error), 1 if isinstance(error, TrainingError) else 2
         elif isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
             message, code = f"{error.name} is not installed: pip install 'fastpo[{EXTRAS[error.name]}]'", 2
-        elif type(error).__name__ == "OutOfMemoryError":
-            message = f"out of device memory; lower max_tokens or turn on gradient_checkpointing ({_one_line(error)})"
+        elif type(error).__name__ in ("OutOfMemoryError", "MemoryError") or "DefaultCPUAllocator" in str(error):
+            # A micro-batch that does not fit is split; this is the model, a reference or the optimiser's state.
+            message = f"out of memory; fastpo plan shows what a run takes ({_one_line(error)})"
             code = 1
         elif "Connection closed by peer" in str(error) or "Connection reset by peer" in str(error):
             message, code = "another process of this run has died; its own message says why", 1

@@ -103,7 +103,7 @@ class TrainConfig:
     gradient_accumulation_steps: int = _opt(1, "batch", "an optimiser step takes this many times per_device_train_batch_size pairs")
     per_device_eval_batch_size: int = _opt(8, "batch", "has no effect on the numbers; evaluation is packed like training")
     share_prompts: str = _opt("auto", "batch", "one copy of a prompt in the trunk for all its responses, those of other rows of the step too; auto: where it is estimated faster (on a CPU only, so far)", ("auto", "always", "never"))
-    max_tokens: int | None = _opt(None, "batch", "tokens of a packed micro-batch (None: 16384 on a GPU, 2048 on a CPU)")
+    max_tokens: int | str | None = _opt(None, "batch", "tokens of a packed micro-batch (None: 16384 on a GPU, 2048 on a CPU; auto: as many as the memory is estimated to hold, as `fastpo plan` says)")
     token_bucket: int | None = _opt(None, "batch", "pad micro-batches to a multiple of this many tokens, which no number sees, so that compiled layers meet few shapes (None: no padding)")
 
     learning_rate: float = _opt(1e-6, "optimisation", "peak learning rate")
@@ -127,6 +127,8 @@ class TrainConfig:
     tf32: bool | None = _opt(None, "precision and memory", "TF32 in fp32 matrix multiplies of NVIDIA GPUs (None: PyTorch's setting)")
     gradient_checkpointing: bool = _opt(True, "precision and memory", "recompute each layer in the backward pass")
     gradient_checkpointing_kwargs: dict | None = _opt(None, "precision and memory", "arguments of gradient_checkpointing_enable")
+    gradient_checkpointing_layers: int | None = _opt(None, "precision and memory", "gradient_checkpointing for this many of the layers, the first ones (None: all)")
+    activation_offloading: bool = _opt(False, "precision and memory", "keep what the layers save for the backward pass in host memory; needs a GPU, and slows the step")
     logits_memory_budget: int | None = _opt(None, "precision and memory", "bytes that the head may keep from forward to backward (None: 1 GiB, or an fp32 gradient of its weight if that is more; 0: nothing of size N x V)")
     grad_filter: float = _opt(0.0, "precision and memory", "probability of each token's distribution that the head's gradient may leave out, for speed: its least likely tokens, 0.001 for instance; the mean and the largest share left out are logged (0: exact gradients)")
 
@@ -187,10 +189,14 @@ class TrainConfig:
             self._require(name, getattr(self, name) > 0, "positive")
         for name in ("learning_rate", "weight_decay", "warmup_steps", "eval_delay", "sample_generations"):
             self._require(name, getattr(self, name) >= 0, "zero or more")
-        for name in ("beta", "max_length", "max_tokens", "token_bucket", "eval_steps", "save_total_limit", "dataset_num_proc",
-                     "pair_margin"):  # fmt: skip
+        if isinstance(self.max_tokens, str) and self.max_tokens != "auto":
+            raise ConfigError(f"max_tokens must be a number of tokens or auto, not {self.max_tokens!r}")
+        if self.gradient_checkpointing_layers is not None and not self.gradient_checkpointing:
+            raise ConfigError("gradient_checkpointing_layers needs gradient_checkpointing")
+        for name in ("beta", "max_length", "max_tokens", "token_bucket", "eval_steps", "save_total_limit",
+                     "dataset_num_proc", "pair_margin", "gradient_checkpointing_layers"):  # fmt: skip
             value = getattr(self, name)
-            self._require(name, value is None or value > 0, "positive")
+            self._require(name, value in (None, "auto") or value > 0, "positive")
         for name in ("adam_beta1", "adam_beta2"):
             self._require(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
         self._require("max_grad_norm", True, "a finite number")

@@ -9,6 +9,7 @@ tokens that have one before them, U = prompts that they are of.
 """
 
 import math
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
@@ -264,6 +265,11 @@ def step_batches(
         costs = [size.cost(cost) for size in sizes]
     shares = pack_step(range(len(trees)), [size.size for size in sizes], max_tokens, ranks, costs)
     return [[[i for k in part for i in trees[k]] for part in share] for share in shares]
+
+
+def packed_size(examples: Sequence[Example], rows: Sequence[int]) -> int:
+    """What the rows take of max_tokens in one micro-batch: their trunk tokens, where a prompt is shared once."""
+    return sum(size.size for size in _sizes(examples, step_trees(examples, rows, sys.maxsize)))
 
 
 def pass_batches(examples: Sequence[Example], rows: Iterable[int], max_tokens: int) -> list[list[int]]:

@@ -1,16 +1,21 @@
 """What is done to a model around training: dropout off, checkpointing on, modes and devices put back as they were."""
 
 import contextlib
+import weakref
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from transformers import enable_full_determinism
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fastpo import data
 from fastpo.adapters import is_quantized
 from fastpo.config import TrainConfig
-from fastpo.errors import DataError
+from fastpo.errors import ConfigError, DataError, UnsupportedModelError
 from fastpo.model import Policy
 
 
@@ -42,7 +47,11 @@ def training_mode(policy: Policy, config: TrainConfig) -> Iterator[None]:
     if config.gradient_checkpointing and not already:
         _checkpointing(policy.causal_lm, {"use_reentrant": False, **(config.gradient_checkpointing_kwargs or {})})
     try:
-        with policy.attach():
+        with policy.attach(), contextlib.ExitStack() as stack:
+            if config.gradient_checkpointing_layers is not None:
+                stack.enter_context(first_layers_checkpointed(policy, config.gradient_checkpointing_layers))
+            if config.activation_offloading:
+                stack.enter_context(offloading(policy))
             yield
     finally:
         model.train(was_training)
@@ -58,6 +67,96 @@ def _checkpointing(model: nn.Module, kwargs: dict | None) -> None:
         model.disable_input_require_grads()  # type: ignore[operator]  # which enabling it has hooked into the embeddings
     else:
         getattr(model, f"{name}_checkpointing_enable")(kwargs)
+
+
+@contextlib.contextmanager
+def first_layers_checkpointed(policy: Policy, count: int) -> Iterator[None]:
+    """Of the layers that are checkpointed, only the first `count` inside the block."""
+    layers = [m for m in policy.trunk.modules() if isinstance(m, GradientCheckpointingLayer)]
+    name = type(policy.causal_lm).__name__
+    if not layers:
+        raise UnsupportedModelError(f"{name} does not checkpoint its layers one by one: gradient_checkpointing_layers")
+    if count > len(layers):
+        raise ConfigError(f"gradient_checkpointing_layers={count}, but {name} has {len(layers)} layers")
+    before = [layer.gradient_checkpointing for layer in layers]
+    for i, layer in enumerate(layers):
+        layer.gradient_checkpointing = i < count
+    try:
+        yield
+    finally:
+        for layer, flag in zip(layers, before, strict=True):
+            layer.gradient_checkpointing = flag
+
+
+@dataclass(slots=True, weakref_slot=True)
+class _Copy:
+    """A tensor in host memory, and where it came from."""
+
+    values: Tensor
+    device: torch.device
+
+
+def check_offloading(config: TrainConfig, device: torch.device) -> None:
+    """ConfigError where there is nothing to offload from."""
+    if config.activation_offloading and device.type == "cpu":
+        raise ConfigError("activation_offloading moves activations from a GPU to host memory: leave it out on a CPU")
+
+
+OFFLOADED_BYTES = 64 << 10  # smaller tensors stay: a copy costs its launch, however few its bytes
+
+
+@contextlib.contextmanager
+def offloading(policy: Policy) -> Iterator[None]:
+    """What the trunk saves for its backward pass is kept in host memory, each tensor once, and brought back for it.
+
+    Weights stay where they are. With gradient checkpointing these are the inputs of the layers. The copies run in the
+    stream of the computation, so they are exact without events, and cost their time.
+    """
+    weights = {p.untyped_storage().data_ptr() for p in policy.model.parameters()}
+    # Three projections save one input: by its storage while that lives, and place therein.
+    copies: dict[tuple, tuple[weakref.ref, weakref.ref]] = {}
+
+    def pack(tensor: Tensor) -> Tensor | _Copy:
+        storage = tensor.untyped_storage()
+        if tensor.nbytes < OFFLOADED_BYTES or storage.data_ptr() in weights or tensor.layout != torch.strided:
+            return tensor
+        key = (
+            storage.data_ptr(),
+            tensor.storage_offset(),
+            tensor.shape,
+            tensor.stride(),
+            tensor.dtype,
+            tensor._version,
+        )
+        source, known = copies.get(key, (None, None))
+        if source is not None and source() is storage and (copy := known()) is not None:
+            return copy
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        copy = _Copy(host.copy_(tensor.detach(), non_blocking=True), tensor.device)
+        copies[key] = (weakref.ref(storage), weakref.ref(copy))
+        return copy
+
+    def unpack(saved: Tensor | _Copy) -> Tensor:
+        return saved.values.to(saved.device, non_blocking=True) if isinstance(saved, _Copy) else saved
+
+    entered: list[saved_tensors_hooks] = []
+
+    def enter(*_: Any) -> None:
+        copies.clear()
+        entered.append(saved_tensors_hooks(pack, unpack))
+        entered[-1].__enter__()
+
+    def leave(*_: Any) -> None:
+        entered.pop().__exit__(None, None, None)
+
+    # always_call: hooks that outlive a forward pass that failed would offload the head's tensors too.
+    handles = [policy.trunk.register_forward_pre_hook(enter),
+               policy.trunk.register_forward_hook(leave, always_call=True)]  # fmt: skip
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextlib.contextmanager

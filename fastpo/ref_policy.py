@@ -188,11 +188,12 @@ def reference_logps(
     token_bucket: int | None = None,
     world: World | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    passes: Callable[..., Iterator[Any]] = lambda parts, examples, work: map(work, parts),
 ) -> TokenLogps:
     """Token log-probabilities of every response of `examples[i]` for i in `needed`; other rows stay empty lists.
 
     `compute_logp(batch) -> [N]` runs the reference without gradients; only what rank 0's `cache` lacks is computed,
-    shared between the ranks, and kept by rank 0.
+    shared between the ranks, and kept by rank 0. `passes` calls the work on each micro-batch: memory.Budget's splits.
     """
     world = world or World(torch.device("cpu"))
     needed = list(needed)
@@ -220,9 +221,8 @@ def reference_logps(
         # Every rank runs as many, for the sharded ones run together; one that has no more repeats its first.
         mine = round_[world.rank :: world.size] or round_[:1]
         mine += mine[:1] * (-(-len(round_) // world.size) - len(mine))
-        computed = {
-            i: logps for rows in mine for i, logps in _of_batch(examples, rows, compute_logp, token_bucket).items()
-        }
+        parts = passes(mine, examples, lambda rows: _of_batch(examples, rows, compute_logp, token_bucket))
+        computed = {i: logps for part in parts for i, logps in part.items()}
         for part in world.gather(computed):
             for i, logps in part.items():
                 out[i] = logps

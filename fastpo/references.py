@@ -255,6 +255,7 @@ def _pass(
             out[name] = reference_logps(
                 examples, rows, cache, compute,
                 max_tokens=run.max_tokens, token_bucket=run.config.token_bucket, world=run.world, progress=progress,
+                passes=run.budget.passes,
             )  # fmt: skip
             for bar in bars:
                 bar.close()

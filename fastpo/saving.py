@@ -230,6 +230,7 @@ def _state(run: "Trainer") -> tuple[dict[str, Tensor], dict[str, Any]]:
     plain = {
         "optimizer": others, "param_groups": groups, "scheduler": run.scheduler.state_dict(),
         "window": run.window.state_dict(), "stepwide": run.stepwide.state_dict(),
+        "budget": run.budget.state_dict(),
         "guards": json.dumps(run.guards.state_dict()),
         "num_tokens": run.num_tokens, "cursor": run.cursor, "seen": run.seen, "todo": dict(run.todo),
         "flags": {f: getattr(run.callbacks.control, f) for f in _FLAGS} if run.todo else {},
@@ -257,6 +258,7 @@ def restore(run: "Trainer", folder: Path) -> None:
     run.scheduler.load_state_dict(plain["scheduler"])
     run.window.load_state_dict(plain["window"])
     run.stepwide.load_state_dict(plain["stepwide"])
+    run.budget.load_state_dict(plain.get("budget", {}))
     run.guards.load_state_dict(json.loads(plain["guards"]))
     run.num_tokens, run.cursor, run.seen, run.todo = (plain[k] for k in ("num_tokens", "cursor", "seen", "todo"))
     run.reference_start, run.rows_done, run.elapsed = (plain[k] for k in ("reference_start", "rows_done", "elapsed"))

@@ -118,17 +118,26 @@ class StepWide:
         total, count = run.world.sum_(sums)
         return Statistics(kl=(total / count).float())
 
+    def look_ahead(self, stats: Statistics, share: Sequence[list[int]], rounds: int, idle: list[int]) -> None:
+        """Complete `stats` of a training step, if a loss asks for it, by a pass over this rank's share of it."""
+        if self.reads_rows:
+            parts = self.first_pass(share, rounds, self.run.examples, self.run.ref["train"], idle)
+            self.of_rows(stats, parts, self.run.examples, train=True)
+
     def first_pass(
         self, share: Sequence[list[int]], rounds: int, examples: Sequence[data.Example], ref: Any, idle: list[int],
         statistics: bool = False,
     ) -> Iterator[tuple[PackedBatch, Tensor]]:  # fmt: skip
         """Micro-batches of this rank and their log-probabilities without gradient; in idle rounds the rows `idle`."""
-        for k in range(rounds):
+
+        def forward(part: list[int]) -> tuple[PackedBatch, Tensor]:
             with torch.no_grad():
-                batch = self.run.batch(examples, share[k] if k < len(share) else idle, ref)
-                logp = self.run.logp(self.run.engine, batch, statistics=statistics)
-            if k < len(share):
-                yield batch, logp
+                batch = self.run.batch(examples, part, ref)
+                return batch, self.run.logp(self.run.engine, batch, statistics=statistics)
+
+        yield from self.run.budget.passes(share, examples, forward)
+        for _ in range(rounds - len(share)):
+            forward(idle)
 
     def of_rows(
         self, stats: Statistics, parts: Iterable[tuple[PackedBatch, Tensor]], examples: Sequence[data.Example],

@@ -31,6 +31,7 @@ from fastpo.guardrails import Guardrails
 from fastpo.hub import Hub
 from fastpo.kway import Forming
 from fastpo.losses import SFT
+from fastpo.memory import Budget, resolve_max_tokens
 from fastpo.metrics import (
     PAIR_METRICS,
     PROMPT_LOGP,
@@ -59,7 +60,7 @@ from fastpo.packing import (
     step_batches,
     trunk_tokens,
 )
-from fastpo.prepare import check_ids, disable_dropout, eval_mode, set_numerics, training_mode
+from fastpo.prepare import check_ids, check_offloading, disable_dropout, eval_mode, set_numerics, training_mode
 from fastpo.ref_policy import MovingReference, cache_folder
 from fastpo.row_statistics import EVALUATION, TOKEN_KL, TRAIN, draw_rows, observer, row_statistics
 from fastpo.samples import check_generation_kwargs, generate_samples
@@ -67,8 +68,6 @@ from fastpo.stepwide import Statistics, StepWide
 
 log = logging.getLogger("fastpo")
 
-# On a CPU half of DESIGN's 4,096: as fast, and a fifth less memory (bench/train_vs_peers.py).
-MAX_TOKENS = {"cuda": 16_384, "cpu": 2_048}
 GUARD_ROWS = 3  # real rows on which the packed path must equal the model's own logits before the first step
 
 
@@ -170,6 +169,7 @@ class Trainer:
             live_reference.check(config, self.pair_terms)
         self.live: live_reference.LiveReference | None = None
         check_generation_kwargs(config.generation_kwargs)
+        check_offloading(config, self.device)
         build_scheduler(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0), config, steps=100)  # its errors, early
         self.ref_model, self.prev_model = ref_model, prev_model
         self.output_dir = Path(config.output_dir)
@@ -246,9 +246,10 @@ class Trainer:
         if config.grad_filter and self.device.type == "cuda":
             log.warning("grad_filter runs plain PyTorch operations on a GPU, unmeasured: compare tokens_per_second")
         self.autocast_dtype = torch.bfloat16 if _use_bf16(config, self.device) else None
-        self.max_tokens = config.max_tokens or MAX_TOKENS[self.device.type]
+        self.max_tokens = resolve_max_tokens(self)
         if config.token_bucket and self.max_tokens % config.token_bucket:
             raise ConfigError(f"max_tokens={self.max_tokens} is no multiple of token_bucket={config.token_bucket}")
+        self.budget = Budget(self)
         self.optimizer, self.scheduler = optimizers or (None, None)
         if self.optimizer is not None and config.fsdp != "no":
             raise ConfigError("fsdp splits the parameters, so an optimiser made before does not fit: set optim instead")
@@ -664,7 +665,7 @@ class Trainer:
 
     def _step(self, rows: list[int]) -> float:
         """One optimiser step; returns the learning rate that it used. Leaves `updating` set: counters follow."""
-        self.gradients.begin(self._micro_batches(rows), self.state.global_step + 1)
+        self._begin(rows)
         loss, metrics = self._forward_backward(rows)
         self.gradients.reduce_()
         loss, metrics = self.world.sum_(torch.cat([loss.reshape(1), metrics])).split([1, len(PAIR_METRICS)])
@@ -689,31 +690,44 @@ class Trainer:
             self.moving.move_()
         return learning_rate
 
-    def _micro_batches(self, rows: list[int]) -> int:
-        """Packs the step; returns how many micro-batches this process has of it."""
+    def _begin(self, rows: list[int]) -> None:
+        """Packs the step into this process's micro-batches, and forgets the last one's gradients."""
         shares = step_batches(self.examples, rows, self.max_tokens, self.trunk_cost, self.world.size)
-        self.share = shares[self.world.rank]
+        self.share = self.budget.fit(shares[self.world.rank], rows)
         # Sharded ranks gather parameters together, so that one without work runs the smallest row for nothing.
         self.rounds = max(map(len, shares)) if self.engine.sharded else len(self.share)
-        return len(self.share)
+        self.gradients.begin(len(self.share), self.state.global_step + 1)
 
     def _forward_backward(self, rows: list[int]) -> tuple[Tensor, Tensor]:
         """Gradients of this process's part of a step; returns its loss and metric sums, detached."""
+        idle = [min(rows, key=lambda i: self._tokens[i])]
+        check_start = self.state.global_step == 0 and (self.starts_at_reference or self.start is not None)
+        stats = self.stepwide.statistics("train", rows)
+        if self.world.several:  # here the ranks meet, and a rank that begins its part anew does so alone
+            self.stepwide.look_ahead(stats, self.share, self.rounds, idle)
+        loss, metrics, wrong = self.budget.repeat(
+            lambda: self._accumulate(rows, stats, idle, check_start), restart=lambda: self._begin(rows)
+        )
+        if check_start and any(self.world.gather(wrong)):
+            raise TrainingError(wrong or "another process does not start at the reference")
+        return loss, metrics
+
+    def _accumulate(
+        self, rows: list[int], stats: Statistics, idle_rows: list[int], check_start: bool
+    ) -> tuple[Tensor, Tensor, str | None]:
+        """The micro-batches of this process, one after another; also what is wrong with the start, if it is looked at.
+        Nothing is exchanged between processes here, but by sharded ones."""
         pair_count = sum(loss_count(self.examples[i]) for i in rows)
         nlls = self._nll_counts(self.examples[i] for i in rows)
         step_loss = torch.zeros((), device=self.device)
         step_metrics = torch.zeros(len(PAIR_METRICS), device=self.device)
-        check_start = self.state.global_step == 0 and (self.starts_at_reference or self.start is not None)
-        done, dropped, wrong = [], [], None
-        idle_rows = [min(rows, key=lambda i: self._tokens[i])]
-        stats = self.stepwide.statistics("train", rows)
+        self.done, self.dropped, wrong = [], [], None
         at_once = not self.world.several and len(self.share) == 1
-        if self.stepwide.reads_rows and not at_once:
-            parts = self.stepwide.first_pass(self.share, self.rounds, self.examples, self.ref["train"], idle_rows)
-            self.stepwide.of_rows(stats, parts, self.examples, train=True)
+        if not (self.world.several or at_once):
+            self.stepwide.look_ahead(stats, self.share, self.rounds, idle_rows)
         for k in range(self.rounds):
             idle = k >= len(self.share)
-            part = idle_rows if idle else self.share[k]
+            part = self.budget.part = idle_rows if idle else self.share[k]
             self.engine.sync_gradients(k == self.rounds - 1)
             batch = self.batch(self.examples, part, self.ref["train"], TRAIN, self.state.global_step)
             logp = self.logp(self.engine, batch)
@@ -727,17 +741,14 @@ class Trainer:
                 wrong = wrong or self._wrong_start(logp.detach(), batch)
             loss.backward()
             if self.config.grad_filter:
-                dropped.append(batch.rows[DROPPED_MASS])
+                self.dropped.append(batch.rows[DROPPED_MASS])
             batch.rows.clear()  # the step's batches are counted at its end: their graphs need not live until then
             step_loss += loss.detach()
             step_metrics += metrics
-            done.append(batch)
+            self.done.append(batch)
             if k + 1 < self.rounds:
                 self.callbacks.call("on_substep_end")
-        if check_start and any(self.world.gather(wrong)):
-            raise TrainingError(wrong or "another process does not start at the reference")
-        self.done, self.dropped = done, dropped
-        return step_loss, step_metrics
+        return step_loss, step_metrics, wrong
 
     # --------------------------------------------------------------- guards
 
