@@ -23,6 +23,8 @@ GIB = 1 << 30
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 NATIVE_DTYPES = {"triton": DTYPES[:3], "cpu": DTYPES[:2], "torch": DTYPES}
 HAS_TRITON = importlib.util.find_spec("triton") is not None
+# On a GPU the ops do not look at their inputs' values, which would wait for it; on request they do.
+CHECK_INPUTS = os.environ.get("FASTPO_CHECK_INPUTS", "0") not in ("", "0")
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"  # Triton kernels on CPU tensors, for tests
 
 
@@ -53,13 +55,24 @@ def linear_logprob(
     return_entropy: bool = False,
     memory_budget: int | None = None,
     backend: str = "auto",
+    vocab_parallel: Any = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """log_softmax(softcap(logit_scale * (hidden W^T + b)))[target] -> logp [N], or (logp, entropy [N]), fp32 or fp64.
 
     Differentiable once in hidden, weight and bias; the entropy is detached; rows with target -100 give 0. One N x V
     matrix in the input dtype is kept for the backward where it fits `memory_budget` bytes (default:
     `default_memory_budget`); over that, and with 0, the backward recomputes it a vocabulary slice at a time.
+
+    Targets outside the vocabulary: OpError on a CPU, and on a GPU with FASTPO_CHECK_INPUTS=1; else NaN. DTensors, and
+    `vocab_parallel` (the group, mesh or VocabParallel over which the vocabulary is split): docs/vocab-parallel.md.
     """
+    if vocab_parallel is not None or any(hasattr(t, "device_mesh") for t in (hidden, weight, target, bias)):
+        from fastpo import vocab_parallel as several
+
+        return several.linear_logprob(
+            hidden, weight, target, bias, vocab_parallel, softcap=softcap, logit_scale=logit_scale,
+            return_entropy=return_entropy, memory_budget=memory_budget, backend=backend,
+        )  # fmt: skip
     hidden, weight, bias = _autocast(hidden, weight, bias)
     _check_softcap(softcap)
     backend = _check(hidden, weight, target, bias, memory_budget, backend)
@@ -151,6 +164,8 @@ def _check(
     hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, memory_budget: int | None, backend: str
 ) -> str:
     """Refuse what the ops cannot take; the backend to use."""
+    if any(hasattr(t, "device_mesh") for t in (hidden, weight, target, bias)):
+        raise OpError("only linear_logprob takes DTensors: pass weight.full_tensor(), and the rows of this rank")
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise OpError(f"hidden {list(hidden.shape)} and weight {list(weight.shape)} must be [N, D] and [V, D]")
     if weight.shape[0] == 0:
@@ -211,7 +226,7 @@ def _linear_logprob(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(logp [N], entropy [N] or [0], saved, stats [k, N]); see backends.py for what each regime saves."""
     head = Head(hidden, weight, target, bias, softcap, logit_scale)
-    if target.device.type == "cpu":
+    if target.device.type == "cpu" or CHECK_INPUTS:
         _check_range(target, weight.shape[0])
     with torch.autocast(hidden.device.type, enabled=False):
         kept = backends.FORWARD[backend](head, regime, entropy)
@@ -259,7 +274,7 @@ def _linear_logprob_backward(
             grads = backends.kept_backward(head, grad, saved, stats, need)
         else:
             grads = backends.SLICED_BACKWARD[backend](head, grad, stats, need)
-    dhidden, dweight, dbias = (hidden.new_empty(0) if g is None else g for g in grads)
+    dhidden, dweight, dbias = (hidden.new_empty(0) if g is None else g.to(hidden.dtype) for g in grads)
     return dhidden, dweight, dbias
 
 
