@@ -157,7 +157,7 @@ def _target_slope(head: Head, z_target: Tensor, live: Tensor) -> Tensor | float:
 
 def _finish_frozen(head: Head, sums: Tensor, total: Tensor, target_grad: Tensor, live: Tensor) -> None:
     """In place: sums [N, D] = (exp(z - m) dz/draw) W without the target's column -> U W."""
-    here = head.target >= 0
+    here = (head.target >= 0) & (head.target < len(head.weight))
     target_grad = target_grad.where(here, 0.0).unsqueeze(1)
     sums.neg_().add_(head.weight[head.target.where(here, 0)].to(sums.dtype).mul_(target_grad))
     sums.mul_((live / total).unsqueeze(1))

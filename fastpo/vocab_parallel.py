@@ -90,7 +90,7 @@ def linear_logprob(
     weight, bias, split = _unshard(weight, bias, vocab_parallel)
     if split is None:
         return ops.linear_logprob(hidden, weight, target, bias, **options)
-    if any(value is not None for value in rest.values()):
+    if any(rest.values()):
         raise ops.OpError(f"{', '.join(rest)} is not built for vocab_parallel; leave it out")
     hidden, weight, bias = ops._autocast(hidden, weight, bias)
     ops._check_softcap(softcap)

@@ -108,7 +108,7 @@ def test_colwise_parallel_head(ranks):
                 assert difference < 1e-6 and calls == {"all_reduce": 1, "all_gather": 1}
         if rank < 2:
             assert dtensor["replicated DTensors"] == (pytest.approx(0, abs=1e-6), True)
-        assert dtensor["fsdp and tp"] < 1e-6
+        assert dtensor["fsdp and tp outside"] < 1e-6 and dtensor["fsdp and tp inside"] < 1e-6
     assert [result["dtensor"]["local rows"] for result in ranks[:3]] == [101, 101, 99]
 
 

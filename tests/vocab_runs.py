@@ -4,6 +4,7 @@ python tests/vocab_runs.py results.pt
 """
 
 import contextlib
+import functools
 import os
 import socket
 import sys
@@ -234,8 +235,12 @@ class Model(nn.Module):
         torch.manual_seed(0)
         self.trunk, self.lm_head = nn.Linear(8, 8), nn.Linear(8, v)
 
+    def forward(self, x: Tensor, target: Tensor, **options: Any) -> Tensor:
+        return head_loss(self, x, target, **options)
+
 
 def head_loss(model: Model, x: Tensor, target: Tensor, **options: Any) -> Tensor:
+    """What `forward` does, outside whatever is wrapped around it."""
     hidden = model.trunk(x)
     return -fastpo.linear_logprob(hidden, model.lm_head.weight, target, model.lm_head.bias, **options).mean()
 
@@ -298,12 +303,14 @@ def dtensor_weights(rank: int) -> dict[str, Any]:
         out["grad dtype"] = str(model.lm_head.weight.grad.dtype)
 
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
-    model = parallelize_module(Model(), mesh["tp"], {"lm_head": ColwiseParallel()})
-    for module in (model.trunk, model.lm_head):
-        fully_shard(module, mesh=mesh["dp"])
     mine = slice(6 * (rank // 2), 6 * (rank // 2) + 6)
-    head_loss(model, x[mine], target[mine], vocab_parallel=mesh["tp"]).backward()
-    out["fsdp and tp"] = largest_difference(model, alone)
+    for place in ("outside", "inside"):  # of the forward that fully_shard wraps
+        model = parallelize_module(Model(), mesh["tp"], {"lm_head": ColwiseParallel()})
+        for module in (model,) if place == "inside" else (model.trunk, model.lm_head):
+            fully_shard(module, mesh=mesh["dp"])
+        call = model if place == "inside" else functools.partial(head_loss, model)
+        call(x[mine], target[mine], vocab_parallel=mesh["tp"]).backward()
+        out[f"fsdp and tp {place}"] = largest_difference(model, alone)
     return out
 
 
