@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from fastpo.ops import preference_loss as preference_loss
     from fastpo.trainer import TrainResult as TrainResult
     from fastpo.trainer import train as train
+    from fastpo.vocab_parallel import VocabParallel as VocabParallel
 
 __version__ = "0.1.0"
 
@@ -33,6 +34,7 @@ _EXPORTS = {
     "linear_logprob": "fastpo.ops",
     "preference_loss": "fastpo.ops",
     "available_backends": "fastpo.ops",
+    "VocabParallel": "fastpo.vocab_parallel",
 }
 _SUBMODULES = ("config", "data", "errors", "games", "losses", "model", "ops", "packing", "ref_policy", "tabular",
                "trainer")  # fmt: skip

@@ -12,6 +12,9 @@ frozen   U W [N, D]               2
 kept     U [N, V] (input dtype)   3
 sliced   row statistics           4, a vocabulary slice at a time
 
+For a slice of the vocabulary (vocab_parallel.py) a target of ELSEWHERE means a live row whose target is not in it, and
+a regime more, "logits", keeps the raw logits [N, V], which become U once the statistics of whole rows are known.
+
 In fp32 the `cpu` backend keeps E [N, V] and one factor per row, U = factor * E, which saves a pass over the matrix: E
 is exp(z - m) (dz/draw) / logit_scale, with m the maximum that the row had in its first tile, and in the column of the
 target minus the sum of the others; factor = -logit_scale / sum exp(z - m).
@@ -29,6 +32,7 @@ import torch
 from torch import Tensor
 
 IGNORE_INDEX = -100
+ELSEWHERE = -1
 
 # Scratch for one tile of logits, whatever N and V are. On a CPU a tile is two parallel regions (GEMM, pass); threads
 # that meet less often lose less where cores are shared: that outweighs a tile that fits L2 (measured on two cores of an
@@ -60,6 +64,8 @@ class Kept(NamedTuple):
     entropy: Tensor  # [N], or [0] when not asked for
     saved: Tensor  # by regime: [0], [N, D], [N, V], [0]
     stats: Tensor  # [stats_rows(regime, backend), N]
+    shift: Tensor  # [N], sum exp(z) = total * exp(shift)
+    total: Tensor | None  # [N], None for 1
 
 
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -142,7 +148,9 @@ def _target_slope(head: Head, z_target: Tensor, live: Tensor) -> Tensor | float:
 
 def _finish_frozen(head: Head, sums: Tensor, total: Tensor, target_grad: Tensor, live: Tensor) -> None:
     """In place: sums [N, D] = (exp(z - m) dz/draw) W without the target's column -> U W."""
-    sums.neg_().add_(head.weight[head.target.where(live, 0)].to(sums.dtype).mul_(target_grad.unsqueeze(1)))
+    here = (head.target >= 0) & (head.target < len(head.weight))
+    target_grad = target_grad.where(here, 0.0).unsqueeze(1)
+    sums.neg_().add_(head.weight[head.target.where(here, 0)].to(sums.dtype).mul_(target_grad))
     sums.mul_((live / total).unsqueeze(1))
 
 
@@ -152,7 +160,7 @@ def _finish_rows(m: Tensor, others: Tensor, z_target: Tensor, ez: Tensor, live: 
     m is the shift, others = sum of exp(z - m), ez = sum of (z - m) exp(z - m), both over the columns but the target's.
     """
     gap = z_target - m
-    e_target = gap.exp()
+    e_target = gap.exp().masked_fill(z_target == -torch.inf, 0.0)  # where all is masked, gap is NaN
     total = others + e_target
     logp = torch.where(e_target > others, -torch.log1p(others / e_target), gap - total.log())
     ez = ez + torch.where(e_target > 0, gap * e_target, 0.0)
@@ -160,7 +168,7 @@ def _finish_rows(m: Tensor, others: Tensor, z_target: Tensor, ez: Tensor, live: 
 
 
 def _new_saved(head: Head, regime: str) -> Tensor:
-    if regime == "kept":
+    if regime in ("kept", "logits"):
         return head.hidden.new_empty(head.hidden.shape[0], head.weight.shape[0])
     shape = head.hidden.shape if regime == "frozen" else (0,)
     return head.hidden.new_zeros(shape, dtype=acc_dtype(head.hidden.dtype))
@@ -194,7 +202,10 @@ def torch_forward(head: Head, regime: str, entropy: bool) -> Kept:
         logp[r], stats[:, r], row_entropy = _torch_forward_rows(block, columns, regime, saved[r])
         if entropy:
             entropies[r] = row_entropy
-    return Kept(logp, entropies, saved, stats[: stats_rows(regime, "torch")].clone())
+    # NaN, never a plausible number: where the op does not look at the targets, to save a synchronisation.
+    outside = (head.target >= v_size) | ((head.target < 0) & (head.target != IGNORE_INDEX))
+    logp.masked_fill_(outside, torch.nan)
+    return Kept(logp, entropies, saved, stats[: stats_rows(regime, "torch")].clone(), *stats[:2])
 
 
 def _torch_forward_rows(head: Head, columns: list[slice], regime: str, saved: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -203,7 +214,7 @@ def _torch_forward_rows(head: Head, columns: list[slice], regime: str, saved: Te
     m = x.new_full((len(y), 1), -torch.inf, dtype=acc_dtype(x.dtype))
     z_target, others, ez = m, torch.zeros_like(m), torch.zeros_like(m)  # an ignored row keeps z_target = -inf
     for v in columns:
-        raw = torch.mm(x, head.weight[v].t(), out=saved[:, v] if regime == "kept" else None)
+        raw = torch.mm(x, head.weight[v].t(), out=saved[:, v] if regime in ("kept", "logits") else None)
         z, slope = _rule(head, raw, v)
         column, inside = _target_column(y, v)
         z_target = torch.where(inside, z.gather(1, column), z_target)
@@ -248,12 +259,15 @@ def _torch_tile_grad(head: Head, raw: Tensor, stats: Tensor, v: slice) -> Tensor
 def kept_backward(
     head: Head, grad: Tensor, saved: Tensor, stats: Tensor, need: list[bool]
 ) -> tuple[Tensor | None, ...]:
-    """Gradients from the kept matrix [N, V], one GEMM each: row factors scale the [N, D] operands, never N x V."""
+    """Gradients from the kept matrix [N, V], one GEMM each: row factors scale the [N, D] operands, never N x V.
+
+    dhidden, here and in the sliced backwards, is in the accumulation dtype.
+    """
     c = (grad * stats[0] if stats.shape[0] else grad).unsqueeze(1)
     saved = saved[:, : head.weight.shape[0]]
     dhidden = dweight = dbias = None
     if need[0]:
-        dhidden = _mm_wide(saved, head.weight, c.dtype).mul_(c).to(saved.dtype)
+        dhidden = _mm_wide(saved, head.weight, c.dtype).mul_(c)
     if need[1]:
         dweight = torch.mm(saved.t(), (head.hidden * c).to(saved.dtype), out=head.weight.new_empty(head.weight.shape))
     if need[2]:
@@ -297,7 +311,7 @@ def torch_sliced_backward(head: Head, grad: Tensor, stats: Tensor, need: list[bo
         if dbias is not None:
             dbias[v] = db
     if dhidden is not None:
-        dhidden = dhidden.mul_(grad.unsqueeze(1)).to(x.dtype)
+        dhidden.mul_(grad.unsqueeze(1))
     return dhidden, dweight, dbias
 
 
@@ -337,17 +351,17 @@ def cpu_forward(head: Head, regime: str, entropy: bool) -> Kept:
     x, w = head.hidden, head.weight
     # In bf16 a row factor would be one more rounding of every element, the large one of the target among them: a second
     # pass writes U itself.
-    keep_logits = x.dtype != torch.float32
+    keep_logits = x.dtype != torch.float32 or regime == "logits"
     saved = _new_saved(head, regime)
     rows = torch.empty(4, len(x), dtype=torch.float32)
     rows[0::2] = -torch.inf
     rows[1::2] = 0.0
     scratch = None
-    for r, columns in _tiles(len(x), len(w), x.device, 4, kept=regime == "kept"):
+    for r, columns in _tiles(len(x), len(w), x.device, 4, kept=regime in ("kept", "logits")):
         block = head._replace(hidden=x[r], target=head.target[r])
         for v in columns:
             shape = (r.stop - r.start, v.stop - v.start)
-            if regime == "kept":
+            if regime in ("kept", "logits"):
                 tile = saved[r, v]
             else:
                 scratch = x.new_empty(shape).view(-1) if scratch is None else scratch
@@ -376,7 +390,7 @@ def cpu_forward(head: Head, regime: str, entropy: bool) -> Kept:
             saved.scatter_(1, column, (target_grad / -head.logit_scale).unsqueeze(1))
     elif regime == "sliced":
         stats = torch.stack([m, total, others])
-    return Kept(logp, entropies if entropy else rows.new_empty(0), saved, stats)
+    return Kept(logp, entropies if entropy else rows.new_empty(0), saved, stats, m, total)
 
 
 def cpu_sliced_backward(head: Head, grad: Tensor, stats: Tensor, need: list[bool]) -> tuple[Tensor | None, ...]:
@@ -411,7 +425,7 @@ def cpu_sliced_backward(head: Head, grad: Tensor, stats: Tensor, need: list[bool
             dweight[v] = dw
         if dbias is not None:
             dbias[v] = db
-    return None if dhidden is None else dhidden.to(x.dtype), dweight, dbias
+    return dhidden, dweight, dbias
 
 
 def triton_forward(head: Head, regime: str, entropy: bool) -> Kept:
@@ -426,14 +440,14 @@ def triton_forward(head: Head, regime: str, entropy: bool) -> Kept:
     entropies = torch.empty_like(logp) if entropy else logp.new_empty(0)
     block = max(1, DEVICE_TILE_BYTES // (v_size * x.element_size()) // DEVICE_ROW_STEP) * DEVICE_ROW_STEP
     block = max(1, min(n, block))
-    if regime == "kept":
+    if regime in ("kept", "logits"):
         saved, block = x.new_empty(n, saved_columns(v_size, "triton")), max(n, 1)
         logits = saved[:, :v_size]
         saved[:, v_size:] = 0.0
     else:
         logits = kernels.empty_logits(block, v_size, x.dtype, x.device)
         saved = logp.new_empty(x.shape if regime == "frozen" else 0)
-    write = None if regime in ("none", "sliced") else "grad"
+    write = "grad" if regime in ("frozen", "kept") else None
     for begin in range(0, n, block):
         r = slice(begin, min(begin + block, n))
         u = torch.mm(x[r], w.t(), out=logits[: r.stop - begin])
@@ -442,7 +456,8 @@ def triton_forward(head: Head, regime: str, entropy: bool) -> Kept:
             entropies[r] = row_entropy
         if regime == "frozen":
             saved[r] = _mm_wide(u, w, saved.dtype)
-    return Kept(logp, entropies, saved, lse.unsqueeze(0) if regime == "sliced" else lse.new_empty(0, n))
+    stats = lse.unsqueeze(0) if regime == "sliced" else lse.new_empty(0, n)
+    return Kept(logp, entropies, saved, stats, lse, None)
 
 
 def triton_sliced_backward(head: Head, grad: Tensor, stats: Tensor, need: list[bool]) -> tuple[Tensor | None, ...]:
@@ -469,7 +484,7 @@ def triton_sliced_backward(head: Head, grad: Tensor, stats: Tensor, need: list[b
             torch.mm(u.t(), cx, out=dweight[v])
         if dbias is not None:
             dbias[v] = _column_sums(u, grad)
-    return None if dhidden is None else dhidden.mul_(c).to(x.dtype), dweight, dbias
+    return None if dhidden is None else dhidden.mul_(c), dweight, dbias
 
 
 FORWARD = {"torch": torch_forward, "cpu": cpu_forward, "triton": triton_forward}

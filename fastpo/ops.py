@@ -24,6 +24,8 @@ GIB = 1 << 30
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 NATIVE_DTYPES = {"triton": DTYPES[:3], "cpu": DTYPES[:2], "torch": DTYPES}
 HAS_TRITON = importlib.util.find_spec("triton") is not None
+# On a GPU the ops do not look at their inputs' values, which would wait for it; on request they do.
+CHECK_INPUTS = os.environ.get("FASTPO_CHECK_INPUTS", "0") not in ("", "0")
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"  # Triton kernels on CPU tensors, for tests
 
 
@@ -56,6 +58,7 @@ def linear_logprob(
     backend: str = "auto",
     grad_filter: float = 0.0,
     return_dropped: bool = False,
+    vocab_parallel: Any = None,
 ) -> Tensor | tuple[Tensor, ...]:
     """log_softmax(softcap(logit_scale * (hidden W^T + b)))[target] -> logp [N], or (logp, entropy [N]), fp32 or fp64.
 
@@ -68,7 +71,19 @@ def linear_logprob(
     N x V is then kept by `memory_budget` with a frozen head too; on a GPU it runs plain PyTorch operations and the
     backward waits for the device once. 0.0 is the exact gradient. return_dropped adds an output, the last: the mass
     left out [N], detached, 0 where no gradient is asked for.
+
+    Targets outside the vocabulary: OpError on a CPU, and on a GPU with FASTPO_CHECK_INPUTS=1; else NaN. DTensors, and
+    `vocab_parallel` (the group, mesh or VocabParallel over which the vocabulary is split): docs/vocab-parallel.md.
     """
+    if vocab_parallel is not None or any(hasattr(t, "device_mesh") for t in (hidden, weight, target, bias)):
+        from fastpo import vocab_parallel as several
+
+        if grad_filter or return_dropped:
+            raise OpError("grad_filter is not there for DTensors and vocabularies split over processes; leave it out")
+        return several.linear_logprob(
+            hidden, weight, target, bias, vocab_parallel, softcap=softcap, logit_scale=logit_scale,
+            return_entropy=return_entropy, memory_budget=memory_budget, backend=backend,
+        )  # fmt: skip
     hidden, weight, bias = _autocast(hidden, weight, bias)
     _check_softcap(softcap)
     backend = _check(hidden, weight, target, bias, memory_budget, backend)
@@ -171,6 +186,8 @@ def _check(
     hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, memory_budget: int | None, backend: str
 ) -> str:
     """Refuse what the ops cannot take; the backend to use."""
+    if any(hasattr(t, "device_mesh") for t in (hidden, weight, target, bias)):
+        raise OpError("only linear_logprob takes DTensors: pass weight.full_tensor(), and the rows of this rank")
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise OpError(f"hidden {list(hidden.shape)} and weight {list(weight.shape)} must be [N, D] and [V, D]")
     if weight.shape[0] == 0:
@@ -236,7 +253,7 @@ def _linear_logprob(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(logp [N], entropy [N] or [0], saved, stats [k, N]); see backends.py for what each regime saves."""
     head = Head(hidden, weight, target, bias, softcap, logit_scale)
-    if target.device.type == "cpu":
+    if target.device.type == "cpu" or CHECK_INPUTS:
         _check_range(target, weight.shape[0])
     with torch.autocast(hidden.device.type, enabled=False):
         kept = backends.FORWARD[backend](head, regime, entropy)
@@ -284,7 +301,7 @@ def _linear_logprob_backward(
             grads = backends.kept_backward(head, grad, saved, stats, need)
         else:
             grads = backends.SLICED_BACKWARD[backend](head, grad, stats, need)
-    dhidden, dweight, dbias = (hidden.new_empty(0) if g is None else g for g in grads)
+    dhidden, dweight, dbias = (hidden.new_empty(0) if g is None else g.to(hidden.dtype) for g in grads)
     return dhidden, dweight, dbias
 
 

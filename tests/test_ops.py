@@ -490,6 +490,24 @@ def test_autocast_is_a_cast_of_the_inputs(regime):
         assert grads[name].dtype == torch.float32 and grads[name].equal(expected_grads[name].float())
 
 
+def test_autocast_runs_every_gemm_in_its_dtype(monkeypatch):
+    """fp32 parameters under bf16 autocast, forward and backward, one GEMM and recomputed tiles."""
+    seen = []
+    for owner, name, call in ((torch, "mm", torch.mm), (Tensor, "addmm_", Tensor.addmm_)):
+
+        def spy(*args, real=call, **kwargs):
+            seen.extend(t.dtype for t in args if t.dim() == 2)
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, spy)
+    x = problem(40, 16, 1003)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for regime in REGIMES:
+            trained = {"none": (), "frozen": ("hidden",)}.get(regime, ("hidden", "weight", "bias"))
+            run(x, trained, memory_budget=BUDGETS[regime])
+    assert len(seen) > 16 and set(seen) == {torch.bfloat16}
+
+
 def test_fp64_under_autocast_stays_fp64():
     x = problem(dtype=torch.float64)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -533,6 +551,117 @@ def test_compiled_is_eager_bit_for_bit(where, regime):
         assert set(eager) == set(ours) and len(trained) == len(eager) - 2
         for name in eager:
             assert eager[name].equal(ours[name]), name
+
+
+@pytest.mark.parametrize("where", COMPILED)
+@pytest.mark.parametrize("regime", REGIMES)
+def test_one_graph_for_every_n(where, regime):
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    backend, device = where
+    trained = {"none": (), "frozen": ("hidden",)}.get(regime, ("hidden", "weight", "bias"))
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def fn(hidden, weight, target, bias):
+        return ops.linear_logprob(hidden, weight, target, bias, backend=backend, memory_budget=BUDGETS[regime])
+
+    compiled = torch.compile(fn, fullgraph=True, backend=counter)
+    for n in (7, 12, 19, 33):
+        x = problem(n, 8, 121, device=device)
+        leaves = {name: x[name].requires_grad_(name in trained) for name in ("hidden", "weight", "bias")}
+        torch._dynamo.mark_dynamic(x["hidden"], 0)
+        torch._dynamo.mark_dynamic(x["target"], 0)
+        logp = compiled(leaves["hidden"], leaves["weight"], x["target"], leaves["bias"])
+        if trained:
+            logp.sum().backward()
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("where", COMPILED)
+@pytest.mark.parametrize("regime", REGIMES)
+def test_deterministic_mode(where, regime, monkeypatch):
+    """No op without a deterministic form, and nothing read that was never written: the mode fills that with NaN."""
+    backend, device = where
+    trained = {"none": (), "frozen": ("hidden",)}.get(regime, ("hidden", "weight", "bias"))
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    x = problem(40, 16, 1003, device=device)
+    options = {"backend": backend, "memory_budget": BUDGETS[regime], "softcap": 20.0}
+    expected, expected_grads = run(x, trained, **options)
+    torch.use_deterministic_algorithms(True)
+    try:
+        logp, grads = run(x, trained, **options)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert logp.equal(expected) and all(grads[name].equal(expected_grads[name]) for name in trained)
+
+
+@pytest.mark.parametrize("where", ON_GPU)
+@pytest.mark.parametrize("regime", REGIMES)
+def test_no_synchronisation(where, regime):
+    backend, device = where
+    trained = {"none": (), "frozen": ("hidden",)}.get(regime, ("hidden", "weight", "bias"))
+    x = problem(300, 64, 5003, device=device, dtype=torch.bfloat16)
+    options = {"backend": backend, "memory_budget": BUDGETS[regime], "return_entropy": False}
+    run(x, trained, **options)  # compiles the kernels
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run(x, trained, **options)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("where", ON_GPU)
+@pytest.mark.parametrize("regime", REGIMES)
+def test_cuda_graph(where, regime):
+    """Forward and backward captured once; replayed on other inputs they give what eager gives."""
+    backend, device = where
+    trained = {"none": (), "frozen": ("hidden",)}.get(regime, ("hidden", "weight", "bias"))
+    options = {"backend": backend, "memory_budget": BUDGETS[regime]}
+    x = problem(300, 64, 5003, device=device, dtype=torch.bfloat16)
+    leaves = {name: x[name].clone().requires_grad_(name in trained) for name in ("hidden", "weight", "bias")}
+
+    def step():
+        logp = ops.linear_logprob(leaves["hidden"], leaves["weight"], x["target"], leaves["bias"], **options)
+        grads = torch.autograd.grad(logp, [leaves[n] for n in trained], x["upstream"]) if trained else ()
+        return logp, *grads
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        leaves["hidden"].mul_(-0.5)
+        x["upstream"].neg_()
+        x["target"].copy_(x["target"].flip(0))
+    graph.replay()
+    assert all(ours.equal(eager) for ours, eager in zip(captured, step()))
+
+
+@pytest.mark.parametrize("where", ON_GPU)
+def test_target_outside_the_vocabulary_on_a_gpu(where, monkeypatch):
+    """NaN in its row without looking; an error on request."""
+    x = problem(9, 8, 121, device=where[1], ignored=False)
+    x["target"][4], x["target"][6] = 121, -1
+    logp, _ = run(x, (), backend=where[0])
+    assert logp.isnan().nonzero().flatten().tolist() == [4, 6]
+    monkeypatch.setattr(ops, "CHECK_INPUTS", True)
+    with pytest.raises(FastpoError, match=r"target\[4\] = 121 is outside the vocabulary of 121"):
+        run(x, (), backend=where[0])
+
+
+def test_target_outside_the_vocabulary_is_nan_in_the_plain_backend():
+    """What a GPU without Triton would run."""
+    x = problem(9, 8, 121, ignored=False)
+    x["target"][4], x["target"][6], x["target"][7] = 121, -1, -100
+    head = backends.Head(x["hidden"], x["weight"], x["target"], x["bias"], None, 1.0)
+    logp = backends.torch_forward(head, "none", False).logp
+    assert logp.isnan().nonzero().flatten().tolist() == [4, 6] and logp[7] == 0
 
 
 @pytest.mark.skipif(not BUILT, reason="csrc/ was not built")
