@@ -31,18 +31,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastpo import chips
+
 IGNORE_INDEX = -100
 ELSEWHERE = -1
 
 # Scratch for one tile of logits, whatever N and V are. On a CPU a tile is two parallel regions (GEMM, pass); threads
 # that meet less often lose less where cores are shared: that outweighs a tile that fits L2 (measured on two cores of an
-# EPYC 9004). Tiles of the kept matrix need no scratch, so they are larger. On a GPU 512 MiB hold 2048 bf16 rows of a
-# vocabulary of 128,256.
+# EPYC 9004). Tiles of the kept matrix need no scratch, so they are larger. On a GPU 512 MiB hold 2,048 bf16 rows of a
+# vocabulary of 128,256; blocks of whole rows have no fewer than that, whatever V is: a GEMM of few rows reads all of
+# the weight for little work.
 CPU_TILE_BYTES = 16 << 20
 CPU_KEPT_TILE_BYTES = 64 << 20
 CPU_TILE_ROWS = 2048
 DEVICE_TILE_BYTES = 512 << 20
 DEVICE_TILE_ROWS = 8192
+DEVICE_MIN_ROWS = 2048
 DEVICE_ROW_STEP = 256  # blocks of whole rows are multiples of it: whole tiles of the vendor's GEMM
 
 
@@ -73,9 +77,9 @@ def acc_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def stats_rows(regime: str, backend: str) -> int:
-    """How many numbers of each row the backward needs: (m, sum, sum without target), the log-sum-exp, or a factor."""
+    """How many numbers of each row the backward needs: (m, sum, sum without target), (lse, logp), or a factor."""
     if regime == "sliced":
-        return 1 if backend == "triton" else 3
+        return 2 if backend == "triton" else 3
     return int(regime == "kept" and backend == "cpu")
 
 
@@ -428,9 +432,16 @@ def cpu_sliced_backward(head: Head, grad: Tensor, stats: Tensor, need: list[bool
     return dhidden, dweight, dbias
 
 
+def _device_rows(n: int, row_bytes: int) -> int:
+    """Rows of one block of whole rows of `row_bytes`. By shape alone, never by free memory: results would differ."""
+    rows = DEVICE_TILE_BYTES // row_bytes // DEVICE_ROW_STEP * DEVICE_ROW_STEP
+    return max(1, min(n, max(rows, DEVICE_MIN_ROWS)))
+
+
 def triton_forward(head: Head, regime: str, entropy: bool) -> Kept:
-    """GPUs, or the interpreter: vendor GEMM per block of whole rows, then the row kernel in place."""
-    from fastpo.kernels import logprob as kernels
+    """GPUs, or the interpreter: vendor GEMM per block of whole rows, then the row kernel in place; where no matrix of
+    gradients is asked for, and chips.py says so, the fused kernel instead."""
+    from fastpo.kernels import fused, logprob
 
     head = _contiguous(head)
     x, w = head.hidden, head.weight
@@ -438,25 +449,29 @@ def triton_forward(head: Head, regime: str, entropy: bool) -> Kept:
     rule = {"softcap": head.softcap, "logit_scale": head.logit_scale, "entropy": entropy}
     logp, lse = (x.new_empty(n, dtype=torch.float32) for _ in range(2))
     entropies = torch.empty_like(logp) if entropy else logp.new_empty(0)
-    block = max(1, DEVICE_TILE_BYTES // (v_size * x.element_size()) // DEVICE_ROW_STEP) * DEVICE_ROW_STEP
-    block = max(1, min(n, block))
+    use_fused = regime in ("none", "sliced") and chips.use_fused_forward(x, w)
+    block = _device_rows(n, fused.fused_partial_bytes(v_size) if use_fused else v_size * x.element_size())
+    saved = logp.new_empty(x.shape if regime == "frozen" else 0)
     if regime in ("kept", "logits"):
         saved, block = x.new_empty(n, saved_columns(v_size, "triton")), max(n, 1)
         logits = saved[:, :v_size]
         saved[:, v_size:] = 0.0
-    else:
-        logits = kernels.empty_logits(block, v_size, x.dtype, x.device)
-        saved = logp.new_empty(x.shape if regime == "frozen" else 0)
+    elif not use_fused:
+        logits = logprob.empty_logits(block, v_size, x.dtype, x.device)
     write = "grad" if regime in ("frozen", "kept") else None
     for begin in range(0, n, block):
         r = slice(begin, min(begin + block, n))
-        u = torch.mm(x[r], w.t(), out=logits[: r.stop - begin])
-        logp[r], lse[r], row_entropy = kernels.logprob_row_fwd(u, head.target[r], head.bias, write=write, **rule)
+        if use_fused:
+            rows = fused.fused_logprob_fwd(x[r], w, head.target[r], head.bias, **rule)
+        else:
+            u = torch.mm(x[r], w.t(), out=logits[: r.stop - begin])
+            rows = logprob.logprob_row_fwd(u, head.target[r], head.bias, write=write, **rule)
+        logp[r], lse[r], row_entropy = rows
         if entropy:
             entropies[r] = row_entropy
         if regime == "frozen":
             saved[r] = _mm_wide(u, w, saved.dtype)
-    stats = lse.unsqueeze(0) if regime == "sliced" else lse.new_empty(0, n)
+    stats = torch.stack([lse, logp]) if regime == "sliced" else lse.new_empty(0, n)
     return Kept(logp, entropies, saved, stats, lse, None)
 
 
@@ -477,7 +492,7 @@ def triton_sliced_backward(head: Head, grad: Tensor, stats: Tensor, need: list[b
         u = torch.mm(x, w[v].t(), out=logits[:, : v.stop - v.start])
         bias = None if head.bias is None else head.bias[v]
         rule = {"softcap": head.softcap, "logit_scale": head.logit_scale, "col_offset": v.start}
-        kernels.logprob_slice_grad(u, head.target, stats[0], bias, **rule)
+        kernels.logprob_slice_grad(u, head.target, stats[0], bias, logp=stats[1], **rule)
         if dhidden is not None:
             _add_mm(dhidden, u, w[v])
         if cx is not None:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastpo import backends, vocab_ops
+from fastpo import backends, chips, vocab_ops
 from fastpo import grad_filter as filters
 from fastpo.backends import IGNORE_INDEX, Head, acc_dtype
 from fastpo.errors import FastpoError
@@ -212,8 +212,11 @@ def _choose(backend: str, tensor: Tensor) -> str:
     """The backend to use: the one asked for, or the best one for the tensor's device and dtype."""
     on_cpu = tensor.device.type == "cpu"
     if backend == "auto":
-        built = {"cpu": "cpu" if backends._C is not None else "torch", "cuda": "triton" if HAS_TRITON else "torch"}
-        native = built.get(tensor.device.type, "torch")
+        native = "torch"
+        if on_cpu and backends._C is not None:
+            native = "cpu"
+        elif tensor.device.type == "cuda" and HAS_TRITON and chips.triton_compiles(tensor.device.index):
+            native = "triton"
         return native if tensor.dtype in NATIVE_DTYPES[native] else "torch"
     if backend not in available_backends():
         raise OpError(f"backend {backend!r} is not available here; one of auto, {', '.join(available_backends())}")

@@ -328,7 +328,7 @@ def _finish(head: Head, rows: Rows, saved: Tensor, regime: str, backend: str) ->
     stats = torch.stack([rows.shift, rows.total, others])
     lse = rows.shift + rows.total.log()
     if regime == "sliced":
-        return lse.unsqueeze(0) if backend == "triton" else stats
+        return torch.stack([lse, rows.logp]) if backend == "triton" else stats
     if regime == "frozen":
         # U = share * (U within the slice) + rest * dz/draw in the column of a target that is here: no term cancels.
         saved.mul_(rows.share.unsqueeze(1))

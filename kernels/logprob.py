@@ -1,7 +1,8 @@
 """Triton row kernels of the head: logits to log-probabilities, and to the gradient's matrix in place.
 
 N = head rows (completion tokens), V = vocabulary. Logits come from a vendor GEMM in fp32, bf16 or fp16; the arithmetic
-here is fp32 with one cast at the store. One program owns one row, so nothing is atomic and results are deterministic.
+here is fp32 with one cast at the store. One program owns one row; where rows are too few to fill the chip several
+programs share a row, and `combine` merges what they found in a fixed order. Nothing is atomic, results repeat bitwise.
     z = softcap(logit_scale * (raw + bias))     logp = z[target] - lse(z)
     U = d logp / d raw = (onehot(target) - softmax(z)) dz/draw
 hence dX = c * (U W), dW = U^T (c * X), dbias = U^T c for any upstream c [N]. Reference: `reference.row_logprob`.
@@ -9,7 +10,6 @@ hence dX = c * (U W), dW = U^T (c * X), dbias = U^T c for any upstream c [N]. Re
 
 from __future__ import annotations
 
-import contextlib
 from typing import NamedTuple
 
 import torch
@@ -17,29 +17,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-IGNORE_INDEX = -100
-_IGNORE = tl.constexpr(IGNORE_INDEX)
+from fastpo.kernels.online_softmax import (
+    _IGNORE,
+    _NO_COLUMN,
+    IGNORE_INDEX,
+    _finite,
+    _logit_rule,
+    _rescale,
+    combine,
+    device_guard,
+    multiprocessors,
+)
 
-
-@triton.jit
-def _tanh(x):
-    """tanh to 2 ulp: an odd polynomial below 0.6, where 1 - 2 / (1 + e^2x) would cancel; portable, unlike libdevice."""
-    t = x * x
-    poly = -0.33333298 + t * (0.13331924 + t * (-0.05378383 + t * (0.02079597 - t * 0.00589516)))
-    magnitude = 1.0 - 2.0 / (1.0 + tl.exp(2.0 * tl.abs(x)))
-    return tl.where(tl.abs(x) < 0.6, x + x * t * poly, tl.where(x < 0, -magnitude, magnitude))
-
-
-@triton.jit
-def _logit_rule(raw, bias, softcap, logit_scale):
-    """(z, dz/draw) in fp32."""
-    z = (raw.to(tl.float32) + bias) * logit_scale
-    slope = logit_scale
-    if softcap is not None:
-        t = _tanh(z * (1.0 / softcap))  # the scalar division leaves the loop
-        z = softcap * t
-        slope = logit_scale * (1.0 - t * t)
-    return z, slope
+# A row is cut into parts of at least this many columns: 8 KiB of bf16, two steps of 128 threads with two 16-byte loads.
+MIN_SPLIT = 4096
 
 
 @triton.jit
@@ -84,23 +75,14 @@ def _block_columns(BLOCK_V: tl.constexpr, VEC: tl.constexpr, ALIGNED: tl.constex
 
 
 @triton.jit
-def _rescale(m, s, e, m_new):
-    """(s, e) of a partial softmax with maximum m, restated for the maximum m_new >= m (finite)."""
-    shift = tl.where(m == float("-inf"), 0.0, m - m_new)
-    keep = tl.exp(m - m_new)
-    return s * keep, (e + shift * s) * keep
-
-
-@triton.jit
-def _finite(m):
-    """m, or 0 where no finite logit has been seen yet, so that z - m is never inf - inf."""
-    return tl.where(m == float("-inf"), 0.0, m)
-
-
-@triton.jit
-def _accumulate(z, m, s, e, ENTROPY: tl.constexpr):
-    """Adds z [LANES, VEC] to the lanes' online softmax: maximum m, s = sum exp(z - m), e = sum (z - m) exp(z - m)."""
-    m_new = tl.maximum(m, tl.max(z, axis=1))
+def _accumulate(z, cols, m, s, e, i, ENTROPY: tl.constexpr, ARGMAX: tl.constexpr):
+    """Adds z [LANES, VEC] to the lanes' online softmax: maximum m, first column i that has it, s = sum exp(z - m),
+    e = sum (z - m) exp(z - m)."""
+    m_block = tl.max(z, axis=1)
+    if ARGMAX:  # a lane's columns ascend from block to block, so only a larger maximum moves i
+        first = tl.min(tl.where(z == m_block[:, None], cols, _NO_COLUMN), axis=1)
+        i = tl.where(m_block > m, first, i)
+    m_new = tl.maximum(m, m_block)
     m_safe = _finite(m_new)
     shifted = z - m_safe[:, None]
     p = tl.exp(shifted)
@@ -109,48 +91,58 @@ def _accumulate(z, m, s, e, ENTROPY: tl.constexpr):
         e += tl.sum(tl.where(shifted == float("-inf"), 0.0, shifted * p), axis=1)
     else:
         s *= tl.exp(m - m_safe)
-    return m_new, s + tl.sum(p, axis=1), e
+    return m_new, s + tl.sum(p, axis=1), e, i
 
 
 @triton.jit
 def _row_stats(
     row_ptr,
     bias_ptr,
-    n_cols,
+    begin,
+    end,
     softcap,
     logit_scale,
     ENTROPY: tl.constexpr,
+    ARGMAX: tl.constexpr,
     BLOCK_V: tl.constexpr,
     VEC: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """(m, s, e) of one row. Every lane keeps its own maximum over its own 16-byte vectors, so warps run through the row
-    without meeting; the price is one more exp per VEC logits."""
+    """(m, s, e, i) of the columns begin to end of one row. Every lane keeps its own maximum over its own 16-byte
+    vectors, so warps run through the row without meeting; the price is one more exp per VEC logits."""
     LANES: tl.constexpr = BLOCK_V // VEC
     offs_v = _block_columns(BLOCK_V, VEC, ALIGNED)
     m = tl.full([LANES], float("-inf"), tl.float32)
     s = tl.zeros([LANES], tl.float32)
     e = tl.zeros([LANES], tl.float32)
-    n_full = n_cols // BLOCK_V * BLOCK_V
-    for start in range(0, n_full, BLOCK_V):
-        z, _ = _load_logits(row_ptr, bias_ptr, start + offs_v, n_cols, softcap, logit_scale, False, "evict_last")
-        m, s, e = _accumulate(z, m, s, e, ENTROPY)
-    if n_full < n_cols:
-        z, _ = _load_logits(row_ptr, bias_ptr, n_full + offs_v, n_cols, softcap, logit_scale, True, "evict_last")
-        m, s, e = _accumulate(z, m, s, e, ENTROPY)
+    i = begin + tl.min(offs_v, axis=1)
+    tail = begin + (end - begin) // BLOCK_V * BLOCK_V
+    for start in range(begin, tail, BLOCK_V):
+        cols = start + offs_v
+        z, _ = _load_logits(row_ptr, bias_ptr, cols, end, softcap, logit_scale, False, "evict_last")
+        m, s, e, i = _accumulate(z, cols, m, s, e, i, ENTROPY, ARGMAX)
+    if tail < end:
+        cols = tail + offs_v
+        z, _ = _load_logits(row_ptr, bias_ptr, cols, end, softcap, logit_scale, True, "evict_last")
+        m, s, e, i = _accumulate(z, cols, m, s, e, i, ENTROPY, ARGMAX)
     m_row = tl.max(m, axis=0)
     s, e = _rescale(m, s, e, _finite(m_row))
-    return m_row, tl.sum(s, axis=0), tl.sum(e, axis=0)
+    i_row = tl.min(tl.where(m == m_row, i, _NO_COLUMN), axis=0)
+    return m_row, tl.sum(s, axis=0), tl.sum(e, axis=0), i_row
 
 
 @triton.jit
-def _store_grad(row_ptr, z, slope, cols, n_cols, target, shift, factor, MASKED: tl.constexpr):
-    """Stores U for one block, with softmax = exp(z - shift) * factor; a -100 row (factor 0 and no target) stores 0."""
+def _store_grad(row_ptr, z, slope, cols, end, target, u_target, shift, factor, MASKED: tl.constexpr):
+    """Stores U for one block, with softmax = exp(z - shift) * factor; a -100 row (factor 0 and no target) stores 0.
+    u_target is 1 - softmax(z)[target] where the caller knows it, else None."""
     p = tl.exp(z - shift) * factor
-    u = tl.where(cols == target, 1.0 - p, -p) * slope
+    if u_target is not None:
+        u = tl.where(cols == target, u_target, -p) * slope
+    else:
+        u = tl.where(cols == target, 1.0 - p, -p) * slope
     u = tl.where(factor == 0.0, 0.0, u).to(row_ptr.dtype.element_ty)
     if MASKED:
-        tl.store(row_ptr + cols, u, mask=cols < n_cols)
+        tl.store(row_ptr + cols, u, mask=cols < end)
     else:
         tl.store(row_ptr + cols, u)
 
@@ -159,8 +151,11 @@ def _store_grad(row_ptr, z, slope, cols, n_cols, target, shift, factor, MASKED: 
 def _row_grad(
     row_ptr,
     bias_ptr,
+    begin,
+    end,
     n_cols,
     target,
+    u_target,
     shift,
     factor,
     softcap,
@@ -169,18 +164,19 @@ def _row_grad(
     VEC: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """Overwrites one row with U, from its end to its start: what the first pass read last is still in cache."""
+    """Overwrites the columns begin to end of one row with U, from their end to their start: what the first pass read
+    last is still in cache."""
     target = tl.where((target >= 0) & (target < n_cols), target, -1).to(tl.int32)
     offs_v = _block_columns(BLOCK_V, VEC, ALIGNED)
-    n_full = n_cols // BLOCK_V * BLOCK_V
-    if n_full < n_cols:
-        cols = n_full + offs_v
-        z, slope = _load_logits(row_ptr, bias_ptr, cols, n_cols, softcap, logit_scale, True, "evict_first")
-        _store_grad(row_ptr, z, slope, cols, n_cols, target, shift, factor, True)
-    for done in range(0, n_full, BLOCK_V):
-        cols = n_full - BLOCK_V - done + offs_v
-        z, slope = _load_logits(row_ptr, bias_ptr, cols, n_cols, softcap, logit_scale, False, "evict_first")
-        _store_grad(row_ptr, z, slope, cols, n_cols, target, shift, factor, False)
+    tail = begin + (end - begin) // BLOCK_V * BLOCK_V
+    if tail < end:
+        cols = tail + offs_v
+        z, slope = _load_logits(row_ptr, bias_ptr, cols, end, softcap, logit_scale, True, "evict_first")
+        _store_grad(row_ptr, z, slope, cols, end, target, u_target, shift, factor, True)
+    for done in range(0, tail - begin, BLOCK_V):
+        cols = tail - BLOCK_V - done + offs_v
+        z, slope = _load_logits(row_ptr, bias_ptr, cols, end, softcap, logit_scale, False, "evict_first")
+        _store_grad(row_ptr, z, slope, cols, end, target, u_target, shift, factor, False)
 
 
 @triton.jit
@@ -203,6 +199,7 @@ def _logprob_row_fwd_kernel(
     logp_ptr,  # [N] fp32, out
     lse_ptr,  # [N] fp32, out
     entropy_ptr,  # [N] fp32, out, or None
+    argmax_ptr,  # [N] int, out, or None
     n_cols,
     stride_ln,
     softcap,  # or None
@@ -219,8 +216,18 @@ def _logprob_row_fwd_kernel(
     hit, z_target = _target_logit(row_ptr, bias_ptr, target, n_cols, softcap, logit_scale)
     live = target != _IGNORE
 
-    m, s, e = _row_stats(
-        row_ptr, bias_ptr, n_cols, softcap, logit_scale, entropy_ptr is not None, BLOCK_V, VEC, ALIGNED
+    m, s, e, i = _row_stats(
+        row_ptr,
+        bias_ptr,
+        0,
+        n_cols,
+        softcap,
+        logit_scale,
+        entropy_ptr is not None,
+        argmax_ptr is not None,
+        BLOCK_V,
+        VEC,
+        ALIGNED,
     )
     log_s = tl.log(s)
     # A target outside the vocabulary is NaN, never a plausible number. (z - m) - log s keeps the digits that
@@ -230,9 +237,64 @@ def _logprob_row_fwd_kernel(
     tl.store(lse_ptr + pid_n, m + log_s)
     if entropy_ptr is not None:
         tl.store(entropy_ptr + pid_n, log_s - e / s)
+    if argmax_ptr is not None:
+        tl.store(argmax_ptr + pid_n, i)
     if WRITE_GRAD:
         factor = tl.where(live, 1.0 / s, 0.0)
-        _row_grad(row_ptr, bias_ptr, n_cols, target, m, factor, softcap, logit_scale, BLOCK_V, VEC, ALIGNED)
+        _row_grad(
+            row_ptr, bias_ptr, 0, n_cols, n_cols, target, None, m, factor, softcap, logit_scale, BLOCK_V, VEC, ALIGNED
+        )
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def _logprob_split_fwd_kernel(
+    logits_ptr,  # [N, V]
+    target_ptr,  # [N] int
+    bias_ptr,  # [V] or None
+    m_ptr,  # [splits, N] fp32, out
+    s_ptr,  # [splits, N] fp32, out
+    e_ptr,  # [splits, N] fp32, out, or None
+    i_ptr,  # [splits, N] int32, out, or None
+    t_logit_ptr,  # [N] fp32, out; unwritten where the target is not in [0, V)
+    n_rows,
+    n_cols,
+    width,  # columns of a split, whole blocks
+    stride_ln,
+    softcap,
+    logit_scale,
+    BLOCK_V: tl.constexpr,
+    VEC: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """One split of one row: its partial statistics; the first split reads the target's logit too."""
+    pid_n = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
+    row_ptr = logits_ptr + pid_n * stride_ln
+    if split == 0:
+        target = tl.load(target_ptr + pid_n).to(tl.int64)
+        hit, z_target = _target_logit(row_ptr, bias_ptr, target, n_cols, softcap, logit_scale)
+        tl.store(t_logit_ptr + pid_n, z_target, mask=hit)
+    begin = split * width
+    m, s, e, i = _row_stats(
+        row_ptr,
+        bias_ptr,
+        begin,
+        tl.minimum(begin + width, n_cols),
+        softcap,
+        logit_scale,
+        e_ptr is not None,
+        i_ptr is not None,
+        BLOCK_V,
+        VEC,
+        ALIGNED,
+    )
+    out = split.to(tl.int64) * n_rows + pid_n
+    tl.store(m_ptr + out, m)
+    tl.store(s_ptr + out, s)
+    if e_ptr is not None:
+        tl.store(e_ptr + out, e)
+    if i_ptr is not None:
+        tl.store(i_ptr + out, i)
 
 
 @triton.jit
@@ -264,7 +326,9 @@ def _logprob_slice_fwd_kernel(
     if e_acc_ptr is not None:
         e_old = tl.load(e_acc_ptr + pid_n)
 
-    m, s, e = _row_stats(row_ptr, bias_ptr, n_cols, softcap, logit_scale, e_acc_ptr is not None, BLOCK_V, VEC, ALIGNED)
+    m, s, e, _ = _row_stats(
+        row_ptr, bias_ptr, 0, n_cols, softcap, logit_scale, e_acc_ptr is not None, False, BLOCK_V, VEC, ALIGNED
+    )
     m_new = tl.maximum(m, m_old)
     m_safe = _finite(m_new)
     s, e = _rescale(m, s, e, m_safe)
@@ -280,8 +344,10 @@ def _logprob_slice_grad_kernel(
     logits_ptr,  # [N, Vs], raw logits in, U out
     target_ptr,  # [N] int
     lse_ptr,  # [N] fp32, of the whole rows
+    logp_ptr,  # [N] fp32, or None
     bias_ptr,  # [Vs] or None
     n_cols,
+    width,  # columns of a split, whole blocks
     stride_ln,
     col_offset,
     softcap,
@@ -291,15 +357,22 @@ def _logprob_slice_grad_kernel(
     ALIGNED: tl.constexpr,
 ):
     pid_n = tl.program_id(0).to(tl.int64)
+    begin = tl.program_id(1) * width
     row_ptr = logits_ptr + pid_n * stride_ln
     target = tl.load(target_ptr + pid_n).to(tl.int64)
     lse = tl.load(lse_ptr + pid_n)
     factor = tl.where(target != _IGNORE, 1.0, 0.0)
+    u_target = None
+    if logp_ptr is not None:
+        u_target = 1.0 - tl.exp(tl.load(logp_ptr + pid_n))
     _row_grad(
         row_ptr,
         bias_ptr,
+        begin,
+        tl.minimum(begin + width, n_cols),
         n_cols,
         target - col_offset,
+        u_target,
         lse,
         factor,
         softcap,
@@ -342,12 +415,17 @@ def empty_logits(n_rows: int, n_cols: int, dtype: torch.dtype, device: torch.dev
     return torch.empty(n_rows, -(-n_cols // 16) * 16, dtype=dtype, device=device)[:, :n_cols]
 
 
-def device_guard(tensor: Tensor) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device, which need not be the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+def split_columns(n_rows: int, n_cols: int, device: torch.device) -> tuple[int, int]:
+    """(splits, columns of each) of a row. One, unless the rows leave multiprocessors idle: then about two programs for
+    each of them, none under MIN_SPLIT columns. By shape and chip alone, so results repeat."""
+    sms = multiprocessors(device)
+    if n_rows >= sms:
+        return 1, n_cols
+    splits = max(1, min(-(-2 * sms // max(n_rows, 1)), n_cols // MIN_SPLIT))
+    return splits, -(-n_cols // splits)
 
 
-def _launch_args(logits: Tensor, target: Tensor, bias: Tensor | None, softcap: float | None) -> dict:
+def _check(logits: Tensor, target: Tensor, bias: Tensor | None, softcap: float | None) -> None:
     assert logits.dim() == 2 and logits.dtype in (torch.float32, torch.bfloat16, torch.float16), (
         f"logits must be [N, V] fp32, bf16 or fp16, got {logits.dtype} {tuple(logits.shape)}"
     )
@@ -356,13 +434,26 @@ def _launch_args(logits: Tensor, target: Tensor, bias: Tensor | None, softcap: f
     assert target.shape == (n,) and target.is_contiguous(), f"target must be contiguous [N], got {tuple(target.shape)}"
     assert bias is None or (bias.shape == (v,) and bias.is_contiguous()), "bias must be contiguous [V]"
     assert softcap is None or softcap > 0, f"softcap must be positive, got {softcap}"
+
+
+def _launch_options(logits: Tensor, bias: Tensor | None, width: int) -> dict:
+    """Constants and options for programs that take `width` columns each."""
     # In elements: Triton specialises a stride on divisibility by 16, whatever the element's size.
     aligned = logits.data_ptr() % 16 == 0 and logits.stride(0) % 16 == 0
     block_v, vec, num_warps = row_config(
-        v, logits.element_size(), aligned, bias is not None, 64 if torch.version.hip else 32
+        width, logits.element_size(), aligned, bias is not None, 64 if torch.version.hip else 32
     )
     # FMA contraction is asked for: it was Triton's default up to 3.9, which warns when it is left unsaid.
     return {"BLOCK_V": block_v, "VEC": vec, "ALIGNED": aligned, "num_warps": num_warps, "enable_fp_fusion": True}
+
+
+def _split_launch(logits: Tensor, bias: Tensor | None) -> tuple[int, int, dict]:
+    """(splits, columns of each in whole blocks, launch options)."""
+    n, v = logits.shape
+    splits, width = split_columns(n, v, logits.device)
+    options = _launch_options(logits, bias, width)
+    width = -(-width // options["BLOCK_V"]) * options["BLOCK_V"]
+    return -(-v // width), width, options
 
 
 def logprob_row_fwd(
@@ -374,15 +465,50 @@ def logprob_row_fwd(
     logit_scale: float,
     entropy: bool = False,
     write: str | None = None,
+    argmax: Tensor | None = None,  # [N] int32 or int64, out
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(logp, lse, entropy | None), each [N] fp32; write="grad" turns the logits into U. A -100 row has logp 0, U 0."""
+    """(logp, lse, entropy | None), each [N] fp32; write="grad" turns the logits into U. A -100 row has logp 0, U 0.
+
+    `argmax` is filled with each row's first column of the largest logit; NaN logits are passed over there, their row's
+    logp and lse are NaN. Few rows are split over several programs: three launches instead of one.
+    """
     assert write in (None, "grad"), f"write must be None or 'grad', got {write!r}"
-    args = _launch_args(logits, target, bias, softcap)
+    _check(logits, target, bias, softcap)
     n, v = logits.shape
+    assert argmax is None or (argmax.shape == (n,) and argmax.is_contiguous()), "argmax must be contiguous [N]"
     logp = logits.new_empty(n, dtype=torch.float32)
     lse = torch.empty_like(logp)
     ent = torch.empty_like(logp) if entropy else None
     if n == 0:
+        return logp, lse, ent
+    splits, width, options = _split_launch(logits, bias)
+    if splits > 1:
+        partial = logp.new_empty(2 + entropy, splits, n)
+        columns = None if argmax is None else torch.empty(splits, n, dtype=torch.int32, device=logits.device)
+        t_logit = torch.empty_like(logp)
+        m, s, e = partial[0], partial[1], partial[2] if entropy else None
+        with device_guard(logits):
+            _logprob_split_fwd_kernel[(n, splits)](
+                logits,
+                target,
+                bias,
+                m,
+                s,
+                e,
+                columns,
+                t_logit,
+                n,
+                v,
+                width,
+                logits.stride(0),
+                softcap,
+                float(logit_scale),
+                **options,
+            )
+        combine(m, s, e, columns, t_logit, target, v, logp, lse, ent, argmax)
+        if write == "grad":
+            rule = {"softcap": softcap, "logit_scale": logit_scale}
+            logprob_slice_grad(logits, target, lse, bias, **rule, col_offset=0, logp=logp)
         return logp, lse, ent
     with device_guard(logits):
         _logprob_row_fwd_kernel[(n,)](
@@ -392,12 +518,13 @@ def logprob_row_fwd(
             logp,
             lse,
             ent,
+            argmax,
             v,
             logits.stride(0),
             softcap,
             float(logit_scale),
             WRITE_GRAD=write == "grad",
-            **args,
+            **options,
         )
     return logp, lse, ent
 
@@ -420,13 +547,14 @@ def logprob_slice_fwd(
     col_offset: int,
 ) -> None:
     """Adds one vocabulary slice to the rows' online softmax."""
-    args = _launch_args(logits, target, bias, softcap)
+    _check(logits, target, bias, softcap)
     n, v = logits.shape
     if n == 0:
         return
+    options = _launch_options(logits, bias, v)
     with device_guard(logits):
         _logprob_slice_fwd_kernel[(n,)](
-            logits, target, bias, *state, v, logits.stride(0), col_offset, softcap, float(logit_scale), **args
+            logits, target, bias, *state, v, logits.stride(0), col_offset, softcap, float(logit_scale), **options
         )
 
 
@@ -447,14 +575,61 @@ def logprob_slice_grad(
     softcap: float | None,
     logit_scale: float,
     col_offset: int,
+    logp: Tensor | None = None,  # [N] fp32
 ) -> None:
-    """Overwrites one vocabulary slice of recomputed logits with its columns of U."""
-    args = _launch_args(logits, target, bias, softcap)
+    """Overwrites one vocabulary slice of recomputed logits with its columns of U.
+
+    With `logp` of the forward the target's element is 1 - exp(logp), whatever the recomputed logit is. That matters
+    where p(target) is nearly 1 and the logits are rounded another way than in the forward (fp32 there, or another
+    GEMM): one rounding of a bf16 logit of 30 is 0.06, of 1 - p as much, where 1 - p may be 1e-6.
+    """
+    _check(logits, target, bias, softcap)
     n, v = logits.shape
-    assert lse.shape == (n,) and lse.dtype == torch.float32, f"lse must be [N] fp32, got {lse.dtype} {tuple(lse.shape)}"
+    for name, tensor in (("lse", lse), ("logp", logp)):
+        assert tensor is None or (tensor.shape == (n,) and tensor.dtype == torch.float32 and tensor.is_contiguous()), (
+            f"{name} must be contiguous [N] fp32, got {tensor.dtype} {tuple(tensor.shape)}"
+        )
     if n == 0:
         return
+    splits, width, options = _split_launch(logits, bias)
     with device_guard(logits):
-        _logprob_slice_grad_kernel[(n,)](
-            logits, target, lse, bias, v, logits.stride(0), col_offset, softcap, float(logit_scale), **args
+        _logprob_slice_grad_kernel[(n, splits)](
+            logits,
+            target,
+            lse,
+            logp,
+            bias,
+            v,
+            width,
+            logits.stride(0),
+            col_offset,
+            softcap,
+            float(logit_scale),
+            **options,
         )
+
+
+def compile_only() -> None:
+    """Compiles the row kernel for the current device without a launch; raises what Triton raises."""
+    block_v, vec, num_warps = row_config(32_000, 2, True, False, 64 if torch.version.hip else 32)
+    fp32 = torch.float32
+    _logprob_row_fwd_kernel.warmup(
+        torch.bfloat16,
+        torch.int64,
+        None,
+        fp32,
+        fp32,
+        None,
+        None,
+        32_000,
+        32_000,
+        None,
+        1.0,
+        WRITE_GRAD=True,
+        BLOCK_V=block_v,
+        VEC=vec,
+        ALIGNED=True,
+        num_warps=num_warps,
+        enable_fp_fusion=True,
+        grid=(1,),
+    )

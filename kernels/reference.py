@@ -48,6 +48,13 @@ def row_logprob(
     return picked.where(live, 0.0), z.detach().logsumexp(dim=-1), entropy
 
 
+def row_argmax(raw: Tensor, *, softcap: float | None = None, logit_scale: float = 1.0) -> Tensor:
+    """First column of the largest logit of each row of `raw` [N, V] -> [N] int64."""
+    z = logit_rule(raw.float() if raw.dtype in (torch.bfloat16, torch.float16) else raw, softcap, logit_scale)
+    columns = torch.arange(z.shape[1], device=z.device)
+    return columns.where(z == z.amax(dim=1, keepdim=True), z.shape[1]).amin(dim=1)
+
+
 def linear_logprob(
     hidden: Tensor,  # [N, D]
     weight: Tensor,  # [V, D]

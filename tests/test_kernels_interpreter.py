@@ -22,8 +22,10 @@ INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 if not INTERPRET and not torch.cuda.is_available():
     pytest.skip("needs TRITON_INTERPRET=1 in its own process, or a GPU", allow_module_level=True)
 
+import fastpo  # noqa: E402
+from fastpo import chips  # noqa: E402
 from fastpo import losses as table  # noqa: E402
-from fastpo.kernels import logprob, preference, reference  # noqa: E402
+from fastpo.kernels import fused, logprob, preference, reference  # noqa: E402
 
 DEVICE = "cpu" if INTERPRET else "cuda"
 # The interpreter evaluates both sides of tl.where in numpy, which warns about the side that is thrown away.
@@ -284,6 +286,215 @@ def test_rows_are_deterministic():
     first = logprob.logprob_row_fwd(logits, target, bias, **PLAIN, entropy=True, write="grad")
     second = logprob.logprob_row_fwd(copy, target, bias, **PLAIN, entropy=True, write="grad")
     assert all(torch.equal(a, b) for a, b in zip(first, second)) and torch.equal(logits, copy)
+
+
+@pytest.fixture
+def many_splits(monkeypatch):
+    """A chip of 132 multiprocessors, and rows that are cut into parts of 1,024 columns."""
+    monkeypatch.setattr(logprob, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(logprob, "MIN_SPLIT", 1024)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rule, with_bias", [RULES[0], RULES[3]])
+@pytest.mark.parametrize("n, v", [(1, 5003), (5, 9001), (100, 2111)], ids=["1x5003", "5x9001", "100x2111"])
+def test_split_rows(n, v, dtype, rule, with_bias, many_splits):
+    """Rows split over programs, within the criterion and the same from run to run."""
+    logits, target, bias = row_case(n, v, dtype, with_bias)
+    assert logprob.split_columns(n, v, logits.device)[0] > 1
+    copy = logits.clone()
+    check_rows(logits, target, bias, rule)
+    logprob.logprob_row_fwd(copy, target, bias, **rule, entropy=True, write="grad")
+    assert torch.equal(copy, logits)
+
+
+@pytest.mark.parametrize("split", [False, True], ids=["one-program", "split"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_argmax(dtype, split, request):
+    """The first of equal maxima, within a block, in two blocks and in two splits; a masked row; a bias that decides."""
+    if split:
+        request.getfixturevalue("many_splits")
+    logits, target, bias = row_case(6, 9001, dtype, True)
+    logits[0, [700, 8500]] = 40.0
+    logits[1, [17, 18, 19]] = 40.0
+    logits[2] = float("-inf")
+    logits[3, 9000] = 40.0
+    logits[4] = -200.0
+    argmax = torch.empty(6, dtype=torch.int64, device=DEVICE)
+    for used in (None, bias):
+        raw = logits if used is None else logits.float() + used.float()
+        logprob.logprob_row_fwd(logits.clone(), target, used, **PLAIN, argmax=argmax)
+        assert argmax.tolist() == reference.row_argmax(raw).tolist()
+        if used is None:
+            assert argmax[:5].tolist() == [700, 17, 0, 9000, 0]
+            assert torch.equal(argmax, logits.argmax(1))
+
+
+def test_split_rows_masked_and_not_finite(many_splits):
+    """Splits of nothing but -inf, a NaN in a split that is not the target's, +inf: as plain PyTorch."""
+    logits, target, _ = row_case(4, 5000, torch.float32, False)
+    logits[0, :4200] = float("-inf")
+    logits[1, 4000] = float("nan")
+    logits[2, 100] = float("inf")
+    target[:] = torch.tensor([4999, 3, 7, -100])
+    plain, lse, _ = reference.row_logprob(logits, target)
+    logp, our_lse, _ = logprob.logprob_row_fwd(logits, target, None, **PLAIN, write="grad")
+    assert logp.isnan().tolist() == plain.isnan().tolist() == [False, True, True, False]
+    torch.testing.assert_close(logp[0], plain[0])
+    torch.testing.assert_close(our_lse[[0, 3]], lse[[0, 3]])
+    assert logits[[0, 3]].isfinite().all() and logits[1].isnan().all() and (logits[3] == 0).all()
+
+
+# The fused forward. Small tiles, so that small shapes have several in every direction.
+FUSED = [pytest.param(fused.FusedConfig(16, 64, 32, 4, 2), id="pointers")]
+if INTERPRET or torch.cuda.get_device_capability()[0] >= 9:
+    FUSED.append(pytest.param(fused.FusedConfig(16, 64, 32, 4, 2, tma=True, flatten=True), id="descriptors"))
+HALF = [pytest.param(d, id=str(d).removeprefix("torch.")) for d in (torch.bfloat16, torch.float16)]
+
+
+def head_case(n: int, d: int, v: int, dtype: torch.dtype, with_bias: bool = False, offset: float = 0.0):
+    """(hidden [n, d], weight [v, d], target [n] with one -100 where n > 1, bias [v] | None); logits of scale 2."""
+    hidden = torch.randn(n, d, device=DEVICE).to(dtype)
+    weight = (torch.randn(v, d, device=DEVICE) * (2 / d**0.5)).to(dtype)
+    target = torch.randint(0, v, (n,), device=DEVICE)
+    target[-1] = v - 1
+    if n > 1:
+        target[n // 2] = -100
+    bias = (torch.randn(v, device=DEVICE) + offset).to(dtype) if with_bias or offset else None
+    return hidden, weight, target, bias
+
+
+def check_fused(case: tuple, rule: dict, config: fused.FusedConfig | None) -> tuple[Tensor, ...]:
+    """Every output against fp64, with plain PyTorch's error as the budget."""
+    hidden, weight, target, bias = case
+
+    def rows(dtype: torch.dtype) -> tuple[Tensor, ...]:
+        cast = [None if t is None else t.to(dtype) for t in (hidden, weight, bias)]
+        return reference.row_logprob(torch.nn.functional.linear(*cast), target, **rule)
+
+    exact, plain = rows(torch.float64), rows(hidden.dtype)
+    raw = hidden.double() @ weight.double().t() + (0.0 if bias is None else bias.double())
+    outputs = fused.fused_logprob_fwd(hidden, weight, target, bias, **rule, entropy=True, config=config)
+    for name, ours, p, x in zip(("logp", "lse", "entropy"), outputs, plain, exact):
+        assert ours.dtype == torch.float32
+        assert_within_budget(name, ours, p, x, largest(raw * rule["logit_scale"]))
+    assert (outputs[0][target == -100] == 0).all()
+    return outputs
+
+
+@pytest.mark.parametrize("config", FUSED)
+@pytest.mark.parametrize("rule, with_bias", RULES)
+@pytest.mark.parametrize("dtype", HALF)
+def test_fused(config, rule, with_bias, dtype):
+    """D over BLOCK_D and no multiple of it, V no multiple of anything, several tiles in every direction."""
+    check_fused(head_case(37, 200, 301, dtype, with_bias), rule, config)
+
+
+@pytest.mark.parametrize(
+    "n, d, v", [(1, 64, 257), (1, 8, 1), (17, 24, 64), (3, 72, 1000)], ids=lambda value: str(value)
+)
+@pytest.mark.parametrize("config", FUSED)
+def test_fused_shapes(config, n, d, v):
+    check_fused(head_case(n, d, v, torch.bfloat16), PLAIN, config)
+
+
+@pytest.mark.parametrize("offset", [-1000.0, -60.0, 1000.0], ids="offset{:g}".format)
+def test_fused_offset_and_all_negative(offset):
+    check_fused(head_case(5, 40, 257, torch.bfloat16, offset=offset), PLAIN, FUSED[0].values[0])
+
+
+@pytest.mark.parametrize("d", [100, 104, 123], ids="D{}".format)
+def test_fused_config_of_the_chip(d):
+    """Without a configuration given: rows on 16 bytes and not."""
+    check_fused(head_case(70, d, 700, torch.bfloat16, True), {"softcap": 30.0, "logit_scale": 0.5}, None)
+
+
+def test_fused_repeats_bitwise(monkeypatch):
+    """From run to run, whatever the number of programs, and for a row alone or among others."""
+    hidden, weight, target, bias = head_case(70, 72, 500, torch.bfloat16, True)
+
+    def run(rows: slice = slice(None)) -> tuple[Tensor, ...]:
+        options = {"entropy": True, "config": FUSED[0].values[0]}
+        return fused.fused_logprob_fwd(hidden[rows], weight, target[rows], bias, **PLAIN, **options)
+
+    first = run()
+    assert all(torch.equal(a, b) for a, b in zip(first, run()))
+    monkeypatch.setattr(fused, "multiprocessors", lambda device: 7)
+    assert all(torch.equal(a, b) for a, b in zip(first, run()))
+    assert all(torch.equal(a[32:64], b) for a, b in zip(first, run(slice(32, 64))))
+
+
+def test_fused_strides_and_no_rows():
+    """A weight that is part of a larger one, hidden rows apart; no rows at all."""
+    hidden, weight, target, _ = head_case(5, 40, 257, torch.bfloat16)
+    expected = fused.fused_logprob_fwd(hidden, weight, target, None, **PLAIN)
+    wide = torch.full((257, 64), float("nan"), dtype=torch.bfloat16, device=DEVICE)
+    wide[:, 16:56] = weight
+    apart = torch.full((10, 40), float("nan"), dtype=torch.bfloat16, device=DEVICE)
+    apart[::2] = hidden
+    ours = fused.fused_logprob_fwd(apart[::2], wide[:, 16:56], target, None, **PLAIN)
+    torch.testing.assert_close(ours[0], expected[0], rtol=0, atol=4 * EPS32 * 10)
+    for out in fused.fused_logprob_fwd(hidden[:0], weight, target[:0], None, **PLAIN, entropy=True):
+        assert out.shape == (0,)
+
+
+def test_fused_not_finite():
+    """A NaN or infinite logit surfaces in its row and only there, as in plain PyTorch; -inf masks a column; a target
+    outside the vocabulary is NaN."""
+    hidden, weight, _, bias = head_case(6, 40, 257, torch.bfloat16, True)
+    target = torch.tensor([5, 6, 2**40, 7, -1, 70], device=DEVICE)
+    hidden[0, 3] = float("nan")
+    hidden[1, 3] = float("inf")
+    bias[200] = float("-inf")
+    bias[:70] = float("-inf")  # a whole tile and more
+    plain, lse, _ = reference.row_logprob(
+        torch.nn.functional.linear(hidden.float(), weight.float(), bias.float()), torch.full_like(target, 70)
+    )
+    logp, our_lse, entropy = fused.fused_logprob_fwd(
+        hidden, weight, target, bias, **PLAIN, entropy=True, config=FUSED[0].values[0]
+    )
+    assert plain.isnan().tolist() == [True, True, False, False, False, False]
+    assert logp.isnan().tolist() == [True, True, True, False, True, False]
+    assert logp[3] == float("-inf")  # a masked target
+    torch.testing.assert_close(logp[5], plain[5])
+    torch.testing.assert_close(our_lse[2:], lse[2:])
+    assert entropy[2:].isfinite().all()
+
+
+@pytest.mark.parametrize("regime", ["none", "sliced"])
+@pytest.mark.parametrize("kind", ["plain", "bias-softcap", "peaked"])
+@pytest.mark.parametrize("dtype", HALF)
+def test_fused_through_the_op(dtype, kind, regime, monkeypatch):
+    """linear_logprob with the override on: log-probability, entropy and, recomputing, every gradient. In `peaked` the
+    target has nearly all of the probability: a logit rounded one way here and another there would be all one sees."""
+    monkeypatch.setenv(chips.FUSED_FORWARD_VARIABLE, "1")
+    calls = []
+    forward = fused.fused_logprob_fwd
+    monkeypatch.setattr(fused, "fused_logprob_fwd", lambda *a, **k: calls.append(1) or forward(*a, **k))
+    n, d, v = 40, 72, 517
+    hidden, weight, target, bias = head_case(n, d, v, dtype, kind == "bias-softcap")
+    rule = {"softcap": 8.0, "logit_scale": 0.7} if kind == "bias-softcap" else PLAIN
+    if kind == "peaked":
+        hidden = (weight[target.clamp(min=0)].float() * (30 / 4)).to(dtype)
+    upstream = torch.randn(n, device=DEVICE)
+
+    def results(op: Callable[..., Tensor], to: torch.dtype, **options) -> dict[str, Tensor]:
+        leaves = {"hidden": hidden, "weight": weight, "bias": bias}
+        leaves = {k: t.to(to, copy=True).requires_grad_() for k, t in leaves.items() if t is not None}
+        arguments = (leaves["hidden"], leaves["weight"], target, leaves.get("bias"))
+        if regime == "none":
+            with torch.no_grad():
+                logp, entropy = op(*arguments, return_entropy=True, **rule, **options)
+            return {"logp": logp, "entropy": entropy}
+        logp = op(*arguments, **rule, **options)
+        grads = torch.autograd.grad(logp, list(leaves.values()), upstream.to(logp.dtype))
+        return {"logp": logp.detach(), **dict(zip(leaves, grads))}
+
+    exact, plain = results(reference.linear_logprob, torch.float64), results(reference.linear_logprob, dtype)
+    ours = results(fastpo.linear_logprob, dtype, backend="triton", memory_budget=0)
+    assert calls == [1]
+    for name, value in ours.items():
+        assert_within_budget(name, value, plain[name], exact[name], 40.0, root_mean_square)
 
 
 @pytest.mark.gpu
