@@ -20,7 +20,7 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parent))
 import harness  # noqa: E402
-from peers import NAIVE, PROVIDERS  # noqa: E402
+from peers import PROVIDERS  # noqa: E402
 
 SHAPES = {
     "cpu": [(1024, 512, 32000), (512, 1024, 151936), (4096, 256, 50257)],
@@ -33,7 +33,7 @@ OURS = {"rows": "fastpo_kept", "sum": "fastpo_kept", "dpo": "fastpo_dpo", "simpo
         "none": "fastpo_none", "frozen": "fastpo_frozen"}  # fmt: skip
 MUST_SHOW = [
     "gemms_1", "gemms_2", "gemms_3", "fastpo_none", "fastpo_frozen", "fastpo_kept", "fastpo_sliced", "naive",
-    "compiled", "torch_lce_rows", "torch_lce_sum", "trl_chunked", "trl_chunked_dpo", "cce_compiled", "cce_exact",
+    "compiled", "torch_lce_rows", "torch_lce_sum", "trl_chunked", "cce_compiled", "cce_exact",
     "cce_filtered", "liger_ce", "quack", "fastpo_dpo", "naive_dpo", "liger_dpo",
 ]  # fmt: skip
 

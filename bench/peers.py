@@ -69,6 +69,7 @@ class Provider:
     needs: tuple[str, ...] = ()  # modules
     device: str | None = None  # runs on this one alone
     level: str = "op"
+    compiles: bool = False  # a first call on a shape compiles
 
     def unavailable(self, device: str) -> str | None:
         """Why it cannot run here, or None."""
@@ -188,7 +189,7 @@ def torch_cross_entropy(reduction: str) -> Callable[[Problem], Outputs]:
 
 
 def trl_chunked(outputs: tuple[str, ...]) -> Callable[[Problem], Outputs]:
-    """What TRL's trainers call on the completion rows (trl/trainer/utils.py, add_fused_lm_head), chunk size included."""
+    """What TRL's trainers call on the completion rows (add_fused_lm_head in trl/trainer/utils.py), with their chunk."""
 
     def step(p: Problem) -> Outputs:
         from trl.kernels import ChunkedLogProbFunction
@@ -268,12 +269,19 @@ PROVIDERS: dict[str, Provider] = {
         Provider("naive", naive("rows"), "rows", "kept"),
         Provider("naive_none", naive("none"), "none", "none"),
         Provider("naive_frozen", naive("frozen"), "frozen", "frozen"),
-        Provider("compiled", naive("rows", compiled=True), "rows", "kept"),
+        Provider("compiled", naive("rows", compiled=True), "rows", "kept", compiles=True),
         Provider("torch_lce_rows", torch_cross_entropy("none"), "rows", "sliced"),
         Provider("torch_lce_sum", torch_cross_entropy("sum"), "sum", "kept"),
         Provider("trl_chunked", trl_chunked(("log_probs",)), "rows", "sliced", ("trl",)),
         Provider("trl_chunked_dpo", trl_chunked(TRL_DPO_OUTPUTS), "rows", "sliced", ("trl",)),
-        Provider("cce_compiled", cut_cross_entropy("torch_compile", None), "rows", "kept", ("cut_cross_entropy",)),
+        Provider(
+            "cce_compiled",
+            cut_cross_entropy("torch_compile", None),
+            "rows",
+            "kept",
+            ("cut_cross_entropy",),
+            compiles=True,
+        ),
         Provider("cce_exact", cut_cross_entropy("cce", None), "rows", "sliced", ("cut_cross_entropy",), "cuda"),
         Provider("cce_filtered", cut_cross_entropy("cce", "high"), "rows", "sliced", ("cut_cross_entropy",), "cuda"),
         Provider("liger_ce", liger_cross_entropy, "sum", "kept", ("liger_kernel", "triton"), "cuda"),
@@ -281,11 +289,11 @@ PROVIDERS: dict[str, Provider] = {
         Provider("fastpo_dpo", fastpo_loss("dpo"), "dpo", "kept", level="loss"),
         Provider("fastpo_dpo_sliced", fastpo_loss("dpo", 0), "dpo", "sliced", level="loss"),
         Provider("naive_dpo", naive("dpo"), "dpo", "kept", level="loss"),
-        Provider("liger_dpo", liger_loss("dpo"), "dpo", "kept", ("liger_kernel",), level="loss"),
+        Provider("liger_dpo", liger_loss("dpo"), "dpo", "kept", ("liger_kernel",), level="loss", compiles=True),
         Provider("liger_dpo_eager", liger_loss("dpo", False), "dpo", "kept", ("liger_kernel",), level="loss"),
         Provider("fastpo_simpo", fastpo_loss("simpo"), "simpo", "kept", level="loss"),
         Provider("naive_simpo", naive("simpo"), "simpo", "kept", level="loss"),
-        Provider("liger_simpo", liger_loss("simpo"), "simpo", "kept", ("liger_kernel",), level="loss"),
+        Provider("liger_simpo", liger_loss("simpo"), "simpo", "kept", ("liger_kernel",), level="loss", compiles=True),
     )
 }
 NAIVE = {"none": "naive_none", "frozen": "naive_frozen", "rows": "naive", "dpo": "naive_dpo", "simpo": "naive_simpo"}

@@ -38,12 +38,15 @@ def flops(regime: str, n: int, d: int, v: int) -> int:
 def least_bytes(regime: str, n: int, d: int, v: int, itemsize: int) -> int:
     """Bytes that have to move between the processor and its memory; the target [N] and results [N] with them."""
     x, w, vectors = n * d * itemsize, v * d * itemsize, n * (8 + 4)
-    return vectors + {
-        "none": x + w,
-        "frozen": 2 * x + w,
-        "kept": 2 * (x + w) + 2 * n * v * itemsize,
-        "sliced": 3 * (x + w),
-    }[regime]
+    return (
+        vectors
+        + {
+            "none": x + w,
+            "frozen": 2 * x + w,
+            "kept": 2 * (x + w) + 2 * n * v * itemsize,
+            "sliced": 3 * (x + w),
+        }[regime]
+    )
 
 
 def seconds(step: Callable[[], object], device: str) -> float:
