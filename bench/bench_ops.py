@@ -3,6 +3,7 @@
     python bench/bench_ops.py                                   # the promised shapes of this device, and the verdict
     python bench/bench_ops.py --quick                           # the same on small shapes: does everything run?
     python bench/bench_ops.py --shape 1024,512,32000 --provider fastpo_kept naive     # some
+    python bench/bench_ops.py --sweep                           # one axis after the other, for the plots
     python bench/bench_ops.py --list
 
 What a row is: harness.py. What each provider does: peers.py. Exit code 1 where ours is wrong or misses a promise.
@@ -10,27 +11,30 @@ What a row is: harness.py. What each provider does: peers.py. Exit code 1 where 
 
 from __future__ import annotations
 
-import argparse
-import os
 import sys
-import time
 from pathlib import Path
-
-import torch
 
 sys.path.append(str(Path(__file__).resolve().parent))
 import harness  # noqa: E402
-from peers import PROVIDERS  # noqa: E402
 
 SHAPES = {
     "cpu": [(1024, 512, 32000), (512, 1024, 151936), (4096, 256, 50257)],
     "cuda": [(8192, 4096, 151936), (4096, 4096, 128256)],
 }
 QUICK = {"cpu": [(128, 64, 4099), (64, 128, 8192)], "cuda": [(512, 512, 32000)]}
+# N, D and V of the plots: one shape, and the values of each axis through it.
+SWEEP = {
+    "cpu": ((512, 256, 16384), ((128, 512, 2048), (64, 256, 1024), (4096, 16384, 65536))),
+    "cuda": ((4096, 4096, 128256), ((1024, 4096, 16384), (1024, 4096, 8192), (32000, 128256, 256000))),
+    "quick": ((64, 32, 2048), ((32, 64), (32, 64), (1024, 2048))),
+}
+SWEPT = ["gemms_3", "fastpo_kept", "fastpo_sliced", "fastpo_frozen", "naive", "torch_lce_sum", "trl_chunked",
+         "liger_ce", "quack", "cce_exact", "liger_dpo_eager"]  # fmt: skip
 LIMITS = {"fastpo_kept": 1.10, "fastpo_sliced": 1.40}  # over the three bare GEMMs
 SAME_ERROR = 1.05  # two orders of the same fp32 sums differ by this much; the criterion of fastpo.check allows 1.5
 OURS = {"rows": "fastpo_kept", "sum": "fastpo_kept", "dpo": "fastpo_dpo", "simpo": "fastpo_simpo",
         "none": "fastpo_none", "frozen": "fastpo_frozen"}  # fmt: skip
+PROMISED = ("naive", "naive_dpo", "torch_lce_rows", "torch_lce_sum", "trl_chunked", "liger_dpo")  # to be faster than
 MUST_SHOW = [
     "gemms_1", "gemms_2", "gemms_3", "fastpo_none", "fastpo_frozen", "fastpo_kept", "fastpo_sliced", "naive",
     "compiled", "torch_lce_rows", "torch_lce_sum", "trl_chunked", "cce_compiled", "cce_exact",
@@ -38,9 +42,10 @@ MUST_SHOW = [
 ]  # fmt: skip
 
 
-def verdict(result: dict) -> list[tuple[bool, str]]:
-    """(met, sentence) for every promise that this shape's rows can tell."""
-    rows, out = result["rows"], []
+def verdict(result: dict) -> list[tuple[bool | None, str]]:
+    """(met, sentence) for every promise that this shape's rows can tell; None for a peer beyond the promise."""
+    rows = result["rows"]
+    out: list[tuple[bool | None, str]] = []
     for name, limit in LIMITS.items():
         if "over_gemms" in rows.get(name, {}):
             ratio = rows[name]["over_gemms"]
@@ -53,59 +58,28 @@ def verdict(result: dict) -> list[tuple[bool, str]]:
             worst = max(row["over_naive"], key=row["over_naive"].get)
             ratio = row["over_naive"][worst]
             out.append((ratio <= SAME_ERROR, f"{name}: error of {worst} {ratio:.3f} times naive PyTorch's"))
-        elif row["job"] in OURS and "times_s" in row:
-            ours = rows.get(OURS[row["job"]], {})
-            if "times_s" in ours:
-                ratios = [a / b for a, b in zip(ours["times_s"], row["times_s"])]
-                ratio = harness.quantile(ratios, 0.5)
-                out.append((ratio < 1, f"{OURS[row['job']]}: {ratio:.3f} of {name}"))
+        elif row["job"] in OURS and "times_s" in row and "times_s" in rows.get(OURS[row["job"]], {}):
+            ours = rows[OURS[row["job"]]]["times_s"]
+            ratio = harness.quantile([a / b for a, b in zip(ours, row["times_s"])], 0.5)
+            out.append(((ratio < 1) if name in PROMISED else None, f"{OURS[row['job']]}: {ratio:.3f} of {name}"))
     return out
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", action="append", type=harness.parse_shape, help="N,D,V; may be repeated")
-    parser.add_argument("--provider", nargs="+", help="these only; the bare GEMMs always")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--rounds", type=int, default=9, help="at most")
-    parser.add_argument("--seconds", type=float, default=60.0, help="of timing per shape, after three rounds")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--no-memory", action="store_true")
-    parser.add_argument("--out", type=Path, help="folder of the JSON; default bench/results/<machine>")
-    parser.add_argument("--no-write", action="store_true", help="print only")
-    parser.add_argument("--list", action="store_true", help="the providers, and why those that cannot run cannot")
+    parser = harness.arguments(__doc__)
+    parser.add_argument("--sweep", action="store_true", help="time and memory against N, V and D, for the plots")
     args = parser.parse_args()
-    if args.list:
-        for name, provider in PROVIDERS.items():
-            print(f"{name:18} {provider.job:7} {provider.regime:7} {provider.unavailable(args.device) or ''}".rstrip())
-        return 0
-    unknown = [name for name in args.provider or [] if name not in PROVIDERS]
-    if unknown:
-        parser.error(f"unknown provider {unknown[0]!r}; one of {', '.join(PROVIDERS)}")
-    torch.set_num_threads(args.threads)
-    dtype = getattr(torch, args.dtype or ("float32" if args.device == "cpu" else "bfloat16"))
-    shapes = args.shape or (QUICK if args.quick else SHAPES)[args.device]
-    names = args.provider or MUST_SHOW
-    results, met = [], True
-    for shape in shapes:
-        begin = time.perf_counter()
-        result = harness.measure(
-            shape, names, dtype=dtype, device=args.device, rounds=3 if args.quick else args.rounds,
-            seconds=args.seconds, memory=not args.no_memory, seed=args.seed,
-        )  # fmt: skip
-        results.append(result)
-        met &= all(row["status"] == "ok" for name, row in result["rows"].items() if name.startswith("fastpo"))
-        print(harness.table(result))
-        for good, sentence in [] if args.quick else verdict(result):
-            met &= good
-            print(f"{'ok  ' if good else 'MISS'} {sentence}")
-        print(f"({time.perf_counter() - begin:.0f} s)\n", flush=True)
-    if not args.no_write:
-        print(f"written: {harness.write(results, 'ops', args.out)}")
-    return 0 if met else 1
+    if args.sweep:
+        base, axes = SWEEP["quick" if args.quick else args.device]
+        shapes = [base] + [s for s in (vary(base, i, x) for i in range(3) for x in axes[i]) if s != base]
+        return harness.run(args, shapes, SWEPT, "sweep")
+    shapes = (QUICK if args.quick else SHAPES)[args.device]
+    return harness.run(args, shapes, MUST_SHOW, "ops", None if args.quick else verdict)
+
+
+def vary(shape: tuple[int, int, int], axis: int, value: int) -> tuple[int, int, int]:
+    n, d, v = (value if i == axis else size for i, size in enumerate(shape))
+    return n, d, v
 
 
 if __name__ == "__main__":

@@ -12,10 +12,12 @@ which puts a drifting machine into the ratios; its JSON is what `pytest-benchmar
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import datetime
 import json
 import math
+import os
 import random
 import statistics
 import sys
@@ -36,6 +38,9 @@ from fastpo import check  # noqa: E402
 
 COLUMNS = ("provider", "job", "p20 ms", "p50 ms", "p80 ms", "/ 3 GEMMs", "/ floor", "TFLOP/s", "GB/s", "peak MiB",
            "error", "/ naive")  # fmt: skip
+VERDICTS = {True: "met", False: "MISSED", None: "also"}
+RESULT_KEYS = ("shape", "dtype", "device", "seed", "threads", "rounds", "rates")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 EXACT_BLOCK = 1 << 26  # elements of a block of fp64 logits
 # A peer's error relative to the exact output beyond which it counts as wrong, not as imprecise; ours is held to the
 # criterion of fastpo.check instead.
@@ -319,7 +324,7 @@ def pytest_benchmark_json(results: list[dict], group: str) -> dict:
     benchmarks = []
     for result in results:
         label = "x".join(map(str, result["shape"]))
-        common_info = {k: result[k] for k in ("shape", "dtype", "device", "seed", "threads", "rates")}
+        about = {k: result[k] for k in RESULT_KEYS}
         for name, row in result["rows"].items():
             if "times_s" not in row:
                 continue
@@ -331,15 +336,15 @@ def pytest_benchmark_json(results: list[dict], group: str) -> dict:
                     "fullname": f"bench/bench_{group}.py::{full}",
                     "params": {"provider": name, "shape": label, "dtype": result["dtype"]},
                     "param": f"{label}-{result['dtype']}",
-                    "extra_info": common_info | {k: x for k, x in row.items() if k != "times_s"},
+                    "extra_info": about | {k: x for k, x in row.items() if k != "times_s"},
                     "options": {"disable_gc": False, "timer": "perf_counter", "min_rounds": 3, "warmup": True},
                     "stats": _stats(row["times_s"]),
                 }
             )
     skipped = [
-        {"shape": r["shape"], "dtype": r["dtype"], "provider": n, "status": row["status"], "reason": row["reason"]}
+        {k: r[k] for k in RESULT_KEYS} | {"provider": name, "row": row}
         for r in results
-        for n, row in r["rows"].items()
+        for name, row in r["rows"].items()
         if "times_s" not in row
     ]
     return {
@@ -374,6 +379,87 @@ def write(results: list[dict], group: str, folder: Path | None = None) -> Path:
     path = folder / f"{group}.json"
     path.write_text(json.dumps(pytest_benchmark_json(results, group), indent=1) + "\n")
     return path
+
+
+def read(path: Path) -> list[dict]:
+    """The results in a file that `write` wrote, as `measure` returned them."""
+    data = json.loads(path.read_text())
+    results: dict[tuple, dict] = {}
+
+    def result_of(info: dict) -> dict:
+        key = (*info["shape"], info["dtype"], info["device"])
+        return results.setdefault(key, {k: info[k] for k in RESULT_KEYS} | {"rows": {}})
+
+    for item in data["not_timed"]:
+        result_of(item)["rows"][item["provider"]] = item["row"]
+    for item in data["benchmarks"]:
+        info = item["extra_info"]
+        row = {k: x for k, x in info.items() if k not in RESULT_KEYS} | {"times_s": item["stats"]["data"]}
+        result_of(info)["rows"][item["params"]["provider"]] = row
+    for result in results.values():
+        order = [name for name in PROVIDERS if name in result["rows"]]
+        result["rows"] = {name: result["rows"][name] for name in order}
+    return list(results.values())
+
+
+def arguments(description: str) -> argparse.ArgumentParser:
+    """The options that bench_ops.py and bench_losses.py share."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", action="append", type=parse_shape, help="N,D,V; may be repeated")
+    parser.add_argument("--provider", nargs="+", help="these only; the bare GEMMs always")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=tuple(DTYPES))
+    parser.add_argument("--rounds", type=int, help="at most; default 9, with --quick 3")
+    parser.add_argument("--seconds", type=float, default=30.0, help="of timing per shape, after three rounds")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quick", action="store_true", help="small shapes: does everything run?")
+    parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--out", type=Path, help="folder of the JSON; default bench/results/<machine>")
+    parser.add_argument("--no-write", action="store_true", help="print only")
+    parser.add_argument("--list", action="store_true", help="the providers, and why those that cannot run cannot")
+    return parser
+
+
+def run(
+    args: argparse.Namespace,
+    shapes: list[tuple[int, int, int]],
+    names: list[str],
+    group: str,
+    verdict: Callable[[dict], list[tuple[bool | None, str]]] | None = None,
+) -> int:
+    """Measure, print and write; 1 where an op of ours is wrong or fails, or a promise of `verdict` is missed."""
+    if args.list:
+        for name, provider in PROVIDERS.items():
+            print(f"{name:18} {provider.job:7} {provider.regime:7} {provider.unavailable(args.device) or ''}".rstrip())
+        return 0
+    unknown = [name for name in args.provider or [] if name not in PROVIDERS]
+    if unknown:
+        raise SystemExit(f"unknown provider {unknown[0]!r}; one of {', '.join(PROVIDERS)}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device cuda was asked for, but torch.cuda.is_available() is False")
+    torch.set_num_threads(args.threads)
+    dtype = DTYPES[args.dtype or ("float32" if args.device == "cpu" else "bfloat16")]
+    rounds = args.rounds or (3 if args.quick else 9)
+    results, met = [], True
+    for shape in args.shape or shapes:
+        begin = time.perf_counter()
+        result = measure(
+            shape, args.provider or names, dtype=dtype, device=args.device, rounds=rounds, seconds=args.seconds,
+            memory=not args.no_memory, seed=args.seed,
+        )  # fmt: skip
+        results.append(result)
+        print(table(result))
+        met &= all(row["status"] == "ok" for name, row in result["rows"].items() if name.startswith("fastpo"))
+        for good, sentence in verdict(result) if verdict else []:
+            met &= good is not False
+            print(f"{VERDICTS[good]:6} {sentence}")
+        print(f"({time.perf_counter() - begin:.0f} s)\n", flush=True)
+        if not args.no_write:  # after every shape: what is cut short is not lost
+            path = write(results, group, args.out)
+    if not args.no_write:
+        print(f"written: {path}")
+    return 0 if met else 1
 
 
 def parse_shape(text: str) -> tuple[int, int, int]:

@@ -75,6 +75,8 @@ class Provider:
         """Why it cannot run here, or None."""
         if self.device is not None and self.device != device:
             return "its kernels need a GPU" if self.device == "cuda" else "its CPU form; the GPU has its kernels"
+        if self.name.startswith("torch_lce") and not hasattr(F, "linear_cross_entropy"):
+            return f"PyTorch {torch.__version__} has no F.linear_cross_entropy"
         absent = [name for name in self.needs if importlib.util.find_spec(name) is None]
         return f"{absent[0]} is not installed" if absent else None
 
@@ -174,8 +176,6 @@ def torch_cross_entropy(reduction: str) -> Callable[[Problem], Outputs]:
     """PyTorch's own fused form, chunked by its defaults. `none` recomputes the logits, `sum` takes one gradient."""
 
     def step(p: Problem) -> Outputs:
-        if not hasattr(F, "linear_cross_entropy"):
-            raise NotImplementedError(f"PyTorch {torch.__version__} has no F.linear_cross_entropy")
         hidden, weight = p.leaves()
         options = torch.nn.LinearCrossEntropyOptions()
         loss = F.linear_cross_entropy(hidden, weight, p.target, reduction=reduction, options=options)
