@@ -156,8 +156,7 @@ def _gate_one(
         provider.step(p if provider.compiles else tiny)
         ours, peak = with_peak(provider.step, p) if memory else (provider.step(p), None)
     except Exception as error:  # a peer may fail in any way; it is listed, not fatal
-        words = " ".join(str(error).split())[:160]
-        return {"status": "failed", "reason": f"{type(error).__name__}: {words}"}
+        return {"status": "failed", "reason": _words(error)}
     if exact is None:
         return {"status": "ok", "peak_bytes": peak}
     errors, base = relative_errors(ours, exact), relative_errors(naive, exact)
@@ -179,8 +178,8 @@ def _gate_one(
     return row
 
 
-def with_peak(step: Callable[[Problem], Outputs], p: Problem) -> tuple[Outputs, int]:
-    """One step's outputs, and its peak bytes over what was there before it."""
+def with_peak(step: Callable[[Problem], Outputs], p: Problem) -> tuple[Outputs, int | None]:
+    """One step's outputs, and its peak bytes over what was there before it; None where /proc does not tell."""
     if p.hidden.is_cuda:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
@@ -189,35 +188,41 @@ def with_peak(step: Callable[[Problem], Outputs], p: Problem) -> tuple[Outputs, 
         out = step(p)
         torch.cuda.synchronize()
         return out, torch.cuda.max_memory_allocated() - before
-    _trim()
-    before = common.reset_peak_memory()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        before = common.reset_peak_memory()
+    except (OSError, AttributeError):  # another C library than glibc, another system than Linux, or no permission
+        return step(p), None
     out = step(p)
     return out, common.peak_memory() - before
 
 
-def _trim() -> None:
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-    except (OSError, AttributeError):  # another C library than glibc
-        pass
-
-
 def rounds_of(
     names: list[str], p: Problem, machine: roofline.Machine, *, rounds: int, seconds: float, seed: int
-) -> dict[str, list[float]]:
-    """name -> seconds per round; at least 3 rounds, then until `rounds` are done or `seconds` are spent."""
+) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """(name -> seconds per round, name -> what it failed with); at least 3 rounds, then until `rounds` are done or
+    `seconds` are spent."""
     device, order, begin = p.hidden.device.type, random.Random(seed), time.perf_counter()
     times: dict[str, list[float]] = {name: [] for name in names}
-    racing = list(names)
+    racing, failed = list(names), {}
     for done in range(rounds):
         if done >= min(3, rounds) and time.perf_counter() - begin > seconds:
             break
         machine.sample()
         for name in order.sample(racing, len(racing)):
-            times[name].append(roofline.seconds(lambda step=PROVIDERS[name].step: step(p), device))
+            try:
+                times[name].append(roofline.seconds(lambda step=PROVIDERS[name].step: step(p), device))
+            except Exception as error:
+                failed[name] = _words(error)
+                racing.remove(name)
         if done == 1:
-            racing = [n for n in names if min(times[n]) < 2 * min(times["gemms_3"]) or n.startswith("fastpo")]
-    return times
+            slow = [n for n in racing if min(times[n]) > 2 * min(times["gemms_3"]) and not n.startswith("fastpo")]
+            racing = [name for name in racing if name not in slow]
+    return {name: taken for name, taken in times.items() if name not in failed}, failed
+
+
+def _words(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
 
 
 def quantile(values: list[float], q: float) -> float:
@@ -238,15 +243,17 @@ def measure(
     memory: bool = True,
     seed: int = 0,
 ) -> dict:
-    """One shape: {"shape", "dtype", "machine": rates, "rows": {name: row}}."""
+    """One shape: {"rows": {name: row}} and the keys of RESULT_KEYS."""
     names = list(dict.fromkeys(["gemms_3", *names]))
     p = Problem.make(*shape, dtype, device, seed)
     rows = gate(names, p, device, memory)
     able = [name for name in names if rows[name]["status"] == "ok"]
     machine = roofline.Machine(p.hidden, p.weight)
-    times = rounds_of(able, p, machine, rounds=rounds, seconds=seconds, seed=seed)
+    times, failed = rounds_of(able, p, machine, rounds=rounds, seconds=seconds, seed=seed)
     for name in names:
         provider, row = PROVIDERS[name], rows[name]
+        if name in failed:
+            row |= {"status": "failed", "reason": failed[name]}
         row |= {"job": provider.job, "regime": provider.regime, "level": provider.level}
         if name not in times:
             continue
