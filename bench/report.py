@@ -30,6 +30,7 @@ STYLES = {
     "fastpo_frozen": ("fastpo, frozen head", "#D55E00", "-."),
     "naive": ("plain PyTorch", "black", "-"),
     "torch_lce_sum": ("F.linear_cross_entropy, chunked", "#0072B2", "-"),
+    "torch_lce_sum_256": ("the same, 256 rows a chunk", "#0072B2", "--"),
     "trl_chunked": ("TRL, chunked", "#009E73", "-"),
     "liger_dpo_eager": ("Liger DPO", "#CC79A7", "-"),
     "liger_ce": ("Liger cross entropy", "#CC79A7", "--"),
@@ -100,6 +101,10 @@ def section(folder: Path, relative_to: Path) -> list[str]:
             if group == "ops" and tuple(result["shape"]) in bench_ops.SHAPES[result["device"]]:
                 said = bench_ops.verdict(result)
                 lines += [f"* {harness.VERDICTS[good]}: {sentence}" for good, sentence in said] + [""]
+        if group == "ops":
+            seen = {tuple(result["shape"]) for result in results}
+            promised = bench_ops.SHAPES[results[0]["device"]]
+            lines += [f"N {n}, D {d}, V {v}: not measured.\n" for n, d, v in promised if (n, d, v) not in seen]
     goals = folder / "goals.json"
     if goals.exists():
         lines += ["### Goals", "", "| goal | measured | limit | |", "| --- | --- | --- | --- |"]
