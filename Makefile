@@ -15,14 +15,15 @@ PIP_INSTALL = $(BIN)/python -m pip install -qq --no-compile --disable-pip-versio
 SOURCES = pyproject.toml constraints.txt $(wildcard setup.py csrc/*)
 
 .DEFAULT_GOAL = help
-.PHONY: help quickstart test lint check bench clean
+.PHONY: help quickstart test lint check bench bench-training clean
 
 help:
 	@echo "make quickstart  train a small model on a task with a checkable answer, and show that it got better"
 	@echo "make test        every test that needs no GPU"
 	@echo "make lint        ruff and mypy"
 	@echo "make check       kernels and backends of this machine against the fp64 reference"
-	@echo "make bench       benchmarks against TRL, Liger and cut-cross-entropy (installs them)"
+	@echo "make bench       kernels against every peer, tables and plots in bench/RESULTS.md (installs them); QUICK=1"
+	@echo "make bench-training   losses, parity and training runs against TRL and Liger"
 	@echo "make clean       remove what was built; the environment too with: make clean VENV_TOO=1"
 
 $(BIN)/python:
@@ -71,8 +72,16 @@ test: $(VENV)/.installed-dev
 	if [ $$rc = 0 ]; then echo "make test: all passed"; else echo "make test: FAILED" >&2; fi; \
 	exit $$rc
 
+# Exit code 1 where an op of ours is wrong or a promise is missed; the report is drawn in any case. QUICK=1: small shapes.
 bench: $(VENV)/.installed-bench
-	$(BIN)/python bench/bench_head.py
+	@rc=0; options="$(if $(QUICK),--quick --out runs/bench-quick) $(ARGS)"; \
+	$(BIN)/python bench/bench_ops.py $$options || rc=1; \
+	$(BIN)/python bench/bench_losses.py $$options || rc=1; \
+	$(BIN)/python bench/bench_ops.py --sweep $$options || rc=1; \
+	$(BIN)/python bench/report.py $(if $(QUICK),--folder runs/bench-quick --output runs/bench-quick/RESULTS.md) || rc=1; \
+	exit $$rc
+
+bench-training: $(VENV)/.installed-bench
 	$(BIN)/python bench/loss_values.py
 	$(BIN)/python bench/loss_training.py
 	$(BIN)/python bench/parity_trl.py

@@ -6,11 +6,14 @@ import os
 import platform
 import random
 import re
+import subprocess
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import fastpo
 
 ROOT = Path(__file__).resolve().parent.parent
 SPECIAL_TOKENS = {"pad_token": "<pad>", "eos_token": "</s>"}  # no BOS: ids 0 and 1
@@ -145,16 +148,38 @@ def machine_name() -> str:
 
 
 def environment() -> dict:
-    """What a result depends on: versions, processor, threads."""
+    """What a result depends on: versions, processor, threads, commit."""
     from importlib.metadata import PackageNotFoundError, version
 
+    packages = ("torch", "triton", "transformers", "trl", "accelerate", "liger_kernel", "cut-cross-entropy",
+                "quack-kernels", "fastpo")  # fmt: skip
     versions = {}
-    for package in ("torch", "transformers", "trl", "accelerate", "fastpo"):
+    for package in packages:
         try:
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = None
-    return {"machine": machine_name(), "cores": os.cpu_count(), "python": platform.python_version(), **versions}
+    versions["fastpo"] = versions["fastpo"] or fastpo.__version__  # on the path, not installed
+    return {"machine": machine_name(), "cores": os.cpu_count(), "python": platform.python_version(), **versions} | {
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cuda": torch.version.cuda or torch.version.hip,
+        **_commit(),
+    }
+
+
+def _commit() -> dict:
+    """The commit of the checkout, and whether tracked files differ from it; None outside of git."""
+
+    def git(*args: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True)
+        except OSError:
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    changes = git("status", "--porcelain", "-uno")
+    return {"commit": git("rev-parse", "HEAD"), "branch": git("rev-parse", "--abbrev-ref", "HEAD"),
+            "dirty": None if changes is None else bool(changes)}  # fmt: skip
 
 
 def write_result(name: str, result: dict, markdown: str | None = None) -> Path:

@@ -1,0 +1,64 @@
+#!/usr/bin/env bash
+# Everything that a GPU has to show, in one command and under eight minutes; no network, nothing is installed.
+#
+#     bash bench/gpu.sh                          results into $OUT, or bench/results/<machine>/
+#     bash bench/gpu.sh --device cpu --tiny      walks through its own logic on a CPU; its times mean nothing
+#
+# Correctness first: a section that fails or runs out of its time is named at the end, and the others still run. PYTHON
+# names the interpreter (default: .venv/bin/python where there is one, else python3); fastpo need not be installed.
+# Exit code: 0 all sections ran and all goals that were measured are met, else 1.
+set -u
+cd "$(dirname "$0")/.." || exit 1
+DEVICE=cuda TINY=
+while [ $# -gt 0 ]; do
+  case $1 in
+    --device) DEVICE=${2:?--device takes cpu or cuda}; shift ;;
+    --tiny) TINY=1 ;;
+    *) echo "unknown option $1; --device cpu|cuda, --tiny" >&2; exit 2 ;;
+  esac
+  shift
+done
+if [ -z "${PYTHON:-}" ]; then if [ -x .venv/bin/python ]; then PYTHON=.venv/bin/python; else PYTHON=python3; fi; fi
+export PYTHONSAFEPATH=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 MPLBACKEND=Agg PYTHONUNBUFFERED=1
+OUT=${OUT:-bench/results/$("$PYTHON" -c 'import sys; sys.path.append("bench"); import common; print(common.machine_name())')} || exit 1
+mkdir -p "$OUT"
+export FASTPO_CACHE=${FASTPO_CACHE:-$OUT/cache}
+BEGIN=$SECONDS LIMIT=${LIMIT:-450} FAILED=()
+
+# section NAME SECONDS CMD...: the command with its output in $OUT/NAME.log, within its time and what is left of LIMIT
+section() {
+  local name=$1 limit=$2 left=$((LIMIT - SECONDS + BEGIN)) start=$SECONDS rc
+  shift 2
+  if [ "$left" -lt 5 ]; then
+    echo "== $name: no time left"; FAILED+=("$name (no time left)"); return
+  fi
+  timeout -k 5 $((limit < left ? limit : left)) "$@" >"$OUT/$name.log" 2>&1
+  rc=$?
+  echo "== $name: exit code $rc in $((SECONDS - start)) s"
+  tail -n "${TAIL:-4}" "$OUT/$name.log"
+  if [ $rc = 124 ] || [ $rc = 137 ]; then FAILED+=("$name (cut off)"); elif [ $rc != 0 ]; then FAILED+=("$name (exit code $rc)"); fi
+}
+
+QUICK=${TINY:+--quick}
+TAIL=20 section env 30 "$PYTHON" -m fastpo env
+section check 90 "$PYTHON" -m fastpo check --device "$DEVICE" --quiet
+if [ "$DEVICE" = cuda ]; then
+  section tests 100 "$PYTHON" -m pytest -q -m gpu --maxfail 5 tests/test_ops.py tests/test_kernels_interpreter.py -p no:cacheprovider
+  section kernels 50 "$PYTHON" bench/gpu_goals.py kernels --out "$OUT" ${TINY:+--tiny}
+else
+  section kernels 60 env TRITON_INTERPRET=1 "$PYTHON" bench/gpu_goals.py kernels --device cpu --out "$OUT" --tiny
+fi
+# Longest last: what is cut off here has written the shapes that it finished.
+TAIL=60 section ops 150 "$PYTHON" bench/bench_ops.py --device "$DEVICE" --out "$OUT" --seconds 15 $QUICK
+TAIL=20 section goals 30 "$PYTHON" bench/gpu_goals.py judge --device "$DEVICE" --out "$OUT"
+section losses 60 "$PYTHON" bench/bench_losses.py --device "$DEVICE" --out "$OUT" --seconds 5 $QUICK
+section sweep 60 "$PYTHON" bench/bench_ops.py --sweep --device "$DEVICE" --out "$OUT" --seconds 1 --rounds 3 $QUICK
+LIMIT=$((LIMIT + 25))  # what was measured is drawn in any case
+section report 25 "$PYTHON" bench/report.py --folder "$OUT" --output "$OUT/RESULTS.md"
+
+rm -rf "$OUT/cache"
+echo "results in $OUT after $((SECONDS - BEGIN)) s"
+if [ ${#FAILED[@]} -gt 0 ]; then
+  printf 'did not succeed: %s\n' "${FAILED[@]}"
+  exit 1
+fi

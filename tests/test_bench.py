@@ -1,0 +1,142 @@
+"""The benchmark suite itself: fp64 references, the gate before the clock, floors, files, goals, the GPU script."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+SHAPE = (24, 16, 301)
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """The modules of bench/, which is a folder of scripts."""
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    return importlib.import_module
+
+
+@pytest.mark.parametrize("job", ("none", "frozen", "rows", "sum", "dpo", "simpo"))
+def test_exact_is_autograd_in_fp64(bench, job, monkeypatch):
+    harness, peers = bench("harness"), bench("peers")
+    monkeypatch.setattr(harness, "EXACT_BLOCK", 5 * SHAPE[2])  # several blocks of rows and of columns, ragged
+    p = peers.Problem.make(*SHAPE, torch.float32, "cpu")
+    exact = harness.Exact(p).outputs(job)
+    x, w = p.hidden.double().requires_grad_(), p.weight.double().requires_grad_()
+    logp = (x @ w.t()).log_softmax(1).gather(1, p.target.unsqueeze(1)).squeeze(1)
+    if job in ("dpo", "simpo"):
+        loss = peers.pair_loss(logp, job)
+    else:
+        loss = -logp.sum() if job == "sum" else (logp * p.upstream.double()).sum()
+    loss.backward()
+    want = {"dhidden": x.grad, "dweight": w.grad, "logp": logp.detach(), "loss": loss.detach()}
+    assert set(exact) == {"none": {"logp"}, "frozen": {"logp", "dhidden"}, "rows": {"logp", "dhidden", "dweight"}}.get(
+        job, {"loss", "dhidden", "dweight"}
+    )
+    for name in exact:
+        torch.testing.assert_close(exact[name], want[name], rtol=1e-11, atol=1e-13, msg=name)
+
+
+def test_what_is_wrong_or_absent_is_not_timed(bench, monkeypatch, tmp_path):
+    harness, peers, report = bench("harness"), bench("peers"), bench("report")
+
+    def broken(p):
+        return peers.naive("rows")(p) | {"dweight": torch.zeros_like(p.weight)}
+
+    def crashes(p):
+        raise ValueError("no such kernel")
+
+    extra = {
+        "broken": peers.Provider("broken", broken, "rows", "kept"),
+        "fastpo_broken": peers.Provider("fastpo_broken", broken, "rows", "kept"),
+        "crashes": peers.Provider("crashes", crashes, "rows", "kept"),
+        "absent": peers.Provider("absent", crashes, "rows", "kept", ("no_such_module",)),
+    }
+    monkeypatch.setattr(harness, "PROVIDERS", {**peers.PROVIDERS, **extra})
+    names = ["fastpo_none", "fastpo_frozen", "fastpo_kept", "fastpo_sliced", "naive", "fastpo_simpo", "quack", *extra]
+    result = harness.measure(SHAPE, names, rounds=3, seconds=0.0)
+    rows = result["rows"]
+    assert list(rows) == ["gemms_3", *names]
+    status = {name: row["status"] for name, row in rows.items()}
+    assert [name for name in status if status[name] == "ok"] == ["gemms_3", *names[:6]]
+    assert rows["broken"]["reason"].startswith("dweight is off by 1.0e+00") and "times_s" not in rows["broken"]
+    assert status["fastpo_broken"] == "wrong" and rows["fastpo_broken"]["over_criterion"] > 1
+    assert rows["crashes"]["reason"] == "ValueError: no such kernel"
+    assert (rows["absent"]["reason"], rows["quack"]["status"]) == ("no_such_module is not installed", "skipped")
+    kept = rows["fastpo_kept"]
+    assert len(kept["times_s"]) == 3 and kept["p20_s"] <= kept["p50_s"] <= kept["p80_s"]
+    assert max(kept["errors"].values()) < 1e-5 and kept["over_criterion"] <= 1 and kept["peak_bytes"] >= 0
+    assert kept["over_floor"] > 0 and kept["tflops"] == pytest.approx(6e-12 * 24 * 16 * 301 / kept["p50_s"])
+
+    path = harness.write([result], "ops", tmp_path)
+    assert harness.read(path) == json.loads(json.dumps([result]))
+    compare = shutil.which("pytest-benchmark")
+    if compare:
+        done = subprocess.run([compare, "compare", str(path)], capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 0 and "fastpo_kept[24x16x301-float32]" in done.stdout, done.stderr
+    harness.write([result], "sweep", tmp_path)
+    monkeypatch.setattr("sys.argv", ["report.py", "--folder", str(tmp_path), "--output", str(tmp_path / "RESULTS.md")])
+    report.main()
+    text = (tmp_path / "RESULTS.md").read_text()
+    assert "| broken | rows | wrong: dweight is off by" in text and "sweep_time.png" in text
+    assert (tmp_path / "sweep_memory.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_floors(bench):
+    roofline = bench("roofline")
+    n, d, v = 1024, 512, 32000
+    assert roofline.flops("kept", n, d, v) == 6 * n * d * v
+    assert roofline.least_bytes("none", n, d, v, 4) == 4 * (n * d + v * d) + 12 * n
+    kept, sliced = (roofline.least_bytes(regime, n, d, v, 2) for regime in ("kept", "sliced"))
+    assert kept - sliced == 2 * (2 * n * v - n * d - v * d)  # the N x V matrix twice, X and W once less
+    machine = roofline.Machine(torch.randn(8, 64), torch.randn(4096, 64))
+    machine.gemm_s, machine.copy_s = [1.0, 3.0, 2.0], [0.5]
+    assert machine.gemm_rate == 6 * 8 * 64 * 4096 / 2 and machine.bandwidth == 2 * machine._source.nbytes / 0.5
+    floor = machine.floor("frozen")
+    assert floor["floor_s"] == max(floor["flops"] / machine.gemm_rate, floor["bytes"] / machine.bandwidth)
+
+
+def test_goals(bench, tmp_path, monkeypatch):
+    goals = bench("gpu_goals")
+
+    def row(job, seconds, **more):
+        return {"job": job, "times_s": [seconds] * 3, "p50_s": seconds, **more}
+
+    rows = {
+        (8192, 4096, 151936): {
+            "gemms_1": row("gemms", 0.010),
+            "fastpo_none": row("none", 0.0105),
+            "fastpo_kept": row("rows", 0.060, peak_bytes=6 << 30),
+            "trl_chunked": row("rows", 0.167),
+        }
+    }
+    found = {
+        name: value for name, value, *_ in goals.goals_of(rows, {"row_kernel": [{"of_copy": 0.9}, {"failed": ""}]})
+    }
+    large, square = "N 8,192, D 4,096, V 151,936", "N 4,096, D 4,096, V 128,256"
+    assert found[f"forward and backward, {large}"] == pytest.approx(60)
+    assert found[f"its peak memory, {large}"] == 6
+    assert found[f"reference pass over its GEMM, {large}"] == pytest.approx(1.05)
+    assert found[f"ours over trl_chunked, {large}"] == pytest.approx(60 / 167)
+    assert found["row kernel over copy bandwidth, worst vocabulary"] == 0.9
+    assert found[f"frozen head, {square}"] is None
+    monkeypatch.setattr("sys.argv", ["gpu_goals.py", "judge", "--out", str(tmp_path)])
+    assert goals.main() == 0  # nothing was measured, nothing was missed
+    written = json.loads((tmp_path / "goals.json").read_text())["goals"]
+    assert {goal["verdict"] for goal in written} == {"not measured"}
+
+
+def test_gpu_script_keeps_its_time(tmp_path):
+    environment = os.environ | {"OUT": str(tmp_path / "out"), "LIMIT": "-25"}
+    script = ["bash", str(ROOT / "bench" / "gpu.sh"), "--device", "cpu", "--tiny"]
+    done = subprocess.run(script, capture_output=True, text=True, env=environment, timeout=60)
+    assert done.returncode == 1 and done.stdout.count("no time left") == 2 * done.stdout.count("did not succeed") > 0
+    wrong = subprocess.run([*script, "--fast"], capture_output=True, text=True, env=environment, timeout=60)
+    assert wrong.returncode == 2 and "--fast" in wrong.stderr
