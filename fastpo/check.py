@@ -20,6 +20,7 @@ from torch import Tensor
 from fastpo import ops
 from fastpo.errors import DeviceError
 from fastpo.kernels import reference
+from fastpo.losses import LOSSES
 
 REGIMES = ("none", "frozen", "kept", "sliced")
 SOFTCAPPED: dict[str, Any] = {"softcap": 20.0, "logit_scale": 0.5}
@@ -198,35 +199,48 @@ def slice_results(device: str) -> Iterator[Result]:
         yield _worst("logprob_slice_fwd", str(case), dtype, "triton", "-", errors)
 
 
+# What the losses of pairs are checked with beside their defaults: an NLL that is not a mean over the step's tokens, as
+# the kernel has it, and labels that are smoothed.
+_HYPER: dict[str, dict[str, Any]] = {
+    "dpo": {"label_smoothing": 0.1}, "robust": {"label_smoothing": 0.1}, "simpo": {"label_smoothing": 0.1},
+    "cpo": {"nll_reduction": "seq_mean"}, "cpo_simpo": {"nll_reduction": "seq_sum"},
+    "rpo": {"nll_reduction": "seq_mean"}, "slic": {"nll_reduction": "seq_sum"},
+    "orpo": {"nll_reduction": "seq_mean", "disable_prompt_loss": True},
+}  # fmt: skip
+
+
 def preference_results(device: str, backends: list[str]) -> Iterator[Result]:
-    """`preference_loss` for every loss: total, per-pair outputs and the gradient of every token."""
+    """`preference_loss` for every loss: total, per-pair outputs, metrics, and the gradient of every token."""
     generator = torch.Generator().manual_seed(0)
     lengths = torch.tensor([1, 7, 200, 1500, 33, 4, 60, 61])
-    offsets = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)]).int().to(device)
-    logp, ref = (-3 * torch.rand(2, int(lengths.sum()), generator=generator)).to(device)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
+    logp, ref, prev = (-3 * torch.rand(3, int(offsets[-1]), generator=generator)).to(device)
+    rows = torch.rand(len(logp), generator=generator).to(device)
     weight, win, lose = torch.rand(3, 4, generator=generator).to(device)
     layouts = {"unique": [[0, 1], [2, 3], [5, 4], [7, 6]], "shared": [[0, 1], [2, 1], [2, 6], [7, 2]]}
-    for loss_type in reference.LOSS_TYPES:
-        hyper: dict[str, Any] = {"loss_type": loss_type, "beta": 0.3, "gamma_beta_ratio": 0.5}
-        hyper["label_smoothing"] = 0.1 if loss_type in ("dpo", "robust", "simpo") else 0.0
-        for layout, rows in layouts.items():
-            pairs = torch.tensor(rows, dtype=torch.int32, device=device)
+    for loss_type in ops.FUSED_LOSSES:
+        loss = LOSSES[loss_type]
+        hyper = loss.hyper(**_HYPER.get(loss_type, {}))
+        for layout, responses in layouts.items():
+            first = [offsets[r] + torch.arange(int(lengths[list(pair)].min())) for pair in responses for r in pair]
+            x = ops.PreferenceInputs(
+                logp, rows, ref, None, prev if loss.previous else None, None, None,
+                torch.cat(first).to(device) if loss.drawn else None, offsets.int().to(device),
+                torch.tensor(responses, dtype=torch.int32, device=device), weight, win, lose,
+            )  # fmt: skip
 
-            def plain(x: Tensor, pairs=pairs, hyper=hyper) -> tuple[Tensor, ...]:
-                wide = [t.to(x.dtype) for t in (ref, win, lose)]
-                out = reference.preference_loss(x, wide[0], offsets, pairs, *wide[1:], **hyper)
-                return ((weight.to(x.dtype) * out.losses).sum(), *out)
+            def plain(x: ops.PreferenceInputs, name=loss_type, hyper=hyper) -> Any:
+                return ops.plain_preference_loss(name, hyper, x, reference.response_sums)
 
-            exact, naive = (_preference_outputs(plain, logp.to(dtype)) for dtype in (torch.float64, torch.float32))
+            exact, naive = (_preference_outputs(plain, x, dtype) for dtype in (torch.float64, torch.float32))
             magnitude = exact["chosen_logps"].abs().max().item()
             for backend in backends:
 
-                def fused(x: Tensor, pairs=pairs, hyper=hyper, backend=backend, layout=layout) -> tuple[Tensor, ...]:
-                    options = {"unique": layout == "unique", "backend": backend, **hyper}
-                    total, out = ops.preference_loss(x, ref, offsets, pairs, weight, win, lose, **options)
-                    return total, *out
+                def fused(x: ops.PreferenceInputs, name=loss_type, hyper=hyper, backend=backend, layout=layout) -> Any:
+                    options = {"loss_type": name, "unique": layout == "unique", "backend": backend, **hyper}
+                    return ops.preference_loss(**x._asdict(), **options)
 
-                ours = _preference_outputs(fused, logp)
+                ours = _preference_outputs(fused, x, torch.float32)
                 # Losses and coefficients are at most quadratic in the sums, with slopes of the size of their values.
                 errors = {
                     name: budgeted_error(
@@ -237,12 +251,14 @@ def preference_results(device: str, backends: list[str]) -> Iterator[Result]:
                 yield _worst(f"preference {loss_type}", f"4 pairs {layout}", torch.float32, backend, "-", errors)
 
 
-def _preference_outputs(fn, logp: Tensor) -> dict[str, Tensor]:
-    x = logp.detach().clone().requires_grad_()
-    total, *terms = fn(x)
+def _preference_outputs(fn, x: ops.PreferenceInputs, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Everything that fn(x) gives in `dtype`, with the gradients of the total."""
+    wide = {name: t.to(dtype) for name, t in x._asdict().items() if t is not None and t.is_floating_point()}
+    leaves = {name: wide[name].detach().clone().requires_grad_() for name in ("logp", "rows")}
+    total, out = fn(x._replace(**wide | leaves))
     total.backward()
-    names = ops.PreferenceOutput._fields
-    return {"total": total.detach(), **{n: t.detach() for n, t in zip(names, terms)}, "dlogp": x.grad}
+    grads = {f"d{name}": leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+    return {"total": total.detach(), **{n: t.detach() for n, t in out._asdict().items()}, **grads}
 
 
 def cases(device: str) -> Iterator[tuple[Case, torch.dtype]]:

@@ -12,19 +12,21 @@ from torch import Tensor
 
 from fastpo import ops
 from fastpo.errors import TrainingError
+from fastpo.kernels import reference
 from fastpo.losses import KL, Pairs, Term, segment_sum
 from fastpo.packing import PackedBatch
 
-PROMPT_LOGP = "prompt_logp"  # name in PackedBatch.rows: [M], of the prompts' tokens
+# Names in PackedBatch.rows: of the head rows [N], and of the prompts' tokens [M].
+LOG_SUM_SQ, TOKEN_KL = "log_sum_sq", "token_kl"
+PROMPT_LOGP = "prompt_logp"
 # Sums over pairs that every pair loss reports, in this order; of unpaired rows, the desirable ones are the chosen.
 PAIR_METRICS = ("chosen_logratios", "rejected_logratios", "accuracies", "logps/chosen", "logps/rejected", "chosen",
                 "rejected", "kl", "pairs")  # fmt: skip
 
 
-def pair_inputs(logp: Tensor, batch: PackedBatch, sums: tuple[Tensor, ...] | None = None) -> Pairs:
+def pair_inputs(logp: Tensor, batch: PackedBatch) -> Pairs:
     """Response sums and lengths of each pair, or of each unpaired response, differentiable in `logp` [N].
 
-    `sums` are the four sums per pair where a kernel has formed them already (zero where there is no reference).
     Where a loss reads a previous policy too, the batch's reference is the mixture of both, and stands for either.
     """
     chosen, rejected = batch.pairs.long().unbind(1)
@@ -32,23 +34,20 @@ def pair_inputs(logp: Tensor, batch: PackedBatch, sums: tuple[Tensor, ...] | Non
     if batch.token_weight is not None:
         logp = batch.token_weight * logp
         ref_logp = None if ref_logp is None else batch.token_weight * ref_logp
-    has_ref = batch.ref_logp is not None or batch.ref_response_logps is not None
+    of_response = segment_sum(logp, batch.response_offsets)
+    ref = batch.ref_response_logps
+    if ref_logp is not None:
+        ref = segment_sum(ref_logp, batch.response_offsets)
+    if batch.label is not None:
+        return Pairs(of_response, None, ref, None, lengths, label=batch.label)
+    rw, rl = (ref[chosen], ref[rejected]) if ref is not None else (None, None)
     greedy: list[Tensor | None] = [None, None]
-    if sums is None:
-        of_response = segment_sum(logp, batch.response_offsets)
-        ref = batch.ref_response_logps
-        if ref_logp is not None:
-            ref = segment_sum(ref_logp, batch.response_offsets)
-        if batch.label is not None:
-            return Pairs(of_response, None, ref, None, lengths, label=batch.label)
-        sums = (of_response[chosen], of_response[rejected])
-        sums += (ref[chosen], ref[rejected]) if ref is not None else ()
-        if batch.greedy is not None:
-            greedy = [None if of is None else of[batch.greedy.long()] for of in (of_response, ref)]
-    rw, rl = (sums[2], sums[3]) if has_ref else (None, None)
+    if batch.greedy is not None:
+        greedy = [None if of is None else of[batch.greedy.long()] for of in (of_response, ref)]
     return Pairs(
-        sums[0], sums[1], rw, rl, lengths[chosen], lengths[rejected], batch.win_prob_chosen, batch.win_prob_rejected,
-        prev_chosen_logps=rw, prev_rejected_logps=rl, greedy_logps=greedy[0], ref_greedy_logps=greedy[1],
+        of_response[chosen], of_response[rejected], rw, rl, lengths[chosen], lengths[rejected],
+        batch.win_prob_chosen, batch.win_prob_rejected, prev_chosen_logps=rw, prev_rejected_logps=rl,
+        greedy_logps=greedy[0], ref_greedy_logps=greedy[1],
     )  # fmt: skip
 
 
@@ -102,15 +101,28 @@ def prompt_sums(batch: PackedBatch) -> Tensor:
     return segment_sum(batch.rows[PROMPT_LOGP], batch.prompts.offsets)
 
 
-def fused_pair_loss(term: Term, logp: Tensor, batch: PackedBatch) -> tuple[Tensor, ops.PreferenceOutput]:
-    """One loss term through the fused kernel: (sum over pairs of weight * loss, what it was made of)."""
-    hyper = dict(term.hyper)
-    ipo_mean = hyper.pop("ipo_reduce", "mean") == "mean"
-    return ops.preference_loss(
+def has_kernel(term: Term, logp: Tensor, batch: PackedBatch) -> bool:
+    """Whether `fused_pair_loss` takes this term: a loss of single pairs, on a GPU that Triton knows."""
+    able = logp.is_cuda and "triton" in ops.available_backends()
+    return able and batch.label is None and ops.has_kernel(term.name, term.hyper)
+
+
+def fused_pair_loss(term: Term, logp: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+    """One term through the fused kernel: the sum over pairs of weight * loss, differentiable in `logp` [N] and in the
+    KL's rows, and `pair_metrics`. Where a loss reads a previous policy too, the batch's reference is the mixture.
+    """
+    needs, hyper = term.loss.needs, dict(term.hyper)
+    if term.loss.nll:
+        hyper.setdefault(term.loss.nll, 0.0)  # taken out of the term where it is a mean over tokens
+    of_rows = TOKEN_KL if "chosen_kl" in needs else LOG_SUM_SQ if "chosen_log_sum_sq" in needs else None
+    total, out = ops.preference_loss(
         logp, batch.ref_logp, batch.response_offsets, batch.pairs, batch.pair_weight,
-        batch.win_prob_chosen, batch.win_prob_rejected, loss_type=term.name, ipo_mean=ipo_mean, unique=batch.unique,
-        ref_response_logps=batch.ref_response_logps if batch.ref_logp is None else None, **hyper,
+        batch.win_prob_chosen, batch.win_prob_rejected, loss_type=term.name, unique=batch.unique,
+        ref_response_logps=batch.ref_response_logps if batch.ref_logp is None else None,
+        rows=None if of_rows is None else batch.rows[of_rows], token_weight=batch.token_weight,
+        drawn_rows=batch.drawn_rows if term.loss.drawn else None, backend="triton", **hyper,
     )  # fmt: skip
+    return total, out.metrics
 
 
 def pair_metrics(x: Pairs, term: Term) -> Tensor:
@@ -122,18 +134,9 @@ def pair_metrics(x: Pairs, term: Term) -> Tensor:
         none = ratios[0].new_zeros(())
         kl = none if x.kl is None else x.kl * len(desirable)
         return torch.stack([*ratios, none, *logps, *(kind.sum() for kind in kinds), kl, none]).detach()
-    if x.ref_chosen_logps is not None:
-        chosen, rejected = x.chosen_logratios, x.rejected_logratios
-    elif term.loss.length:
-        chosen, rejected = x.chosen_logps / x.chosen_len, x.rejected_logps / x.rejected_len
-    else:
-        chosen, rejected = x.chosen_logps, x.rejected_logps
-    # At the start policy and reference differ by the rounding of two sums; a tie within it is no win, as in TRL, whose
-    # two sums round alike.
-    rounding = 2.0**-21 * (x.chosen_logps.abs() + x.rejected_logps.abs())
-    wins = (chosen - rejected > rounding).to(chosen.dtype)
-    ones = torch.ones_like(chosen)
-    sums = (chosen, rejected, wins, x.chosen_logps, x.rejected_logps, ones, ones, 0 * ones, ones)
+    rewards = reference.pair_rewards(*x[:6], mean=term.loss.length)
+    ones = torch.ones_like(rewards.wins)
+    sums = (*rewards, x.chosen_logps, x.rejected_logps, ones, ones, 0 * ones, ones)
     return torch.stack(sums).detach().sum(1)
 
 

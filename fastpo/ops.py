@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastpo import backends, chips, vocab_ops
+from fastpo import backends, chips, losses, vocab_ops
 from fastpo import grad_filter as filters
 from fastpo.backends import IGNORE_INDEX, Head, acc_dtype
 from fastpo.errors import FastpoError
 from fastpo.kernels import reference
+from fastpo.kernels.pair_losses import RECIPES, Recipe, recipe
 
 GIB = 1 << 30
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -448,17 +450,38 @@ def _backward_filtered_logprob(ctx, grad, *_):
 _filtered_logprob.register_autograd(_backward_filtered_logprob, setup_context=_setup_filtered_logprob)
 
 
-FUSED_LOSSES = reference.LOSS_TYPES  # what `preference_loss` knows; fastpo.losses has more
+# ------------------------------------------------------------------------------------------------- preference losses
+
+FUSED_LOSSES = tuple(RECIPES)  # what `preference_loss` knows; fastpo.losses has more
 
 
 class PreferenceOutput(NamedTuple):
-    """Per-pair results, detached, each [P]."""
+    """Per-pair results, detached, each [P]; and the metrics."""
 
     losses: Tensor  # unweighted
     chosen_logps: Tensor  # sums over the response
     rejected_logps: Tensor
     ref_chosen_logps: Tensor  # 0 without a reference
     ref_rejected_logps: Tensor
+    metrics: Tensor  # [9] sums over the pairs, in the order of fastpo.metrics.PAIR_METRICS
+
+
+class PreferenceInputs(NamedTuple):
+    """The tensors of `preference_loss`."""
+
+    logp: Tensor
+    rows: Tensor | None
+    ref_logp: Tensor | None
+    ref_response_logps: Tensor | None
+    prev_logp: Tensor | None
+    prev_response_logps: Tensor | None
+    token_weight: Tensor | None
+    drawn_rows: Tensor | None
+    response_offsets: Tensor
+    pairs: Tensor
+    weight: Tensor
+    win_prob_chosen: Tensor | None
+    win_prob_rejected: Tensor | None
 
 
 def preference_loss(
@@ -467,97 +490,155 @@ def preference_loss(
     response_offsets: Tensor,  # [S + 1] int32
     pairs: Tensor,  # [P, 2] int32: preferred, other
     weight: Tensor,  # [P]
-    win_prob_chosen: Tensor | None = None,  # [P], sppo
-    win_prob_rejected: Tensor | None = None,  # [P], sppo
+    win_prob_chosen: Tensor | None = None,  # [P]: P(it beats the previous policy), or P(chosen beats rejected)
+    win_prob_rejected: Tensor | None = None,  # [P]
     *,
     loss_type: str,
-    beta: float,
-    label_smoothing: float = 0.0,
-    gamma_beta_ratio: float = 0.0,
-    ipo_mean: bool = True,
     unique: bool = False,
     ref_response_logps: Tensor | None = None,  # [S], instead of ref_logp
+    prev_logp: Tensor | None = None,  # [N]: of the previous policy, for a loss that mixes it with the reference
+    prev_response_logps: Tensor | None = None,  # [S], instead of prev_logp
+    rows: Tensor | None = None,  # [N]: WPO's log sum_v p_v^2, or TDPO's KL, which gets a gradient
+    token_weight: Tensor | None = None,  # [N]; a token of weight 2 counts as two
+    drawn_rows: Tensor | None = None,  # [K] int64: SamPO's tokens, pair by pair, chosen's and then rejected's
     backend: str = "auto",
+    **hyper: Any,
 ) -> tuple[Tensor, PreferenceOutput]:
-    """(sum over pairs of weight * loss, differentiable once in logp; what it was made of).
+    """(sum over pairs of weight * loss, differentiable once in logp and rows; what it was made of).
 
-    unique=True promises that every response is in exactly one pair, which lets a GPU do everything in one launch.
+    `loss_type` and `hyper` are those of `fastpo.losses.LOSSES`, defaults included; FUSED_LOSSES lists the losses that a
+    pair's own numbers determine. unique=True promises that every response is in exactly one pair, which lets a GPU do
+    everything in one launch. Without prev_*, the reference is taken for the mixture. OpError for tensors that do not
+    fit, ConfigError for hyper-parameters.
     """
-    if loss_type not in reference.LOSS_TYPES:
-        raise OpError(f"unknown loss_type {loss_type!r}; one of {', '.join(reference.LOSS_TYPES)}")
-    if logp.dim() != 1 or pairs.dim() != 2 or pairs.shape[1] != 2 or weight.shape != pairs.shape[:1]:
-        shapes = [list(t.shape) for t in (logp, pairs, weight)]
-        raise OpError(f"logp, pairs and weight must be [N], [P, 2] and [P], not {', '.join(map(str, shapes))}")
-    if ref_logp is not None and ref_response_logps is not None:
-        raise OpError("a reference comes per token (ref_logp) or per response (ref_response_logps), not both")
-    if ref_logp is not None and ref_logp.shape != logp.shape:
-        raise OpError(f"ref_logp {list(ref_logp.shape)} must have the shape of logp {list(logp.shape)}")
-    if loss_type == "sppo" and (win_prob_chosen is None or win_prob_rejected is None):
-        raise OpError("sppo needs win_prob_chosen and win_prob_rejected")
-    hyper = (loss_type, beta, label_smoothing, gamma_beta_ratio, ipo_mean)
-    tensors = (logp, ref_logp, ref_response_logps, response_offsets, pairs, weight, win_prob_chosen, win_prob_rejected)
-    if _choose(backend, logp) == "triton":
-        total, terms, _ = _preference_loss(*tensors, *hyper, unique)
-    else:
-        total, terms = _torch_preference_loss(*tensors, *hyper)
-    return total, PreferenceOutput(*terms.unbind())
-
-
-def _torch_preference_loss(
-    logp: Tensor,
-    ref_logp: Tensor | None,
-    ref_response_logps: Tensor | None,
-    response_offsets: Tensor,
-    pairs: Tensor,
-    weight: Tensor,
-    win_prob_chosen: Tensor | None,
-    win_prob_rejected: Tensor | None,
-    loss_type: str,
-    beta: float,
-    label_smoothing: float,
-    gamma_beta_ratio: float,
-    ipo_mean: bool,
-) -> tuple[Tensor, Tensor]:
-    """(total, terms [5, P]) by autograd's own ops. Segment sums run in a fixed order, so they are deterministic."""
-    offsets = response_offsets.long()
-    sums = _segment_sums(logp, offsets)
-    if ref_response_logps is not None:
-        ref_sums = ref_response_logps.to(logp.dtype)
-    else:
-        ref_sums = torch.zeros_like(sums) if ref_logp is None else _segment_sums(ref_logp.to(logp.dtype), offsets)
-    chosen, rejected = pairs.long().unbind(1)
-    lengths = offsets.diff().clamp(min=1).to(logp.dtype)
-    terms = (sums[chosen], sums[rejected], ref_sums[chosen], ref_sums[rejected])
-    losses = reference.pair_losses(
-        loss_type, *terms, lengths[chosen], lengths[rejected], win_prob_chosen, win_prob_rejected,
-        beta=beta, label_smoothing=label_smoothing, gamma_beta_ratio=gamma_beta_ratio, ipo_mean=ipo_mean,
+    loss_type = losses.canonical_name(loss_type)
+    if loss_type not in RECIPES:
+        raise OpError(
+            f"{loss_type} is no function of single pairs, as {', '.join(FUSED_LOSSES)} are; its own function is "
+            f"fastpo.losses.LOSSES[{loss_type!r}]"
+        )
+    loss = losses.LOSSES[loss_type]
+    hyper = loss.hyper(**hyper)
+    x = PreferenceInputs(
+        logp, rows, ref_logp, ref_response_logps, prev_logp, prev_response_logps, token_weight, drawn_rows,
+        response_offsets, pairs, weight, win_prob_chosen, win_prob_rejected,
     )  # fmt: skip
-    return (weight * losses).sum(), torch.stack([losses, *terms]).detach()
+    _check_preference(loss, hyper, x)
+    made = recipe(loss_type, **hyper)
+    if made is None and backend == "auto":
+        backend = "torch"
+    if _choose(backend, logp) != "triton":
+        return plain_preference_loss(loss_type, hyper, x)
+    if made is None:
+        raise OpError(f"{loss_type} with this NLL has no kernel (see fastpo/kernels/pair_losses.py); use 'auto'")
+    words, numbers = " ".join(made.words), list(map(float, made.numbers))
+    total, metrics, terms, _, _ = _preference_loss(*x, words, numbers, loss.length, unique)
+    return total, PreferenceOutput(*terms.unbind(), metrics)
 
 
-def _segment_sums(values: Tensor, offsets: Tensor) -> Tensor:
-    """Sums of values [N] between consecutive offsets [S + 1] -> [S]. A segment's sum is sequential, hence in fp64."""
-    return torch.segment_reduce(values.double(), "sum", offsets=offsets, initial=0).to(values.dtype)
+def has_kernel(loss_type: str, hyper: Mapping[str, Any]) -> bool:
+    """Whether `preference_loss` can take the fused kernel for this loss, on a machine that has it."""
+    return recipe(loss_type, **hyper) is not None
+
+
+def _check_preference(loss: losses.Loss, hyper: dict[str, Any], x: PreferenceInputs) -> None:
+    """Refuse tensors that do not fit, and say what the loss lacks."""
+    if x.logp.dim() != 1 or x.pairs.dim() != 2 or x.pairs.shape[1] != 2 or x.weight.shape != x.pairs.shape[:1]:
+        shapes = [list(t.shape) for t in (x.logp, x.pairs, x.weight)]
+        raise OpError(f"logp, pairs and weight must be [N], [P, 2] and [P], not {', '.join(map(str, shapes))}")
+    if x.response_offsets.dim() != 1 or x.response_offsets.numel() == 0:
+        raise OpError(f"response_offsets must be [S + 1], not {list(x.response_offsets.shape)}")
+    responses = x.response_offsets[1:]
+    of_shape = {
+        "logp": (x.logp, ("rows", "ref_logp", "prev_logp", "token_weight")),
+        "the responses": (responses, ("ref_response_logps", "prev_response_logps")),
+        "weight": (x.weight, ("win_prob_chosen", "win_prob_rejected")),
+    }
+    for of, (like, names) in of_shape.items():
+        for name in names:
+            given = getattr(x, name)
+            if given is not None and given.shape != like.shape:
+                raise OpError(f"{name} {list(given.shape)} must have the shape of {of} {list(like.shape)}")
+    for who in ("ref", "prev"):
+        if getattr(x, f"{who}_logp") is not None and getattr(x, f"{who}_response_logps") is not None:
+            raise OpError(f"{who}_* comes per token ({who}_logp) or per response ({who}_response_logps), not both")
+    for tensor in x:
+        if tensor is not None and tensor.device != x.logp.device:
+            raise OpError(f"tensors are on several devices: {x.logp.device} and {tensor.device}")
+    needed = loss.needed(hyper)
+    if loss.pair_prob and x.win_prob_chosen is None:
+        raise OpError(f"{loss.name} needs win_prob_chosen, which is P(chosen beats rejected)")
+    if loss.win_prob and (x.win_prob_chosen is None or x.win_prob_rejected is None):
+        raise OpError(f"{loss.name} needs win_prob_chosen and win_prob_rejected")
+    if ("chosen_kl" in needed or "chosen_log_sum_sq" in needed) and x.rows is None:
+        raise OpError(f"{loss.name} needs rows: {'token_kl' if 'chosen_kl' in needed else 'log_sum_sq'} of each token")
+    if (loss.drawn or "chosen_tail_logps" in needed) and x.ref_response_logps is not None:
+        raise OpError(f"{loss.name} needs the reference per token: give ref_logp instead of ref_response_logps")
+    if loss.drawn != (x.drawn_rows is not None):
+        raise OpError(f"{loss.name} {'needs' if loss.drawn else 'reads no'} drawn_rows")
+    if "prompt_logps" in needed:
+        raise OpError(f"{loss.name} here has no NLL of the prompt: set disable_prompt_loss, or {loss.nll}=0")
+
+
+def plain_preference_loss(
+    loss_type: str,
+    hyper: Mapping[str, Any],
+    x: PreferenceInputs,
+    segment_sum: Callable[[Tensor, Tensor], Tensor] = losses.segment_sum,
+) -> tuple[Tensor, PreferenceOutput]:
+    """`preference_loss` by autograd's own ops and the table's function. `segment_sum` as in kernels/reference.py."""
+    loss = losses.LOSSES[loss_type]
+    pairs, n = table_inputs(loss, x, segment_sum)
+    whole = [n[name] for name in ("chosen_logps", "rejected_logps", "ref_chosen_logps", "ref_rejected_logps")]
+    of_each = loss.fn(pairs, **hyper)
+    with torch.no_grad():
+        has_ref = x.ref_logp is not None or x.ref_response_logps is not None
+        refs = whole[2:] if has_ref else (None, None)
+        rewards = reference.pair_rewards(*whole[:2], *refs, n["chosen_len"], n["rejected_len"], mean=loss.length)
+        ones = torch.ones_like(of_each)
+        metrics = torch.stack([*rewards, *whole[:2], ones, ones, 0 * ones, ones]).sum(1)
+    return (x.weight * of_each).sum(), PreferenceOutput(*(t.detach() for t in (of_each, *whole)), metrics)
+
+
+def table_inputs(
+    loss: losses.Loss, x: PreferenceInputs, segment_sum: Callable[[Tensor, Tensor], Tensor] = losses.segment_sum
+) -> tuple[losses.Pairs, dict[str, Tensor]]:
+    """What the table's function reads of these tensors, differentiable; and all of `reference.pair_numbers`."""
+    n = reference.pair_numbers(
+        x.logp, x.ref_logp, x.response_offsets, x.pairs, ref_response_logps=x.ref_response_logps,
+        prev_logp=x.prev_logp, prev_response_logps=x.prev_response_logps, rows=x.rows, token_weight=x.token_weight,
+        drawn_rows=x.drawn_rows, segment_sum=segment_sum,
+    )  # fmt: skip
+    given = {name: values for name, values in n.items() if name in losses.Pairs._fields}
+    kind = "kl" if "chosen_kl" in loss.needs else "log_sum_sq"
+    given |= {f"{side}_{kind}": n.get(f"{side}_rows") for side in ("chosen", "rejected")}
+    if loss.drawn:
+        given |= {name.replace("_drawn", ""): values for name, values in n.items() if "_drawn" in name}
+    return losses.Pairs(**given, win_prob_chosen=x.win_prob_chosen, win_prob_rejected=x.win_prob_rejected), n
 
 
 @torch.library.custom_op("fastpo::preference_loss", mutates_args=())
 def _preference_loss(
     logp: Tensor,
+    rows: Tensor | None,
     ref_logp: Tensor | None,
     ref_response_logps: Tensor | None,
+    prev_logp: Tensor | None,
+    prev_response_logps: Tensor | None,
+    token_weight: Tensor | None,
+    drawn_rows: Tensor | None,
     response_offsets: Tensor,
     pairs: Tensor,
     weight: Tensor,
     win_prob_chosen: Tensor | None,
     win_prob_rejected: Tensor | None,
-    loss_type: str,
-    beta: float,
-    label_smoothing: float,
-    gamma_beta_ratio: float,
-    ipo_mean: bool,
+    words: str,
+    numbers: list[float],
+    mean_rewards: bool,
     unique: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(total, terms [5, P], dtotal/dlogp [N]) by the fused Triton kernel."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(total, metrics [9], terms [5, P], dtotal/dlogp [N], dtotal/drows [N] or [0]) by the fused Triton kernel; `words`
+    and `numbers` are a Recipe's."""
     from fastpo.kernels.preference import preference_fwd
 
     def fp32(t: Tensor | None) -> Tensor | None:
@@ -565,31 +646,40 @@ def _preference_loss(
 
     result = preference_fwd(
         fp32(logp), fp32(ref_logp), response_offsets.int().contiguous(), pairs.int().contiguous(), fp32(weight),
-        fp32(win_prob_chosen), fp32(win_prob_rejected), loss_type=loss_type, beta=beta, label_smoothing=label_smoothing,
-        gamma_beta_ratio=gamma_beta_ratio, ipo_mean=ipo_mean, unique=unique,
-        ref_response_logps=fp32(ref_response_logps),
+        fp32(win_prob_chosen), fp32(win_prob_rejected), loss_type=Recipe(*words.split(), *numbers), unique=unique,
+        ref_response_logps=fp32(ref_response_logps), prev_logp=fp32(prev_logp),
+        prev_response_logps=fp32(prev_response_logps), rows=fp32(rows), token_weight=fp32(token_weight),
+        drawn_rows=None if drawn_rows is None else drawn_rows.long().contiguous(), mean_rewards=mean_rewards,
     )  # fmt: skip
-    sums = (result.chosen_logps, result.rejected_logps, result.ref_chosen_logps, result.ref_rejected_logps)
-    return (weight * result.losses).sum(), torch.stack([result.losses, *sums]), result.dlogp
+    drows = logp.new_empty(0, dtype=torch.float32) if result.drows is None else result.drows
+    return result.objective.sum(), result.metrics.sum(1), result.shown, result.dlogp, drows
 
 
 @_preference_loss.register_fake
-def _(logp, ref_logp, ref_response_logps, response_offsets, pairs, weight, *_):
+def _(logp, rows, ref, ref_r, prev, prev_r, token_weight, drawn, offsets, pairs, weight, wins, losses_, words, *_):
     fp32 = {"dtype": torch.float32}
-    return weight.new_empty((), **fp32), logp.new_empty(5, pairs.shape[0], **fp32), logp.new_empty(logp.shape, **fp32)
+    of_rows = logp.shape if Recipe(*words.split()).has_row_gradient else 0
+    return (
+        weight.new_empty((), **fp32), logp.new_empty(9, **fp32), logp.new_empty(5, pairs.shape[0], **fp32),
+        logp.new_empty(logp.shape, **fp32), logp.new_empty(of_rows, **fp32),
+    )  # fmt: skip
 
 
 def _setup_preference_loss(ctx, inputs, output) -> None:
-    _, terms, dlogp = output
-    ctx.mark_non_differentiable(terms, dlogp)
+    _, metrics, terms, dlogp, drows = output
+    ctx.mark_non_differentiable(metrics, terms, dlogp, drows)
     ctx.set_materialize_grads(False)
-    ctx.dtype, ctx.inputs = inputs[0].dtype, len(inputs)
-    ctx.save_for_backward(dlogp)
+    ctx.dtypes = [None if t is None else t.dtype for t in inputs[:2]]
+    ctx.inputs = len(inputs)
+    ctx.save_for_backward(dlogp, drows)
 
 
 def _backward_preference_loss(ctx, grad, *_):
-    dlogp = None if grad is None else _scaled(*ctx.saved_tensors, grad, ctx.dtype)
-    return dlogp, *[None] * (ctx.inputs - 1)
+    grads = [None, None]
+    for i, saved in enumerate(ctx.saved_tensors):
+        if grad is not None and ctx.needs_input_grad[i] and saved.numel():
+            grads[i] = _scaled(saved, grad, ctx.dtypes[i])
+    return *grads, *[None] * (ctx.inputs - 2)
 
 
 _preference_loss.register_autograd(_backward_preference_loss, setup_context=_setup_preference_loss)

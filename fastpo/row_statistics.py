@@ -13,14 +13,12 @@ from torch import Tensor
 from fastpo import ops
 from fastpo.data import Example
 from fastpo.losses import Loss, Pairs, Term, segment_sum
-from fastpo.metrics import prompt_sums
+from fastpo.metrics import LOG_SUM_SQ, TOKEN_KL, prompt_sums
 from fastpo.model import Head
 from fastpo.packing import PackedBatch
 
 if TYPE_CHECKING:
     from fastpo.trainer import Trainer
-
-LOG_SUM_SQ, TOKEN_KL = "log_sum_sq", "token_kl"  # names in PackedBatch.rows
 
 # Which random draw: of a training step, or of an evaluation, the same at every one.
 TRAIN, EVALUATION = 1, 0

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, TrainerState, set_seed
 
-from fastpo import adapters, checkpoint, data, live_reference, losses, ops, outputs, references, rows, saving
+from fastpo import adapters, checkpoint, data, live_reference, losses, outputs, references, rows, saving
 from fastpo.callbacks import Callbacks, best, check_best
 from fastpo.config import TrainConfig
 from fastpo.distributed import Engine, World, shard
@@ -38,6 +38,7 @@ from fastpo.metrics import (
     Flops,
     Window,
     fused_pair_loss,
+    has_kernel,
     metric_means,
     nll_sum,
     pair_inputs,
@@ -428,21 +429,22 @@ class Trainer:
 
     def _pair_loss(self, logp: Tensor, batch: PackedBatch, stats: Statistics) -> tuple[Tensor, Tensor]:
         """sum over terms and pairs of weight * loss, and the metrics as sums over pairs."""
-        total = logp.new_zeros(())
-        has_kernel = logp.is_cuda and batch.token_weight is None and "triton" in ops.available_backends()
-        fused = [t for t in self.pair_terms if has_kernel and t.name in ops.FUSED_LOSSES]
-        for term in fused:
-            share, out = fused_pair_loss(term, logp, batch)
+        total, metrics, x = logp.new_zeros(()), None, None
+        for term in self.pair_terms:
+            if has_kernel(term, logp, batch):
+                share, of_launch = fused_pair_loss(term, logp, batch)
+                metrics = of_launch if term is self.pair_terms[0] else metrics
+            else:
+                x = pair_inputs(logp, batch) if x is None else x
+                if term.loss.of_step == losses.ORDER:
+                    share = stats.ordered_loss(x, term, batch)
+                else:
+                    of_each = stats.loss(term, x, logp, batch)
+                    share = (of_each if batch.label is not None else batch.pair_weight * of_each).sum()
             total = total + term.weight * share
-        plain = [t for t in self.pair_terms if t not in fused]
-        x = pair_inputs(logp, batch, None if plain else out[1:])
-        for term in plain:
-            if term.loss.of_step == losses.ORDER:
-                total = total + term.weight * stats.ordered_loss(x, term, batch)
-                continue
-            of_each = stats.loss(term, x, logp, batch)
-            total = total + term.weight * (of_each if batch.label is not None else batch.pair_weight * of_each).sum()
-        return total, pair_metrics(x._replace(kl=stats.kl), self.pair_terms[0])
+        if metrics is None:
+            metrics = pair_metrics(x._replace(kl=stats.kl), self.pair_terms[0])
+        return total, metrics
 
     # ---------------------------------------------------------------- train
 

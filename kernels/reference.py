@@ -7,6 +7,7 @@ Nothing optimised imports this file's arithmetic; tests, `fastpo check` and the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -14,17 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE_INDEX = -100
-LOSS_TYPES = ("dpo", "ipo", "simpo", "sppo", "sppo_hard", "hinge", "robust")
-
-
-class PreferenceTerms(NamedTuple):
-    """Per-pair results; differentiable in `logp` where they depend on it."""
-
-    losses: Tensor  # [P], unweighted
-    chosen_logps: Tensor  # [P], sums over the response
-    rejected_logps: Tensor  # [P]
-    ref_chosen_logps: Tensor  # [P], 0 without a reference
-    ref_rejected_logps: Tensor  # [P]
 
 
 def logit_rule(raw: Tensor, softcap: float | None = None, logit_scale: float = 1.0) -> Tensor:
@@ -125,83 +115,92 @@ def response_sums(logp: Tensor, response_offsets: Tensor) -> Tensor:
     return torch.stack([part.sum() for part in logp.split(lengths)]) if lengths else logp.new_zeros(0)
 
 
-def pair_losses(
-    loss_type: str,
+class PairRewards(NamedTuple):
+    """What a pair's metrics are made of, each [P]."""
+
+    chosen: Tensor  # log-ratios; without a reference the log-probabilities, or their means over tokens
+    rejected: Tensor
+    wins: Tensor  # 1 where chosen is above rejected by more than the rounding of their sums
+
+
+def pair_rewards(
     chosen_logps: Tensor,  # [P]
     rejected_logps: Tensor,  # [P]
-    ref_chosen_logps: Tensor,  # [P]
-    ref_rejected_logps: Tensor,  # [P]
-    chosen_lengths: Tensor,  # [P]
-    rejected_lengths: Tensor,  # [P]
-    win_prob_chosen: Tensor | None,  # [P], sppo only
-    win_prob_rejected: Tensor | None,  # [P], sppo only
+    ref_chosen_logps: Tensor | None,  # [P]
+    ref_rejected_logps: Tensor | None,  # [P]
+    chosen_len: Tensor,  # [P]
+    rejected_len: Tensor,  # [P]
     *,
-    beta: float,
-    label_smoothing: float = 0.0,
-    gamma_beta_ratio: float = 0.0,
-    ipo_mean: bool = True,
-) -> Tensor:
-    """Losses [P]. `label_smoothing` is read by dpo (cDPO), simpo and robust; `gamma_beta_ratio` by simpo."""
-    a = chosen_logps - ref_chosen_logps
-    b = rejected_logps - ref_rejected_logps
-    eps = label_smoothing
-    match loss_type:
-        case "dpo":  # arXiv 2305.18290 eq. 7
-            u = beta * (a - b)
-            return -(1 - eps) * F.logsigmoid(u) - eps * F.logsigmoid(-u)
-        case "robust":  # arXiv 2403.00409; unbounded below by construction
-            u = beta * (a - b)
-            return (-(1 - eps) * F.logsigmoid(u) + eps * F.logsigmoid(-u)) / (1 - 2 * eps)
-        case "hinge":
-            return torch.relu(1 - beta * (a - b))
-        case "ipo":  # arXiv 2310.12036 eq. 17, beta is tau
-            delta = a / chosen_lengths - b / rejected_lengths if ipo_mean else a - b
-            return (delta - 1 / (2 * beta)) ** 2
-        case "simpo":  # arXiv 2405.14734, reference-free
-            z = beta * (chosen_logps / chosen_lengths - rejected_logps / rejected_lengths - gamma_beta_ratio)
-            return -(1 - eps) * F.logsigmoid(z) - eps * F.logsigmoid(-z)
-        case "sppo":  # arXiv 2405.00675, soft probabilities, with the authors' factor 1/2
-            assert win_prob_chosen is not None and win_prob_rejected is not None, "sppo needs both win probabilities"
-            return 0.5 * ((a - (win_prob_chosen - 0.5) / beta) ** 2 + (b - (win_prob_rejected - 0.5) / beta) ** 2)
-        case "sppo_hard":
-            return (a - 0.5 / beta) ** 2 + (b + 0.5 / beta) ** 2
-    raise ValueError(f"unknown loss_type {loss_type!r}; one of {', '.join(LOSS_TYPES)}")
+    mean: bool,
+) -> PairRewards:
+    """Rewards without their beta; `mean` says whether those without a reference are means over tokens."""
+    if ref_chosen_logps is not None:
+        chosen, rejected = chosen_logps - ref_chosen_logps, rejected_logps - ref_rejected_logps
+    elif mean:
+        chosen, rejected = chosen_logps / chosen_len, rejected_logps / rejected_len
+    else:
+        chosen, rejected = chosen_logps, rejected_logps
+    # At the start policy and reference differ by the rounding of two sums; a tie within it is no win, as in TRL, whose
+    # two sums round alike.
+    rounding = 2.0**-21 * (chosen_logps.abs() + rejected_logps.abs())
+    return PairRewards(chosen, rejected, (chosen - rejected > rounding).to(chosen.dtype))
 
 
-def preference_loss(
+def pair_numbers(
     logp: Tensor,  # [N]
     ref_logp: Tensor | None,  # [N]
     response_offsets: Tensor,  # [S + 1] int32
     pairs: Tensor,  # [P, 2] int32
-    win_prob_chosen: Tensor | None = None,  # [P]
-    win_prob_rejected: Tensor | None = None,  # [P]
     *,
-    loss_type: str,
-    beta: float,
-    label_smoothing: float = 0.0,
-    gamma_beta_ratio: float = 0.0,
-    ipo_mean: bool = True,
     ref_response_logps: Tensor | None = None,  # [S], instead of ref_logp
-) -> PreferenceTerms:
-    """Token log-probabilities to per-pair losses; autograd through their weighted sum gives `dlogp`."""
-    sums = response_sums(logp, response_offsets)
-    if ref_response_logps is not None:
-        ref_sums = ref_response_logps.to(logp.dtype)
-    else:
-        ref_sums = torch.zeros_like(sums) if ref_logp is None else response_sums(ref_logp, response_offsets)
+    prev_logp: Tensor | None = None,  # [N]; without any prev_*, the reference stands for the previous policy too
+    prev_response_logps: Tensor | None = None,  # [S]
+    rows: Tensor | None = None,  # [N], a further number per token
+    token_weight: Tensor | None = None,  # [N]
+    drawn_rows: Tensor | None = None,  # [K] int64
+    segment_sum: Callable[[Tensor, Tensor], Tensor] = response_sums,
+) -> dict[str, Tensor]:
+    """What losses read of each pair, each [P]: sums over tokens, under the names of fastpo.loss_functions.Pairs, and
+    `chosen_rows` and `rejected_rows`; autograd goes through. Without a reference its sums are 0; a response without
+    tokens has length 1. With `drawn_rows` also `chosen_drawn_logps` and so on: sums over the rows listed, pair by pair,
+    for each response as many as the shorter one has."""
+    offsets = response_offsets.long()
     chosen, rejected = pairs.long().unbind(dim=1)
-    lengths = response_offsets.diff().clamp(min=1).to(logp.dtype)
-    terms = (sums[chosen], sums[rejected], ref_sums[chosen], ref_sums[rejected])
-    losses = pair_losses(
-        loss_type,
-        *terms,
-        lengths[chosen],
-        lengths[rejected],
-        win_prob_chosen,
-        win_prob_rejected,
-        beta=beta,
-        label_smoothing=label_smoothing,
-        gamma_beta_ratio=gamma_beta_ratio,
-        ipo_mean=ipo_mean,
-    )
-    return PreferenceTerms(losses, *terms)
+    tokens = offsets.diff()  # [S]
+    shared = torch.minimum(tokens[chosen], tokens[rejected])  # [P]
+    out = {}
+
+    def weighted(values: Tensor) -> Tensor:
+        return values if token_weight is None else token_weight.to(values.dtype) * values
+
+    def put(name: str, of_response: Tensor) -> None:
+        out[f"chosen_{name}"], out[f"rejected_{name}"] = of_response[chosen], of_response[rejected]
+
+    def put_sums(prefix: str, values: Tensor | None, sums: Tensor | None) -> None:
+        """Of the policy, the reference or the previous policy: whole sums; of values per token, tails and draws too."""
+        of = sums if values is None else segment_sum(weighted(values), offsets)
+        of = logp.new_zeros(len(tokens)) if of is None else of.to(logp.dtype)
+        out[f"{prefix}chosen_logps"], out[f"{prefix}rejected_logps"] = of[chosen], of[rejected]
+        if values is None:
+            out[f"{prefix}chosen_tail_logps"] = out[f"{prefix}rejected_tail_logps"] = logp.new_zeros(len(pairs))
+            return
+        # A response has another tail in each of its pairs, so they are differences of one running sum, in fp64.
+        running = weighted(values).double().cumsum(0)
+        running = torch.cat([running.new_zeros(1), running])
+        for side, responses in (("chosen", chosen), ("rejected", rejected)):
+            tail = running[offsets[responses + 1]] - running[offsets[responses] + shared]
+            out[f"{prefix}{side}_tail_logps"] = tail.to(logp.dtype)
+        if drawn_rows is not None:
+            ends = shared.repeat_interleave(2).cumsum(0)
+            drawn = segment_sum(weighted(values)[drawn_rows], torch.cat([ends.new_zeros(1), ends]))
+            out[f"{prefix}chosen_drawn_logps"], out[f"{prefix}rejected_drawn_logps"] = drawn[::2], drawn[1::2]
+
+    put_sums("", logp, None)
+    put_sums("ref_", ref_logp, ref_response_logps)
+    no_prev = prev_logp is None and prev_response_logps is None
+    put_sums("prev_", ref_logp if no_prev else prev_logp, ref_response_logps if no_prev else prev_response_logps)
+    lengths = tokens.to(logp.dtype) if token_weight is None else segment_sum(token_weight.to(logp.dtype), offsets)
+    put("len", torch.where(lengths == 0, 1.0, lengths))
+    if rows is not None:
+        put("rows", segment_sum(weighted(rows), offsets))
+    return out

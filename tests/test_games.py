@@ -495,7 +495,7 @@ def test_the_trainers_preference_op_has_the_same_gradient():
         logps = table()
         if packed:
             offsets = torch.arange(n + 1, dtype=torch.int32)
-            loss, _ = preference_loss(logps, mixed, offsets, index, weight, loss_type="ipo", beta=ETA, ipo_mean=False)
+            loss, _ = preference_loss(logps, mixed, offsets, index, weight, loss_type="ipo", beta=ETA, ipo_reduce="sum")
         else:
             given = {"labels": RANDOM, "ref": mixed, "beta": ETA, "ipo_reduce": "sum"}
             loss = population_loss("ipo", logps, both(pi), **given)
