@@ -199,7 +199,7 @@ CASES: dict[str, tuple[str, Launch]] = {
     "pairs-dpo": pairs(FWD, "dpo"),
     "pairs-dpo-smooth-response-ref": pairs(FWD, "dpo", label_smoothing=0.1, ref="response"),
     "pairs-ipo": pairs(FWD, "ipo"),
-    "pairs-ipo-sum": pairs(FWD, "ipo", ipo_mean=False),
+    "pairs-ipo-sum": pairs(FWD, "ipo", ipo_reduce="sum"),
     "pairs-simpo-smooth-no-ref": pairs(FWD, "simpo", label_smoothing=0.1, gamma_beta_ratio=0.5, ref="none"),
     "pairs-sppo": pairs(FWD, "sppo"),
     "pairs-sppo-hard": pairs(FWD, "sppo_hard"),
