@@ -90,7 +90,7 @@ class Policy:
         """Last hidden states [T, D], after the final norm, of a packed batch. The policy must be attached."""
         if self._originals is None:
             raise RuntimeError("Policy.hidden needs packed attention: call it inside `with policy.attach():`")
-        layout = Layout.from_chains(batch.cu_seqlens, batch.input_ids.device, batch.branches)
+        layout = Layout.from_chains(batch.cu_seqlens, batch.branches)
         return self._trunk_forward(batch.input_ids, batch.position_ids, layout)
 
     def head_rows(self, batch: PackedBatch, prompts: bool = False) -> tuple[Tensor, Head]:
@@ -501,7 +501,7 @@ def _check_attention_pattern(policy: Policy, device: torch.device) -> None:
     try:
         _switch(policy.causal_lm, _PROBE)
         tokens = torch.arange(2, device=device)
-        policy._trunk_forward(tokens, tokens, Layout.from_chains((0, 2), device))
+        policy._trunk_forward(tokens, tokens, Layout.from_chains((0, 2)))
     finally:
         _restore(attached)
     if wrong:

@@ -503,7 +503,7 @@ def test_guard_finds_leakage_between_chains(monkeypatch: pytest.MonkeyPatch) -> 
     from fastpo import model as module
     from fastpo.attention import Layout
 
-    def one_chain(cls, cu, device, branches=()):
+    def one_chain(cls, cu, branches=()):
         return Layout((0, cu[-1]), cu[-1])
 
     monkeypatch.setattr(module.Layout, "from_chains", classmethod(one_chain))
