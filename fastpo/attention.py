@@ -27,6 +27,7 @@ from fastpo.tree_attention import cpu_tree_attention, triton_tree_attention, var
 
 NAME = "fastpo"
 BACKENDS = ("flash_attn", "varlen", "triton", "sdpa")  # in order of preference
+UNPACKED = "FASTPO_ATTENTION=own runs it unpacked, every response alone with its prompt through the model's own layers"
 
 # Keyword arguments that reach the attention function and do not change what it computes. Any other one that is set
 # (a position bias, sparse indices, a cache) belongs to a kind of attention that is not computed here.
@@ -36,6 +37,11 @@ _HARMLESS = frozenset(
 )
 # Rows of the score matrix that are alive at a time in the two paths that form it (sliding window, soft cap or sinks).
 _QUERY_BLOCK = 512
+
+
+def runs_unpacked() -> bool:
+    """Whether FASTPO_ATTENTION=own asks for the model's own attention, one chain at a time."""
+    return os.environ.get("FASTPO_ATTENTION") == "own"
 
 
 def register() -> None:
@@ -101,20 +107,25 @@ def _refuse_what_is_not_computed(
     if layout is None:
         raise UnsupportedModelError(
             f"{name} was called without fastpo's layout: either the model does not hand keyword arguments to its "
-            "attention, or it was called outside fastpo; use `with policy.detached():` around generate() and forward()"
+            f"attention ({UNPACKED}), or it was called outside fastpo; use `with policy.detached():` around generate() "
+            "and forward()"
         )
     is_causal = kwargs.get("is_causal")
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         raise UnsupportedModelError(f"{name} is not causal; packed attention is for causal language models")
     if attention_mask is not None:
-        raise UnsupportedModelError(f"{name} builds an attention mask of its own, which packed attention would ignore")
+        raise UnsupportedModelError(
+            f"{name} builds an attention mask of its own, which packed attention would ignore; {UNPACKED}"
+        )
     unknown = sorted(k for k, v in kwargs.items() if k not in _HARMLESS and v is not None)
     if unknown:
-        raise UnsupportedModelError(f"{name} asks its attention for {', '.join(unknown)}, which fastpo does not know")
+        raise UnsupportedModelError(
+            f"{name} asks its attention for {', '.join(unknown)}, which fastpo does not know; {UNPACKED}"
+        )
     tokens = layout.cu_seqlens[-1]
     if query.shape[0] != 1 or query.shape[2] != tokens or key.shape[2] != tokens:
         shapes = f"queries {tuple(query.shape)}, keys {tuple(key.shape)}"
-        raise UnsupportedModelError(f"{name}: {shapes} are not one packed row of {tokens} tokens")
+        raise UnsupportedModelError(f"{name}: {shapes} are not one packed row of {tokens} tokens; {UNPACKED}")
 
 
 def _compute_dtype(query: Tensor, value: Tensor) -> torch.dtype:
@@ -143,15 +154,13 @@ def _choose_backend(
         "flash_attn": lambda: flash and flash_attn_available() and not (branches and _old_flash_attn()),
         # FlashAttention inside PyTorch: compute capability 8.0, neither soft cap nor dropout.
         "varlen": lambda: flash and softcap is None and dropout == 0.0 and _has_varlen(query.device),
-        "triton": lambda: (
-            dropout == 0.0 and head <= 256 and query.dtype != torch.float64 and _has_triton_kernels(query.device)
-        ),
+        "triton": lambda: dropout == 0.0 and _has_triton_kernels(query.device) and head <= _triton_size(query.dtype),
         "sdpa": lambda: True,
     }
     forced = os.environ.get("FASTPO_ATTENTION")
     if forced:
         if forced not in BACKENDS:
-            raise ConfigError(f"FASTPO_ATTENTION={forced}: expected one of {', '.join(BACKENDS)}")
+            raise ConfigError(f"FASTPO_ATTENTION={forced}: expected one of {', '.join(BACKENDS)}, or own")
         if not usable[forced]():
             raise ConfigError(
                 f"FASTPO_ATTENTION={forced} cannot run here: {query.dtype} on {query.device}, head size {head}, window "
@@ -192,6 +201,13 @@ def _has_triton_kernels(device: torch.device) -> bool:
     if device.type != "cuda":
         return INTERPRETED
     return HAS_TRITON and (torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0))
+
+
+def _triton_size(dtype: torch.dtype) -> int:
+    """The largest head of the Triton kernels."""
+    from fastpo.kernels.attention import MAX_HEAD_SIZE
+
+    return MAX_HEAD_SIZE.get(dtype, 0)
 
 
 @functools.cache

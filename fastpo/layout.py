@@ -29,8 +29,9 @@ class TreeBlocks(NamedTuple):
     """The tables of kernels/attention.py, which explains them."""
 
     chain_start: Tensor  # [T] int32
-    query_blocks: Tensor  # [NQ, 5] int32
-    key_blocks: Tensor  # [NK, 6] int32
+    fwd_blocks: Tensor  # [NQ, 5] int32, of queries
+    dq_blocks: Tensor  # [NQ, 5] int32, of queries
+    dkv_blocks: Tensor  # [NK, 6] int32, of keys
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -73,12 +74,16 @@ class Layout:
             self._tables[key] = VarlenTables(*_to_device(arrays, device))
         return self._tables[key]
 
-    def tree_blocks(self, device: torch.device, query_block: int, key_block: int) -> TreeBlocks:
+    def tree_blocks(self, device: torch.device, fwd_queries: int, dq_queries: int, dkv_keys: int) -> TreeBlocks:
         """Blocks of at most so many queries and keys, likewise."""
-        key = ("tree", device, query_block, key_block)
+        key = ("tree", device, fwd_queries, dq_queries, dkv_keys)
         if key not in self._tables:
-            arrays = _tree_blocks(self.cu_seqlens, self.branches, query_block, key_block)
-            self._tables[key] = TreeBlocks(*_to_device(arrays, device))
+            forest = _Forest(self.cu_seqlens, self.branches)
+            arrays = (
+                forest.chain_start, forest.query_blocks(fwd_queries), forest.query_blocks(dq_queries),
+                forest.key_blocks(dkv_keys),
+            )  # fmt: skip
+            self._tables[key] = TreeBlocks(*_to_device((a.astype(np.int32) for a in arrays), device))
         return self._tables[key]
 
 
@@ -109,33 +114,34 @@ def _to_device(arrays: Iterable[np.ndarray], device: torch.device) -> list[Tenso
 _Mark = tuple[int, int, tuple[int, ...]]  # first token, end, what goes with it
 
 
-def _tree_blocks(
-    cu_seqlens: tuple[int, ...], branches: tuple[Branch, ...], query_block: int, key_block: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(chain_start [T], query_blocks [NQ, 5], key_blocks [NK, 6]), int32; the blocks with the most work first.
+class _Forest:
+    """The tables of kernels/attention.py, int64; blocks with the most work come first.
 
     A block may span chains, as long as all of it continues the same prompt, or is the prompt of the same branch: the
     kernels tell chains apart by `chain_start`. So short responses share a block.
     """
-    boundaries = np.array(cu_seqlens, np.int64)
-    lengths = np.diff(boundaries)
-    chain_start, chain_stop = np.repeat(boundaries[:-1], lengths), np.repeat(boundaries[1:], lengths)
-    total = int(boundaries[-1])
 
-    continuing: list[_Mark] = [(b.start, b.stop, (b.prompt, b.prompt_stop)) for b in branches]
-    first, stop, prompts = _blocks(continuing, total, query_block, 2)
-    queries = np.column_stack([first, stop, chain_start[first], prompts])
-    seen = stop - chain_start[first] + prompts[:, 1] - prompts[:, 0]
+    def __init__(self, cu_seqlens: tuple[int, ...], branches: tuple[Branch, ...]):
+        if len({b.prompt for b in branches}) < len(branches):
+            raise ValueError(f"branches that share a prompt must be one branch: {branches}")
+        boundaries = np.array(cu_seqlens, np.int64)
+        lengths = np.diff(boundaries)
+        self.total, self.branches = int(boundaries[-1]), branches
+        self.chain_start, self.chain_stop = np.repeat(boundaries[:-1], lengths), np.repeat(boundaries[1:], lengths)
 
-    if len({b.prompt for b in branches}) < len(branches):
-        raise ValueError(f"branches that share a prompt must be one branch: {branches}")
-    continued: list[_Mark] = [(b.prompt, b.prompt_stop, (b.start, b.stop, b.prompt_stop)) for b in branches]
-    first, stop, following = _blocks(continued, total, key_block, 3)
-    keys = np.column_stack([first, stop, chain_stop[stop - 1], following])
-    seers = chain_stop[stop - 1] - first + following[:, 1] - following[:, 0]
+    def query_blocks(self, size: int) -> np.ndarray:  # [NQ, 5]
+        marks: list[_Mark] = [(b.start, b.stop, (b.prompt, b.prompt_stop)) for b in self.branches]
+        first, stop, prompts = _blocks(marks, self.total, size, 2)
+        own = self.chain_start[first]
+        keys = stop - own + prompts[:, 1] - prompts[:, 0]
+        return np.column_stack([first, stop, own, prompts])[np.argsort(-keys, kind="stable")]
 
-    queries, keys = queries[np.argsort(-seen, kind="stable")], keys[np.argsort(-seers, kind="stable")]
-    return chain_start.astype(np.int32), queries.astype(np.int32), keys.astype(np.int32)
+    def key_blocks(self, size: int) -> np.ndarray:  # [NK, 6]
+        marks: list[_Mark] = [(b.prompt, b.prompt_stop, (b.start, b.stop, b.prompt_stop)) for b in self.branches]
+        first, stop, branches = _blocks(marks, self.total, size, 3)
+        own = self.chain_stop[stop - 1]
+        queries = own - first + branches[:, 1] - branches[:, 0]
+        return np.column_stack([first, stop, own, branches])[np.argsort(-queries, kind="stable")]
 
 
 def _blocks(marks: list[_Mark], total: int, size: int, columns: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

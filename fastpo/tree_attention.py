@@ -214,7 +214,7 @@ class _TritonTreeAttention(torch.autograd.Function):
 
 
 def triton_tree_attention(
-    query: Tensor,  # [T, H, D], D and E at most 256
+    query: Tensor,  # [T, H, D], D and E at most 256, in fp32 128
     key: Tensor,  # [T, G, D]
     value: Tensor,  # [T, G, E]
     layout: Layout,
@@ -229,7 +229,7 @@ def triton_tree_attention(
 
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     config = attention.tree_config(query.shape[2], value.shape[2], query.dtype)
-    tables = layout.tree_blocks(query.device, config.query_block, config.key_block)
+    tables = layout.tree_blocks(query.device, config.fwd.queries, config.dq.queries, config.dkv.keys)
     rules = {"scale": scale, "window": window, "softcap": softcap}
     return _TritonTreeAttention.apply(query, key, value, sink, tables, rules)
 

@@ -4,8 +4,8 @@ T = packed tokens, H = query heads, G = key and value heads (H a multiple of G),
 E = head size of values. Inputs are fp32, bf16 or fp16, the softmax fp32, products of fp32 inputs in full fp32; one cast
 at the store. Which tokens see which is in small integer tables that `fastpo.layout` computes on the host:
     chain_start [T]       the first token of each token's chain
-    query_blocks [NQ, 5]  first token, end, where its own keys begin, the prompt [first, end) that all of it continues
-    key_blocks [NK, 6]    first token, end, where the queries of its own chains end, the branch [first, end) to which
+    query blocks [NQ, 5]  first token, end, where its own keys begin, the prompt [first, end) that all of it continues
+    key blocks [NK, 6]    first token, end, where the queries of its own chains end, the branch [first, end) to which
                           all of it is a prompt, and the end of that prompt
 A block of queries runs over the blocks of its prompt and then of its own chains, a block of keys over the queries that
 see it; so every result is written once by one program, nothing is atomic, and the results are deterministic.
@@ -24,8 +24,8 @@ from torch import Tensor
 
 from fastpo.kernels.logprob import _tanh, device_guard
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-MAX_HEAD_SIZE = 256
+# Of fp32, where an NVIDIA GPU holds operands in registers, larger heads spill them.
+MAX_HEAD_SIZE = {torch.bfloat16: 256, torch.float16: 256, torch.float32: 128}
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
 _NOWHERE = tl.constexpr(1 << 30)  # a chain that begins after every token: who is in it sees nothing
@@ -64,20 +64,22 @@ def _score_rule(products, scale, softcap):
 
 
 @triton.jit
-def _visible(distance, in_chain, window):
-    """Which keys a query sees: `distance` is how far back each lies in the query's own chain and prompt."""
-    seen = in_chain & (distance >= 0)
+def _seen_range(of_prompt, offs_q, start, prompt_stop, k_stop, window):
+    """(first, last) key that each query sees in its prompt or in its own chain; none where last < first."""
+    first = tl.where(of_prompt, 0, start)
+    # Where the query lies, or would lie if it followed its prompt.
+    at = tl.where(of_prompt, offs_q - start + prompt_stop, offs_q)
     if window is not None:
-        seen = seen & (distance < window)
-    return seen
+        first = tl.maximum(first, at - window + 1)
+    return first, tl.minimum(at, k_stop - 1)
 
 
 @triton.jit
-def _key_ranges(q_start, q_stop, own_start, prompt_start, prompt_stop, at, window, BLOCK_K: tl.constexpr):
+def _key_ranges(q_start, q_stop, own_start, prompt_start, prompt_stop, offs_q, start, window, BLOCK_K: tl.constexpr):
     """(first prompt key, blocks of prompt keys, first own key, blocks of own keys) of a block of queries."""
     if window is not None:
-        # `at` counts in the prompt's tokens: the nearest query says where the window over the prompt begins.
-        nearest = tl.min(tl.where(at < 0, _NOWHERE, at), axis=0)
+        # The query nearest to the prompt says where the window over the prompt begins.
+        nearest = prompt_stop + tl.min(tl.where(start == _NOWHERE, _NOWHERE, offs_q - start), axis=0)
         prompt_start = tl.maximum(prompt_start, nearest - window + 1)
         own_start = tl.maximum(own_start, q_start - window + 1)
     n_prompt = tl.cdiv(tl.maximum(prompt_stop - prompt_start, 0), BLOCK_K)
@@ -125,9 +127,8 @@ def _tree_attention_fwd_kernel(
     v_ptr += head // GROUP * stride_vh
     q = _load_rows(q_ptr + head * stride_qh, offs_q, q_stop, offs_d, head_size, stride_qt)
     start = tl.load(chain_start_ptr + offs_q, mask=offs_q < q_stop, other=_NOWHERE)
-    at = offs_q - start + prompt_stop  # where the query would lie if it followed its prompt
     prompt_low, n_prompt, own_low, n_own = _key_ranges(
-        q_start, q_stop, own_start, prompt_start, prompt_stop, at, window, BLOCK_K
+        q_start, q_stop, own_start, prompt_start, prompt_stop, offs_q, start, window, BLOCK_K
     )
 
     m = tl.full([BLOCK_Q], float("-inf"), tl.float32)
@@ -141,9 +142,9 @@ def _tree_attention_fwd_kernel(
         k = _load_rows(k_ptr, offs_k, stop, offs_d, head_size, stride_kt)
         v = _load_rows(v_ptr, offs_k, stop, offs_e, value_size, stride_vt)
         scores, _ = _score_rule(_dot(q, tl.trans(k), UPCAST), scale, softcap)
-        in_chain = (offs_k < stop)[None, :] & (offs_k[None, :] >= tl.where(of_prompt, 0, start)[:, None])
-        distance = tl.where(of_prompt, at, offs_q)[:, None] - offs_k[None, :]
-        scores = tl.where(_visible(distance, in_chain, window), scores, float("-inf"))
+        low, high = _seen_range(of_prompt, offs_q, start, prompt_stop, stop, window)
+        seen = (offs_k[None, :] >= low[:, None]) & (offs_k[None, :] <= high[:, None])
+        scores = tl.where(seen, scores, float("-inf"))
         m_new = tl.maximum(m, tl.max(scores, axis=1))
         m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)  # never inf - inf
         p = tl.exp2(scores - m_safe[:, None])
@@ -217,9 +218,8 @@ def _tree_attention_dq_kernel(
     tl.store(delta_ptr + head * n_tokens + offs_q, delta, mask=mask_q)
     lse = tl.load(lse_ptr + head * n_tokens + offs_q, mask=mask_q, other=0.0) * _LOG2E
     start = tl.load(chain_start_ptr + offs_q, mask=mask_q, other=_NOWHERE)
-    at = offs_q - start + prompt_stop
     prompt_low, n_prompt, own_low, n_own = _key_ranges(
-        q_start, q_stop, own_start, prompt_start, prompt_stop, at, window, BLOCK_K
+        q_start, q_stop, own_start, prompt_start, prompt_stop, offs_q, start, window, BLOCK_K
     )
 
     dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
@@ -231,10 +231,10 @@ def _tree_attention_dq_kernel(
         k = _load_rows(k_ptr, offs_k, stop, offs_d, head_size, stride_kt)
         v = _load_rows(v_ptr, offs_k, stop, offs_e, value_size, stride_vt)
         scores, slope = _score_rule(_dot(q, tl.trans(k), UPCAST), scale, softcap)
-        in_chain = (offs_k < stop)[None, :] & (offs_k[None, :] >= tl.where(of_prompt, 0, start)[:, None])
-        distance = tl.where(of_prompt, at, offs_q)[:, None] - offs_k[None, :]
+        low, high = _seen_range(of_prompt, offs_q, start, prompt_stop, stop, window)
+        seen = (offs_k[None, :] >= low[:, None]) & (offs_k[None, :] <= high[:, None])
         # Masked before the exponential: of a score that the softmax never saw it might be infinite.
-        scores = tl.where(_visible(distance, in_chain, window), scores - lse[:, None], float("-inf"))
+        scores = tl.where(seen, scores - lse[:, None], float("-inf"))
         dp = _dot(dout, tl.trans(v), UPCAST)
         ds = tl.exp2(scores) * (dp - delta[:, None]) * slope
         dq += _dot(ds.to(k.dtype), k, UPCAST)
@@ -309,9 +309,9 @@ def _tree_attention_dkv_kernel(
         delta = tl.load(delta_ptr + head * n_tokens + offs_q, mask=mask_q, other=0.0)
         start = tl.load(chain_start_ptr + offs_q, mask=mask_q, other=_NOWHERE)
         scores, slope = _score_rule(_dot(k, tl.trans(q), UPCAST), scale, softcap)  # [BLOCK_K, BLOCK_Q]
-        in_chain = (offs_k < k_stop)[:, None] & (offs_k[:, None] >= tl.where(of_branch, 0, start)[None, :])
-        distance = tl.where(of_branch, offs_q - start + prompt_stop, offs_q)[None, :] - offs_k[:, None]
-        scores = tl.where(_visible(distance, in_chain, window), scores - lse[None, :], float("-inf"))
+        low, high = _seen_range(of_branch, offs_q, start, prompt_stop, k_stop, window)
+        seen = (offs_k[:, None] >= low[None, :]) & (offs_k[:, None] <= high[None, :])
+        scores = tl.where(seen, scores - lse[None, :], float("-inf"))
         p = tl.exp2(scores)
         dv += _dot(p.to(dout.dtype), dout, UPCAST)
         dp = _dot(v, tl.trans(dout), UPCAST)
@@ -322,40 +322,48 @@ def _tree_attention_dkv_kernel(
 
 
 class TreeTables(NamedTuple):
-    """Who sees whom, on the device of the tensors; made by `fastpo.layout`."""
+    """Who sees whom, on the device of the tensors; made by `fastpo.layout` for the blocks of `tree_config`."""
 
     chain_start: Tensor  # [T] int32
-    query_blocks: Tensor  # [NQ, 5] int32
-    key_blocks: Tensor  # [NK, 6] int32
+    fwd_blocks: Tensor  # [NQ, 5] int32
+    dq_blocks: Tensor  # [NQ, 5] int32
+    dkv_blocks: Tensor  # [NK, 6] int32
+
+
+class Tile(NamedTuple):
+    """What one program of a kernel works on at a time."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+    @property
+    def constants(self) -> dict[str, int]:
+        return {
+            "BLOCK_Q": self.queries, "BLOCK_K": self.keys, "num_warps": self.warps, "num_stages": self.stages,
+        }  # fmt: skip
 
 
 class TreeConfig(NamedTuple):
-    """Blocks and warps of the three kernels: queries come in blocks of `query_block` to the first two, keys in blocks
-    of `key_block` to the third."""
-
-    query_block: int
-    fwd_keys: int
-    fwd_warps: int
-    dq_keys: int
-    dq_warps: int
-    key_block: int
-    dkv_queries: int
-    dkv_warps: int
-    stages: int
+    fwd: Tile
+    dq: Tile
+    dkv: Tile
 
 
 def tree_config(head_size: int, value_size: int, dtype: torch.dtype) -> TreeConfig:
-    """Reasoned from registers and shared memory, not measured: no GPU was at hand. Compiled for sm_80, sm_90 and gfx942
-    none of them spills (tests/test_tree_attention_aot.py)."""
+    """The largest tiles of a handful that spill no register with every option on, found by compiling for sm_80, sm_90
+    and gfx942 (tests/test_tree_attention_aot.py); not measured: no GPU was at hand."""
     size = max(_padded(head_size), _padded(value_size))
-    hip = torch.version.hip is not None
-    if dtype == torch.float32:  # no tensor cores: operands and products alike live in registers
-        return TreeConfig(32, 32, 4, 32, 4, 32, 32, 4, 1)
+    if dtype == torch.float32:  # full fp32 has no tensor cores on NVIDIA: operands lie in registers
+        if size <= 64:
+            return TreeConfig(Tile(32, 32, 4, 1), Tile(32, 32, 8, 1), Tile(32, 32, 4, 1))
+        return TreeConfig(Tile(32, 32, 8, 1), Tile(16, 16, 8, 1), Tile(32, 32, 8, 1))
     if size <= 64:
-        return TreeConfig(128, 64, 4, 64, 4, 64, 64, 4, 1 if hip else 2)
+        return TreeConfig(Tile(128, 64, 4, 2), Tile(128, 64, 8, 2), Tile(64, 64, 8, 1))
     if size <= 128:
-        return TreeConfig(64, 64, 4, 64, 4, 64, 32, 4, 1 if hip else 2)
-    return TreeConfig(64, 32, 8, 32, 8, 32, 32, 8, 1)
+        return TreeConfig(Tile(64, 64, 4, 2), Tile(64, 64, 8, 2), Tile(64, 32, 8, 2))
+    return TreeConfig(Tile(64, 64, 8, 2), Tile(64, 32, 8, 2), Tile(64, 32, 8, 2))
 
 
 def _padded(size: int) -> int:
@@ -375,12 +383,16 @@ def _launch_args(
     """(sizes, scalars, constants, config), after checking what the kernels assume."""
     tokens, heads, head_size = query.shape
     kv_heads, value_size = value.shape[1:]
-    assert query.dtype in DTYPES and query.dtype == key.dtype == value.dtype, (query.dtype, key.dtype, value.dtype)
+    assert query.dtype in MAX_HEAD_SIZE and query.dtype == key.dtype == value.dtype, (
+        query.dtype,
+        key.dtype,
+        value.dtype,
+    )
     assert key.shape == (tokens, kv_heads, head_size) and value.shape[0] == tokens and heads % kv_heads == 0
-    assert max(head_size, value_size) <= MAX_HEAD_SIZE, f"head size {head_size}, of values {value_size}"
+    assert max(head_size, value_size) <= MAX_HEAD_SIZE[query.dtype], f"head size {head_size}, of values {value_size}"
     assert all(x.stride(2) == 1 for x in (query, key, value)), "inner strides must be 1"
     assert tables.chain_start.shape == (tokens,) and all(x.dtype == torch.int32 for x in tables)
-    assert tables.query_blocks.is_contiguous() and tables.key_blocks.is_contiguous()
+    assert all(x.is_contiguous() for x in tables)
     constants = {
         "GROUP": heads // kv_heads,
         "BLOCK_D": _padded(head_size),
@@ -414,11 +426,9 @@ def tree_attention_fwd(
     out = torch.empty(tokens, heads, value.shape[2], dtype=query.dtype, device=query.device)
     lse = torch.empty(heads, tokens, dtype=torch.float32, device=query.device)
     with device_guard(query):
-        _tree_attention_fwd_kernel[(len(tables.query_blocks), heads)](
-            query, key, value, sink, tables.chain_start, tables.query_blocks, out, lse,
-            *sizes, *_strides(query, key, value, out), *scalars,
-            BLOCK_Q=config.query_block, BLOCK_K=config.fwd_keys,
-            num_warps=config.fwd_warps, num_stages=config.stages, **constants,
+        _tree_attention_fwd_kernel[(len(tables.fwd_blocks), heads)](
+            query, key, value, sink, tables.chain_start, tables.fwd_blocks, out, lse,
+            *sizes, *_strides(query, key, value, out), *scalars, **config.fwd.constants, **constants,
         )  # fmt: skip
     return out, lse
 
@@ -445,17 +455,13 @@ def tree_attention_bwd(
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value))
     delta = torch.empty_like(lse)
     with device_guard(query):
-        _tree_attention_dq_kernel[(len(tables.query_blocks), heads)](
-            dout, query, key, value, out, lse, tables.chain_start, tables.query_blocks, dq, delta,
-            *sizes, *_strides(dout, query, key, value, out, dq), *scalars,
-            BLOCK_Q=config.query_block, BLOCK_K=config.dq_keys,
-            num_warps=config.dq_warps, num_stages=config.stages, **constants,
+        _tree_attention_dq_kernel[(len(tables.dq_blocks), heads)](
+            dout, query, key, value, out, lse, tables.chain_start, tables.dq_blocks, dq, delta,
+            *sizes, *_strides(dout, query, key, value, out, dq), *scalars, **config.dq.constants, **constants,
         )  # fmt: skip
-        _tree_attention_dkv_kernel[(len(tables.key_blocks), kv_heads)](
-            dout, query, key, value, lse, delta, tables.chain_start, tables.key_blocks, dk, dv,
-            *sizes, *_strides(dout, query, key, value, dk, dv), *scalars,
-            BLOCK_Q=config.dkv_queries, BLOCK_K=config.key_block,
-            num_warps=config.dkv_warps, num_stages=config.stages, **constants,
+        _tree_attention_dkv_kernel[(len(tables.dkv_blocks), kv_heads)](
+            dout, query, key, value, lse, delta, tables.chain_start, tables.dkv_blocks, dk, dv,
+            *sizes, *_strides(dout, query, key, value, dk, dv), *scalars, **config.dkv.constants, **constants,
         )  # fmt: skip
     # A sink's probability has no value behind it: d loss / d sink = -sum of exp(sink - lse) * delta.
     dsink = None if sink is None else -((sink.float()[:, None] - lse).exp() * delta).sum(1).to(sink.dtype)
