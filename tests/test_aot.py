@@ -234,5 +234,7 @@ def test_every_kernel_is_compiled():
     compiled = {name for _, name, _ in CASES.values()}
     written = set()
     for path in sorted((ROOT / "kernels").glob("*.py")):
+        if path.name == "attention.py":  # tests/test_tree_attention_aot.py
+            continue
         written |= set(re.findall(r"^def (_\w+_kernel)\(", path.read_text(), re.MULTILINE))
     assert written == compiled

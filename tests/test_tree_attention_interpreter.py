@@ -145,10 +145,10 @@ def test_the_blocks_that_are_launched(size, dtype):
 
 
 def test_extreme_scores(small_blocks):
-    """Scores of +-1e4, whose exponentials overflow unless the running maximum is subtracted."""
+    """Scores of +-1e3, whose exponentials overflow unless the running maximum is subtracted."""
     layout = forest()
     inputs, dout = make(layout, (2, 1), (16, 16), FP32, sinks=True)
-    check(layout, inputs, dout, scale=1000.0)
+    check(layout, inputs, dout, scale=100.0)
 
 
 def test_the_same_from_run_to_run(small_blocks):
