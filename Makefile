@@ -65,9 +65,9 @@ lint: $(VENV)/.installed-dev
 # Triton reads TRITON_INTERPRET when a kernel is decorated, so kernels in the interpreter have a process of their own.
 test: $(VENV)/.installed-dev
 	@rc=0; \
-	$(BIN)/pytest -m "not gpu" --ignore tests/test_kernels_interpreter.py --durations 10 $(ARGS) || rc=1; \
+	$(BIN)/pytest -m "not gpu" --ignore-glob "tests/test_*_interpreter.py" --durations 10 $(ARGS) || rc=1; \
 	if [ -z "$(ARGS)" ]; then \
-		TRITON_INTERPRET=1 $(BIN)/pytest -m "not gpu" tests/test_kernels_interpreter.py || rc=1; \
+		TRITON_INTERPRET=1 $(BIN)/pytest -m "not gpu" tests/test_*_interpreter.py || rc=1; \
 	fi; \
 	if [ $$rc = 0 ]; then echo "make test: all passed"; else echo "make test: FAILED" >&2; fi; \
 	exit $$rc

@@ -3,7 +3,7 @@
 Many causal chains lie end to end in one row of T tokens; a token attends to its own chain, and where its response
 shares a prompt with others, to that prompt: a `Branch`. They come as a `Layout` through the model's keyword arguments,
 so that gradient checkpointing sees them again when it recomputes. No mask over the whole pack exists at any time.
-Whatever a model asks for that is not computed exactly here is refused.
+Whatever a model asks for that is not computed exactly here is refused. docs/attention.md says which backend runs what.
 
 T = packed tokens, C = chains, H = query heads, G = key and value heads (H a multiple of G), L = tokens of one chain.
 """
@@ -12,8 +12,7 @@ import functools
 import importlib.util
 import inspect
 import os
-from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +21,13 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
 from fastpo.errors import ConfigError, UnsupportedModelError
-from fastpo.packing import Branch
+from fastpo.layout import Layout, prompts_of_chains
+from fastpo.ops import HAS_TRITON, INTERPRETED
+from fastpo.tree_attention import cpu_tree_attention, triton_tree_attention, varlen_tree_attention
 
 NAME = "fastpo"
-BACKENDS = ("flash_attn", "varlen", "sdpa")
+BACKENDS = ("flash_attn", "varlen", "triton", "sdpa")  # in order of preference
+UNPACKED = "FASTPO_ATTENTION=own runs it unpacked, every response alone with its prompt through the model's own layers"
 
 # Keyword arguments that reach the attention function and do not change what it computes. Any other one that is set
 # (a position bias, sparse indices, a cache) belongs to a kind of attention that is not computed here.
@@ -37,49 +39,9 @@ _HARMLESS = frozenset(
 _QUERY_BLOCK = 512
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Layout:
-    """Where the causal chains of a packed row lie. Host integers; the device copy only where a kernel reads it."""
-
-    cu_seqlens: tuple[int, ...]  # C + 1 boundaries
-    max_seqlen: int  # the longest way from a token back to the beginning of its prompt
-    cu_seqlens_device: Tensor | None = None  # [C + 1] int32
-    branches: tuple[Branch, ...] = ()
-
-    @classmethod
-    def from_chains(cls, cu_seqlens: tuple[int, ...], device: torch.device, branches: tuple[Branch, ...] = ()) -> Self:
-        """The layout of chains with boundaries `cu_seqlens` (0 first) for a model on `device`; no synchronisation."""
-        boundaries = tuple(cu_seqlens)
-        on_device = None
-        if device.type == "cuda" and not branches:
-            on_device = torch.tensor(boundaries, dtype=torch.int32, pin_memory=True).to(device, non_blocking=True)
-        longest = max(_lengths(boundaries))
-        prompts = _prompts(boundaries, branches)
-        for chain, start in enumerate(boundaries[:-1]):
-            if prompt := prompts.get(start):
-                longest = max(longest, prompt[1] - prompt[0] + boundaries[chain + 1] - start)
-        return cls(boundaries, longest, on_device, tuple(branches))
-
-    @property
-    def lengths(self) -> list[int]:
-        return _lengths(self.cu_seqlens)
-
-
-def _lengths(cu_seqlens: tuple[int, ...]) -> list[int]:
-    return [b - a for a, b in zip(cu_seqlens, cu_seqlens[1:], strict=False)]
-
-
-def _prompts(cu_seqlens: tuple[int, ...], branches: tuple[Branch, ...]) -> dict[int, tuple[int, int]]:
-    """Where the chain that begins at a token has its prompt, of chains in branches."""
-    starts = iter(sorted(branches))
-    out: dict[int, tuple[int, int]] = {}
-    branch = next(starts, None)
-    for start in cu_seqlens[:-1]:
-        while branch is not None and start >= branch.stop:
-            branch = next(starts, None)
-        if branch is not None and start >= branch.start:
-            out[start] = (branch.prompt, branch.prompt_stop)
-    return out
+def runs_unpacked() -> bool:
+    """Whether FASTPO_ATTENTION=own asks for the model's own attention, one chain at a time."""
+    return os.environ.get("FASTPO_ATTENTION") == "own"
 
 
 def register() -> None:
@@ -115,13 +77,22 @@ def packed_attention(
     # A window that no chain outgrows is no window.
     window = sliding_window if sliding_window and sliding_window < fastpo_layout.max_seqlen else None
     softcap = softcap or None
-    # Chains on shared prompts go through no varlen kernel yet: two calls and their merge are unmeasured on a GPU.
-    backend = "sdpa" if fastpo_layout.branches else _choose_backend(query, value, dropout, softcap, s_aux)
+    backend = _choose_backend(query, value, bool(fastpo_layout.branches), dropout, window, softcap, s_aux)
     if backend == "sdpa":
         out = _segment_attention(query, key, value, fastpo_layout, scale, dropout, window, softcap, s_aux)
+    elif backend == "triton":
+        q, k, v = (_token_major(x) for x in (query, key, value))
+        out = triton_tree_attention(
+            q, k, v, fastpo_layout, scale=scale, window=window, softcap=softcap, sink=s_aux
+        ).unsqueeze(0)
     else:
         out = _varlen_attention(backend, query, key, value, fastpo_layout, scale, dropout, window, softcap)
     return out, None
+
+
+def _token_major(x: Tensor) -> Tensor:
+    """[1, heads, T, size] -> [T, heads, size]."""
+    return x[0].transpose(0, 1)
 
 
 def _refuse_what_is_not_computed(
@@ -136,20 +107,25 @@ def _refuse_what_is_not_computed(
     if layout is None:
         raise UnsupportedModelError(
             f"{name} was called without fastpo's layout: either the model does not hand keyword arguments to its "
-            "attention, or it was called outside fastpo; use `with policy.detached():` around generate() and forward()"
+            f"attention ({UNPACKED}), or it was called outside fastpo; use `with policy.detached():` around generate() "
+            "and forward()"
         )
     is_causal = kwargs.get("is_causal")
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         raise UnsupportedModelError(f"{name} is not causal; packed attention is for causal language models")
     if attention_mask is not None:
-        raise UnsupportedModelError(f"{name} builds an attention mask of its own, which packed attention would ignore")
+        raise UnsupportedModelError(
+            f"{name} builds an attention mask of its own, which packed attention would ignore; {UNPACKED}"
+        )
     unknown = sorted(k for k, v in kwargs.items() if k not in _HARMLESS and v is not None)
     if unknown:
-        raise UnsupportedModelError(f"{name} asks its attention for {', '.join(unknown)}, which fastpo does not know")
+        raise UnsupportedModelError(
+            f"{name} asks its attention for {', '.join(unknown)}, which fastpo does not know; {UNPACKED}"
+        )
     tokens = layout.cu_seqlens[-1]
     if query.shape[0] != 1 or query.shape[2] != tokens or key.shape[2] != tokens:
         shapes = f"queries {tuple(query.shape)}, keys {tuple(key.shape)}"
-        raise UnsupportedModelError(f"{name}: {shapes} are not one packed row of {tokens} tokens")
+        raise UnsupportedModelError(f"{name}: {shapes} are not one packed row of {tokens} tokens; {UNPACKED}")
 
 
 def _compute_dtype(query: Tensor, value: Tensor) -> torch.dtype:
@@ -160,25 +136,39 @@ def _compute_dtype(query: Tensor, value: Tensor) -> torch.dtype:
     return value.dtype
 
 
-def _choose_backend(query: Tensor, value: Tensor, dropout: float, softcap: float | None, s_aux: Tensor | None) -> str:
-    fits = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and s_aux is None
-    fits = fits and max(query.shape[-1], value.shape[-1]) <= 256
+def _choose_backend(
+    query: Tensor,
+    value: Tensor,
+    branches: bool,
+    dropout: float,
+    window: int | None,
+    softcap: float | None,
+    s_aux: Tensor | None,
+) -> str:
+    head = max(query.shape[-1], value.shape[-1])
+    flash = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and s_aux is None and head <= 256
+    # On shared prompts two calls are merged. A window's reach into the prompt is then another for every response, which
+    # one call for all of them cannot say; and the random state of dropout would be two.
+    flash = flash and not (branches and (window is not None or dropout > 0.0))
     usable = {
-        "flash_attn": lambda: fits and flash_attn_available(),
+        "flash_attn": lambda: flash and flash_attn_available() and not (branches and _old_flash_attn()),
         # FlashAttention inside PyTorch: compute capability 8.0, neither soft cap nor dropout.
-        "varlen": lambda: fits and softcap is None and dropout == 0.0 and _has_varlen(query.device),
+        "varlen": lambda: flash and softcap is None and dropout == 0.0 and _has_varlen(query.device),
+        "triton": lambda: dropout == 0.0 and _has_triton_kernels(query.device) and head <= _triton_size(query.dtype),
         "sdpa": lambda: True,
     }
     forced = os.environ.get("FASTPO_ATTENTION")
     if forced:
         if forced not in BACKENDS:
-            raise ConfigError(f"FASTPO_ATTENTION={forced}: expected one of {', '.join(BACKENDS)}")
+            raise ConfigError(f"FASTPO_ATTENTION={forced}: expected one of {', '.join(BACKENDS)}, or own")
         if not usable[forced]():
             raise ConfigError(
-                f"FASTPO_ATTENTION={forced} cannot run here: {query.dtype} on {query.device}, head size "
-                f"{query.shape[-1]}, softcap {softcap}, dropout {dropout}, sinks {s_aux is not None}"
+                f"FASTPO_ATTENTION={forced} cannot run here: {query.dtype} on {query.device}, head size {head}, window "
+                f"{window}, softcap {softcap}, dropout {dropout}, sinks {s_aux is not None}, shared prompts {branches}"
             )
         return forced
+    if query.device.type == "cpu":
+        return "sdpa"
     return next(name for name in BACKENDS if usable[name]())
 
 
@@ -195,6 +185,29 @@ def flash_attn_available() -> bool:
         warnings.warn(f"flash_attn is installed but does not import ({error}); using PyTorch's attention", stacklevel=2)
         return False
     return hasattr(flash_attn, "flash_attn_varlen_func")
+
+
+@functools.cache
+def _old_flash_attn() -> bool:
+    """Whether the package is from before 2.7, whose functions of forward and backward take other arguments."""
+    import flash_attn
+
+    return tuple(int(part) for part in flash_attn.__version__.split(".")[:2]) < (2, 7)
+
+
+@functools.cache
+def _has_triton_kernels(device: torch.device) -> bool:
+    """GPUs of AMD, and of NVIDIA from compute capability 8.0 on; in tests, the interpreter."""
+    if device.type != "cuda":
+        return INTERPRETED
+    return HAS_TRITON and (torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0))
+
+
+def _triton_size(dtype: torch.dtype) -> int:
+    """The largest head of the Triton kernels."""
+    from fastpo.kernels.attention import MAX_HEAD_SIZE
+
+    return MAX_HEAD_SIZE.get(dtype, 0)
 
 
 @functools.cache
@@ -218,10 +231,13 @@ def _varlen_attention(
     # One head size for all three, a multiple of 8: zeros add nothing to the scores, and their columns are cut off.
     head_v = value.shape[-1]
     head = -(-max(query.shape[-1], head_v) // 8) * 8
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, head]
+    q, k, v = (_token_major(x) for x in (query, key, value))
     # F.pad copies even where there is nothing to add.
     q, k, v = (x if x.shape[-1] == head else F.pad(x, (0, head - x.shape[-1])) for x in (q, k, v))
-    cu_seqlens = layout.cu_seqlens_device.to(q.device, non_blocking=True)  # a model may span devices
+    if layout.branches:
+        merged = varlen_tree_attention(backend, q, k, v, layout, scale=scale, softcap=softcap)
+        return merged[..., :head_v].unsqueeze(0)
+    cu_seqlens = layout.varlen_tables(q.device).cu_seqlens
     window_size = (-1, 0) if window is None else (window - 1, 0)  # tokens before, tokens after
     if backend == "flash_attn":
         from flash_attn import flash_attn_varlen_func
@@ -281,12 +297,13 @@ def _segment_attention(
     """Chain by chain, anywhere and in any dtype -> [1, T, H, Dv]."""
     plain = window is None and softcap is None and s_aux is None and dropout == 0.0
     if plain and query.device.type == "cpu" and query.shape[-1] == value.shape[-1]:
-        return _CpuAttention.apply(query, key, value, layout.cu_seqlens, layout.branches, scale)
+        q, k, v = (_token_major(x) for x in (query, key, value))
+        return cpu_tree_attention(q, k, v, layout, scale=scale).unsqueeze(0)
     if query.shape[1] != key.shape[1]:
         groups = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     outputs = []
-    prompts = _prompts(layout.cu_seqlens, layout.branches)
+    prompts = prompts_of_chains(layout.cu_seqlens, layout.branches)
     # One split is one concatenation in the backward; slices would each make a gradient of all T tokens.
     chains = zip(*(x.split(layout.lengths, dim=2) for x in (query, key, value)), strict=True)
     for start, (q, k, v) in zip(layout.cu_seqlens, chains, strict=False):
@@ -359,140 +376,3 @@ def _explicit_attention(
         probs = probs[..., :-1]
     probs = F.dropout(probs.to(value.dtype), p=dropout, training=dropout > 0.0)
     return torch.matmul(probs, value)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Group:
-    """Chains that share one kernel call, shorter ones padded at the end; a lone chain is a view and is not copied."""
-
-    size: int
-    length: int  # of the longest
-    start: int  # of the lone chain
-    source: Tensor | None = None  # [size * length], the token of each place; padding reads any token
-    sink: Tensor | None = None  # [size * length], the same, padding writes to row T
-    padding: Tensor | None = None  # [K], places that hold no token; None without any
-
-
-@functools.lru_cache(maxsize=256)
-def _plan(cu_seqlens: tuple[int, ...], width: int) -> tuple[_Group, ...]:
-    """Which chains share a call. Padding is exact: with causal attention no token sees what comes after it.
-
-    A call of its own costs a chain about 60 us (forward and backward: dispatch, views, a parallel region); sharing one
-    costs copies and padding. Measured on Zen 4, per unit of width (H * Dh) / 64: 0.2 us a copied token, and attention
-    of 0.3 + 0.0125 * L us a token. 200 chains of 8 to 16 tokens, width 128: 8 ms together, 13 ms one by one.
-    """
-    starts, lengths = cu_seqlens[:-1], _lengths(cu_seqlens)
-    order = sorted((i for i in range(len(lengths)) if lengths[i]), key=lambda i: -lengths[i])
-    shared: list[list[int]] = []
-    for i in order:
-        longest = lengths[shared[-1][0]] if shared else 0
-        pad = longest - lengths[i]
-        cost_us = width / 64 * (0.2 * longest + pad * (0.3 + 0.0125 * (longest + lengths[i])))
-        if shared and cost_us < 60:
-            shared[-1].append(i)
-        else:
-            shared.append([i])
-    return tuple(_group([starts[i] for i in g], [lengths[i] for i in g], cu_seqlens[-1]) for g in shared)
-
-
-def _group(starts: list[int], lengths: list[int], total: int) -> _Group:
-    length = lengths[0]
-    if len(starts) == 1:
-        return _Group(1, length, starts[0])
-    place = torch.arange(length).expand(len(starts), length)
-    inside = place < torch.tensor(lengths)[:, None]
-    first = torch.tensor(starts)[:, None]
-    source = torch.where(inside, first + place, first).flatten()
-    sink = torch.where(inside, first + place, total).flatten()
-    padding = (~inside).flatten().nonzero().flatten()
-    return _Group(len(starts), length, starts[0], source, sink, padding if len(padding) else None)
-
-
-class _CpuAttention(torch.autograd.Function):
-    """PyTorch's CPU flash kernel over every chain and every branch's prompt, writing straight into packed outputs.
-
-    Against a loop over `scaled_dot_product_attention` it keeps one output instead of two, repeats no key or value head,
-    and runs short chains together. A branch attends to itself and to its prompt in two calls, merged by their
-    log-sum-exp; with the merged output and log-sum-exp the kernel's backward of each call is exact.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        cu_seqlens: tuple[int, ...],
-        branches: tuple[Branch, ...],
-        scale: float,
-    ) -> Tensor:
-        _, heads, tokens, width = query.shape
-        plan = _plan(cu_seqlens, heads * width)
-        out = query.new_empty(1, tokens + 1, heads, width)  # row T takes the padding
-        lse = query.new_empty(1, tokens + 1, heads, 1, dtype=torch.promote_types(query.dtype, torch.float32))
-        for group in plan:
-            q, k, v = (_take(x, group) for x in (query, key, value))
-            result, group_lse = _flash(q, k, v, 0.0, True, scale=scale)
-            _put(out, result, group)
-            _put(lse, group_lse.unsqueeze(-1), group)
-        for start, stop, first, last in branches:
-            result, prompt_lse = _flash(
-                query[:, :, start:stop], key[:, :, first:last], value[:, :, first:last], 0.0, False, scale=scale
-            )
-            own, own_lse = out[:, start:stop], lse[:, start:stop]
-            prompt_lse = prompt_lse.transpose(1, 2).unsqueeze(-1)  # [1, tokens of the branch, H, 1]
-            merged = torch.logaddexp(own_lse, prompt_lse)
-            own.copy_(own * (own_lse - merged).exp() + result.transpose(1, 2) * (prompt_lse - merged).exp())
-            own_lse.copy_(merged)
-        out, lse = out[:, :tokens], lse[:, :tokens]
-        ctx.save_for_backward(query, key, value, out, lse)
-        ctx.plan, ctx.branches, ctx.scale = plan, branches, scale
-        return out
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, out, lse = ctx.saved_tensors
-        tokens = query.shape[2]
-        grads = [x.new_empty(1, tokens + 1, x.shape[1], x.shape[3]) for x in (query, key, value)]
-        dout, out, lse = dout.transpose(1, 2), out.transpose(1, 2), lse.transpose(1, 2)
-        for group in ctx.plan:
-            q, k, v, o, do, group_lse = (_take(x, group) for x in (query, key, value, out, dout, lse))
-            if group.padding is not None:  # padded queries must add nothing to the real keys and values
-                do.transpose(1, 2).flatten(0, 1).index_fill_(0, group.padding, 0.0)
-                # Not another token's, of which an exponential might be infinite.
-                group_lse.transpose(1, 2).flatten(0, 1).index_fill_(0, group.padding, _NO_WEIGHT)
-            parts = _flash_backward(do, q, k, v, o, group_lse.squeeze(-1), 0.0, True, scale=ctx.scale)
-            for grad, part in zip(grads, parts, strict=True):
-                _put(grad, part, group)
-        for start, stop, first, last in ctx.branches:
-            of_branch, of_prompt = slice(start, stop), slice(first, last)
-            parts = _flash_backward(
-                dout[:, :, of_branch], query[:, :, of_branch], key[:, :, of_prompt], value[:, :, of_prompt],
-                out[:, :, of_branch], lse[:, :, of_branch].squeeze(-1), 0.0, False, scale=ctx.scale,
-            )  # fmt: skip
-            for grad, part, rows in zip(grads, parts, (of_branch, of_prompt, of_prompt), strict=True):
-                grad[:, rows] += part.transpose(1, 2)
-        return *(g[:, :tokens].transpose(1, 2) for g in grads), None, None, None
-
-
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-_NO_WEIGHT = 1e30  # a log-sum-exp under which every score's exponential is 0
-
-
-def _take(x: Tensor, group: _Group) -> Tensor:
-    """[1, heads, T, D] -> [size, heads, length, D]."""
-    if group.source is None:
-        return x[:, :, group.start : group.start + group.length]
-    rows = x[0].transpose(0, 1).index_select(0, group.source)  # [size * length, heads, D]
-    return rows.view(group.size, group.length, *rows.shape[1:]).transpose(1, 2)
-
-
-def _put(out: Tensor, part: Tensor, group: _Group) -> None:
-    """part [size, heads, length, D] into out [1, T + 1, heads, D]."""
-    part = part.transpose(1, 2)
-    if group.sink is None:
-        out[:, group.start : group.start + group.length] = part
-    else:
-        out[0].index_copy_(0, group.sink, part.reshape(-1, *part.shape[2:]))

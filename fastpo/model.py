@@ -8,6 +8,7 @@ T = packed tokens, N = head rows (completion tokens), D = hidden size, V = vocab
 
 import contextlib
 import inspect
+import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,13 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
 from fastpo import adapters, attention, ops
 from fastpo.adapters import first_line
-from fastpo.attention import Layout
 from fastpo.errors import ConfigError, DeviceError, UnsupportedModelError
+from fastpo.layout import Layout, prompts_of_chains
 from fastpo.packing import PackedBatch, collate
 
 if TYPE_CHECKING:
@@ -91,7 +93,9 @@ class Policy:
         """Last hidden states [T, D], after the final norm, of a packed batch. The policy must be attached."""
         if self._originals is None:
             raise RuntimeError("Policy.hidden needs packed attention: call it inside `with policy.attach():`")
-        layout = Layout.from_chains(batch.cu_seqlens, batch.input_ids.device, batch.branches)
+        layout = Layout.from_chains(batch.cu_seqlens, batch.branches)
+        if attention.runs_unpacked():
+            return self._hidden_unpacked(batch.input_ids, layout)
         return self._trunk_forward(batch.input_ids, batch.position_ids, layout)
 
     def head_rows(self, batch: PackedBatch, prompts: bool = False) -> tuple[Tensor, Head]:
@@ -148,7 +152,8 @@ class Policy:
             return
         self._originals = _implementations(self.causal_lm)
         try:
-            _switch(self.causal_lm, attention.NAME)
+            if not attention.runs_unpacked():
+                _switch(self.causal_lm, attention.NAME)
             yield self
         finally:
             _restore(self._originals)
@@ -178,6 +183,19 @@ class Policy:
         )
         return outputs.last_hidden_state.squeeze(0)
 
+    def _hidden_unpacked(self, input_ids: Tensor, layout: Layout) -> Tensor:
+        """The same for a model that cannot be packed: chain by chain, a branch's each after its prompt."""
+        if any(isinstance(module, FSDPModule) for module in self.trunk.modules()):
+            raise ConfigError("FASTPO_ATTENTION=own cannot run with sharded parameters: ranks differ in their forwards")
+        prompts = prompts_of_chains(layout.cu_seqlens, layout.branches)
+        parts = []
+        for start, stop in itertools.pairwise(layout.cu_seqlens):
+            first, end = prompts.get(start, (start, start))
+            ids = torch.cat([input_ids[first:end], input_ids[start:stop]]).unsqueeze(0)
+            outputs = self.trunk(input_ids=ids, use_cache=False, return_dict=True)
+            parts.append(outputs.last_hidden_state[0, end - first :])
+        return torch.cat(parts)
+
 
 # ---- what kind of model this is
 
@@ -202,11 +220,11 @@ def _causal_lm(model: Any) -> PreTrainedModel:
         )
     text = config.get_text_config(decoder=True)
     others = sorted(set(getattr(text, "layer_types", None) or ()) - _PACKABLE_LAYERS)
-    if others or not inner._can_set_attn_implementation():
+    if (others or not inner._can_set_attn_implementation()) and not attention.runs_unpacked():
         what = f"has {others[0]} layers" if others else "does not take custom attention"
         raise UnsupportedModelError(
-            f"{name} ({config.model_type}) {what}, so its sequences cannot be packed; fastpo needs a model whose "
-            "tokens meet in transformers' attention interface only"
+            f"{name} ({config.model_type}) {what}, so its sequences cannot be packed: their tokens must meet in "
+            f"transformers' attention interface only; {attention.UNPACKED}"
         )
     if not getattr(text, "is_causal", True):
         raise UnsupportedModelError(f"{name} is configured with is_causal=False; fastpo trains causal models")
@@ -301,7 +319,8 @@ def _switch(causal_lm: PreTrainedModel, implementation: str) -> None:
     causal_lm.set_attn_implementation(implementation)
     if causal_lm.config._attn_implementation != implementation:
         raise UnsupportedModelError(
-            f"{type(causal_lm).__name__} does not take custom attention, so its sequences cannot be packed"
+            f"{type(causal_lm).__name__} does not take custom attention, so its sequences cannot be packed; "
+            f"{attention.UNPACKED}"
         )
 
 
@@ -332,13 +351,14 @@ def verify_policy(policy: Policy, examples: "Sequence[Example]", tolerance: floa
             noise = _Noise(tolerance, tolerance, few=0.0)
         try:
             with policy.attach():
-                _check_attention_pattern(policy, device)
+                if not attention.runs_unpacked():
+                    _check_attention_pattern(policy, device)
                 batch = collate(examples, range(len(examples))).to(device)
                 packed = policy.logp(batch)
         except TypeError as error:  # a trunk whose forward does not know the keywords
             if "unexpected keyword" not in str(error) or "attn" in str(error):
                 raise
-            raise UnsupportedModelError(f"{name} cannot run packed: {error}") from error
+            raise UnsupportedModelError(f"{name} cannot run packed: {error}; {attention.UNPACKED}") from error
         _compare_tokens(name, packed, torch.cat(own), noise)
         _compare_pairs(name, packed, batch, examples, own, noise)
 
@@ -510,13 +530,13 @@ def _check_attention_pattern(policy: Policy, device: torch.device) -> None:
     try:
         _switch(policy.causal_lm, _PROBE)
         tokens = torch.arange(2, device=device)
-        policy._trunk_forward(tokens, tokens, Layout.from_chains((0, 2), device))
+        policy._trunk_forward(tokens, tokens, Layout.from_chains((0, 2)))
     finally:
         _restore(attached)
     if wrong:
         raise UnsupportedModelError(
             f"{type(policy.causal_lm).__name__}: {'; '.join(sorted(wrong))}; fastpo would not see the mask. If no row "
-            "is longer than that, switch it off in the model's config"
+            f"is longer than that, switch it off in the model's config; else {attention.UNPACKED}"
         )
 
 

@@ -7,7 +7,7 @@ Nothing optimised imports this file's arithmetic; tests, `fastpo check` and the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -204,3 +204,40 @@ def pair_numbers(
     if rows is not None:
         put("rows", segment_sum(weighted(rows), offsets))
     return out
+
+
+def tree_mask(
+    cu_seqlens: Sequence[int],  # C + 1 boundaries of the causal chains
+    branches: Sequence[tuple[int, int, int, int]],  # whole chains [start, stop), and their prompt [prompt, prompt_stop)
+    window: int | None = None,  # tokens that a query sees, itself included
+) -> Tensor:
+    """[T, T] bool: whether the query of a row sees the key of a column."""
+    total = cu_seqlens[-1]
+    visible = torch.zeros(total, total, dtype=torch.bool)
+    for start, stop in zip(cu_seqlens, cu_seqlens[1:]):
+        prompts = [b[2:] for b in branches if b[0] <= start < b[1]]
+        sequence = [token for first, end in prompts for token in range(first, end)] + list(range(start, stop))
+        for place in range(len(sequence) - (stop - start), len(sequence)):
+            first = 0 if window is None else max(0, place - window + 1)
+            visible[sequence[place], sequence[first : place + 1]] = True
+    return visible
+
+
+def tree_attention(
+    query: Tensor,  # [T, H, D]
+    key: Tensor,  # [T, G, D], H a multiple of G
+    value: Tensor,  # [T, G, E]
+    visible: Tensor,  # [T, T] bool
+    *,
+    scale: float,
+    softcap: float | None = None,
+    sink: Tensor | None = None,  # [H], a logit that takes part in the softmax and has no value
+) -> Tensor:
+    """Attention of every query on the keys that it sees -> [T, H, E]."""
+    group = query.shape[1] // key.shape[1]
+    q, k, v = query.transpose(0, 1), *(x.repeat_interleave(group, 1).transpose(0, 1) for x in (key, value))
+    scores = logit_rule(q @ k.mT, softcap, scale).masked_fill(~visible.to(q.device), float("-inf"))
+    if sink is not None:
+        scores = torch.cat([scores, sink.to(scores.dtype)[:, None, None].expand(-1, len(query), 1)], -1)
+    probs = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(value.dtype)
+    return (probs[..., : len(query)] @ v).transpose(0, 1)

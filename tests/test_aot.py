@@ -102,5 +102,7 @@ def test_every_kernel_is_compiled():
     compiled = {kernel for kernel, _ in aot.CASES.values()}
     written = set()
     for path in sorted((ROOT / "kernels").glob("*.py")):
+        if path.name == "attention.py":  # tests/test_tree_attention_aot.py
+            continue
         written |= set(re.findall(r"^def (_\w+_kernel)\(", path.read_text(), re.MULTILINE))
     assert written == compiled

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastpo import attention
-from fastpo.attention import Layout, packed_attention
+from fastpo import attention, tree_attention
+from fastpo.attention import packed_attention
 from fastpo.errors import ConfigError, UnsupportedModelError
+from fastpo.layout import Layout
 
 CPU = torch.device("cpu")
 RAGGED = (7, 1, 19, 3, 3, 40, 1, 12)  # one-token chains, equal neighbours, longer than every window below
@@ -35,8 +36,8 @@ class Layer(nn.Module):
         self.training = training
 
 
-def layout_of(lengths: tuple[int, ...], device: torch.device = CPU) -> Layout:
-    return Layout.from_chains((0, *torch.tensor(lengths).cumsum(0).tolist()), device)
+def layout_of(lengths: tuple[int, ...]) -> Layout:
+    return Layout.from_chains((0, *torch.tensor(lengths).cumsum(0).tolist()))
 
 
 def make_qkv(
@@ -90,9 +91,7 @@ def run(qkv: list[Tensor], lengths: tuple[int, ...], dout: Tensor, **kwargs: obj
     """Output and gradients by name, in fp64."""
     for x in qkv:
         x.grad = None
-    out, weights = packed_attention(
-        Layer(), *qkv, None, fastpo_layout=layout_of(lengths, qkv[0].device), dropout=0.3, **kwargs
-    )
+    out, weights = packed_attention(Layer(), *qkv, None, fastpo_layout=layout_of(lengths), dropout=0.3, **kwargs)
     assert weights is None
     out.backward(dout.to(out))
     return {"out": out.detach(), **{n: x.grad for n, x in zip(("dquery", "dkey", "dvalue"), qkv, strict=True)}}
@@ -169,7 +168,7 @@ def test_cpu_groups(lengths: str, transposed: bool, poison_empty: None) -> None:
 def test_plan_covers_every_token_once(lengths: str, width: int) -> None:
     boundaries = layout_of(LENGTHS[lengths]).cu_seqlens
     seen = []
-    for group in attention._plan(boundaries, width):
+    for group in tree_attention._plan(boundaries, width):
         if group.sink is None:
             seen += range(group.start, group.start + group.length)
         else:
@@ -182,8 +181,8 @@ def test_plan_covers_every_token_once(lengths: str, width: int) -> None:
 
 
 def test_short_chains_share_calls() -> None:
-    assert len(attention._plan(layout_of((9, 8) * 100).cu_seqlens, 128)) == 1
-    assert len(attention._plan(layout_of((128,) * 16).cu_seqlens, 1024)) == 16
+    assert len(tree_attention._plan(layout_of((9, 8) * 100).cu_seqlens, 128)) == 1
+    assert len(tree_attention._plan(layout_of((128,) * 16).cu_seqlens, 1024)) == 16
 
 
 @pytest.mark.parametrize("options", ["window", "softcap", "everything"])
@@ -272,7 +271,7 @@ def test_refusals() -> None:
 
 def test_forced_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTPO_ATTENTION", "fast")
-    with pytest.raises(ConfigError, match="expected one of flash_attn, varlen, sdpa"):
+    with pytest.raises(ConfigError, match="expected one of flash_attn, varlen, triton, sdpa"):
         _call()
     monkeypatch.setenv("FASTPO_ATTENTION", "varlen")
     with pytest.raises(ConfigError, match="cannot run here"):
@@ -315,8 +314,7 @@ def test_calling_convention(backend: str, window: int | None, sizes: tuple, monk
     monkeypatch.setitem(sys.modules, "flash_attn", package)
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen)
     monkeypatch.setattr(attention, "_choose_backend", lambda *args: backend)
-    boundaries = layout_of(RAGGED).cu_seqlens
-    layout = Layout(boundaries, max(RAGGED), torch.tensor(boundaries, dtype=torch.int32))
+    layout = layout_of(RAGGED)
     q, k, v = make_qkv(RAGGED, (4, 2), sizes, torch.float64)
     out, _ = packed_attention(Layer(), q, k, v, None, scaling=0.4, fastpo_layout=layout, sliding_window=window)
     torch.testing.assert_close(out, reference(q, k, v, RAGGED, 0.4, window))

@@ -428,9 +428,22 @@ def test_family_that_cannot_be_packed_is_refused(name: str, kwargs: dict, messag
         Policy(auto.from_config(config))
 
 
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [("Bloom", {"n_layer": 1, "n_head": 2}), ("Mamba", {"state_size": 4}), ("StableLm", {})],
+)
+def test_family_that_cannot_be_packed_runs_unpacked(name: str, kwargs: dict, monkeypatch) -> None:
+    monkeypatch.setenv("FASTPO_ATTENTION", "own")
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(getattr(transformers, f"{name}Config")(**{**_SIZES, **kwargs})).eval()
+    examples = make_examples(share=True)
+    verify_policy(Policy(model), examples)
+    assert_same(model, examples, relative=1e-5)
+
+
 def test_family_that_drops_keyword_arguments_is_refused() -> None:
     config = transformers.StableLmConfig(**_SIZES)
-    with pytest.raises(UnsupportedModelError, match="StableLmAttention was called without fastpo's layout"):
+    with pytest.raises(UnsupportedModelError, match="StableLmAttention was called without.*FASTPO_ATTENTION=own"):
         verify_policy(Policy(AutoModelForCausalLM.from_config(config)), make_examples())
 
 
@@ -501,9 +514,9 @@ def test_guard_finds_mispairing(monkeypatch: pytest.MonkeyPatch, swap: str) -> N
 
 def test_guard_finds_leakage_between_chains(monkeypatch: pytest.MonkeyPatch) -> None:
     from fastpo import model as module
-    from fastpo.attention import Layout
+    from fastpo.layout import Layout
 
-    def one_chain(cls, cu, device, branches=()):
+    def one_chain(cls, cu, branches=()):
         return Layout((0, cu[-1]), cu[-1])
 
     monkeypatch.setattr(module.Layout, "from_chains", classmethod(one_chain))
