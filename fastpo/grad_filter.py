@@ -92,6 +92,7 @@ def forward(head: Head, mass: float, keep_logits: bool, entropy: bool, compiled:
     logp, dropped, stats = (x.new_empty(shape, dtype=acc) for shape in ((n,), (n,), (3, n)))
     entropies = x.new_empty(n if entropy else 0, dtype=acc)
     keep = x.new_empty(n, tiles, dtype=torch.bool)
+    scratch = None
     for r, columns in _row_blocks(n, v_size, x.device, x.element_size() if compiled else 4 * acc.itemsize):
         block = head._replace(hidden=x[r], target=head.target[r])
         rows = r.stop - r.start
@@ -99,7 +100,13 @@ def forward(head: Head, mass: float, keep_logits: bool, entropy: bool, compiled:
         z_target = x.new_full((rows,), -torch.inf, dtype=acc)
         m.fill_(-torch.inf)
         for v in columns:
-            raw = torch.mm(block.hidden, w[v].t(), out=saved[r, v] if keep_logits else None)
+            if keep_logits:
+                raw = saved[r, v]
+            else:
+                shape = (rows, v.stop - v.start)
+                scratch = x.new_empty(shape).view(-1) if scratch is None else scratch  # the first tile is the largest
+                raw = scratch[: shape[0] * shape[1]].view(shape)
+            torch.mm(block.hidden, w[v].t(), out=raw)
             if compiled:
                 for t in _tile_slices(v):
                     i = t.start // TILE_COLUMNS
