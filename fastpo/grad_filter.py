@@ -41,7 +41,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastpo import backends
-from fastpo.backends import IGNORE_INDEX, Head, _add_mm, _contiguous, _cpu_pass, _empty, _mm_wide, _tiles, acc_dtype
+from fastpo.backends import IGNORE_INDEX, Head, _add_mm, _contiguous, _cpu_pass, _mm_wide, _tiles, acc_dtype
 
 # Narrower tiles are given up more often and leave thinner GEMMs (docs/grad-filter.md).
 TILE_COLUMNS = 512
@@ -88,7 +88,7 @@ def forward(head: Head, mass: float, keep_logits: bool, entropy: bool, compiled:
     x, w, acc = head.hidden, head.weight, acc_dtype(head.hidden.dtype)
     n, v_size = len(x), len(w)
     tiles = tile_count(v_size)
-    saved = _empty((n, v_size), x) if keep_logits else x.new_empty(0)
+    saved = x.new_empty(n, v_size) if keep_logits else x.new_empty(0)
     logp, dropped, stats = (x.new_empty(shape, dtype=acc) for shape in ((n,), (n,), (3, n)))
     entropies = x.new_empty(n if entropy else 0, dtype=acc)
     keep = x.new_empty(n, tiles, dtype=torch.bool)
