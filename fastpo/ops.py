@@ -533,7 +533,7 @@ def preference_loss(
         raise OpError(f"{loss_type} with this NLL has no kernel (see fastpo/kernels/pair_losses.py); use 'auto'")
     words, numbers = " ".join(made.words), list(map(float, made.numbers))
     total, metrics, terms, _, _ = _preference_loss(*x, words, numbers, loss.length, unique)
-    return total, PreferenceOutput(*terms.unbind(), metrics)
+    return total, PreferenceOutput._make([*terms.unbind(), metrics])
 
 
 def has_kernel(loss_type: str, hyper: Mapping[str, Any]) -> bool:
@@ -597,7 +597,7 @@ def plain_preference_loss(
         rewards = reference.pair_rewards(*whole[:2], *refs, n["chosen_len"], n["rejected_len"], mean=loss.length)
         ones = torch.ones_like(of_each)
         metrics = torch.stack([*rewards, *whole[:2], ones, ones, 0 * ones, ones]).sum(1)
-    return (x.weight * of_each).sum(), PreferenceOutput(*(t.detach() for t in (of_each, *whole)), metrics)
+    return (x.weight * of_each).sum(), PreferenceOutput._make([*(t.detach() for t in (of_each, *whole)), metrics])
 
 
 def table_inputs(

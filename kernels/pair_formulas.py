@@ -55,7 +55,7 @@ def _relu(u):
 
 
 @triton.jit
-def step(u):
+def _step(u):
     return tl.where(u > 0, 1.0, 0.0)
 
 
@@ -113,7 +113,7 @@ def _margin(lw, ll, a, b, n_w, n_l, k_w, k_l, extra, MARGIN: tl.constexpr):
     margin = score_w - score_l
     if MARGIN == "positive":  # DPOP, arXiv 2402.13228
         margin -= extra * _relu(-a)
-        slope_w = 1.0 + extra * step(-a)
+        slope_w = 1.0 + extra * _step(-a)
     elif MARGIN == "lengths":  # R-DPO, arXiv 2403.19159
         margin += extra * (n_w - n_l)
     elif MARGIN == "token_kl" or MARGIN == "rejected_kl":  # TDPO, arXiv 2404.11999
@@ -146,7 +146,7 @@ def _of_margin(u, smoothing, extra, SHAPE: tl.constexpr, SMOOTH: tl.constexpr):
         loss, slope = _logistic(u, smoothing, SMOOTH)
     elif SHAPE == "hinge":
         loss = _relu(-u)
-        slope = -step(-u)
+        slope = -_step(-u)
     elif SHAPE == "truncated":
         slope = -2.0 * _relu(-u)
         loss = 0.25 * slope * slope

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastpo.kernels.logprob import device_guard
-from fastpo.kernels.pair_formulas import pair_loss, step
+from fastpo.kernels.pair_formulas import pair_loss
 from fastpo.kernels.pair_losses import RECIPES, Recipe, recipe
 
 BLOCK_N = 1024  # tokens a step: most responses are one step, and 4 warps read 8 tokens a thread
@@ -187,7 +187,7 @@ def _put_metrics(terms_ptr, at, n_pairs, lw, ll, rw, rl, n_w, n_l, REWARD: tl.co
     rounding = 1 / 2097152 * (tl.abs(lw) + tl.abs(ll))  # 2^-21
     tl.store(terms_ptr + 1 * n_pairs + at, chosen)
     tl.store(terms_ptr + 2 * n_pairs + at, rejected)
-    tl.store(terms_ptr + 3 * n_pairs + at, step(chosen - rejected - rounding))
+    tl.store(terms_ptr + 3 * n_pairs + at, tl.where(chosen - rejected > rounding, 1.0, 0.0))
     tl.store(terms_ptr + 4 * n_pairs + at, lw)
     tl.store(terms_ptr + 5 * n_pairs + at, ll)
     tl.store(terms_ptr + 6 * n_pairs + at, 1.0)
@@ -266,7 +266,7 @@ def _preference_fwd_kernel(
         p_w = tl.load(win_prob_chosen_ptr + pid_p)
         p_l = tl.load(win_prob_rejected_ptr + pid_p) if PROBS == "both" else 1.0 - p_w
     loss, dw, dl = pair_loss(xw, xl, yw, yl, n_w, n_l, k_w, k_l, p_w, p_l, scale, offset, smoothing, extra, nll_coef,
-                              SHAPE, MARGIN, LABELS, WEIGHTING, NLL)  # fmt: skip
+                             SHAPE, MARGIN, LABELS, WEIGHTING, NLL)  # fmt: skip
 
     weight = tl.load(weight_ptr + pid_p)
     dw *= weight
@@ -292,7 +292,7 @@ def _preference_fwd_kernel(
             _segment_fill(dlogp_ptr, token_weight_ptr, end_head_w, end_w, extra * dw, BLOCK_N)
             _segment_fill(dlogp_ptr, token_weight_ptr, end_head_l, end_l, extra * dl, BLOCK_N)
     if drows_ptr is not None:
-        # The margin holds a + extra D_w, and b + extra D_l; TDPO2 has no gradient through D_w.
+        # TDPO's margin is that of a + extra D_w and b + extra D_l; TDPO2 has no gradient through D_w.
         _segment_fill(drows_ptr, token_weight_ptr, begin_w, end_w, extra * dw if MARGIN == "token_kl" else 0.0, BLOCK_N)
         _segment_fill(drows_ptr, token_weight_ptr, begin_l, end_l, extra * dl, BLOCK_N)
 

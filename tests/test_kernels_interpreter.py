@@ -10,9 +10,12 @@ sums take the logits' place.)
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -23,9 +26,13 @@ if not INTERPRET and not torch.cuda.is_available():
     pytest.skip("needs TRITON_INTERPRET=1 in its own process, or a GPU", allow_module_level=True)
 
 import fastpo  # noqa: E402
-from fastpo import chips  # noqa: E402
-from fastpo import losses as table  # noqa: E402
-from fastpo.kernels import fused, logprob, preference, reference  # noqa: E402
+from fastpo import chips, ops  # noqa: E402
+from fastpo.data import Example  # noqa: E402
+from fastpo.kernels import fused, logprob, pair_losses, preference, reference  # noqa: E402
+from fastpo.losses import LOSSES, resolve_terms  # noqa: E402
+from fastpo.packing import collate  # noqa: E402
+from fastpo.row_statistics import LOG_SUM_SQ, TOKEN_KL, draw_rows  # noqa: E402
+from fastpo.stepwide import Statistics  # noqa: E402
 
 DEVICE = "cpu" if INTERPRET else "cuda"
 # The interpreter evaluates both sides of tl.where in numpy, which warns about the side that is thrown away.
@@ -513,123 +520,192 @@ def test_real_vocabularies(v):
 LENGTHS = [3, 1, 1500, 40, 7, 9, 0, 5, 12, 64, 31, 33]
 CLASSIC = [[0, 1], [3, 2], [4, 5], [7, 6], [8, 9], [11, 10]]
 K_WAY = [[0, 1], [0, 2], [3, 2], [1, 2], [5, 4], [8, 9], [9, 10], [8, 10], [10, 9]]  # 6, 7 and 11 are in no pair
-# With each loss: a bound on |d coefficient / d response sum|, so what a rounding of the sums does to a coefficient.
-LOSSES = [
-    pytest.param({"loss_type": "dpo", "beta": 0.1}, 0.0025, id="dpo"),
-    pytest.param({"loss_type": "dpo", "beta": 0.1, "label_smoothing": 0.2}, 0.0025, id="cdpo"),
-    pytest.param({"loss_type": "ipo", "beta": 0.1, "ipo_mean": True}, 2.0, id="ipo-mean"),
-    pytest.param({"loss_type": "ipo", "beta": 0.1, "ipo_mean": False}, 2.0, id="ipo-sum"),
-    pytest.param({"loss_type": "simpo", "beta": 2.0, "gamma_beta_ratio": 0.5}, 1.0, id="simpo"),
+
+# A loss is the kernel's where a pair's own numbers determine it: not lists, unpaired rows, a whole step, or a third
+# response.
+POINTWISE = {
+    name: loss
+    for name, loss in LOSSES.items()
+    if loss.shape == "pairs" and not loss.of_step and not {"greedy_logps", "ref_sample_logps"} & set(loss.needs)
+}
+# Hyper-parameters beside the defaults with which each loss is tried too; those with an NLL have it by sequence here.
+VARIANTS = {
+    "dpo": [{"label_smoothing": 0.2}], "robust": [{"label_smoothing": 0.2}], "ipo": [{"ipo_reduce": "sum"}],
+    "simpo": [{"label_smoothing": 0.1}], "bco_pair": [{"delta": 0.4}], "wpo": [{"clamp_weight": False}],
+    "fdpo": [{"f_divergence_type": k} for k in ("reverse_kl", "forward_kl", "alpha_divergence")],
+    "alphapo": [{"alpha": 0.0}, {"alpha": -0.5}], "discopop": [{"beta": 0.5, "discopop_tau": 0.7}],
+    "slic": [{"lambda_coef": 0.0}], "orpo": [{"nll_coef": 0.0}], "cpo": [{"nll_reduction": "seq_mean"}],
+}  # fmt: skip
+BY_SEQUENCE = {
+    "slic": {"nll_reduction": "seq_sum"}, "cpo": {"nll_reduction": "seq_sum", "label_smoothing": 0.1},
+    "cpo_simpo": {"nll_reduction": "seq_mean"}, "rpo": {"nll_reduction": "seq_mean", "rpo_alpha": 1.0},
+    "orpo": {"nll_reduction": "seq_mean", "disable_prompt_loss": True},
+}  # fmt: skip
+CASES = [
     pytest.param(
-        {"loss_type": "simpo", "beta": 2.0, "gamma_beta_ratio": 0.5, "label_smoothing": 0.1}, 1.0, id="simpo-smooth"
-    ),
-    pytest.param({"loss_type": "sppo", "beta": 0.01}, 1.0, id="sppo"),
-    pytest.param({"loss_type": "sppo_hard", "beta": 0.01}, 2.0, id="sppo-hard"),
-    pytest.param({"loss_type": "hinge", "beta": 0.1}, 0.0, id="hinge"),
-    pytest.param({"loss_type": "robust", "beta": 0.1, "label_smoothing": 0.1}, 0.004, id="robust"),
-]
-OFFSETS = torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0).tolist()], dtype=torch.int32)
-
-
-def preference_case(pairs: list[list[int]], ref: str) -> dict[str, Tensor | None]:
-    """Inputs of preference_fwd by name; `ref` is token, response or none."""
-    n, s, p = int(OFFSETS[-1]), len(LENGTHS), len(pairs)
-    logp = -2 * torch.rand(n)
-    case = {
-        "logp": logp,
-        "ref_logp": logp + 0.3 * torch.randn(n) if ref == "token" else None,
-        "ref_response_logps": reference.response_sums(logp, OFFSETS) + torch.randn(s) if ref == "response" else None,
-        "response_offsets": OFFSETS,
-        "pairs": torch.tensor(pairs, dtype=torch.int32).reshape(p, 2),
-        "weight": torch.rand(p) + 0.5,
-        "win_prob_chosen": torch.rand(p),
-        "win_prob_rejected": torch.rand(p),
-    }
-    return {name: None if value is None else value.to(DEVICE) for name, value in case.items()}
-
-
-def preference_reference(case: dict[str, Tensor | None], loss: dict, dtype: torch.dtype) -> dict[str, Tensor]:
-    """reference.preference_loss in `dtype`; dlogp and coef by autograd of the weighted sum."""
-    cast = {k: v.to(dtype) if v is not None and v.is_floating_point() else v for k, v in case.items()}
-    weight = cast.pop("weight")
-    logp = cast.pop("logp").clone().requires_grad_()
-    terms = reference.preference_loss(logp, **cast, **loss)
-    (dlogp,) = torch.autograd.grad((weight * terms.losses).sum(), logp, retain_graph=True)
-    coef = torch.stack(
-        torch.autograd.grad(
-            (weight * terms.losses).sum(), [terms.chosen_logps, terms.rejected_logps], allow_unused=True
-        ),
-        dim=1,
+        name, {**BY_SEQUENCE.get(name, {}), **hyper}, id="-".join([name, *(f"{k}={v}" for k, v in hyper.items())])
     )
-    return {name: value.detach() for name, value in {**terms._asdict(), "dlogp": dlogp, "coef": coef}.items()}
+    for name in POINTWISE
+    for hyper in [{}, *VARIANTS.get(name, [])]
+]
 
 
-@pytest.mark.parametrize("loss, curvature", LOSSES)
-@pytest.mark.parametrize("ref", ["token", "response", "none"])
-@pytest.mark.parametrize("unique", [True, False], ids=["pairs", "k-way"])
-def test_preference(loss, curvature, ref, unique):
-    case = preference_case(CLASSIC if unique else K_WAY, ref)
-    exact = preference_reference(case, loss, torch.float64)
-    plain = preference_reference(case, loss, torch.float32)
-    result = preference.preference_fwd(**case, **loss, unique=unique)
-    largest_sum = max(largest(exact[name]) for name in ("chosen_logps", "rejected_logps"))
-    curvature *= largest(case["weight"])
-    sensitivity = {"losses": largest(exact["coef"]), "coef": curvature, "dlogp": curvature if unique else 3 * curvature}
-    for name, ours in result._asdict().items():
-        assert ours.dtype == torch.float32
-        # One rounding of the result itself, and one of the sums; three pairs meet in a response of K_WAY.
-        magnitude = largest(exact[name]) + largest_sum * sensitivity.get(name, 1.0)
-        assert_within_budget(name, ours, plain[name], exact[name], magnitude)
+def offsets_of(lengths: list[int]) -> Tensor:
+    return torch.tensor([0, *torch.tensor(lengths, dtype=torch.int64).cumsum(0).tolist()], dtype=torch.int32)
+
+
+OFFSETS = offsets_of(LENGTHS)
+
+
+def preference_case(
+    name: str, pairs: list[list[int]], ref: str = "token", weights: bool = False, lengths: list[int] = LENGTHS
+) -> ops.PreferenceInputs:
+    """Random inputs that suit a loss; `ref` is token, response or none."""
+    offsets, loss = offsets_of(lengths), POINTWISE[name]
+    n, s, p = int(offsets[-1]), len(lengths), len(pairs)
+    logp = -2 * torch.rand(n)
+    drawn = [
+        int(offsets[r]) + torch.randperm(lengths[r])[: min(lengths[k] for k in pair)] for pair in pairs for r in pair
+    ]
+    by_response = ref == "response"
+    x = ops.PreferenceInputs(
+        logp=logp,
+        rows=torch.rand(n) if loss.needs and "chosen_kl" in loss.needs else logp * (0.8 + 0.4 * torch.rand(n)),
+        ref_logp=logp + 0.3 * torch.randn(n) if ref == "token" else None,
+        ref_response_logps=reference.response_sums(logp, offsets) + torch.randn(s) if by_response else None,
+        prev_logp=logp + 0.3 * torch.randn(n) if loss.previous and not by_response else None,
+        prev_response_logps=-50 * torch.rand(s) if loss.previous and by_response else None,
+        token_weight=torch.rand(n) + 0.5 if weights else None,
+        drawn_rows=torch.cat(drawn) if loss.drawn and pairs else None,
+        response_offsets=offsets,
+        pairs=torch.tensor(pairs, dtype=torch.int32).reshape(p, 2),
+        weight=torch.rand(p) + 0.5,
+        win_prob_chosen=torch.rand(p),
+        win_prob_rejected=torch.rand(p),
+    )
+    return ops.PreferenceInputs(*(None if t is None else t.to(DEVICE) for t in x))
+
+
+def launch(name: str, hyper: dict, x: ops.PreferenceInputs, unique: bool = False) -> dict[str, Tensor]:
+    """The kernel's results by name."""
+    arguments = x._asdict() | ({"rows": None} if not preference.recipe(name, **hyper).reads_rows else {})
+    result = preference.preference_fwd(
+        **arguments, loss_type=name, unique=unique, mean_rewards=POINTWISE[name].length, **hyper
+    )
+    shown = zip(ops.PreferenceOutput._fields, result.shown)
+    drows = {} if result.drows is None else {"drows": result.drows}
+    return {**dict(shown), "metrics": result.metrics.sum(1), "coef": result.coef, "dlogp": result.dlogp, **drows}
+
+
+def by_the_table(name: str, hyper: dict, x: ops.PreferenceInputs, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The same by the Python table and autograd in `dtype`; `spread_*`: what a relative error of 1 in all of a pair's
+    sums would do to its loss and to its coefficients."""
+    loss = POINTWISE[name]
+    wide = {k: t.to(dtype).cpu() if t.is_floating_point() else t.cpu() for k, t in x._asdict().items() if t is not None}
+    leaves = {k: wide[k].detach().clone().requires_grad_() for k in ("logp", "rows")}
+    x = x._replace(**wide | leaves)
+    total, out = ops.plain_preference_loss(name, hyper, x, reference.response_sums)
+    dlogp, drows = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+    pairs, _ = ops.table_inputs(loss, x, reference.response_sums)
+    sums = [t.detach().requires_grad_() for t in pairs[:2]]
+    of_each = loss.fn(pairs._replace(chosen_logps=sums[0], rejected_logps=sums[1]), **hyper)
+    coef = torch.stack(torch.autograd.grad((x.weight * of_each).sum(), sums, create_graph=True), 1)
+    size = torch.stack([t.detach().abs() for t in pairs if t is not None and t.shape == of_each.shape]).amax(0)
+    spread = 0.0
+    for side in coef.unbind(1):
+        if side.requires_grad:
+            curvature = torch.autograd.grad(side.sum(), sums, retain_graph=True, allow_unused=True)
+            spread = spread + sum((c.abs() * size for c in curvature if c is not None), torch.zeros_like(size))
+    coef = coef.detach()
+    return {
+        **{k: t.detach() for k, t in out._asdict().items()}, "coef": coef, "dlogp": dlogp,
+        **({"drows": drows} if loss.needs and "chosen_kl" in loss.needs else {}),
+        "spread_losses": (coef.abs().sum(1) * size).amax(), "spread_coef": torch.as_tensor(spread).max(),
+    }  # fmt: skip
+
+
+def assert_is_the_table(name: str, hyper: dict, x: ops.PreferenceInputs, unique: bool) -> dict[str, Tensor]:
+    """Every result of the kernel against the table in fp64, by the module's criterion."""
+    hyper = POINTWISE[name].hyper(**hyper)
+    exact, plain = (by_the_table(name, hyper, x, dtype) for dtype in (torch.float64, torch.float32))
+    ours = launch(name, hyper, x, unique)
+    assert ours.keys() == {k for k in exact if not k.startswith("spread")}
+    sums = max(largest(exact[k]) for k in ("chosen_logps", "rejected_logps", "ref_chosen_logps", "ref_rejected_logps"))
+    shared = 1 if unique else 3  # so many pairs meet in a response of K_WAY
+    for key, value in ours.items():
+        assert value.dtype == torch.float32
+        # One rounding of the result itself, and one of the sums and hyper-parameters that it is made of.
+        of_sums = {"losses": exact["spread_losses"], "coef": exact["spread_coef"]}
+        of_sums |= {key: shared * exact["spread_coef"] for key in ("dlogp", "drows")}
+        magnitude = shared * largest(exact[key]) + float(of_sums.get(key, sums))
+        assert_within_budget(f"{name} {key}", value.cpu(), plain[key], exact[key], magnitude)
+    return ours
+
+
+def test_every_pointwise_pair_loss_has_a_recipe():
+    """The kernel and the table know the same losses, by the same hyper-parameters, defaults and needs."""
+    assert set(pair_losses.RECIPES) == set(POINTWISE)
+    for name, loss in POINTWISE.items():
+        _, *expected = inspect.signature(loss.fn).parameters.values()  # without x
+        found = inspect.signature(pair_losses.RECIPES[name]).parameters.values()
+        assert [(p.name, p.default) for p in found] == [(p.name, p.default) for p in expected], name
+        made = pair_losses.recipe(name, **loss.hyper(**BY_SEQUENCE.get(name, {})))
+        assert (made.reference != "none") == loss.reference and (made.reference == "mixed") == loss.previous, name
+        assert (made.probs == "pair") == loss.pair_prob, name
+        assert (made.probs == "both") == (loss.win_prob or "win_prob" in loss.may_read), name
+        assert made.has_row_gradient == ("chosen_kl" in loss.needs), name
+        assert made.reads_rows == bool({"chosen_kl", "chosen_log_sum_sq"} & set(loss.needs)), name
+        assert made.tokens == ("drawn" if loss.drawn else "tails" if "chosen_tail_logps" in loss.needs else "all"), name
+        assert (made.nll != "none") == (loss.nll is not None), name
+        if loss.nll:  # a mean over the step's tokens is no pair's own
+            assert pair_losses.recipe(name, **loss.hyper()) is None, name
+    for name in set(LOSSES) - set(POINTWISE):
+        assert pair_losses.recipe(name) is None and name in pair_losses.__doc__, name
+    with pytest.raises(TypeError, match="dpo has the hyper-parameters beta, label_smoothing, not gamma"):
+        pair_losses.recipe("dpo", gamma=1.0)
+
+
+@pytest.mark.parametrize("name, hyper", CASES)
+def test_the_kernel_is_the_table(name, hyper):
+    """Losses, both coefficients, metrics and every token's gradient."""
+    assert_is_the_table(name, hyper, preference_case(name, CLASSIC), True)
+
+
+# The gather, the weights and the lengths are the same code for all losses but these.
+@pytest.mark.parametrize("name", ["dpo", "simpo", "rdpo", "orpo", "sppo", "wpo", "ld_dpo", "sampo", "tdpo1", "tdpo2"])
+def test_shared_responses_and_token_weights(name):
+    """K-way pairs, whose coefficients a second launch gathers."""
+    ours = assert_is_the_table(name, BY_SEQUENCE.get(name, {}), preference_case(name, K_WAY, weights=True), False)
+    assert all((ours["dlogp"][OFFSETS[i] : OFFSETS[i + 1]] == 0).all() for i in (6, 7, 11))
+
+
+@pytest.mark.parametrize("ref", ["response", "none"])
+@pytest.mark.parametrize("name", ["dpo", "ipo", "simpo", "sppo", "inpo"])
+def test_references(name, ref):
+    """Sums of the data instead of tokens; no reference: then its sums are 0, and rewards are the policy's own."""
+    ours = assert_is_the_table(name, {}, preference_case(name, K_WAY, ref), False)
     if ref == "none":
-        assert (result.ref_chosen_logps == 0).all() and (result.ref_rejected_logps == 0).all()
-    if not unique:
-        lonely = [6, 7, 11]
-        assert all((result.dlogp[OFFSETS[i] : OFFSETS[i + 1]] == 0).all() for i in lonely)
+        assert (ours["ref_chosen_logps"] == 0).all() and (ours["ref_rejected_logps"] == 0).all()
 
 
-@pytest.mark.parametrize("loss, curvature", LOSSES)
-def test_coefficients_by_central_differences(loss, curvature):
-    """A check that shares nothing with autograd: the fp64 reference's losses, moved by +-h in one response's sum.
-    Responses of equal sums and at most 12 tokens keep fp32's rounding of the sums below the differences' own."""
-    case = preference_case([[0, 1], [4, 5], [7, 8]], "token")
-    result = preference.preference_fwd(**case, **loss)
-    h = 1e-5
-    wide = {k: v.double() if v is not None and v.is_floating_point() else v for k, v in case.items()}
-    weight, logp = wide.pop("weight"), wide.pop("logp")
-    for pair, responses in enumerate(case["pairs"].tolist()):
-        for side, response in enumerate(responses):
-            first = int(OFFSETS[response])
-            moved = []
-            for step in (h, -h):
-                shifted = logp.clone()
-                shifted[first] += step
-                moved.append(weight[pair] * reference.preference_loss(shifted, **wide, **loss).losses[pair])
-            expected = ((moved[0] - moved[1]) / (2 * h)).item()
-            assert result.coef[pair, side].item() == pytest.approx(expected, rel=1e-4, abs=1e-6)
-            assert torch.equal(result.dlogp[first], result.coef[pair, side])
+def test_dno_without_scores():
+    """Regularised DNO is DNO-Prct on the mixed reference where there are no win probabilities."""
+    x = preference_case("dno_reg", CLASSIC)._replace(win_prob_chosen=None, win_prob_rejected=None)
+    assert_is_the_table("dno_reg", {}, x, True)
 
 
-@pytest.mark.parametrize("loss, curvature", LOSSES)
-def test_the_kernel_is_the_table(loss, curvature):
-    """Losses and closed-form coefficients of fastpo.losses, in fp64 on the kernel's own sums."""
-    case = preference_case(CLASSIC, "token")
-    result = preference.preference_fwd(**case, **loss, unique=True)
-    hyper = dict(loss)
-    entry = table.LOSSES[hyper.pop("loss_type")]
-    if "ipo_mean" in hyper:
-        hyper["ipo_reduce"] = "mean" if hyper.pop("ipo_mean") else "sum"
-    sums = [getattr(result, f"{who}_logps").double() for who in ("chosen", "rejected", "ref_chosen", "ref_rejected")]
-    lengths = torch.tensor(LENGTHS).clamp(min=1).double()[torch.tensor(CLASSIC)]  # the mean of nothing is 0
-    arguments = dict(
-        chosen_len=lengths[:, 0], rejected_len=lengths[:, 1], win_prob_chosen=case["win_prob_chosen"].double(),
-        win_prob_rejected=case["win_prob_rejected"].double(),
-    )  # fmt: skip
-    sums = [v.cpu() for v in sums]
-    arguments = {k: v.cpu() for k, v in arguments.items()}
-    torch.testing.assert_close(result.losses.cpu().double(), entry(*sums, **arguments, **hyper), rtol=1e-5, atol=1e-5)
-    coefficients = torch.stack(entry.coefficients(*sums, **arguments, **hyper), 1)
-    expected = case["weight"].cpu()[:, None] * coefficients
-    torch.testing.assert_close(result.coef.cpu().double(), expected.double(), rtol=1e-5, atol=1e-6)
+@pytest.mark.parametrize("name", POINTWISE)
+def test_extreme_margins(name):
+    """|beta * margin| of 1e-3 to 1e3 in one-token responses, of either sign, on either side: as far as the table."""
+    hyper = {**BY_SEQUENCE.get(name, {})}
+    largest_sum = 1e3 / POINTWISE[name].hyper(**hyper).get("beta", 1.0)
+    x = preference_case(name, [[2 * i, 2 * i + 1] for i in range(8)], lengths=[1] * 16)
+    at = -largest_sum * torch.tensor([[1, 0], [0, 1], [1, 1], [0, 0], [1e-6, 0], [0, 1e-6], [0.08, 0], [0, 0.08]])
+    at = at.flatten().to(DEVICE)
+    x = x._replace(logp=at, rows=at if "chosen_log_sum_sq" in POINTWISE[name].needs else x.rows, ref_logp=0 * at)
+    assert_is_the_table(name, hyper, x, True)
+    if POINTWISE[name].reference:
+        assert_is_the_table(name, hyper, x._replace(logp=0 * at, rows=0 * at, ref_logp=at), True)
 
 
 def one_pair(margin: float) -> dict[str, Tensor | None]:
@@ -649,59 +725,146 @@ def test_log_sigmoid_is_stable(margin):
     result = preference.preference_fwd(**one_pair(margin), loss_type="dpo", beta=1.0, unique=True)
     exact = torch.tensor(margin, dtype=torch.float32).double()
     expected = -torch.nn.functional.logsigmoid(exact).item()
-    assert result.losses.item() == pytest.approx(expected, rel=1e-5, abs=1e-38)
+    assert result.shown[0].item() == pytest.approx(expected, rel=1e-5, abs=1e-38)
     slope = torch.sigmoid(-exact).item()
     assert result.dlogp.tolist() == pytest.approx([-slope, slope], rel=1e-5, abs=1e-38)
 
 
-def test_policy_at_the_reference_gives_log_2():
-    case = preference_case(CLASSIC, "token")
-    case["ref_logp"] = case["logp"].clone()
-    result = preference.preference_fwd(**case, loss_type="dpo", beta=0.1, unique=True)
-    torch.testing.assert_close(result.losses, torch.full_like(result.losses, 2.0).log(), rtol=2 * EPS32, atol=0)
+@pytest.mark.parametrize("name", ["dpo", "hinge", "gpo_exp", "gpo_tquad", "alphapo", "orpo"])
+def test_nan_is_not_hidden(name):
+    x = preference_case(name, [[0, 1], [3, 4]])
+    x.logp[0] = float("nan")
+    ours = launch(name, POINTWISE[name].hyper(**BY_SEQUENCE.get(name, {})), x)
+    assert ours["losses"].isnan().tolist() == [True, False]
 
 
-def test_one_launch_equals_two():
-    case = preference_case(CLASSIC, "token")
-    one = preference.preference_fwd(**case, loss_type="simpo", beta=2.0, gamma_beta_ratio=0.5, unique=True)
-    two = preference.preference_fwd(**case, loss_type="simpo", beta=2.0, gamma_beta_ratio=0.5, unique=False)
-    assert all(torch.equal(a, b) for a, b in zip(one, two))
+def test_policy_at_the_reference_gives_log_2_and_no_wins():
+    x = preference_case("dpo", CLASSIC)
+    ours = launch("dpo", {"beta": 0.1}, x._replace(ref_logp=x.logp.clone()), True)
+    torch.testing.assert_close(ours["losses"], torch.full_like(ours["losses"], 2.0).log(), rtol=2 * EPS32, atol=0)
+    assert ours["metrics"][2] == 0
+
+
+@pytest.mark.parametrize("name", ["dpo", "ld_dpo", "tdpo1", "sampo"])
+def test_runs_are_equal_bit_for_bit(name):
+    """Run to run with shared responses and without; and one launch equals two."""
+    hyper = POINTWISE[name].hyper()
+    x, k_way = preference_case(name, CLASSIC), preference_case(name, K_WAY, weights=True)
+    one, two, *again = (
+        launch(name, hyper, x, True), launch(name, hyper, x, False), launch(name, hyper, k_way),
+        launch(name, hyper, k_way),
+    )  # fmt: skip
+    assert all(torch.equal(one[k], two[k]) for k in one) and all(torch.equal(again[0][k], again[1][k]) for k in one)
 
 
 def test_many_pairs_per_response(monkeypatch):
     """More pairs than one block gathers at a time."""
     monkeypatch.setattr(preference, "BLOCK_P", 16)
     pairs = [[i % 4, (i + 1 + i // 4 % 3) % 4] for i in range(40)]
-    case = preference_case(pairs, "none")
-    loss = {"loss_type": "dpo", "beta": 0.1}
-    exact = preference_reference(case, loss, torch.float64)
-    plain = preference_reference(case, loss, torch.float32)
-    result = preference.preference_fwd(**case, **loss)
-    assert_within_budget("dlogp", result.dlogp, plain["dlogp"], exact["dlogp"], largest(exact["dlogp"]))
+    for name in ("dpo", "ld_dpo"):
+        hyper, x = POINTWISE[name].hyper(), preference_case(name, pairs, lengths=[5, 40, 1, 9])
+        exact, plain = (by_the_table(name, hyper, x, dtype) for dtype in (torch.float64, torch.float32))
+        ours = launch(name, hyper, x)["dlogp"].cpu()
+        assert_within_budget("dlogp", ours, plain["dlogp"], exact["dlogp"], 20 * largest(exact["dlogp"]))
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("unique", [True, False], ids=["pairs", "k-way"])
-def test_no_pairs(unique):
-    case = preference_case([], "token")
-    if unique:
-        case |= {"logp": case["logp"][:0], "ref_logp": None, "response_offsets": OFFSETS[:1].to(DEVICE)}
-    result = preference.preference_fwd(**case, loss_type="dpo", beta=0.1, unique=unique)
-    assert result.losses.shape == (0,) and result.coef.shape == (0, 2)
-    assert result.dlogp.shape == case["logp"].shape and (result.dlogp == 0).all()
+def test_more_pairs_than_a_16_bit_grid(unique):
+    """70,001 pairs, one program each."""
+    count = 70_001
+    pairs = [[2 * i, 2 * i + 1] for i in range(count)]
+    if not unique:
+        pairs[-1] = [0, 1]
+    assert_is_the_table("dpo", {}, preference_case("dpo", pairs, lengths=[1, 2] * count), unique)
+
+
+@pytest.mark.parametrize("name", ["dpo", "tdpo1", "sampo"])
+@pytest.mark.parametrize("rows", [True, False], ids=["no-pairs", "nothing"])
+def test_no_pairs(name, rows):
+    x = preference_case(name, [], lengths=LENGTHS if rows else [])
+    x = x._replace(drawn_rows=x.response_offsets[:0].long() if name == "sampo" else None)
+    ours = launch(name, POINTWISE[name].hyper(), x, unique=not rows)
+    assert ours["losses"].shape == (0,) and ours["coef"].shape == (0, 2) and (ours["metrics"] == 0).all()
+    assert all(ours[k].shape == x.logp.shape and (ours[k] == 0).all() for k in ("dlogp", "drows") if k in ours)
 
 
 @pytest.mark.parametrize(
-    "change, message",
+    "name, change, message",
     [
-        ({"loss_type": "dpoo"}, "loss_type must be one of"),
-        ({"loss_type": "sppo"}, "sppo needs"),
-        ({"unique": True}, "unique=True"),
-        ({"weight": torch.ones(3)}, "weight must be"),
-        ({"ref_response_logps": torch.zeros(12)}, "not both"),
+        ("kto", {"beta": 0.1}, "loss_type must be one of"),
+        ("cpo", {"beta": 0.1, "cpo_alpha": 1.0, "nll_reduction": "token_mean"}, "without a token_mean"),
+        ("sppo", {"beta": 0.1, "win_prob_rejected": None}, "sppo needs win_prob_chosen and win_prob_rejected"),
+        ("tdpo1", {"beta": 0.1, "rows": None}, "tdpo1 needs rows"),
+        (
+            "ld_dpo",
+            {"beta": 0.1, "ld_alpha": 0.5, "ref_logp": None, "ref_response_logps": torch.zeros(12)},
+            "per token",
+        ),
+        ("sampo", {"beta": 0.1}, "drawn_rows go with sampo"),
+        ("dpo", {"beta": 0.1, "unique": True}, "unique=True"),
+        ("dpo", {"beta": 0.1, "weight": torch.ones(3)}, "weight must be"),
+        ("dpo", {"beta": 0.1, "token_weight": torch.ones(3)}, "token_weight must be"),
+        ("dpo", {"beta": 0.1, "pairs": torch.zeros(9, 2, dtype=torch.int64)}, "pairs must be"),
+        ("dpo", {"beta": 0.1, "ref_response_logps": torch.zeros(12)}, "not both"),
     ],
-    ids=["loss", "sppo", "unique", "shape", "two-references"],
+    ids=["loss", "nll", "probs", "rows", "tails", "drawn", "unique", "weight", "tokens", "pairs", "two-references"],
 )
-def test_preference_contracts(change, message):
-    case = preference_case(K_WAY, "token") | {"win_prob_chosen": None, "loss_type": "dpo", "beta": 0.1}
+def test_preference_contracts(name, change, message):
+    x = preference_case("dpo", K_WAY)._asdict() | {"loss_type": name}
     with pytest.raises(AssertionError, match=message):
-        preference.preference_fwd(**(case | change))
+        preference.preference_fwd(**(x | {k: v.to(DEVICE) if isinstance(v, Tensor) else v for k, v in change.items()}))
+
+
+# ---- the trainer's own path
+
+TRAINED = [name for name, loss in POINTWISE.items() if loss.trainable]
+
+
+@pytest.mark.parametrize("layout", ["classic", "k-way"])
+def test_the_trainer_takes_the_kernel(layout, monkeypatch):
+    """Trainer._pair_loss by the kernel and by the table: total, metrics and gradient of every trainable loss; K-way
+    pairs have token weights."""
+    trainer = pytest.importorskip("fastpo.trainer")
+    examples = []
+    for k in range(3):
+        lengths = [4 + k, 2, 6][: 2 if layout == "classic" else 3]
+        pairs = [(0, 1)] if layout == "classic" else [(0, 1), (2, 1)]
+        columns = {"win_prob_chosen": 0.7, "win_prob_rejected": 0.4, "weight": 2.0}
+        weights = None if layout == "classic" else [np.linspace(0.5, 2, n, dtype=np.float32) for n in lengths]
+        examples.append(
+            Example(
+                prompt_ids=np.arange(5, dtype=np.int32),
+                responses=[np.arange(n, dtype=np.int32) for n in lengths],
+                pairs=pairs,
+                pair_columns={name: [value] * len(pairs) for name, value in columns.items()},
+                token_weights=weights,
+            )
+        )
+    ref = [[-np.random.rand(len(r)).astype(np.float32) for r in e.responses] for e in examples]
+    logp = torch.from_numpy(np.concatenate([r + 0.1 * np.random.randn(len(r)) for rs in ref for r in rs])).float()
+    asked = []
+
+    def takes(term, logp, batch):
+        asked.append(term.name)
+        return ops.has_kernel(term.name, term.hyper)
+
+    names = TRAINED if layout == "k-way" else ["dpo", "simpo", "cpo", "sampo", "ld_dpo", "tdpo1", "wpo", "inpo"]
+    for name in names:
+        terms = resolve_terms([name])[:1]  # without the sft term of some
+        results = []
+        for kernel in (False, True):
+            batch = collate(examples, range(3), None if not POINTWISE[name].reference else ref)
+            leaves = [logp.clone().requires_grad_(), torch.linspace(0.1, 1, len(logp)).requires_grad_()]
+            batch.rows = {TOKEN_KL: leaves[1], LOG_SUM_SQ: logp - 0.1}
+            batch.drawn_rows = draw_rows(examples, range(3), 0, 1, 0)
+            batch = batch.to(torch.device(DEVICE))
+            batch.rows = {key: values.to(DEVICE) for key, values in batch.rows.items()}
+            monkeypatch.setattr(trainer, "has_kernel", takes if kernel else lambda *_: False)
+            run = SimpleNamespace(pair_terms=terms)
+            total, metrics = trainer.Trainer._pair_loss(run, leaves[0].to(DEVICE), batch, Statistics())
+            total.backward()
+            results.append([total.detach(), metrics, *(leaf.grad for leaf in leaves if leaf.grad is not None)])
+        for table, kernel in zip(*results, strict=True):
+            torch.testing.assert_close(kernel, table, rtol=3e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    assert set(asked) == set(names)

@@ -9,7 +9,7 @@ import torch
 import fastpo
 from fastpo.data import DataError
 from fastpo.errors import ConfigError
-from fastpo.losses import LOSSES, resolve_terms
+from fastpo.losses import LOSSES, Term
 
 TRAINABLE = [name for name, loss in LOSSES.items() if loss.trainable]
 LN2 = math.log(2)
@@ -323,8 +323,9 @@ def test_win_probabilities_that_contradict_each_other(toy, run):
 
 
 def test_the_kernel_takes_what_it_knows_and_the_table_the_rest(monkeypatch):
-    """The choice in Trainer._pair_loss, without a GPU: a stand-in for the fused path notes what it is asked for."""
-    from fastpo import ops, trainer
+    """The choice in Trainer._pair_loss, without a GPU: a stand-in for the fused path notes what it is asked for.
+    tests/test_kernels_interpreter.py compares the two paths."""
+    from fastpo import metrics, trainer
     from fastpo.losses import Pairs
     from fastpo.stepwide import Statistics
 
@@ -332,13 +333,13 @@ def test_the_kernel_takes_what_it_knows_and_the_table_the_rest(monkeypatch):
 
     def fused(term, logp, batch):
         asked.append(term.name)
-        return logp.sum() * 0, ops.PreferenceOutput(*torch.zeros(5, 2))
+        return logp.sum() * 0, torch.full((9,), 7.0)
 
     x = Pairs(*(torch.full((2,), -float(k), requires_grad=k < 3) for k in range(1, 5)))
     given = []
     monkeypatch.setattr(trainer, "fused_pair_loss", fused)
-    monkeypatch.setattr(trainer.ops, "available_backends", lambda: ["triton", "torch"])
-    monkeypatch.setattr(trainer, "pair_inputs", lambda logp, batch, sums=None: given.append(sums) or x)
+    monkeypatch.setattr(metrics.ops, "available_backends", lambda: ["triton", "torch"])
+    monkeypatch.setattr(trainer, "pair_inputs", lambda logp, batch: given.append(batch) or x)
 
     class OnGpu:
         """What the method asks of the log-probabilities."""
@@ -348,13 +349,15 @@ def test_the_kernel_takes_what_it_knows_and_the_table_the_rest(monkeypatch):
         sum = staticmethod(lambda: torch.zeros(()))
 
     batch = SimpleNamespace(pair_weight=torch.ones(2), token_weight=None, label=None)
-    for names, kernel in ((["dpo", "apo_zero"], ["dpo"]), (["apo_zero"], []), (["dpo", "hinge"], ["dpo", "hinge"])):
+    own = {"cpo_alpha": 0.3, "nll_reduction": "token_mean"}  # a term that the trainer never makes: the table has it
+    taken = [Term("dpo", 1.0, LOSSES["dpo"], {"beta": 0.1}), Term("apo_zero", 1.0, LOSSES["apo_zero"], {"beta": 0.1})]
+    left = Term("cpo", 1.0, LOSSES["cpo"], {"beta": 0.1, **own})
+    x = x._replace(chosen_len=torch.ones(2), rejected_len=torch.ones(2))
+    for terms in (taken, [left], [*taken, left], [left, *taken]):
         asked.clear()
         given.clear()
-        total, _ = trainer.Trainer._pair_loss(
-            SimpleNamespace(pair_terms=resolve_terms(names)), OnGpu(), batch, Statistics()
-        )
-        assert asked == kernel and (given[0] is None) == (kernel != names)
-        plain = [n for n in names if n not in kernel]
-        expected = sum(LOSSES[n](*x[:4]).sum().item() for n in plain)
-        assert total.item() == pytest.approx(expected) and set(ops.FUSED_LOSSES) <= set(LOSSES)
+        total, sums = trainer.Trainer._pair_loss(SimpleNamespace(pair_terms=terms), OnGpu(), batch, Statistics())
+        assert asked == [t.name for t in terms if t is not left] and len(given) == (left in terms)
+        assert (sums == 7).all().item() == (terms[0] is not left), "the metrics are the first term's"
+        expected = left.loss.fn(x, **left.hyper).sum().item() if left in terms else 0.0
+        assert total.item() == pytest.approx(expected)

@@ -4,10 +4,12 @@ Sizes are small because the criterion is relative to plain PyTorch's own error; 
 `small_tiles` makes more of them. Tests with a `device` run on a GPU too: pytest -m gpu.
 """
 
+import functools
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +19,8 @@ from torch import Tensor
 from fastpo import backends, check, ops
 from fastpo.check import SOFTCAPPED, Case
 from fastpo.errors import FastpoError
-from fastpo.kernels import reference
+from fastpo.losses import LOSSES, Pairs
+from fastpo.metrics import pair_metrics
 
 HERE = Path(__file__).resolve()
 BUILT = backends._C is not None
@@ -814,6 +817,7 @@ def test_bad_input(name):
 
 
 LENGTHS = [3, 1, 5, 2, 0, 4]  # one-token and empty responses among them
+PAIRS = [[0, 1], [2, 3], [0, 4], [5, 2]]
 
 
 def preferences(device: str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -821,9 +825,9 @@ def preferences(device: str = "cpu", dtype: torch.dtype = torch.float32) -> dict
     offsets = torch.tensor([0, *LENGTHS]).cumsum(0).int()
     logp, ref = (-3 * torch.rand(2, sum(LENGTHS), generator=generator)).to(device, dtype)
     weight, win, lose = torch.rand(3, 4, generator=generator).to(device, dtype)
-    pairs = torch.tensor([[0, 1], [2, 3], [0, 4], [5, 2]], dtype=torch.int32, device=device)
     return {
-        "logp": logp, "ref_logp": ref, "response_offsets": offsets.to(device), "pairs": pairs, "weight": weight,
+        "logp": logp, "ref_logp": ref, "response_offsets": offsets.to(device),
+        "pairs": torch.tensor(PAIRS, dtype=torch.int32, device=device), "weight": weight,
         "win_prob_chosen": win, "win_prob_rejected": lose,
     }  # fmt: skip
 
@@ -833,44 +837,105 @@ PREFERENCE_BACKENDS = [
     *INTERPRETED,
     ON_GPU[1],
 ]
+# With the NLL of some by sequence, as every backend has it.
+BY_SEQUENCE = {
+    "slic": {"nll_reduction": "seq_sum"}, "cpo": {"nll_reduction": "seq_mean"}, "rpo": {"nll_reduction": "seq_mean"},
+    "cpo_simpo": {"nll_reduction": "seq_sum"}, "orpo": {"nll_reduction": "seq_mean", "disable_prompt_loss": True},
+}  # fmt: skip
+
+
+def called(name: str, x: dict[str, Tensor], hyper: dict) -> tuple[Tensor, Tensor]:
+    """(losses [P], metrics [9]) of the table's own call in fp64, on sums that are formed one response at a time."""
+    loss = LOSSES[name]
+    x = {key: t.double() if t is not None and t.is_floating_point() else t for key, t in x.items()}
+    begins, token_weight = x["response_offsets"].tolist(), x.get("token_weight")
+
+    def sums(key: str, response: int, take: slice | Tensor = slice(None)) -> Tensor:
+        if x.get(f"{key}response_logps") is not None:
+            return x[f"{key}response_logps"][response]
+        values = x.get(key if key == "rows" else f"{key}logp")
+        values = torch.zeros_like(x["logp"]) if values is None else values
+        values = values if token_weight is None else token_weight.double() * values
+        return values[begins[response] : begins[response + 1]][take].sum()
+
+    columns: dict[str, list[Tensor]] = {}
+    whole: dict[str, list[Tensor]] = {}
+    at = 0
+    for pair in PAIRS:
+        shared = min(LENGTHS[r] for r in pair)
+        for side, r in zip(("chosen", "rejected"), pair):
+            take: slice | Tensor = slice(None)
+            if loss.drawn:
+                take = x["drawn_rows"][at : at + shared] - begins[r]
+                at += shared
+            kinds = {"": "logps", "ref_": "logps", "prev_": "logps", "rows": "kl" if "chosen_kl" in loss.needs else
+                     "log_sum_sq"}  # fmt: skip
+            for key, what in kinds.items():
+                column = f"{'' if key == 'rows' else key}{side}_{what}"
+                columns.setdefault(column, []).append(sums(key, r, take))
+                whole.setdefault(column, []).append(sums(key, r))
+                if key in ("", "ref_"):
+                    columns.setdefault(f"{key}{side}_tail_logps", []).append(sums(key, r, slice(shared, None)))
+            ones = torch.ones_like(x["logp"]) if token_weight is None else token_weight.double()
+            length = ones[begins[r] : begins[r + 1]].sum()
+            columns.setdefault(f"{side}_len", []).append(length if LENGTHS[r] else torch.ones_like(length))
+    of_pairs = {key: torch.stack(values) for key, values in columns.items()}
+    probs = {key: x[key] for key in ("win_prob_chosen", "win_prob_rejected")}
+    if loss.pair_prob:
+        probs = {"win_prob": x["win_prob_chosen"]}
+    first = [of_pairs.pop(f"{k}{side}_logps") for k in ("", "ref_") for side in ("chosen", "rejected")]
+    losses = loss(*first, **of_pairs, **probs, **hyper)
+    lw, ll, rw, rl = (torch.stack(whole[f"{k}{side}_logps"]) for k in ("", "ref_") for side in ("chosen", "rejected"))
+    has_ref = x["ref_logp"] is not None or x.get("ref_response_logps") is not None
+    pairs = Pairs(lw, ll, *((rw, rl) if has_ref else (None, None)), of_pairs["chosen_len"], of_pairs["rejected_len"])
+    return losses, pair_metrics(pairs, SimpleNamespace(loss=loss))
 
 
 @pytest.mark.parametrize("where", PREFERENCE_BACKENDS)
-@pytest.mark.parametrize("loss_type", reference.LOSS_TYPES)
-@pytest.mark.parametrize("ref", ["tokens", "responses", "none"])
-def test_preference_loss(where, loss_type, ref):
+@pytest.mark.parametrize("name", ops.FUSED_LOSSES)
+def test_preference_loss(where, name):
+    """Losses, metrics and gradients of every loss against the table's own call; K-way pairs, with and without token
+    weights, the reference by token, by response or not at all."""
     backend, device = where
-    x = preferences(device)
-    hyper = {"loss_type": loss_type, "beta": 0.5, "gamma_beta_ratio": 0.3}
-    sums = torch.stack([part.sum() for part in x["ref_logp"].split(LENGTHS)])
-    extra = {"ref_response_logps": sums} if ref == "responses" else {}
-    if ref != "tokens":
-        x["ref_logp"] = None
-    weight = x.pop("weight")
-    exact = {name: None if t is None else t.double() if t.is_floating_point() else t for name, t in x.items()}
-    expected = reference.preference_loss(
-        **{**exact, "logp": exact["logp"].requires_grad_()}, **hyper, **{k: t.double() for k, t in extra.items()}
-    )
-    (3 * weight.double() * expected.losses).sum().backward()
-    logp = x.pop("logp").requires_grad_()
-    total, out = ops.preference_loss(logp, weight=weight, **x, **extra, **hyper, backend=backend)
-    (3 * total).backward()
-    torch.testing.assert_close(total.double(), (weight.double() * expected.losses).sum(), rtol=1e-5, atol=1e-5)
-    for name, ours, wanted in zip(out._fields, out, expected):
-        assert not ours.requires_grad
-        torch.testing.assert_close(
-            ours.double(), wanted.detach(), rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
-        )
-    torch.testing.assert_close(logp.grad.double(), exact["logp"].grad, rtol=1e-5, atol=1e-5)
+    loss, hyper, x = LOSSES[name], BY_SEQUENCE.get(name, {}), preferences(device)
+    per_token = loss.drawn or "chosen_tail_logps" in loss.needs
+    generator = torch.Generator().manual_seed(1)
+    more = {"rows": torch.rand(len(x["logp"]), generator=generator)}
+    for place, ref in enumerate(("tokens", "responses", "none")[: 1 if per_token else 3]):
+        x = preferences(device) | {key: t.to(device) for key, t in more.items()}
+        x["prev_logp"] = 0.9 * x["ref_logp"]
+        if ref != "tokens":
+            sums = torch.stack([part.sum() for part in x["ref_logp"].split(LENGTHS)])
+            x |= {"ref_logp": None, "ref_response_logps": sums if ref == "responses" else None}
+        x["token_weight"] = 2 * torch.rand_like(x["logp"]) + 0.1 if place != 1 else None
+        if loss.drawn:
+            drawn = [x["response_offsets"][r] + torch.arange(min(LENGTHS[k] for k in p)) for p in PAIRS for r in p]
+            x["drawn_rows"] = torch.cat(drawn).to(device)
+        exact = dict(x) | {key: x[key].double().requires_grad_() for key in ("logp", "rows")}
+        losses, metrics = called(name, exact, hyper)
+        (3 * x["weight"].double() * losses).sum().backward()
+        ours = dict(x) | {key: x[key].clone().requires_grad_() for key in ("logp", "rows")}
+        total, out = ops.preference_loss(**ours, loss_type=name, backend=backend, **hyper)
+        (3 * total).backward()
+        assert not any(t.requires_grad for t in out)
+        close = functools.partial(torch.testing.assert_close, rtol=2e-5, atol=2e-5)
+        close(total.detach().double(), (x["weight"].double() * losses.detach()).sum())
+        close(out.losses.double(), losses.detach())
+        close(out.metrics.double(), metrics)
+        close(ours["logp"].grad.double(), exact["logp"].grad)
+        if "chosen_kl" in loss.needs:
+            close(ours["rows"].grad.double(), exact["rows"].grad)
 
 
 @pytest.mark.parametrize("where", PREFERENCE_BACKENDS)
-def test_preference_loss_compiles(where):
+@pytest.mark.parametrize("name", ["dpo", "tdpo2"])
+def test_preference_loss_compiles(where, name):
     backend, device = where
     x = preferences(device)
+    rows = torch.rand_like(x["logp"]) if name == "tdpo2" else None
 
     def fn(logp):
-        return ops.preference_loss(**{**x, "logp": logp}, loss_type="dpo", beta=0.1, backend=backend)
+        return ops.preference_loss(**{**x, "logp": logp, "rows": rows}, loss_type=name, beta=0.1, backend=backend)
 
     compiled = torch.compile(fn, fullgraph=True, backend="aot_eager")
     logps = [x["logp"].clone().requires_grad_() for _ in range(2)]
@@ -890,21 +955,44 @@ def test_preference_loss_in_fp64():
         assert torch.autograd.gradcheck(fn, logp)
 
 
+def test_a_mean_over_the_steps_tokens_is_the_tables():
+    """No kernel has it: `auto` takes plain PyTorch, whose divisor is the mean length of the pairs given."""
+    x = preferences()
+    losses, _ = called("cpo", x, {})
+    total, out = ops.preference_loss(**x, loss_type="cpo")
+    torch.testing.assert_close(out.losses.double(), losses)
+    torch.testing.assert_close(total.double(), (x["weight"] * losses).sum())
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"loss_type": "dppo"}, "unknown loss_type 'dppo'"),
+        ({"loss_type": "dppo"}, "unknown loss_type 'dppo'; did you mean"),
+        ({"loss_type": "kto"}, "kto is no function of single pairs"),
+        ({"gamma": 0.1}, "dpo has no 'gamma'"),
+        ({"beta": -0.1}, "dpo: beta must be positive"),
         ({"weight": torch.ones(3)}, r"\[N\], \[P, 2\] and \[P\]"),
-        ({"ref_logp": torch.ones(2)}, "shape of logp"),
+        ({"ref_logp": torch.ones(2)}, r"ref_logp \[2\] must have the shape of logp"),
+        ({"token_weight": torch.ones(2)}, r"token_weight \[2\] must have the shape of logp"),
+        ({"ref_logp": None, "ref_response_logps": torch.ones(5)}, r"\[5\] must have the shape of the responses \[6\]"),
+        ({"win_prob_chosen": torch.ones(3)}, r"win_prob_chosen \[3\] must have the shape of weight"),
         ({"ref_response_logps": torch.ones(6)}, "not both"),
+        ({"weight": torch.ones(4, device="meta")}, "several devices"),
         ({"loss_type": "sppo", "win_prob_chosen": None}, "needs win_prob_chosen"),
+        ({"loss_type": "dpo_soft", "win_prob_chosen": None}, "dpo_soft needs win_prob_chosen"),
+        ({"loss_type": "tdpo1"}, "tdpo1 needs rows: token_kl"),
+        ({"loss_type": "wpo"}, "wpo needs rows: log_sum_sq"),
+        ({"loss_type": "sampo"}, "sampo needs drawn_rows"),
+        ({"loss_type": "ld_dpo", "ref_logp": None, "ref_response_logps": torch.ones(6)}, "reference per token"),
+        ({"loss_type": "orpo"}, "orpo here has no NLL of the prompt"),
         ({"backend": "tpu"}, "not available here"),
     ],
-    ids=["loss", "weight", "ref-shape", "two-refs", "win-prob", "backend"],
+    ids=str,
 )
 def test_preference_loss_bad_input(changes, message):
-    with pytest.raises(FastpoError, match=message):
-        ops.preference_loss(**{**preferences(), "loss_type": "dpo", "beta": 0.1, **changes})
+    with pytest.raises(FastpoError, match=message) as caught:
+        ops.preference_loss(**{**preferences(), "loss_type": "dpo", **changes})
+    assert "\n" not in str(caught.value)
 
 
 # ---- fastpo check, and Triton in its interpreter
