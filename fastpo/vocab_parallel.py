@@ -115,7 +115,7 @@ def linear_logprob(
 def _process_group(group: dist.ProcessGroup | DeviceMesh) -> dist.ProcessGroup:
     if isinstance(group, DeviceMesh):
         if group.ndim != 1:
-            names = group.mesh_dim_names or tuple(range(group.ndim))
+            names = group.mesh_dim_names or ""
             raise ops.OpError(f"vocab_parallel is a mesh of {group.ndim} dimensions {names}: pass one, as mesh['tp']")
         group = group.get_group()
     if not isinstance(group, dist.ProcessGroup) or group.rank() < 0:
@@ -135,9 +135,7 @@ def _whole(tensor: Tensor, name: str) -> Tensor:
     return tensor.to_local()
 
 
-def _unshard(
-    weight: Tensor, bias: Tensor | None, vocab_parallel: Any
-) -> tuple[Tensor, Tensor | None, VocabParallel | None]:
+def _unshard(weight: Any, bias: Any, vocab_parallel: Any) -> tuple[Tensor, Tensor | None, VocabParallel | None]:
     """Plain weight and bias, whole or this rank's slice of the vocabulary, and how that is split."""
     given = [t for t in (weight, bias) if t is not None]
     sharded = [isinstance(t, DTensor) for t in given]
@@ -208,7 +206,7 @@ def _check_replicated(hidden: Tensor, target: Tensor, split: VocabParallel) -> N
             raise ops.OpError(f"vocab_parallel: {name}[{row}] differs between the ranks of the group; replicate it")
 
 
-def _group(name: str) -> dist.ProcessGroup:
+def _group(name: Any) -> dist.ProcessGroup:
     return dist.distributed_c10d._resolve_process_group(name)
 
 
