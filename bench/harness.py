@@ -2,9 +2,9 @@
 
 A provider's outputs are checked in full before it is timed: one that is wrong is listed with its error and not timed.
 Timing goes in rounds, every provider once a round in a seeded random order, because a shared machine drifts: ratios are
-taken within a round, medians over rounds. A provider that took over twice the bare GEMMs twice is timed no more: that
-settles it. Peak memory is that of the untimed step that is checked, over what was there when it began (resident size on
-a CPU after glibc has handed back what is free, the allocator's peak on a GPU).
+taken within a round, medians over rounds. A provider that took over three times the bare GEMMs once, or over twice
+twice, is timed no more: that settles it. Peak memory is that of the untimed step that is checked, over what was there
+when it began (resident size on a CPU after glibc has handed back what is free, the allocator's peak on a GPU).
 
 The rounds are ours and the file is pytest-benchmark's. Its runner times one function to the end before the next begins,
 which puts a drifting machine into the ratios; its JSON is what `pytest-benchmark compare` and other tools read.
@@ -215,9 +215,9 @@ def rounds_of(
             except Exception as error:
                 failed[name] = _words(error)
                 racing.remove(name)
+        limit = {0: 3, 1: 2}.get(done, math.inf) * min(times["gemms_3"])
+        racing = [name for name in racing if min(times[name]) < limit or name.startswith("fastpo")]
         if done == 1:
-            slow = [n for n in racing if min(times[n]) > 2 * min(times["gemms_3"]) and not n.startswith("fastpo")]
-            racing = [name for name in racing if name not in slow]
             begin = time.perf_counter()
     return {name: taken for name, taken in times.items() if name not in failed}, failed
 

@@ -30,7 +30,7 @@ STYLES = {
     "fastpo_frozen": ("fastpo, frozen head", "#D55E00", "-."),
     "naive": ("plain PyTorch", "black", "-"),
     "torch_lce_sum": ("F.linear_cross_entropy, chunked", "#0072B2", "-"),
-    "torch_lce_sum_256": ("the same, 256 rows a chunk", "#0072B2", "--"),
+    "torch_lce_sum_256": ("F.linear_cross_entropy, 256 rows a chunk", "#0072B2", "--"),
     "trl_chunked": ("TRL, chunked", "#009E73", "-"),
     "liger_dpo_eager": ("Liger DPO", "#CC79A7", "-"),
     "liger_ce": ("Liger cross entropy", "#CC79A7", "--"),
