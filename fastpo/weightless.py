@@ -150,7 +150,8 @@ class Blueprint:
         """Of a model in memory, which is not touched."""
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         if adapters.is_quantized(model):
-            inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+            wrapped: Any = model
+            inner: Any = wrapped.get_base_model() if hasattr(wrapped, "get_base_model") else wrapped
             peft_config = next(iter(getattr(model, "peft_config", {}).values()), None)
             quantization = inner.config.quantization_config
             config = copy.deepcopy(inner.config)

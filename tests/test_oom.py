@@ -122,7 +122,8 @@ def test_smaller_micro_batches_change_nothing(toy, run, kind, where):
     got = run(toy.model().to(dtype), scarce, **adapter, **options)
     assert got.failed == 2 and len(lowered(got)) == 1  # once as it was, then smaller, and no more in later steps
     low = run(toy.model().to(dtype), max_tokens=lowered(got)[0], **adapter, **options)
-    assert torch.equal(weights(got.model), weights(low.model))
+    moved = (weights(got.model) - weights(low.model)).abs().max()
+    assert moved == 0, (moved, numbers(got)[:3], numbers(low)[:3])
     plain = run(toy.model().to(dtype), **adapter, **options)
     assert lowered(plain) == []
     if dtype == torch.float32:
