@@ -122,8 +122,7 @@ def test_smaller_micro_batches_change_nothing(toy, run, kind, where):
     got = run(toy.model().to(dtype), scarce, **adapter, **options)
     assert got.failed == 2 and len(lowered(got)) == 1  # once as it was, then smaller, and no more in later steps
     low = run(toy.model().to(dtype), max_tokens=lowered(got)[0], **adapter, **options)
-    moved = (weights(got.model) - weights(low.model)).abs().max()
-    assert moved == 0, (moved, numbers(got)[:3], numbers(low)[:3])
+    assert torch.equal(weights(got.model), weights(low.model))
     plain = run(toy.model().to(dtype), **adapter, **options)
     assert lowered(plain) == []
     if dtype == torch.float32:
@@ -131,7 +130,9 @@ def test_smaller_micro_batches_change_nothing(toy, run, kind, where):
         assert len(numbers(got)) == len(numbers(plain))
         for line, expected in zip(numbers(got), numbers(plain), strict=True):
             assert line == pytest.approx(expected, rel=1e-4, abs=1e-6)
-    assert (weights(plain.model) - weights(toy.model().to(dtype))).abs().max() > 1e-4 if not adapter else True
+    if not adapter:
+        learnt = (weights(plain.model) - weights(toy.model().to(dtype))).abs().max()
+        assert learnt > 1e-5  # ten times what rounding may do
 
 
 @pytest.mark.parametrize("options", [{}, {"disable_dropout": False, "loss_type": "simpo"}], ids=["plain", "dropout"])
