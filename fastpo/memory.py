@@ -50,8 +50,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(m in str(error).lower() for m in _MESSAGES)
 
 
-def savings(run: "Trainer") -> str:
-    """The options that would save memory and are not in use, the cheapest first."""
+def savings(run: "Trainer", training: bool = True) -> str:
+    """The options that would save memory and are not in use, the cheapest first; `training`: with gradients."""
     config = run.config
     full = not hasattr(run.model, "peft_config")
     wide = run.policy.dtype in (torch.float32, torch.float64)
@@ -67,7 +67,8 @@ def savings(run: "Trainer") -> str:
         "an adapter (peft_config)": full,
         f"a shorter {length}": True,
     }
-    return ", ".join(name for name, is_open in ways.items() if is_open)
+    names = [name for name, is_open in ways.items() if is_open]
+    return ", ".join(name for name in names if training or name.startswith(("dtype", "a shorter")))
 
 
 # On a CPU half of DESIGN's 4,096: as fast, and a fifth less memory (bench/train_vs_peers.py).
@@ -137,7 +138,7 @@ class Budget:
             )  # fmt: skip
             return
         if len(part) == 1:
-            raise self._too_large(run.examples, part[0], reason)
+            raise self._too_large(run.examples, part[0], reason, training=True)
         self.tokens = tokens // 2
         run.window.max_tokens = self.tokens
         message = (
@@ -178,7 +179,7 @@ class Budget:
                 log.warning("out of memory in a pass over %d tokens (%s); it goes on with %d at a time", size, reason,
                             self.pass_tokens)  # fmt: skip
             elif tried_alone:
-                raise self._too_large(examples, part[0], reason)
+                raise self._too_large(examples, part[0], reason, training=False)
             tried_alone = len(part) == 1
 
     # ----------------------------------------------------------------- errors
@@ -196,7 +197,7 @@ class Budget:
             ) from error
         return reason
 
-    def _too_large(self, examples: Sequence[Example], row: int, reason: str) -> TrainingError:
+    def _too_large(self, examples: Sequence[Example], row: int, reason: str, training: bool) -> TrainingError:
         run, example = self.run, examples[row]
         sets = {"train": run.examples, **run.eval_sets}
         name = next((name for name, of_set in sets.items() if of_set is examples), "")
@@ -205,7 +206,7 @@ class Budget:
         count = len(example.responses)
         return TrainingError(
             f"out of memory: row {number}{f' of the {name} data' if name else ''} alone, {trunk_tokens(example):,} "
-            f"tokens in {count} response{'s' * (count > 1)}, does not fit ({reason}); use {savings(run)}"
+            f"tokens in {count} response{'s' * (count > 1)}, does not fit ({reason}); use {savings(run, training)}"
         )
 
     # ------------------------------------------------------------------ state

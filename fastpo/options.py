@@ -196,7 +196,7 @@ OPTIONS: dict[str, Option] = {
     "beta": _same(0.1, "None: the loss's own"),
     "use_weighting": _same(False, "with sigmoid alone, which is then wpo with clamp_weight=False; with other losses it is refused, where TRL weighs each"),
     "discopop_tau": _same(0.05),
-    "activation_offloading": _same(False, "of the layers, on a GPU; on a CPU it is refused"),
+    "activation_offloading": _same(False, "of the layers, on a GPU; on a CPU and with fsdp it is refused"),
     "sync_ref_model": _same(False),
     "ref_model_mixup_alpha": _same(0.6),
     "ref_model_sync_steps": _same(512),

@@ -100,6 +100,10 @@ def check_offloading(config: TrainConfig, device: torch.device) -> None:
     """ConfigError where there is nothing to offload from."""
     if config.activation_offloading and device.type == "cpu":
         raise ConfigError("activation_offloading moves activations from a GPU to host memory: leave it out on a CPU")
+    if config.activation_offloading and config.fsdp != "no":  # gathered weights would travel too
+        raise ConfigError(
+            "activation_offloading does not go with fsdp: use gradient_checkpointing, or fsdp_cpu_offload"
+        )
 
 
 OFFLOADED_BYTES = 64 << 10  # smaller tensors stay: a copy costs its launch, however few its bytes

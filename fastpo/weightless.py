@@ -150,7 +150,8 @@ class Blueprint:
         """Of a model in memory, which is not touched."""
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         if adapters.is_quantized(model):
-            inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+            wrapped: Any = model
+            inner: Any = wrapped.get_base_model() if hasattr(wrapped, "get_base_model") else wrapped
             peft_config = next(iter(getattr(model, "peft_config", {}).values()), None)
             quantization = inner.config.quantization_config
             config = copy.deepcopy(inner.config)
@@ -232,7 +233,7 @@ def _without_memory(model: nn.Module, mode: FakeTensorMode) -> None:
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
                 if tensor is not None:
-                    tensors[name] = fake(tensor)
+                    tensors[name] = fake(tensor)  # type: ignore[assignment]
 
 
 def nbytes_of(tensors: Sequence[Tensor]) -> int:
@@ -285,8 +286,8 @@ def simulate(blueprint: Blueprint, config: TrainConfig, tokens: int, row_share: 
     prompt = np.ones(max(1, CHAIN + 1 - per_chain), np.int32)
     example = Example(prompt, [np.ones(CHAIN + 1 - len(prompt), np.int32)])
     batch = collate([example], [0] * (tokens // CHAIN))
-    moved = {f.name: mode.from_tensor(value) for f in dataclasses.fields(batch)
-             if isinstance(value := getattr(batch, f.name), Tensor)}  # fmt: skip
+    moved: dict[str, Any] = {f.name: mode.from_tensor(value) for f in dataclasses.fields(batch)
+                             if isinstance(value := getattr(batch, f.name), Tensor)}  # fmt: skip
     batch = dataclasses.replace(batch, **moved)
     tracker = _Tracker()
     weights = [*model.parameters(), *model.buffers()]

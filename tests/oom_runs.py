@@ -48,12 +48,12 @@ def limited(mib: int, folder: Path) -> None:
 
 
 def rank(out: Path, **options) -> None:
-    """In a forked process: train; the last of several ranks cannot hold more than 150 tokens."""
+    """In a forked process: train; the last of several ranks cannot hold more than 60 tokens."""
     model = Toy.model()
     failed = []
 
     def look(module, inputs, hidden):
-        if hidden.shape[1] > 150 and int(os.environ.get("RANK", 0)) == 1 and torch.is_grad_enabled():
+        if hidden.shape[1] > 60 and int(os.environ.get("RANK", 0)) == 1 and torch.is_grad_enabled():
             failed.append(hidden.shape[1])
             raise torch.OutOfMemoryError("CUDA out of memory.")
 

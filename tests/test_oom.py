@@ -108,8 +108,10 @@ KINDS = {  # dtype, adapter, options
 }
 
 
-@pytest.mark.parametrize("where", ["forward", "backward"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind, where",
+    [("fp32", "forward"), *((kind, ("backward", "forward")[i % 2]) for i, kind in enumerate(KINDS))],
+)
 def test_smaller_micro_batches_change_nothing(toy, run, kind, where):
     """The device holds fewer tokens than max_tokens says: as if max_tokens had been lower from the start, bit for bit;
     and as if nothing had happened, but for rounding."""
@@ -128,20 +130,21 @@ def test_smaller_micro_batches_change_nothing(toy, run, kind, where):
         assert len(numbers(got)) == len(numbers(plain))
         for line, expected in zip(numbers(got), numbers(plain), strict=True):
             assert line == pytest.approx(expected, rel=1e-4, abs=1e-6)
-    assert (weights(plain.model) - weights(toy.model().to(dtype))).abs().max() > 1e-4 if not adapter else True
+    if not adapter:
+        learnt = (weights(plain.model) - weights(toy.model().to(dtype))).abs().max()
+        assert learnt > 1e-5  # ten times what rounding may do
 
 
-@pytest.mark.parametrize("error", OOM)
 @pytest.mark.parametrize("options", [{}, {"disable_dropout": False, "loss_type": "simpo"}], ids=["plain", "dropout"])
-def test_a_failure_that_does_not_come_back_leaves_no_trace(toy, run, options, error):
+def test_a_failure_that_does_not_come_back_leaves_no_trace(toy, run, options):
     """A fragmented allocator, another process: the step is repeated as it was, random numbers included."""
 
     def model():
         return toy.model(attention_dropout=0.1) if options else toy.model()
 
     plain = run(model(), optim="adamw_torch", **options)
-    for calls, backward in (((1,), False), ((0,), True), ((4,), True)):
-        got = run(model(), {"calls": calls, "backward": backward, "error": OOM[error]}, optim="adamw_torch", **options)
+    for call, backward, error in ((1, False, "cpu"), (0, True, "cuda"), (4, True, "python")):
+        got = run(model(), {"calls": [call], "backward": backward, "error": OOM[error]}, optim="adamw_torch", **options)
         assert got.failed == 1 and lowered(got) == []
         assert torch.equal(weights(got.model), weights(plain.model)) and numbers(got) == numbers(plain)
 
@@ -173,7 +176,7 @@ def test_a_resumed_run_packs_as_it_would_have(toy, run, tmp_path):
 @pytest.mark.parametrize("what", ["training", "reference"])
 def test_a_row_that_does_not_fit_alone(toy, run, what):
     rows = toy.rows(7)
-    rows.insert(3, {"prompt": " ".join(["w1"] * 90), "chosen": " w2 w3", "rejected": " w4"})
+    rows.insert(3, {"prompt": " ".join(["w1"] * 90), "chosen": f" w2 w{len(what)}", "rejected": " w4"})  # not cached
     with pytest.raises(TrainingError, match=r"row 3 of the train data alone, 18\d tokens in 2 responses.*max_length"):
         run(toy.model(), {"limit": 150} if what == "training" else {"passes": 150}, rows=rows, max_steps=1)
 

@@ -33,11 +33,11 @@ def options(tmp_path):
     return dict(
         output_dir=str(tmp_path / "run"), disable_tqdm=True, use_cpu=True, bf16=False, max_steps=2, learning_rate=1e-4,
         save_final=False, report=False, loss_type="simpo", gradient_checkpointing=False, max_tokens=1200,
-        per_device_train_batch_size=32, logging_steps=1,
+        per_device_train_batch_size=16, logging_steps=1,
     )  # fmt: skip
 
 
-def rows(toy, n=32):
+def rows(toy, n=16):
     import random
 
     rng = random.Random(0)
@@ -60,17 +60,13 @@ def measured_peak(train, tmp_path) -> int:
 CASES = {
     "llama": (None, False, torch.float32, {}),
     "checkpointing": (None, False, torch.float32, {"gradient_checkpointing": True}),
-    "two layers": (None, False, torch.float32, {"gradient_checkpointing": True, "gradient_checkpointing_layers": 2}),
     "lora": (None, True, torch.float32, {}),
     "lora checkpointing": (None, True, torch.float32, {"gradient_checkpointing": True}),
     "masters": (None, False, torch.bfloat16, {}),
-    "stochastic": (None, False, torch.bfloat16, {"master_weights": "stochastic"}),
-    "autocast": (None, False, torch.float32, {"bf16": True}),
-    "qwen3 kept": ("qwen3", False, torch.float32, {}),
     "qwen3 sliced": ("qwen3", False, torch.float32, {"logits_memory_budget": 0}),
-    "gpt2": ("gpt2", False, torch.float32, {"optim": "sgd"}),
+    "gpt2 autocast": ("gpt2", False, torch.float32, {"optim": "sgd", "bf16": True}),
 }
-FACTOR = 1.25
+FACTOR = 1.1
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -267,13 +263,10 @@ def test_plan_needs_no_weights(toy, folder, tmp_path, capsys):
     assert at_most["total"] <= (1 - plan.HEADROOM) * (1 << 30) < 1.02 * at_most["total"]
     # every option that saves memory does so
     less = {
-        "no checkpointing": (["--no-gradient-checkpointing"], "step_peak", 1),
-        "half": (["--gradient-checkpointing-layers", "2"], "step_peak", 1),
-        "8 bits": (["--optim", "adamw_8bit"], "optimizer_state", -1),
+        "two layers": (["--gradient-checkpointing-layers", "2"], "step_peak", 1),
         "bf16": (["--dtype", "bfloat16", "--master-weights", "stochastic"], "total", -1),
         "lora": (["--use-peft"], "total", -1),
-        "sgd": (["--optim", "sgd"], "optimizer_state", -1),
-        "moving reference": (["--sync-ref-model"], "reference", 1),
+        "others": (["--optim", "adamw_8bit", "--sync-ref-model"], "optimizer_state", -1),
     }
     for options, key, sign in less.values():
         other = planned(capsys, "--model", folder, "--memory", "1GiB", "--use-cpu", "--max-tokens", "2048", *options)
@@ -296,8 +289,8 @@ def test_the_table(folder, capsys):
     "options, words",
     [
         ({"--model": "nowhere/at-all"}, "is no model that can be planned"),
-        ({"--memory": "5MB"}, "the weights take 1"),
-        ({"--memory": "30MB"}, "the weights, gradients and optimiser state take 4"),
+        ({"--memory": "5MB"}, "the weights take 9"),
+        ({"--memory": "30MB"}, "the weights, gradients and optimiser state take 36"),
         ({"--memory": "plenty"}, "memory must be a size such as 80GiB"),
         ({"--fsdp": "full_shard"}, "leave fsdp out"),
         ({"--load-in-8bit": "true"}, "a quantised model cannot be trained itself"),
