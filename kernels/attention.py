@@ -352,18 +352,29 @@ class TreeConfig(NamedTuple):
 
 
 def tree_config(head_size: int, value_size: int, dtype: torch.dtype) -> TreeConfig:
-    """The largest tiles of a handful that spill no register with every option on, found by compiling for sm_80, sm_90
-    and gfx942 (tests/test_tree_attention_aot.py); not measured: no GPU was at hand."""
+    """The largest tiles of a handful that spill no register to memory with every option on, found by compiling for
+    sm_80, sm_90 and gfx942 (tests/test_tree_attention_aot.py); not measured: no GPU was at hand."""
     size = max(_padded(head_size), _padded(value_size))
-    if dtype == torch.float32:  # full fp32 has no tensor cores on NVIDIA: operands lie in registers
-        if size <= 64:
-            return TreeConfig(Tile(32, 32, 4, 1), Tile(32, 32, 8, 1), Tile(32, 32, 4, 1))
-        return TreeConfig(Tile(32, 32, 8, 1), Tile(16, 16, 8, 1), Tile(32, 32, 8, 1))
-    if size <= 64:
-        return TreeConfig(Tile(128, 64, 4, 2), Tile(128, 64, 8, 2), Tile(64, 64, 8, 1))
-    if size <= 128:
-        return TreeConfig(Tile(64, 64, 4, 2), Tile(64, 64, 8, 2), Tile(64, 32, 8, 2))
-    return TreeConfig(Tile(64, 64, 8, 2), Tile(64, 32, 8, 2), Tile(64, 32, 8, 2))
+    size = 64 if size <= 64 else size
+    tiles = _HIP_TILES if torch.version.hip is not None else _CUDA_TILES
+    return tiles[dtype == torch.float32, size]
+
+
+# (fp32, padded head size) -> tiles. NVIDIA has no tensor cores for full fp32: operands lie in registers.
+_CUDA_TILES = {
+    (False, 64): TreeConfig(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 32, 4, 2)),
+    (False, 128): TreeConfig(Tile(64, 64, 4, 2), Tile(64, 64, 8, 2), Tile(64, 32, 8, 2)),
+    (False, 256): TreeConfig(Tile(64, 64, 8, 2), Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)),
+    (True, 64): TreeConfig(Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 4, 1)),
+    (True, 128): TreeConfig(Tile(32, 16, 4, 1), Tile(16, 16, 8, 1), Tile(32, 32, 8, 1)),
+}
+_HIP_TILES = {
+    (False, 64): TreeConfig(Tile(128, 32, 4, 1), Tile(64, 32, 4, 1), Tile(32, 32, 4, 1)),
+    (False, 128): TreeConfig(Tile(64, 32, 8, 1), Tile(64, 32, 8, 1), Tile(32, 32, 4, 1)),
+    (False, 256): TreeConfig(Tile(64, 32, 4, 1), Tile(64, 32, 4, 1), Tile(32, 32, 4, 1)),
+    (True, 64): TreeConfig(Tile(32, 32, 4, 1), Tile(32, 16, 4, 1), Tile(32, 32, 4, 1)),
+    (True, 128): TreeConfig(Tile(32, 16, 4, 1), Tile(32, 16, 4, 1), Tile(32, 16, 4, 1)),
+}
 
 
 def _padded(size: int) -> int:
