@@ -80,11 +80,10 @@ def linear_logprob(
     if vocab_parallel is not None or any(hasattr(t, "device_mesh") for t in (hidden, weight, target, bias)):
         from fastpo import vocab_parallel as several
 
-        if grad_filter or return_dropped:
-            raise OpError("grad_filter is not there for DTensors and vocabularies split over processes; leave it out")
         return several.linear_logprob(
             hidden, weight, target, bias, vocab_parallel, softcap=softcap, logit_scale=logit_scale,
-            return_entropy=return_entropy, memory_budget=memory_budget, backend=backend,
+            return_entropy=return_entropy, memory_budget=memory_budget, backend=backend, grad_filter=grad_filter,
+            return_dropped=return_dropped,
         )  # fmt: skip
     hidden, weight, bias = _autocast(hidden, weight, bias)
     _check_softcap(softcap)

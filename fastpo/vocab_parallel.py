@@ -82,7 +82,7 @@ def linear_logprob(
     memory_budget: int | None,
     backend: str,
     **rest: Any,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, ...]:
     """`ops.linear_logprob` for DTensors or a split vocabulary; called by it."""
     options: dict[str, Any] = {"softcap": softcap, "logit_scale": logit_scale, "return_entropy": return_entropy}
     options |= {"memory_budget": memory_budget, "backend": backend, **rest}
@@ -91,7 +91,8 @@ def linear_logprob(
     if split is None:
         return ops.linear_logprob(hidden, weight, target, bias, **options)
     if any(rest.values()):
-        raise ops.OpError(f"{', '.join(rest)} is not built for vocab_parallel; leave it out")
+        asked = ", ".join(name for name, value in rest.items() if value)
+        raise ops.OpError(f"{asked} is not built for vocab_parallel; leave it out")
     hidden, weight, bias = ops._autocast(hidden, weight, bias)
     ops._check_softcap(softcap)
     rows = split.stop - split.start
