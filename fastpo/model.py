@@ -416,14 +416,16 @@ def _own_logps(policy: Policy, examples: "Sequence[Example]", device: torch.devi
         for k, response in enumerate(example.responses):
             row = torch.as_tensor([*example.prompt_of(k), *response], dtype=torch.int64, device=device)
             logp, peak = _own_row(policy.model, row, len(response))
+            own.append(logp)
+            peaks.append(peak)
+            if k > 1:
+                continue  # two of a prompt's responses show how far roundings are carried
             handle = embeddings.register_forward_hook(lambda _module, _inputs, out: _nudged(out, eps))
             try:
                 nudged, _ = _own_row(policy.model, row, len(response))
             finally:
                 handle.remove()
-            own.append(logp)
             moved.append((nudged - logp).abs())
-            peaks.append(peak)
     spacing, change = eps * float(torch.stack(peaks).max()), torch.cat(moved)
     # In 16 bits a router may send a token to another expert: single tokens may miss, not one in ten.
     few = 0.1 if eps > 1e-4 else 0.0
