@@ -22,7 +22,10 @@ if [ -z "${PYTHON:-}" ]; then if [ -x .venv/bin/python ]; then PYTHON=.venv/bin/
 export PYTHONSAFEPATH=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 MPLBACKEND=Agg PYTHONUNBUFFERED=1
 OUT=${OUT:-bench/results/$("$PYTHON" -c 'import sys; sys.path.append("bench"); import common; print(common.machine_name())')} || exit 1
 mkdir -p "$OUT"
-export FASTPO_CACHE=${FASTPO_CACHE:-$OUT/cache}
+rm -f "$OUT"/{ops,ours/ops,losses,sweep,kernels,goals}.json  # nothing of an earlier run is judged
+FASTPO_CACHE=$(mktemp -d) || exit 1
+export FASTPO_CACHE
+trap 'rm -rf "$FASTPO_CACHE"' EXIT
 BEGIN=$SECONDS LIMIT=${LIMIT:-450} FAILED=()
 
 # section NAME SECONDS CMD...: the command with its output in $OUT/NAME.log, within its time and what is left of LIMIT
@@ -44,19 +47,20 @@ TAIL=20 section env 30 "$PYTHON" -m fastpo env
 section check 90 "$PYTHON" -m fastpo check --device "$DEVICE" --quiet
 if [ "$DEVICE" = cuda ]; then
   section tests 100 "$PYTHON" -m pytest -q -m gpu --maxfail 5 tests/test_ops.py tests/test_kernels_interpreter.py -p no:cacheprovider
-  section kernels 50 "$PYTHON" bench/gpu_goals.py kernels --out "$OUT" ${TINY:+--tiny}
+  section kernels 40 "$PYTHON" bench/gpu_goals.py kernels --out "$OUT" ${TINY:+--tiny}
 else
   section kernels 60 env TRITON_INTERPRET=1 "$PYTHON" bench/gpu_goals.py kernels --device cpu --out "$OUT" --tiny
 fi
-# Longest last: what is cut off here has written the shapes that it finished.
+# Ours alone first: a peer that breaks the device's context, or takes too long to compile, must not cost the goals.
+section ours 60 "$PYTHON" bench/bench_ops.py --device "$DEVICE" --out "$OUT/ours" --seconds 5 $QUICK \
+  --provider gemms_1 gemms_2 gemms_3 fastpo_none fastpo_frozen fastpo_kept fastpo_sliced naive
 TAIL=60 section ops 150 "$PYTHON" bench/bench_ops.py --device "$DEVICE" --out "$OUT" --seconds 15 $QUICK
 TAIL=20 section goals 30 "$PYTHON" bench/gpu_goals.py judge --device "$DEVICE" --out "$OUT"
-section losses 60 "$PYTHON" bench/bench_losses.py --device "$DEVICE" --out "$OUT" --seconds 5 $QUICK
+section losses 50 "$PYTHON" bench/bench_losses.py --device "$DEVICE" --out "$OUT" --seconds 5 $QUICK
 section sweep 60 "$PYTHON" bench/bench_ops.py --sweep --device "$DEVICE" --out "$OUT" --seconds 1 --rounds 3 $QUICK
 LIMIT=$((LIMIT + 25))  # what was measured is drawn in any case
 section report 25 "$PYTHON" bench/report.py --folder "$OUT" --output "$OUT/RESULTS.md"
 
-rm -rf "$OUT/cache"
 echo "results in $OUT after $((SECONDS - BEGIN)) s"
 if [ ${#FAILED[@]} -gt 0 ]; then
   printf 'did not succeed: %s\n' "${FAILED[@]}"

@@ -1,7 +1,7 @@
 """What only a GPU can show: kernels alone, and the project's goals for one card, judged from the JSON of a run.
 
     python bench/gpu_goals.py kernels --out FOLDER     # row kernel, fused forward
-    python bench/gpu_goals.py judge --out FOLDER       # ops.json and kernels.json of FOLDER -> goals.json and a table
+    python bench/gpu_goals.py judge --out FOLDER       # ops.json (else ours/ops.json), kernels.json -> goals.json
 
 Both for bench/gpu.sh. `--tiny` takes small sizes and fp32, so that Triton's interpreter (TRITON_INTERPRET=1) can walk
 through on a CPU; its times mean nothing. N = head rows, D = hidden, V = vocabulary.
@@ -196,8 +196,8 @@ def judge(args: argparse.Namespace) -> int:
         path = args.out / name
         return json.loads(path.read_text()) if path.exists() else {}
 
-    results = harness.read(args.out / "ops.json") if (args.out / "ops.json").exists() else []
-    rows = {tuple(result["shape"]): result["rows"] for result in results}
+    files = [path for path in (args.out / "ours" / "ops.json", args.out / "ops.json") if path.exists()]
+    rows = {tuple(r["shape"]): r["rows"] for path in files for r in harness.read(path)}  # the run with peers wins
     goals, missed = [], 0
     for name, value, limit, unit, sense in goals_of(rows, load("kernels.json")):
         if value is None or math.isnan(value):
