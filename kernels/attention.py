@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastpo.kernels.logprob import _tanh, device_guard
+from fastpo.kernels.online_softmax import _tanh, device_guard
 
 # Of fp32, where an NVIDIA GPU holds operands in registers, larger heads spill them.
 MAX_HEAD_SIZE = {torch.bfloat16: 256, torch.float16: 256, torch.float32: 128}

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastpo.kernels.logprob import device_guard
+from fastpo.kernels.online_softmax import device_guard
 from fastpo.kernels.pair_formulas import pair_loss
 from fastpo.kernels.pair_losses import RECIPES, Recipe, recipe
 
