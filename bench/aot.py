@@ -191,8 +191,10 @@ CASES: dict[str, tuple[str, Launch]] = {
     "fused-fp16-4096": fused_fwd(4096, FP16),
     "fused-bf16-4096-entropy": fused_fwd(4096, entropy=True),
     "fused-bf16-4096-all": fused_fwd(4096, bias=BF16, **ALL),
-    "fused-bf16-2888-ragged": fused_fwd(2888, v=50_257),
-    "fused-bf16-2888-ragged-all": fused_fwd(2888, v=50_257, bias=FP32, **ALL),
+    "fused-bf16-2896-ragged": fused_fwd(2896, v=50_272),
+    "fused-bf16-2896-ragged-all": fused_fwd(2896, v=50_257, bias=FP32, **ALL),
+    "fused-bf16-4096-50257": fused_fwd(4096, v=50_257),
+    "fused-bf16-2888-all": fused_fwd(2888, bias=BF16, **ALL),
     "fused-bf16-123-unaligned-all": fused_fwd(123, v=50_257, bias=BF16, **ALL),
     "fused-bf16-4096-unknown-chip": fused_fwd(4096, config=fused.UNKNOWN),
     "fused-bf16-4096-unknown-chip-all": fused_fwd(4096, bias=BF16, config=fused.UNKNOWN, **ALL),
@@ -258,6 +260,8 @@ def loads(compiled, target: str, gemm: bool) -> str:
         if "cp.async.bulk.tensor" in ptx:
             return "TMA"
         copies = re.findall(r"cp\.async\.c[ag]\.shared\.global.*?\], 0x(\w+)", ptx)
+        if not copies:  # through registers; the bias and the targets are loaded so too
+            return "16 B and rest" if "ld.global.v4" in ptx else "elements"
         wide = copies.count("10")
     else:
         copies = re.findall(r"ld\.global\.L1::evict_\w+\S*?(\.v4)?\.b\d+", ptx)  # loads of logits carry a cache hint

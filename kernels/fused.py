@@ -159,7 +159,7 @@ CONFIGS = {
     "gfx942": (FusedConfig(128, 256, 64, 8, 2), FusedConfig(128, 128, 64, 8, 2)),
 }
 UNKNOWN = FusedConfig(128, 128, 32, 8, 3)  # 48 KiB of shared memory, which every chip with tensor cores has
-UNALIGNED = FusedConfig(64, 128, 32, 8, 2)  # rows that do not start on 16 bytes: element loads, an address each
+RAGGED = FusedConfig(64, 128, 32, 8, 1)  # masks on D, or rows that are not whole 16-byte loads
 
 
 def takes(hidden: Tensor, weight: Tensor) -> bool:
@@ -173,12 +173,14 @@ def _aligned(matrix: Tensor) -> bool:
 
 
 def fused_config(hidden: Tensor, weight: Tensor, plain: bool) -> FusedConfig:
-    """The configuration for these operands on their chip; pointers instead of descriptors where those cannot reach."""
+    """The configuration for these operands on their chip. A mask on an odd V takes registers as the logits' options
+    do; pointers load 16 bytes at a time, without a mask, where D is whole blocks and the strides divide by 16."""
     if not (_aligned(hidden) and _aligned(weight)):
-        return UNALIGNED
+        return RAGGED
     wide, narrow = CONFIGS.get(chip(hidden.device), (UNKNOWN, UNKNOWN))
-    # A mask on D takes registers too where tiles come by pointers.
-    return wide if plain and (wide.tma or hidden.shape[1] % wide.BLOCK_D == 0) else narrow
+    config = wide if plain and weight.shape[0] % 16 == 0 else narrow
+    whole = hidden.shape[1] % config.BLOCK_D == hidden.stride(0) % 16 == weight.stride(0) % 16 == 0
+    return config if config.tma or whole else RAGGED
 
 
 def fused_partial_bytes(n_cols: int) -> int:

@@ -25,7 +25,8 @@ spec.loader.exec_module(aot)
 SUBSET = [
     *(("fused-bf16-4096", target) for target in aot.TARGETS),
     *(("fused-bf16-4096-all", target) for target in ("sm_80", "sm_90", "sm_100")),
-    ("fused-bf16-2888-ragged", "sm_80"),
+    ("fused-bf16-2896-ragged", "sm_80"),
+    ("fused-bf16-4096-50257", "sm_100"),
     ("fused-bf16-123-unaligned-all", "sm_80"),
     ("row-bf16-128256", "sm_90"),
     ("row-bf16-128256-all", "sm_80"),

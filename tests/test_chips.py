@@ -1,4 +1,4 @@
-"""fastpo.chips: a GPU that Triton does not know, and the choice of the forward."""
+"""fastpo.chips: a GPU that Triton does not know, the choice of the forward; and the size of blocks on a GPU."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastpo import chips, ops
+from fastpo import backends, chips, ops
 
 
 @pytest.fixture
@@ -72,3 +72,17 @@ def test_setting_that_makes_no_sense(monkeypatch):
     monkeypatch.setenv(chips.FUSED_FORWARD_VARIABLE, "yes")
     with pytest.raises(chips.ChipError, match="must be 0, 1 or unset, not 'yes'"):
         chips.use_fused_forward(torch.zeros(1, 1), torch.zeros(1, 1))
+
+
+@pytest.mark.parametrize(
+    "n, columns, itemsize, expected",
+    [
+        (100_000, 32_000, 2, 8192),  # 512 MiB in whole steps of 256 rows
+        (100_000, 128_256, 2, 2048),
+        (100_000, 256_000, 4, 2048),  # the floor, over the budget
+        (100, 256_000, 4, 100),
+        (0, 256_000, 4, 1),
+    ],
+)
+def test_rows_of_a_block(n, columns, itemsize, expected):
+    assert backends._device_rows(n, columns * itemsize) == expected

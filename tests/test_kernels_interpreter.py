@@ -304,7 +304,7 @@ def many_splits(monkeypatch):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rule, with_bias", [RULES[0], RULES[3]])
-@pytest.mark.parametrize("n, v", [(1, 5003), (5, 9001), (100, 2111)], ids=["1x5003", "5x9001", "100x2111"])
+@pytest.mark.parametrize("n, v", [(1, 5003), (5, 9001), (12, 2111)], ids=["1x5003", "5x9001", "12x2111"])
 def test_split_rows(n, v, dtype, rule, with_bias, many_splits):
     """Rows split over programs, within the criterion and the same from run to run."""
     logits, target, bias = row_case(n, v, dtype, with_bias)
@@ -410,9 +410,9 @@ def test_fused_offset_and_all_negative(offset):
     check_fused(head_case(5, 40, 257, torch.bfloat16, offset=offset), PLAIN, FUSED[0].values[0])
 
 
-@pytest.mark.parametrize("d", [100, 104, 123], ids="D{}".format)
+@pytest.mark.parametrize("d", [96, 112, 123], ids="D{}".format)
 def test_fused_config_of_the_chip(d):
-    """Without a configuration given: rows on 16 bytes and not."""
+    """Without a configuration given: D of whole blocks, not whole, and odd."""
     check_fused(head_case(70, d, 700, torch.bfloat16, True), {"softcap": 30.0, "logit_scale": 0.5}, None)
 
 
