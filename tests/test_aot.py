@@ -47,6 +47,11 @@ SUBSET = [
     ("tree-fwd-bf16-80-ungrouped", "sm_80"),
     ("tree-dq-bf16-64-all", "sm_90"),
     ("tree-dkv-bf16-64-all", "gfx942"),
+    ("tree-fwd-bf16-256-all", "sm_80"),
+    ("tree-dq-bf16-192-128", "sm_80"),
+    ("tree-dkv-bf16-256-all", "sm_90"),
+    ("tree-dq-bf16-256-all", "gfx942"),
+    ("tree-dkv-fp32-128-all", "sm_100"),
 ]
 
 

@@ -46,9 +46,9 @@ CASES: dict[str, tuple[tuple[tuple[int, int], ...], str, str, Case]] = {
     "torch float16": (HALVES, "torch", "float16", Case(35, 24, 1003, bias=True)),
     "cpu empty": (EMPTY, "cpu", "float32", Case(9, 16, 1003, bias=True)),
     "torch turned": (TURNED, "torch", "float32", Case(9, 16, 1003)),
-    "triton float32": (SMALL, "triton", "float32", Case(6, 16, 257, **RULE)),
-    "triton float16": (SMALL, "triton", "float16", Case(6, 16, 257, "negative")),
-    "triton peaked": (SMALL, "triton", "float32", Case(6, 16, 257, "peaked", bias=True)),
+    "triton float32": (SMALL, "triton", "float32", Case(3, 16, 257, **RULE)),
+    "triton float16": (SMALL, "triton", "float16", Case(3, 16, 257, "negative")),
+    "triton peaked": (SMALL, "triton", "float32", Case(3, 16, 257, "peaked", bias=True)),
     "no rows": (HALVES, "cpu", "float32", Case(0, 16, 1003)),
 }  # fmt: skip
 
@@ -205,7 +205,7 @@ def peak_of(step: Any) -> int:
 
 def peak_memory(group: dist.ProcessGroup) -> dict[str, float]:
     """Bytes over those before, by regime, in units of this rank's matrix [N, V_r] in fp32."""
-    n, d, v = 3072, 16, 32000
+    n, d, v = 2048, 16, 32000
     split = fastpo.VocabParallel.of_slice(group, *((0, 16000), (16000, v))[group.rank()])
     x = Case(n, d, v, ignored=False).tensors(torch.float32, "cpu")
     out = {}
