@@ -44,7 +44,8 @@ def limited(mib: int, folder: Path) -> None:
     result = fastpo.train(
         Toy.model(hidden_size=128, intermediate_size=512, num_hidden_layers=4), rows, processing_class=Toy.tokenizer(),
         callbacks=[Limit(mib << 20)] if mib else [],
-        args={**OPTIONS, "output_dir": str(folder), "per_device_train_batch_size": 16, "max_tokens": 4096},
+        args={**OPTIONS, "output_dir": str(folder), "per_device_train_batch_size": 16, "max_tokens": 4096,
+              "max_steps": 2},
     )  # fmt: skip
     (folder / "warnings.json").write_text(json.dumps([w.message for w in result.warnings if w.name == "out_of_memory"]))
 

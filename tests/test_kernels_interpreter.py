@@ -231,7 +231,7 @@ def test_linear_gradients(dtype):
     """dX = c (U W), dW = U^T (c X), dbias = U^T c under a non-uniform upstream c. The products are formed in fp64, and
     both sides read the same rounded logits, so what is compared is the kernel's U and not two GEMMs; by the root mean
     square, because the largest error of a sum over a few rows is one rounding's luck."""
-    n, d, v, rule = 65, 24, 257, {"softcap": 8.0, "logit_scale": 0.7}
+    n, d, v, rule = 33, 24, 257, {"softcap": 8.0, "logit_scale": 0.7}
     _, target, _ = row_case(n, v, dtype, False)
     leaves = {
         "hidden": torch.randn(n, d, device=DEVICE).to(dtype),
@@ -264,10 +264,10 @@ def test_linear_gradients(dtype):
 @pytest.mark.parametrize("rule, with_bias", RULES)
 def test_slices(dtype, rule, with_bias):
     """A vocabulary cut into uneven slices gives the whole rows' results, and U slice by slice."""
-    logits, target, bias = row_case(5, 1000, dtype, with_bias)
+    logits, target, bias = row_case(3, 1000, dtype, with_bias)
     exact = row_reference(logits, target, bias, rule, torch.float64)
     plain = row_reference(logits, target, bias, rule, dtype)
-    state = logprob.logprob_slice_init(5, DEVICE, entropy=True)
+    state = logprob.logprob_slice_init(3, DEVICE, entropy=True)
     spans = [(700, 1000), (0, 1), (1, 257), (257, 700)]  # any order
     for begin, end in spans:
         part = None if bias is None else bias[begin:end].clone()
@@ -327,7 +327,7 @@ def test_split_rows(n, v, dtype, rule, with_bias, many_splits):
 
 
 @pytest.mark.parametrize("split", [False, True], ids=["one-program", "split"])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES[:2])
 def test_argmax(dtype, split, request):
     """The first of equal maxima, within a block, in two blocks and in two splits; a masked row; a bias that decides."""
     if split:
@@ -429,7 +429,7 @@ def test_fused_config_of_the_chip(d):
 
 def test_fused_repeats_bitwise(monkeypatch):
     """From run to run, whatever the number of programs, and for a row alone or among others."""
-    hidden, weight, target, bias = head_case(70, 72, 500, torch.bfloat16, True)
+    hidden, weight, target, bias = head_case(70, 40, 300, torch.bfloat16, True)
 
     def run(rows: slice = slice(None)) -> tuple[Tensor, ...]:
         options = {"entropy": True, "config": FUSED[0].values[0]}

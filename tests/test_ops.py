@@ -161,7 +161,7 @@ def test_more_rows_than_a_grid_dimension(where, dtype):
 @pytest.mark.parametrize("rule", [{}, {"softcap": 5.0, "logit_scale": 0.7}], ids=["plain", "softcap"])
 @pytest.mark.parametrize("trained", [(True, True, True), (True, False, False)], ids=["all", "frozen"])
 def test_gradcheck(budget, rule, trained, small_tiles):
-    x = problem(5, 4, 131, dtype=torch.float64)
+    x = problem(5, 4, 67, dtype=torch.float64)
     leaves = [x[n].requires_grad_(t) for n, t in zip(("hidden", "weight", "bias"), trained)]
     leaves[1].data *= 0.5
 

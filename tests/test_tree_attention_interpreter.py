@@ -36,8 +36,8 @@ if not INTERPRET:
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # A prompt of 5 with its first response of 3 and three more, one of a single token; two chains that share nothing; a
 # prompt of one token; a prompt longer than a block whose first response added no token, and two long responses.
-CHAINS = (8, 4, 1, 17, 6, 1, 3, 2, 20, 9, 30)
-BRANCHES = (Branch(8, 30, 0, 5), Branch(40, 42, 37, 38), Branch(62, 101, 42, 62))
+CHAINS = (8, 4, 1, 17, 6, 1, 3, 2, 20, 9, 18)
+BRANCHES = (Branch(8, 30, 0, 5), Branch(40, 42, 37, 38), Branch(62, 89, 42, 62))
 
 
 @pytest.fixture(autouse=True)
