@@ -9,6 +9,13 @@ A case is a launch: the launchers run on CPU tensors with the kernels replaced b
 thread, bytes of spills a thread, shared memory; off the assembly: the tensor-core instruction of GEMM kernels, and how
 logits or operands are loaded. A regression is a new spill, a lost tensor-core instruction or a narrower load. Speed is
 not in here: only a GPU tells.
+
+Spills are what goes to memory: local memory on NVIDIA, scratch on AMD (of vector registers, or of any other kind). No
+kernel may have any. AMD's scalar registers, one of which serves a whole wave, are moved to lanes of a vector register
+where they do not suffice: no memory, one instruction each way. Their number is in a column of its own, `sgprs moved`,
+and fails nothing. The fused forward must have its chip's own tensor-core instruction, any other GEMM kernel of 16-bit
+inputs one of the chip's: tiles too narrow for Hopper's wgmma or Blackwell's tcgen05 run mma.sync. Products of fp32
+inputs are full fp32, for which only AMD has matrix instructions.
 """
 
 from __future__ import annotations
@@ -30,12 +37,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastpo.kernels import fused, logprob, online_softmax, preference
+from fastpo.kernels import attention, fused, logprob, online_softmax, preference
+from fastpo.kernels.pair_losses import RECIPES, recipe
+from fastpo.layout import Layout
+from fastpo.losses import LOSSES
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORD = ROOT / "bench/results/aot.json"
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-MODULES = (fused, logprob, online_softmax, preference)
+MODULES = (attention, fused, logprob, online_softmax, preference)
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -43,7 +53,15 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 MULTIPROCESSORS = 132  # an H100's; the only use of it here is to cut few rows into splits
-TENSOR_CORES = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
+# Instructions of products in 16 bits, the chip's own first.
+TENSOR_CORES = {
+    "sm_80": ("mma.sync",),
+    "sm_90": ("wgmma.mma_async", "mma.sync"),
+    "sm_100": ("tcgen05.mma", "mma.sync"),
+    "gfx942": ("v_mfma",),
+}
+# Bytes of shared memory that a block may have.
+SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 LOADS = ("elements", "16 B and rest", "16 B", "TMA")  # from worse to better
 DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64"}
 DTYPE_NAMES[torch.int32] = "i32"
@@ -134,32 +152,73 @@ def fused_fwd(d: int, dtype=BF16, *, v=128_256, bias=None, softcap=None, entropy
     return "_logprob_combine_kernel" if combine else "_fused_logprob_fwd_kernel", launch
 
 
-def pairs(kernel: str, loss_type: str, *, ref="token", unique=True, **loss):
+FWD, DLOGP = "_preference_fwd_kernel", "_preference_dlogp_kernel"
+
+
+def pairs(loss_type: str, kernel: str = FWD, *, ref="token", unique=True, weights=False, **hyper):
+    """A pair loss with all that it reads; an NLL beside it is summed by sequence, as the kernel does it."""
+    if "nll_reduction" in LOSSES[loss_type].defaults:
+        hyper = {"nll_reduction": "seq_sum", **hyper}
+    hyper = LOSSES[loss_type].hyper(**hyper)
+
     def launch() -> None:
-        offsets = torch.tensor([0, 3, 5, 9, 11], dtype=torch.int32)
-        win_prob = torch.ones(2) if loss_type == "sppo" else None
+        made = recipe(loss_type, **hyper)
+        tokens, responses, win_prob = torch.zeros(11), torch.zeros(4), torch.ones(2)
         preference.preference_fwd(
-            torch.zeros(11),
-            torch.zeros(11) if ref == "token" else None,
-            offsets,
+            tokens,
+            tokens if ref == "token" and made.reference != "none" else None,
+            torch.tensor([0, 3, 5, 9, 11], dtype=torch.int32),
             torch.tensor([[0, 1], [2, 3]], dtype=torch.int32),
             torch.ones(2),
             win_prob,
             win_prob,
-            loss_type=loss_type,
-            beta=0.1,
             unique=unique,
-            ref_response_logps=torch.zeros(4) if ref == "response" else None,
-            **loss,
+            ref_response_logps=responses if ref == "response" else None,
+            prev_logp=tokens if made.reference == "mixed" and ref == "token" else None,
+            prev_response_logps=responses if made.reference == "mixed" and ref == "response" else None,
+            rows=tokens if made.reads_rows else None,
+            token_weight=tokens if weights else None,
+            drawn_rows=torch.tensor([0, 1, 3, 4, 5, 6, 9, 10]) if made.tokens == "drawn" else None,
+            loss_type=made,
         )
 
     return kernel, launch
 
 
+def tree(kernel: str, sizes: tuple[int, int], dtype: torch.dtype, *, group=4, sink=False, **rules):
+    """A kernel of the tree attention; sizes of a head of keys and of values."""
+
+    def launch() -> None:
+        query = torch.zeros(32, 2 * group, sizes[0], dtype=dtype)
+        key, value = (torch.zeros(32, 2, size, dtype=dtype) for size in sizes)
+        config = attention.tree_config(*sizes, dtype)
+        blocks = config.fwd.queries, config.dq.queries, config.dkv.keys
+        tables = Layout.from_chains((0, 32)).tree_blocks(query.device, *blocks)
+        given = {"scale": 0.1, "sink": torch.zeros(2 * group, dtype=dtype) if sink else None, **rules}
+        out, lse = attention.tree_attention_fwd(query, key, value, tables, **given)
+        attention.tree_attention_bwd(out, query, key, value, out, lse, tables, **given)
+
+    return f"_tree_attention_{kernel}_kernel", launch
+
+
 # Llama 3's vocabulary at both ends of the options; odd vocabularies, padded and not; short rows; rows few enough to be
-# split; every loss once, and each kind of reference once.
-FWD = "_preference_fwd_kernel"
+# split; every pair loss once, and each option that changes its code; every class of the attention's tiles with and
+# without all options, odd and uneven heads.
 ALL = {"softcap": 30.0, "entropy": True}
+TREE_ALL = {"window": 512, "softcap": 50.0, "sink": True}
+TREES = {
+    "bf16-16": ((16, 16), BF16, {}),
+    "bf16-64": ((64, 64), BF16, {}),
+    "bf16-64-all": ((64, 64), BF16, TREE_ALL),
+    "bf16-80-ungrouped": ((80, 80), BF16, {"group": 1}),
+    "bf16-128": ((128, 128), BF16, {}),
+    "fp16-128-all": ((128, 128), FP16, TREE_ALL),
+    "bf16-192-128": ((192, 128), BF16, {}),
+    "bf16-256-all": ((256, 256), BF16, TREE_ALL),
+    "fp32-64-all": ((64, 64), FP32, TREE_ALL),
+    "fp32-128": ((128, 128), FP32, {}),
+    "fp32-128-all": ((128, 128), FP32, TREE_ALL),
+}
 CASES: dict[str, tuple[str, Launch]] = {
     "row-bf16-128256": row(128_256, BF16),
     "row-bf16-128256-stats": row(128_256, BF16, write=None),
@@ -198,18 +257,35 @@ CASES: dict[str, tuple[str, Launch]] = {
     "fused-bf16-123-unaligned-all": fused_fwd(123, v=50_257, bias=BF16, **ALL),
     "fused-bf16-4096-unknown-chip": fused_fwd(4096, config=fused.UNKNOWN),
     "fused-bf16-4096-unknown-chip-all": fused_fwd(4096, bias=BF16, config=fused.UNKNOWN, **ALL),
-    "pairs-dpo": pairs(FWD, "dpo"),
-    "pairs-dpo-smooth-response-ref": pairs(FWD, "dpo", label_smoothing=0.1, ref="response"),
-    "pairs-ipo": pairs(FWD, "ipo"),
-    "pairs-ipo-sum": pairs(FWD, "ipo", ipo_reduce="sum"),
-    "pairs-simpo-smooth-no-ref": pairs(FWD, "simpo", label_smoothing=0.1, gamma_beta_ratio=0.5, ref="none"),
-    "pairs-sppo": pairs(FWD, "sppo"),
-    "pairs-sppo-hard": pairs(FWD, "sppo_hard"),
-    "pairs-hinge": pairs(FWD, "hinge"),
-    "pairs-robust": pairs(FWD, "robust", label_smoothing=0.1),
-    "pairs-dpo-shared": pairs(FWD, "dpo", unique=False),
-    "dlogp": pairs("_preference_dlogp_kernel", "dpo", unique=False),
+    **{f"pairs-{loss_type}": pairs(loss_type) for loss_type in RECIPES},
+    "pairs-orpo": pairs("orpo", disable_prompt_loss=True),  # of the prompt's tokens the kernel knows nothing
+    "pairs-dpo-smooth-response-ref": pairs("dpo", label_smoothing=0.1, ref="response"),
+    "pairs-dpo-weights": pairs("dpo", weights=True),
+    "pairs-ipo-sum": pairs("ipo", ipo_reduce="sum"),
+    "pairs-simpo-smooth": pairs("simpo", label_smoothing=0.1),
+    "pairs-fdpo-forward-kl": pairs("fdpo", f_divergence_type="forward_kl"),
+    "pairs-fdpo-js": pairs("fdpo", f_divergence_type="js_divergence"),
+    "pairs-fdpo-alpha": pairs("fdpo", f_divergence_type="alpha_divergence", f_alpha_divergence_coef=0.5),
+    "pairs-wpo-unclamped": pairs("wpo", clamp_weight=False),
+    "pairs-cpo-nll-mean": pairs("cpo", cpo_alpha=1.0, nll_reduction="seq_mean"),
+    "pairs-inpo-response-ref": pairs("inpo", ref="response"),
+    **{f"pairs-{name}-shared": pairs(name, unique=False) for name in ("dpo", "ld_dpo", "sampo", "tdpo2")},
+    "pairs-sppo-shared-weights": pairs("sppo", unique=False, weights=True),
+    "pairs-ld_dpo-weights": pairs("ld_dpo", weights=True),
+    "pairs-sampo-weights": pairs("sampo", weights=True),
+    "dlogp": pairs("dpo", DLOGP, unique=False),
+    "dlogp-weights": pairs("dpo", DLOGP, unique=False, weights=True),
+    "dlogp-tdpo1": pairs("tdpo1", DLOGP, unique=False),
+    "dlogp-tdpo2-weights": pairs("tdpo2", DLOGP, unique=False, weights=True),
+    "dlogp-ld_dpo": pairs("ld_dpo", DLOGP, unique=False),
+    "dlogp-ld_dpo-weights": pairs("ld_dpo", DLOGP, unique=False, weights=True),
+    **{
+        f"tree-{kernel}-{name}": tree(kernel, sizes, dtype, **rules)
+        for name, (sizes, dtype, rules) in TREES.items()
+        for kernel in ("fwd", "dq", "dkv")
+    },
 }
+GEMMS = {kernel for kernel, _ in CASES.values() if kernel.startswith(("_fused", "_tree"))}
 
 
 def is_kernel(value: object) -> bool:
@@ -236,23 +312,24 @@ def compile_case(case: str, target: str):
 
 
 def resources(compiled, target: str) -> dict[str, int]:
-    """Registers a thread, bytes of spills a thread, and bytes of shared memory, off the binary."""
+    """Registers and bytes of spills, each a thread's, scalar registers moved to vector ones, bytes of shared memory."""
+    shared = compiled.metadata.shared
     if TARGETS[target].backend == "hip":
         fields = dict(re.findall(r"\.(\w+):\s+(\d+)\s*$", compiled.asm["amdgcn"], re.MULTILINE))
-        spilled = int(fields["vgpr_spill_count"]) + int(fields["sgpr_spill_count"])
-        spills = 4 * spilled + int(fields["private_segment_fixed_size"])
-        return {"registers": int(fields["vgpr_count"]), "spills": spills, "shared": compiled.metadata.shared}
+        spills = 4 * int(fields["vgpr_spill_count"]) + int(fields["private_segment_fixed_size"])
+        moved = int(fields["sgpr_spill_count"])
+        return {"registers": int(fields["vgpr_count"]), "spills": spills, "sgprs_moved": moved, "shared": shared}
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
         report = subprocess.run([CUOBJDUMP, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
     (usage,) = re.findall(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", report)
     registers, stack, local = map(int, usage)
-    return {"registers": registers, "spills": stack + local, "shared": compiled.metadata.shared}
+    return {"registers": registers, "spills": stack + local, "sgprs_moved": 0, "shared": shared}
 
 
 def loads(compiled, target: str, gemm: bool) -> str:
-    """How a kernel of the head reads its matrices, one of LOADS."""
+    """How a kernel reads its matrices, one of LOADS."""
     if TARGETS[target].backend == "hip":  # the assembly does not tell loads of logits from others
         return "16 B" if re.search(r"(global|buffer)_load_dwordx4", compiled.asm["amdgcn"]) else "elements"
     ptx = compiled.asm["ptx"]
@@ -272,7 +349,7 @@ def loads(compiled, target: str, gemm: bool) -> str:
 def measure(case: str, target: str) -> dict:
     """One row of the table."""
     compiled = compile_case(case, target)
-    gemm = CASES[case][0] == "_fused_logprob_fwd_kernel"
+    gemm = CASES[case][0] in GEMMS
     reads_logits = re.match(r"row|split|slice", case)
     assembly = compiled.asm["amdgcn" if TARGETS[target].backend == "hip" else "ptx"]
     return {
@@ -280,7 +357,7 @@ def measure(case: str, target: str) -> dict:
         "target": target,
         "warps": compiled.metadata.num_warps,
         **resources(compiled, target),
-        "tensor_cores": TENSOR_CORES[target] if gemm and TENSOR_CORES[target] in assembly else "",
+        "tensor_cores": next((name for name in TENSOR_CORES[target] if name in assembly), "") if gemm else "",
         "loads": loads(compiled, target, gemm) if gemm or reads_logits else "",
     }
 
@@ -291,8 +368,13 @@ def faults(row: dict) -> list[str]:
     found = []
     if row["spills"]:
         found.append(f"{where} spills {row['spills']} bytes a thread")
-    if CASES[row["case"]][0] == "_fused_logprob_fwd_kernel" and not row["tensor_cores"]:
-        found.append(f"{where} has no {TENSOR_CORES[row['target']]}")
+    kernel = CASES[row["case"]][0]
+    if kernel in GEMMS and "fp32" not in row["case"]:
+        wanted = TENSOR_CORES[row["target"]][: 1 if kernel == "_fused_logprob_fwd_kernel" else None]
+        if row["tensor_cores"] not in wanted:
+            found.append(f"{where} has no {' or '.join(wanted)}")
+    if row["shared"] > SHARED[row["target"]]:
+        found.append(f"{where} needs {row['shared']} bytes of shared memory of {SHARED[row['target']]}")
     if TARGETS[row["target"]].backend == "cuda" and row["registers"] * row["warps"] * 32 > 65_536:
         found.append(f"{where} needs more registers than a multiprocessor has")
     return found
@@ -309,7 +391,8 @@ def regressions(rows: list[dict], committed: list[dict]) -> list[str]:
         if old is None:
             found.append(f"{where} is not in the committed table: run bench/aot.py and commit what it writes")
             continue
-        if old["tensor_cores"] and not row["tensor_cores"]:
+        ranks = (*TENSOR_CORES[row["target"]], "")
+        if ranks.index(row["tensor_cores"]) > ranks.index(old["tensor_cores"]):
             found.append(f"{where} lost {old['tensor_cores']}")
         if old["loads"] and LOADS.index(row["loads"] or "elements") < LOADS.index(old["loads"]):
             found.append(f"{where} loads by {row['loads']}, before by {old['loads']}")
@@ -322,7 +405,7 @@ def read_record() -> dict:
 
 def table(rows: list[dict]) -> str:
     """Markdown."""
-    header = ("case", "target", "warps", "registers", "spills", "shared", "tensor cores", "loads")
+    header = ("case", "target", "warps", "registers", "spills", "sgprs moved", "shared", "tensor cores", "loads")
     lines = [[str(row[name.replace(" ", "_")]) for name in header] for row in rows]
     widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
     rules = ["-" * w for w in widths]
@@ -351,10 +434,14 @@ def main() -> int:
     else:
         found = [fault for row in rows for fault in faults(row)]
         if not options.only and not options.target:
-            units = {"spills": "bytes a thread", "shared": "bytes a block", "registers": "a thread"}
+            units = {"spills": "bytes a thread", "sgprs_moved": "a wave", "shared": "bytes a block"}
+            units["registers"] = "a thread"
             RECORD.write_text(json.dumps({"triton": triton.__version__, **units, "kernels": rows}, indent=1) + "\n")
             title = f"Every Triton kernel, compiled by Triton {triton.__version__} without a GPU (`bench/aot.py`).\n"
-            notes = "Registers and spills (bytes) are a thread's, shared memory (bytes) a block's.\n"
+            notes = (
+                "Registers and spills to memory (bytes) are a thread's, shared memory (bytes) a block's. AMD's scalar\n"
+            )
+            notes += "registers that are moved to lanes of vector registers go to no memory.\n"
             RECORD.with_suffix(".md").write_text(f"{title}{notes}\n{table(rows)}\n")
     print(*found, sep="\n")
     print(f"{len(rows)} kernels compiled, {len(found)} {'regressions' if options.check else 'faults'}")

@@ -353,7 +353,7 @@ class TreeConfig(NamedTuple):
 
 def tree_config(head_size: int, value_size: int, dtype: torch.dtype) -> TreeConfig:
     """The largest tiles of a handful that spill no register to memory with every option on, found by compiling for
-    sm_80, sm_90 and gfx942 (tests/test_tree_attention_aot.py); not measured: no GPU was at hand."""
+    sm_80, sm_90, sm_100 and gfx942 (bench/aot.py); not measured: no GPU was at hand."""
     size = max(_padded(head_size), _padded(value_size))
     size = 64 if size <= 64 else size
     tiles = _HIP_TILES if torch.version.hip is not None else _CUDA_TILES
@@ -361,13 +361,14 @@ def tree_config(head_size: int, value_size: int, dtype: torch.dtype) -> TreeConf
 
 
 # (fp32, padded head size) -> tiles. NVIDIA has no tensor cores for full fp32: operands lie in registers. Keys in blocks
-# of 32, which larger heads need in the third kernel, are too few for Hopper's wgmma: there it runs mma.sync.
+# of 32, which larger heads need in the third kernel, are too few for wgmma (Hopper) and tcgen05 (Blackwell): they run
+# mma.sync there.
 _CUDA_TILES = {
     (False, 64): TreeConfig(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(32, 64, 4, 2)),
     (False, 128): TreeConfig(Tile(64, 64, 4, 2), Tile(64, 64, 8, 2), Tile(64, 32, 8, 2)),
     (False, 256): TreeConfig(Tile(64, 64, 8, 2), Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)),
     (True, 64): TreeConfig(Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 4, 1)),
-    (True, 128): TreeConfig(Tile(32, 16, 8, 1), Tile(16, 16, 8, 1), Tile(32, 32, 8, 1)),
+    (True, 128): TreeConfig(Tile(32, 16, 8, 1), Tile(16, 16, 8, 1), Tile(32, 32, 16, 1)),
 }
 _HIP_TILES = {
     (False, 64): TreeConfig(Tile(128, 32, 4, 1), Tile(64, 32, 4, 1), Tile(32, 32, 4, 1)),

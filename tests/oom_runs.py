@@ -1,7 +1,9 @@
 """Runs that are out of memory in processes of their own: what test_oom.py compares.
 
-python tests/oom_runs.py limit 64 folder    # under RLIMIT_AS, MiB beside what it has at the first step; 0 for none
-python tests/oom_runs.py ranks folder       # by one process, two replicas and two shards, of which one fails
+python tests/oom_runs.py folder
+
+`free` and `tight`: without a limit, and under RLIMIT_AS, 64 MiB beside what the process has at the first step; `one`,
+`ddp` and `fsdp`: one process, two replicas and two shards, of which one fails.
 """
 
 import json
@@ -42,7 +44,8 @@ def limited(mib: int, folder: Path) -> None:
     result = fastpo.train(
         Toy.model(hidden_size=128, intermediate_size=512, num_hidden_layers=4), rows, processing_class=Toy.tokenizer(),
         callbacks=[Limit(mib << 20)] if mib else [],
-        args={**OPTIONS, "output_dir": str(folder), "per_device_train_batch_size": 16, "max_tokens": 4096},
+        args={**OPTIONS, "output_dir": str(folder), "per_device_train_batch_size": 16, "max_tokens": 4096,
+              "max_steps": 2},
     )  # fmt: skip
     (folder / "warnings.json").write_text(json.dumps([w.message for w in result.warnings if w.name == "out_of_memory"]))
 
@@ -70,19 +73,24 @@ def rank(out: Path, **options) -> None:
     torch.save((weights, failed), f"{out}-{os.environ.get('RANK', 0)}.pt")
 
 
-def ranks(folder: Path) -> None:
-    layouts = {"one": (1, {"per_device_train_batch_size": 10}), "ddp": (2, {"per_device_train_batch_size": 5}),
-               "fsdp": (2, {"per_device_train_batch_size": 5, "fsdp": "full_shard"})}  # fmt: skip
+def main(folder: Path) -> None:
+    def ranks(name: str, **options):
+        return lambda: rank(folder / name / "out", **options)
+
+    runs = {
+        "free": (1, lambda: limited(0, folder / "free")),
+        "tight": (1, lambda: limited(64, folder / "tight")),
+        "one": (1, ranks("one", per_device_train_batch_size=10)),
+        "ddp": (2, ranks("ddp", per_device_train_batch_size=5)),
+        "fsdp": (2, ranks("fsdp", per_device_train_batch_size=5, fsdp="full_shard")),
+    }
     codes = {}
-    for name, (count, options) in layouts.items():
+    for name, (count, work) in runs.items():
         (folder / name).mkdir()
-        pids = fork(count, folder / name, lambda name=name, options=options: rank(folder / name / "out", **options))
+        pids = fork(count, folder / name, work)
         codes[name] = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
     (folder / "codes.json").write_text(json.dumps(codes))
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "limit":
-        limited(int(sys.argv[2]), Path(sys.argv[3]))
-    else:
-        ranks(Path(sys.argv[2]))
+    main(Path(sys.argv[1]))

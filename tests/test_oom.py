@@ -61,9 +61,9 @@ def run(toy, tmp_path):
             scarce = Scarce(model, **scarce)
         defaults = dict(
             output_dir=str(tmp_path / f"run{next(count)}"), disable_tqdm=True, use_cpu=True, logging_steps=1,
-            max_steps=3, learning_rate=1e-2, lr_scheduler_type="constant", gradient_checkpointing=False,
+            max_steps=2, learning_rate=1e-2, lr_scheduler_type="constant", gradient_checkpointing=False,
             save_final=False, max_tokens=BUDGET, train_sampling_strategy="sequential", eval_strategy="steps",
-            eval_steps=3, optim="sgd", max_grad_norm=0.0,
+            eval_steps=2, optim="sgd", max_grad_norm=0.0,
         )  # fmt: skip
         result = fastpo.train(
             model, toy.rows(24) if rows is None else rows, processing_class=toy.tokenizer(),
@@ -142,9 +142,10 @@ def test_a_failure_that_does_not_come_back_leaves_no_trace(toy, run, options):
     def model():
         return toy.model(attention_dropout=0.1) if options else toy.model()
 
-    plain = run(model(), optim="adamw_torch", **options)
+    given = {"max_steps": 3, "optim": "adamw_torch", **options}
+    plain = run(model(), **given)
     for call, backward, error in ((1, False, "cpu"), (0, True, "cuda"), (4, True, "python")):
-        got = run(model(), {"calls": [call], "backward": backward, "error": OOM[error]}, optim="adamw_torch", **options)
+        got = run(model(), {"calls": [call], "backward": backward, "error": OOM[error]}, **given)
         assert got.failed == 1 and lowered(got) == []
         assert torch.equal(weights(got.model), weights(plain.model)) and numbers(got) == numbers(plain)
 
@@ -191,37 +192,38 @@ def test_what_is_no_lack_of_memory_is_raised(toy, run):
 # ---- processes of their own
 
 
-def runs(*words, tmp_path):
-    env = {**os.environ, "FASTPO_CACHE": str(tmp_path / "cache"), "MALLOC_ARENA_MAX": "1"}
-    script = Path(__file__).with_name("oom_runs.py")
-    done = subprocess.run(
-        [sys.executable, str(script), *map(str, words)], capture_output=True, text=True, timeout=240, env=env
-    )
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The folder of what oom_runs.py ran, and the exit codes of its processes."""
+    folder = tmp_path_factory.mktemp("oom")
+    command = [sys.executable, str(Path(__file__).with_name("oom_runs.py")), str(folder)]
+    env = {**os.environ, "MALLOC_ARENA_MAX": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=env)
     assert done.returncode == 0, done.stderr[-2000:]
+    return folder, json.loads((folder / "codes.json").read_text())
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS and /proc are Linux's")
-def test_under_a_hard_memory_limit(tmp_path):
+def test_under_a_hard_memory_limit(runs):
     """A process whose address space may grow by 64 MiB from the first step on trains the same model."""
     from safetensors.torch import load_file
 
-    outcome = []
-    for limit in (0, 64):
-        folder = tmp_path / str(limit)
-        runs("limit", limit, folder, tmp_path=tmp_path)
-        outcome.append((json.loads((folder / "warnings.json").read_text()), load_file(folder / "model.safetensors")))
-    (none, free), (some, tight) = outcome
+    folder, codes = runs
+    assert codes["free"] == codes["tight"] == [0], (folder / "tight" / "log-0.txt").read_text()[-2000:]
+    (none, free), (some, tight) = (
+        (json.loads((folder / name / "warnings.json").read_text()), load_file(folder / name / "model.safetensors"))
+        for name in ("free", "tight")
+    )
     assert not none and some
     assert max((free[name] - tight[name]).abs().max() for name in free) < 1e-6
 
 
-def test_one_rank_of_two(tmp_path):
+def test_one_rank_of_two(runs):
     """A replica repeats its part while the other waits, and both end with one process's weights; a shard cannot, and
     says so, and neither rank is left waiting."""
-    runs("ranks", tmp_path, tmp_path=tmp_path)
-    codes = json.loads((tmp_path / "codes.json").read_text())
+    folder, codes = runs
     assert codes["one"] == [0] and codes["ddp"] == [0, 0] and all(codes["fsdp"])
-    one, _ = torch.load(tmp_path / "one" / "out-0.pt")
-    (first, none), (second, failed) = (torch.load(tmp_path / "ddp" / f"out-{rank}.pt") for rank in range(2))
+    one, _ = torch.load(folder / "one" / "out-0.pt")
+    (first, none), (second, failed) = (torch.load(folder / "ddp" / f"out-{rank}.pt") for rank in range(2))
     assert failed and not none and torch.equal(first, second) and (first - one).abs().max() < 1e-6
-    assert "out of memory on rank 1" in (tmp_path / "fsdp" / "log-1.txt").read_text()
+    assert "out of memory on rank 1" in (folder / "fsdp" / "log-1.txt").read_text()

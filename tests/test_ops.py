@@ -73,7 +73,7 @@ def assert_within_criterion(case: Case, where: tuple[str, str], dtype: torch.dty
         assert result.ok, result
 
 
-def problem(n=21, d=12, v=301, *, bias=True, dtype=torch.float32, device="cpu", **kwargs) -> dict[str, Tensor]:
+def problem(n=9, d=12, v=301, *, bias=True, dtype=torch.float32, device="cpu", **kwargs) -> dict[str, Tensor]:
     return Case(n, d, v, bias=bias, **kwargs).tensors(dtype, device)
 
 
@@ -161,7 +161,7 @@ def test_more_rows_than_a_grid_dimension(where, dtype):
 @pytest.mark.parametrize("rule", [{}, {"softcap": 5.0, "logit_scale": 0.7}], ids=["plain", "softcap"])
 @pytest.mark.parametrize("trained", [(True, True, True), (True, False, False)], ids=["all", "frozen"])
 def test_gradcheck(budget, rule, trained, small_tiles):
-    x = problem(5, 4, 131, dtype=torch.float64)
+    x = problem(5, 4, 67, dtype=torch.float64)
     leaves = [x[n].requires_grad_(t) for n, t in zip(("hidden", "weight", "bias"), trained)]
     leaves[1].data *= 0.5
 
@@ -521,7 +521,7 @@ def test_fp64_under_autocast_stays_fp64():
 @pytest.mark.parametrize("regime", REGIMES)
 def test_opcheck(where, regime):
     backend, device = where
-    x = problem(9, 8, 121, device=device)
+    x = problem(3, 8, 121, device=device)
     names = {"none": (), "frozen": ("hidden",)}.get(regime, ("hidden", "weight", "bias"))
     leaves = {name: x[name].requires_grad_(name in names) for name in ("hidden", "weight", "bias")}
     rule = (20.0, 0.5, regime, backend)
@@ -548,7 +548,7 @@ def test_compiled_is_eager_bit_for_bit(where, regime):
 
     torch.compiler.reset()
     compiled = torch.compile(fn, fullgraph=True)
-    for n in (7, 12, 19):  # the second size makes N dynamic
+    for n in (3, 5, 8):  # the second size makes N dynamic
         x = problem(n, 8, 121, device=device)
         eager, ours = (check.head_outputs(f, x, regime) for f in (fn, compiled))
         assert set(eager) == set(ours) and len(trained) == len(eager) - 2
@@ -730,8 +730,9 @@ DISTRIBUTED = """
 import os, sys, torch, torch.distributed as dist
 from torch import nn
 from fastpo import ops
-rank, port = int(sys.argv[1]), sys.argv[2]
-os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+child = os.fork()  # after the imports, which take longest
+rank = int(child == 0)
+os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=sys.argv[1])
 dist.init_process_group("gloo", rank=rank, world_size=2)
 
 class Head(nn.Module):
@@ -760,7 +761,9 @@ sharded(x[mine], target[mine]).backward()
 for (name, p), q in zip(alone.named_parameters(), sharded.parameters()):
     torch.testing.assert_close(q.grad.full_tensor(), p.grad, msg=lambda m: f"FSDP2 {name}: {m}")
 dist.destroy_process_group()
-print("equal")
+print(f"rank {rank} is equal", flush=True)
+if child:
+    assert os.waitpid(child, 0)[1] == 0
 """
 
 
@@ -771,12 +774,8 @@ def test_two_ranks_have_the_gradients_of_one():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", DISTRIBUTED]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": environment}
-    ranks = [subprocess.Popen([*command, str(r), port], cwd=HERE.parent.parent, **pipes) for r in range(2)]
-    outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
-    assert all(rank.returncode == 0 and "equal" in out for rank, out in zip(ranks, outputs)), "\n".join(outputs)[-3000:]
+    output = python("-c", DISTRIBUTED, port)
+    assert "rank 0 is equal" in output and "rank 1 is equal" in output
 
 
 # ---- errors
@@ -901,7 +900,10 @@ def test_preference_loss(where, name):
     per_token = loss.drawn or "chosen_tail_logps" in loss.needs
     generator = torch.Generator().manual_seed(1)
     more = {"rows": torch.rand(len(x["logp"]), generator=generator)}
-    for place, ref in enumerate(("tokens", "responses", "none")[: 1 if per_token else 3]):
+    places = list(enumerate(("tokens", "responses", "none")[: 1 if per_token else 3]))
+    if backend == "triton" and device == "cpu":  # the interpreter is slow: each of these for a third of the losses
+        places = [places[list(ops.FUSED_LOSSES).index(name) % len(places)]]
+    for place, ref in places:
         x = preferences(device) | {key: t.to(device) for key, t in more.items()}
         x["prev_logp"] = 0.9 * x["ref_logp"]
         if ref != "tokens":

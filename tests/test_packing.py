@@ -227,7 +227,7 @@ def test_a_tree_is_shared_where_it_pays():
 
 def test_batches_of_trees_hold_every_row_once():
     rng = random.Random(6)
-    for _ in range(60):
+    for _ in range(25):
         prompts = [ids(*(rng.randrange(50) for _ in range(rng.randint(1, 20)))) for _ in range(rng.randint(1, 8))]
         examples = [example(rng, rng.choice([1, 2, 3])) for _ in range(rng.randint(4, 40))]
         for e in examples:
@@ -320,12 +320,15 @@ def rows_of_few_prompts(toy, unpaired: bool) -> list[dict]:
     ]
 
 
-@pytest.mark.parametrize("loss", ["dpo", "orpo", "kto", "aot", "sampo", "simpo", "sft", "tdpo2"])
+@pytest.mark.parametrize("loss", ["dpo", "orpo", "kto", "aot", "sampo", "sft", "tdpo2"])
 def test_training_is_the_same_grouped_or_not(toy, tmp_path, loss):
     """Every logged number and the weights, for losses that read a step, rows of tokens, prompts or single responses."""
     rows = rows_of_few_prompts(toy, loss == "kto")
     runs = []
-    for mode, more in (("never", {}), ("always", {"max_tokens": 120}), ("always", {"token_bucket": 64})):
+    modes = [("never", {}), ("always", {"token_bucket": 64})]
+    if loss in ("kto", "aot", "sampo"):  # in several micro-batches too: one that reads the whole step, one that draws
+        modes.append(("always", {"max_tokens": 120}))
+    for mode, more in modes:
         options = dict(
             output_dir=str(tmp_path / f"{len(runs)}"), disable_tqdm=True, use_cpu=True, bf16=False, logging_steps=1,
             max_steps=2, per_device_train_batch_size=12, learning_rate=0.05, lr_scheduler_type="constant", optim="sgd",
@@ -340,7 +343,7 @@ def test_training_is_the_same_grouped_or_not(toy, tmp_path, loss):
             keys = {k for k in a if k in ("loss", "grad_norm", "num_tokens", "kl", "eval_loss") or "/" in k}
             assert keys and all(b[k] == pytest.approx(a[k], rel=3e-5, abs=3e-6) for k in keys), (a, b)
         assert (weights - base).abs().max() < 2e-6
-    full = [[line["packing_efficiency"] for line in r.log_history if "loss" in line] for r, _ in (runs[0], runs[2])]
+    full = [[line["packing_efficiency"] for line in r.log_history if "loss" in line] for r, _ in runs[:2]]
     # prompts, and responses that several rows have, passed once; padding is not counted
     assert len(full[0]) == 2 and all(shared < 0.8 * alone for alone, shared in zip(*full, strict=True))
 

@@ -36,8 +36,8 @@ if not INTERPRET:
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # A prompt of 5 with its first response of 3 and three more, one of a single token; two chains that share nothing; a
 # prompt of one token; a prompt longer than a block whose first response added no token, and two long responses.
-CHAINS = (8, 4, 1, 17, 6, 1, 3, 2, 20, 9, 30)
-BRANCHES = (Branch(8, 30, 0, 5), Branch(40, 42, 37, 38), Branch(62, 101, 42, 62))
+CHAINS = (8, 4, 1, 17, 6, 1, 3, 2, 20, 9, 18)
+BRANCHES = (Branch(8, 30, 0, 5), Branch(40, 42, 37, 38), Branch(62, 89, 42, 62))
 
 
 @pytest.fixture(autouse=True)
@@ -120,10 +120,10 @@ def check(layout: Layout, inputs: list, dout: Tensor, **rules: object) -> None:
         pytest.param((4, 2), (20, 12), FP32, {}, id="fp32-grouped-uneven"),
         pytest.param((2, 1), (16, 16), BF16, {}, id="bf16"),
         pytest.param((3, 1), (40, 64), FP16, {}, id="fp16-larger-values"),
-        pytest.param((2, 1), (16, 16), FP32, {"window": 7}, id="window"),
+        pytest.param((1, 1), (16, 16), FP32, {"window": 7}, id="window"),
         pytest.param((1, 1), (8, 8), FP32, {"window": 1}, id="window-of-one"),
-        pytest.param((2, 2), (16, 16), FP32, {"softcap": 1.5}, id="softcap"),
-        pytest.param((2, 1), (16, 16), FP32, {"sinks": True}, id="sinks"),
+        pytest.param((1, 1), (16, 16), FP32, {"softcap": 1.5}, id="softcap"),
+        pytest.param((1, 1), (16, 16), FP32, {"sinks": True}, id="sinks"),
         pytest.param((2, 1), (16, 16), BF16, {"window": 7, "softcap": 1.5, "sinks": True}, id="bf16-everything"),
         pytest.param((2, 1), (24, 24), FP32, {"window": 23, "softcap": 1.5, "sinks": True}, id="everything"),
     ],
@@ -135,8 +135,7 @@ def test_forest(heads, sizes, dtype, rules, small_blocks):
     check(layout, inputs, dout, **rules)
 
 
-@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("size", [16, 80, 128])
+@pytest.mark.parametrize("size, dtype", [(16, BF16), (80, FP32), (128, BF16)], ids=["16-bf16", "80-fp32", "128-bf16"])
 def test_the_blocks_that_are_launched(size, dtype):
     """Other heads than blocks, chains shorter than a block, and ends in the middle of one."""
     layout = forest()
@@ -147,12 +146,12 @@ def test_the_blocks_that_are_launched(size, dtype):
 def test_extreme_scores(small_blocks):
     """Scores of +-1e3, whose exponentials overflow unless the running maximum is subtracted."""
     layout = forest()
-    inputs, dout = make(layout, (2, 1), (16, 16), FP32, sinks=True)
+    inputs, dout = make(layout, (1, 1), (16, 16), FP32, sinks=True)
     check(layout, inputs, dout, scale=100.0)
 
 
 def test_the_same_from_run_to_run(small_blocks):
-    layout = forest()
+    layout = forest(CHAINS[:4], BRANCHES[:1])
     inputs, dout = make(layout, (4, 2), (16, 16), BF16, sinks=True)
     first, second = (
         gradients(triton_tree_attention(*inputs[:3], layout, scale=0.3, sink=inputs[3]), inputs, dout) for _ in range(2)
@@ -162,10 +161,10 @@ def test_the_same_from_run_to_run(small_blocks):
 
 
 @pytest.mark.skipif(not INTERPRET, reason="tests/test_model.py keeps its models on the CPU")
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
+@pytest.mark.parametrize("family", ["gemma2", "gpt_oss"])
 def test_models(family, small_blocks, monkeypatch):
-    """Grouped heads; soft cap and window; sinks and window: log-probabilities and the gradient of every parameter equal
-    the model's own, shared prompts of up to eight responses among them."""
+    """Grouped heads with soft cap and window, and with sinks and window: log-probabilities and the gradient of every
+    parameter equal the model's own, a shared prompt of eight responses among them."""
     spec = importlib.util.spec_from_file_location("fastpo_test_model", Path(__file__).with_name("test_model.py"))
     models = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(models)
@@ -173,4 +172,4 @@ def test_models(family, small_blocks, monkeypatch):
         pytest.skip(f"this transformers has no {family}")
     monkeypatch.setenv("FASTPO_ATTENTION", "triton")
     model = models.make_model(family).to(DEVICE)
-    models.assert_same(model, models.make_examples(share=True), relative=1e-5)
+    models.assert_same(model, models.make_examples(share=True)[::2], relative=1e-5)
