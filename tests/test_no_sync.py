@@ -95,7 +95,7 @@ def train(toy, tmp_path, monkeypatch, watched):
     def call(rows, **options):
         defaults = dict(
             output_dir=str(tmp_path / "run"), disable_tqdm=True, use_cpu=True, bf16=False, logging_steps=3, max_steps=3,
-            per_device_train_batch_size=6, save_final=False, report=False, max_tokens=150,
+            per_device_train_batch_size=6, save_final=False, report=False, max_tokens=80,
         )  # fmt: skip
         fastpo.train(toy.model(), rows, processing_class=toy.tokenizer(), args={**defaults, **options})
         assert len(seen) == 2 and min(seen) > 1  # steps of several micro-batches were watched
@@ -117,7 +117,7 @@ SILENT = {
     "dpo": {}, "kto": {}, "exo_rw": {}, "wpo": {}, "tdpo1": {}, "sampo": {}, "ld_dpo": {}, "orpo": {},
     "simpo_sft": {"loss_type": ["simpo", "sft"]},
     "all_pairs": {"loss_type": "ipo", "pair_policy": "all", "share_prompts": "always"},
-    "bf16_weights": {"loss_type": "dpo", "bf16": True, "optim": "sgd", "token_bucket": 50},
+    "bf16_weights": {"loss_type": "dpo", "bf16": True, "optim": "sgd", "token_bucket": 40},
 }  # fmt: skip
 WAITS = {
     "bco": {}, "aot": {}, "adamw_torch": {"loss_type": "dpo", "optim": "adamw_torch"},

@@ -33,14 +33,15 @@ VALUES = {
     "dataset_num_proc": 2, "truncation_mode": "keep_end", "loss_type": ["hinge"], "loss_weights": [0.5],
     "label_smoothing": 0.1, "ref_model_mixup_alpha": 0.5, "adam_beta1": 0.8, "adam_beta2": 0.95,
     "precompute_ref_log_probs": False, "f_divergence_type": "js_divergence", "ld_alpha": 0.5,
+    "torch_compile_backend": "aot_eager", "torch_compile_mode": "default",
 }  # fmt: skip
 NEEDS = {"load_best_model_at_end": {"eval_strategy": "epoch", "save_strategy": "epoch"}}
 
 # A value of a refused field that asks for something.
 REFUSED_VALUES = {
-    "optim_target_modules": "all-linear", "label_smoothing_factor": 0.1, "torch_compile_backend": "inductor",
-    "torch_compile_mode": "max-autotune", "neftune_noise_alpha": 5.0, "accelerator_config": {"split_batches": True},
-    "parallelism_config": {"tp_size": 2}, "deepspeed": "zero3.json", "debug": "underflow_overflow",
+    "optim_target_modules": "all-linear", "label_smoothing_factor": 0.1, "neftune_noise_alpha": 5.0,
+    "accelerator_config": {"split_batches": True}, "parallelism_config": {"tp_size": 2},
+    "deepspeed": "zero3.json", "debug": "underflow_overflow",
     "router_aux_loss_coef": 0.001,
 }  # fmt: skip
 
