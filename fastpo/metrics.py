@@ -66,9 +66,9 @@ def list_loss(term: Term, logp: Tensor, batch: PackedBatch) -> Tensor:
     assert ref is not None and batch.score is not None  # checked before training
     sizes = np.array(batch.row_responses)
     first = np.cumsum(sizes) - sizes
-    blocks = [first[sizes == k, None] + np.arange(k) for k in np.unique(sizes)]  # [R, K] each
-    back = np.argsort(np.argsort(sizes, kind="stable"), kind="stable")  # from the order of the blocks to that of rows
-    *blocks, back = to_device(map(torch.from_numpy, [*blocks, back]), logp.device)
+    where = [first[sizes == k, None] + np.arange(k) for k in np.unique(sizes)]  # [R, K] each
+    where.append(np.argsort(np.argsort(sizes, kind="stable"), kind="stable"))  # from the order of the blocks to rows
+    *blocks, back = to_device(map(torch.from_numpy, where), logp.device)
     x = (Pairs(of_response[at], None, ref[at], scores=batch.score[at]) for at in blocks)
     return torch.cat([term.loss.fn(block, **term.hyper) for block in x])[back]
 
