@@ -6,15 +6,18 @@
 Rows are train_vs_peers.py's synthetic ones, prompts shared; another micro-batch in every round, the same for all
 variants, which take turns. `trunk` is the layers alone; `micro-batch` adds the head's log-probabilities of all
 responses, which are no part of what is compiled. `first` is the first call, compilation included; `compile` is what it
-took more than the median one. The gradients of every variant are compared with those of the layers as they came.
+took more than the median one, without inductor's caches of earlier runs. The gradients of every variant are compared with those of the layers as they came.
 """
 
 import argparse
 import contextlib
+import os
 import statistics
 import sys
 import time
 from pathlib import Path
+
+os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # every compilation is a first one
 
 import torch
 from torch import Tensor
@@ -50,7 +53,11 @@ def wait(device: torch.device) -> None:
 def run(policy: Policy, batch: PackedBatch, what: str) -> None:
     policy.model.zero_grad()
     if what == "trunk":
-        policy.hidden(batch).float().square().mean().backward()
+        # A fixed direction for each head row: the norm of a row, which the last layer fixes, would have no gradient.
+        hidden = policy.hidden(batch).index_select(0, batch.logit_rows)
+        generator = torch.Generator(hidden.device).manual_seed(0)
+        upstream = torch.randn(hidden.shape, dtype=hidden.dtype, device=hidden.device, generator=generator)
+        hidden.backward(upstream)
     else:
         policy.logp(batch).mean().backward()
 
@@ -77,7 +84,7 @@ def model_of(device: torch.device) -> torch.nn.Module:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=9)
     args = parser.parse_args()
     device = torch.device(args.device)
     bucket = BUCKET[device.type]
