@@ -6,7 +6,8 @@
 Rows are train_vs_peers.py's synthetic ones, prompts shared; another micro-batch in every round, the same for all
 variants, which take turns. `trunk` is the layers alone; `micro-batch` adds the head's log-probabilities of all
 responses, which are no part of what is compiled. `first` is the first call, compilation included; `compile` is what it
-took more than the median one, without inductor's caches of earlier runs. The gradients of every variant are compared with those of the layers as they came.
+took more than the median one, without inductor's caches of earlier runs. The gradients of every variant are compared
+with those of the layers as they came.
 """
 
 import argparse
