@@ -61,8 +61,8 @@ def test_compiled_trains_as_uncompiled(toy, run, case):
 
 
 def test_names_and_resume(toy, run, tmp_path):
-    """A checkpoint of a compiled run has the model's own names, and the run goes on from it bit for bit. Half the steps,
-    each of other sizes, compile as much as all: what is compiled is for any number of tokens."""
+    """A checkpoint of a compiled run has the model's own names, and the run goes on from it bit for bit. Half of the
+    steps compile as much as all, though each has other sizes: what is compiled is for any number of tokens."""
     options = {"torch_compile_backend": "aot_eager", "max_steps": 4, "save_steps": 2, "optim": "adamw_torch_fused"}
     whole, graphs = run("whole", **options)
     saved = load_file(tmp_path / "whole" / "checkpoint-2" / "model.safetensors")
