@@ -1,7 +1,7 @@
 """Host tensors to the device while it computes; neither the host nor the computation waits.
 
-Little that runs in a training step asks a GPU for an answer (tests/test_no_sync.py names what does, and finds nothing
-else), so the host is ahead of it: when a micro-batch's `backward()` returns, its kernels are queued and still running, and the next one is
+Little that runs in a training step asks a GPU for an answer (tests/test_no_sync.py names what does), so the host is
+ahead of it: when a micro-batch's `backward()` returns, its kernels are queued and still running, and the next one is
 collated and pinned meanwhile, by the plain order of the loop. Its copies go through a stream of their own, beside the
 kernels; in the stream of the computation they would stand in line behind them.
 
