@@ -143,7 +143,7 @@ def main() -> int:
         f"Forward and backward, {common.machine_name()}, {torch.get_num_threads()} threads, {dtype}, micro-batches of "
         f"{min(tokens):,} to {max(tokens):,} tokens; token_bucket={bucket}. Median of {args.rounds}; ratio: how many "
         "times as fast as the layers as they came, median over the rounds.", "", *rows, "",
-        "`compile s` of the first compiled row holds the import and the start of inductor, which the second finds done.",
+        "`compile s` of the first compiled row holds the import and start of inductor, which the second finds done.",
         "",
     ])  # fmt: skip
     result = {"environment": common.environment(), "tokens": tokens, "bucket": bucket, "variants": found}
