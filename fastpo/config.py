@@ -39,6 +39,8 @@ _CHOICE_HINTS = {
     ("hub_strategy", "all_checkpoints"): "checkpoints stay in output_dir; every_save pushes the model",
     ("train_sampling_strategy", "group_by_length"): "nothing is padded, so rows of different length cost nothing",
     ("train_sampling_strategy", "batch_rebalance"): "ranks are always balanced",
+    ("torch_compile_mode", "reduce-overhead"): "its CUDA graphs would overwrite what a layer's checkpoint still reads",
+    ("torch_compile_mode", "max-autotune"): "use max-autotune-no-cudagraphs",
     ("lr_scheduler_type", "reduce_lr_on_plateau"): "pass optimizers=(optimizer, scheduler) and step it in a callback",
 }
 
@@ -69,6 +71,9 @@ class TrainConfig:
     disable_dropout: bool = _opt(True, "model", "set every dropout probability of the policy to zero")
     use_liger_kernel: bool = _opt(False, "model", "Liger's kernels for the norms, MLPs and rotary embeddings of the trunk; needs a GPU and liger-kernel")
     liger_kernel_config: dict | None = _opt(None, "model", "which of Liger's layer kernels, such as {rope: false}")
+    torch_compile: bool = _opt(False, "model", "compile the trunk's layers; token_bucket makes it for a few sizes of micro-batch instead of any")
+    torch_compile_backend: str | None = _opt(None, "model", "torch.compile's backend (None: inductor)")
+    torch_compile_mode: str | None = _opt(None, "model", "torch.compile's mode", ("default", "max-autotune-no-cudagraphs"))
 
     dataset_config: str | None = _opt(None, "data", "configuration of a hub dataset")
     dataset_train_split: str = _opt("train", "data", "split to train on, for a hub dataset")
@@ -211,6 +216,8 @@ class TrainConfig:
         if self.max_steps == 0 or self.max_steps < -1:
             raise ConfigError(f"max_steps must be positive, or -1 for num_train_epochs, not {self.max_steps}")
         self._require("ref_model_mixup_alpha", 0 <= self.ref_model_mixup_alpha <= 1, "in [0, 1]")
+        if self.torch_compile_backend is not None or self.torch_compile_mode is not None:
+            self.torch_compile = True  # as in transformers
         self._check_fsdp()
         self._check_best()
         self._check_resume()
@@ -223,6 +230,8 @@ class TrainConfig:
         self.fsdp_cpu_offload = self.fsdp_cpu_offload or offload
         if self.fsdp != "no" and ("8bit" in self.optim or "paged" in self.optim or self.optim == "muon"):
             raise ConfigError(f"optim={self.optim} does not work on split parameters (fsdp): use adamw_torch_fused")
+        if self.fsdp != "no" and self.torch_compile:
+            raise ConfigError("torch_compile does not go with fsdp, whose layers are gathered by hooks: leave one out")
         if self.fsdp_cpu_offload and self.fsdp == "no":
             raise ConfigError("fsdp_cpu_offload needs fsdp=full_shard")
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastpo.packing import Branch
+from fastpo.prefetch import to_device
 
 
 class VarlenTables(NamedTuple):
@@ -105,10 +106,7 @@ def prompts_of_chains(cu_seqlens: tuple[int, ...], branches: tuple[Branch, ...])
 
 
 def _to_device(arrays: Iterable[np.ndarray], device: torch.device) -> list[Tensor]:
-    tensors = [torch.from_numpy(np.ascontiguousarray(a)) for a in arrays]
-    if device.type == "cpu":
-        return tensors
-    return [t.pin_memory().to(device, non_blocking=True) for t in tensors]
+    return to_device((torch.from_numpy(np.ascontiguousarray(a)) for a in arrays), device)
 
 
 _Mark = tuple[int, int, tuple[int, ...]]  # first token, end, what goes with it

@@ -15,6 +15,7 @@ from fastpo.errors import TrainingError
 from fastpo.kernels import reference
 from fastpo.losses import KL, Pairs, Term, segment_sum
 from fastpo.packing import PackedBatch
+from fastpo.prefetch import to_device
 
 # Names in PackedBatch.rows: of the head rows [N], and of the prompts' tokens [M].
 LOG_SUM_SQ, TOKEN_KL = "log_sum_sq", "token_kl"
@@ -65,12 +66,11 @@ def list_loss(term: Term, logp: Tensor, batch: PackedBatch) -> Tensor:
     assert ref is not None and batch.score is not None  # checked before training
     sizes = np.array(batch.row_responses)
     first = np.cumsum(sizes) - sizes
-    parts = []
-    for k in np.unique(sizes):
-        at = torch.from_numpy(first[sizes == k, None] + np.arange(k)).to(logp.device)  # [R, K]
-        parts.append(term.loss.fn(Pairs(of_response[at], None, ref[at], scores=batch.score[at]), **term.hyper))
-    back = np.argsort(np.argsort(sizes, kind="stable"), kind="stable")  # from the order of the blocks to that of rows
-    return torch.cat(parts)[torch.from_numpy(back).to(logp.device)]
+    where = [first[sizes == k, None] + np.arange(k) for k in np.unique(sizes)]  # [R, K] each
+    where.append(np.argsort(np.argsort(sizes, kind="stable"), kind="stable"))  # from the order of the blocks to rows
+    *blocks, back = to_device(map(torch.from_numpy, where), logp.device)
+    x = (Pairs(of_response[at], None, ref[at], scores=batch.score[at]) for at in blocks)
+    return torch.cat([term.loss.fn(block, **term.hyper) for block in x])[back]
 
 
 def weighted_lengths(logp: Tensor, batch: PackedBatch) -> Tensor:

@@ -57,7 +57,6 @@ _IN_MEMORY = "batches are packed from token ids in memory; there is no loader pr
 _NO_PREDICTIONS = "evaluation keeps no predictions: its metrics are sums on the device"
 _ONE_REDUCTION = "gradients are summed over the ranks once a step, by parameter, without DistributedDataParallel"
 _SCRIPTS = "read by example scripts, not by a trainer"
-_COMPILE = "the trunk runs as transformers wrote it; use_liger_kernel fuses its layers"
 
 # Every field of TRL 1.16's DPOConfig with transformers 5.23, in its order, with its default.
 # fmt: off
@@ -90,9 +89,9 @@ OPTIONS: dict[str, Option] = {
     "activation_checkpointing_kwargs": _to("gradient_checkpointing_kwargs"),
     "gradient_checkpointing": _same(True),
     "gradient_checkpointing_kwargs": _same(),
-    "torch_compile": _no(_COMPILE, False),
-    "torch_compile_backend": _no(_COMPILE),
-    "torch_compile_mode": _no(_COMPILE),
+    "torch_compile": _same(False, "the trunk's layers; the head and the losses are kernels of their own. With fsdp it is refused"),
+    "torch_compile_backend": _same(None, "None: inductor; one that is given means torch_compile=True"),
+    "torch_compile_mode": _same(None, "default and max-autotune-no-cudagraphs; one that is given means torch_compile=True"),
     "use_liger_kernel": _same(False, "the layers only: the head is always fused, by fastpo's own op"),
     "liger_kernel_config": _same(),
     "use_cache": _any("training never uses the key-value cache", False),

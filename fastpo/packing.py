@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fastpo.data import Example
 from fastpo.packer import pack_all, pack_step
+from fastpo.prefetch import to_device
 
 if TYPE_CHECKING:
     from fastpo.metrics import Flops
@@ -90,14 +91,12 @@ class PackedBatch:
         """The same batch with its tensors on `device`; host bookkeeping is shared."""
         if device.type == "cpu":
             return self
-        moved: dict[str, Any] = {}
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if isinstance(value, Tensor):
-                moved[f.name] = value.pin_memory().to(device, non_blocking=True)
-            elif isinstance(value, Prompts):
-                moved[f.name] = Prompts(*(part.pin_memory().to(device, non_blocking=True) for part in value))
-        return replace(self, **moved)
+        named = {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
+        moved = to_device([*named.values(), *(self.prompts or ())], device)
+        changes: dict[str, Any] = dict(zip(named, moved, strict=False))
+        if self.prompts is not None:
+            changes["prompts"] = Prompts(*moved[len(named) :])
+        return replace(self, **changes)
 
 
 # ---- what a tree costs, and which rows are one

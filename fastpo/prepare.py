@@ -14,6 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fastpo import data
 from fastpo.adapters import is_quantized
+from fastpo.compiled import compiled_layers
 from fastpo.config import TrainConfig
 from fastpo.errors import ConfigError, DataError, UnsupportedModelError
 from fastpo.model import Policy
@@ -50,6 +51,8 @@ def training_mode(policy: Policy, config: TrainConfig) -> Iterator[None]:
         with policy.attach(), contextlib.ExitStack() as stack:
             if config.gradient_checkpointing_layers is not None:
                 stack.enter_context(first_layers_checkpointed(policy, config.gradient_checkpointing_layers))
+            if config.torch_compile:
+                stack.enter_context(compiled_layers(policy, config))
             if config.activation_offloading:
                 stack.enter_context(offloading(policy))
             yield

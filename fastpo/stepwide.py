@@ -18,6 +18,7 @@ from fastpo.errors import ConfigError
 from fastpo.losses import KL, ORDER, REWARD_MEAN, Pairs, Term
 from fastpo.metrics import list_loss, pair_inputs
 from fastpo.packing import PackedBatch, loss_count, pack_step, trunk_tokens
+from fastpo.prefetch import to_device
 from fastpo.row_statistics import term_inputs
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ class Statistics:
     def ordered_loss(self, x: Pairs, term: Term, batch: PackedBatch) -> Tensor:
         """The batch's share of a loss over the order of all pairs: its value, and its gradient for these pairs."""
         at = [self.pair_at[row] + k for row, n in zip(batch.examples, batch.row_pairs, strict=True) for k in range(n)]
-        index = torch.tensor(at, device=x.chosen_logps.device)
+        (index,) = to_device([torch.tensor(at)], x.chosen_logps.device)
         chosen, rejected = (c.index_select(0, index) for c in self.coefficients[term.name])
         slope = (chosen * x.chosen_logps + rejected * x.rejected_logps).sum()
         return slope + (self.means[term.name] * len(at) - slope).detach()
@@ -143,7 +144,7 @@ class StepWide:
         self, stats: Statistics, parts: Iterable[tuple[PackedBatch, Tensor]], examples: Sequence[data.Example],
         *, train: bool,
     ) -> None:  # fmt: skip
-        """Complete `stats` from the log-probabilities of this rank's part of the step."""
+        """Complete `stats` from the log-probabilities of this rank's part of the step; here the host waits for them."""
         mine: dict[int, list[list[float]]] = {}  # row -> of each of its pairs, or of itself: lw, ll, rw, rl
         for batch, logp in parts:
             x = pair_inputs(logp.detach(), batch)

@@ -167,7 +167,8 @@ def test_every_field_is_an_option_and_a_yaml_key(trained, tmp_path, field):
     also = [part for name, other in needs.items() for part in ("--" + name, other)]
     args = run_train(trained, *also, "--" + field.name.replace("_", "-"), text)
     assert getattr(args, field.name) == value
-    implied = {"eval_steps": "eval_strategy", "save_steps": "save_strategy", "save_total_limit": "save_strategy"}
+    implied = {"eval_steps": "eval_strategy", "save_steps": "save_strategy", "save_total_limit": "save_strategy",
+               "torch_compile_backend": "torch_compile", "torch_compile_mode": "torch_compile"}  # fmt: skip
     for other in dataclasses.fields(config.TrainConfig):
         if other.name not in (field.name, implied.get(field.name), *needs):
             assert getattr(args, other.name) == getattr(config.TrainConfig(), other.name)

@@ -41,8 +41,10 @@ def test_training_arguments_object():
     assert (config.output_dir, config.learning_rate, config.max_steps) == ("here", 3e-4, 7)
     assert config.lr_scheduler_type == "cosine" and config.bf16 is False and config.use_cpu
     assert config.logging_steps == 500  # transformers' default keeps its meaning
-    with pytest.raises(ConfigError, match="torch_compile=True is not honoured"):
-        TrainConfig.build(TrainingArguments(output_dir="here", use_cpu=True, torch_compile=True))
+    with pytest.raises(ConfigError, match="neftune_noise_alpha=5.0 is not honoured"):
+        TrainConfig.build(TrainingArguments(output_dir="here", use_cpu=True, neftune_noise_alpha=5.0))
+    compiled = TrainConfig.build(TrainingArguments(output_dir="here", use_cpu=True, torch_compile=True))
+    assert compiled.torch_compile and compiled.torch_compile_backend == "inductor"
 
 
 @pytest.mark.parametrize(
