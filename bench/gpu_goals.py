@@ -93,7 +93,8 @@ def row_kernel(rows: int, vocabulary: int, dtype: torch.dtype, device: str, roun
 
 
 def fused_forward(shape: list[int], dtype: torch.dtype, device: str, rounds: int) -> dict:
-    """The forward without gradients, two ways: fused kernel, and vendor GEMM with the row kernel in 512 MiB blocks."""
+    """The forward without gradients, two ways: fused kernel, and vendor GEMM with the row kernel in the op's blocks."""
+    from fastpo import backends
     from fastpo.kernels import fused, logprob
 
     n, d, v = shape
@@ -101,10 +102,10 @@ def fused_forward(shape: list[int], dtype: torch.dtype, device: str, rounds: int
     weight = torch.randn(v, d, device=device).div_(d**0.5).to(dtype)
     target = torch.randint(0, v, (n,), device=device)
     rule = {"softcap": None, "logit_scale": 1.0}
-    rows = max(1, min(n, (512 << 20) // (v * dtype.itemsize)))
+    rows = backends._device_rows(n, v * dtype.itemsize)
 
     def unfused() -> Tensor:
-        logits, out = hidden.new_empty(rows, v), hidden.new_empty(n, dtype=torch.float32)
+        logits, out = logprob.empty_logits(rows, v, dtype, device), hidden.new_empty(n, dtype=torch.float32)
         for r in (slice(begin, min(begin + rows, n)) for begin in range(0, n, rows)):
             block = torch.mm(hidden[r], weight.t(), out=logits[: r.stop - r.start])
             out[r] = logprob.logprob_row_fwd(block, target[r], None, write=None, **rule)[0]

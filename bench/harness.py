@@ -70,18 +70,24 @@ class Exact:
         """What a provider of `job` has to return."""
         if job == "none":
             return {"logp": self.logp}
-        values, c = {"logp": self.logp}, self.p.upstream.double()
+        values, c = {"logp": self.logp}, self.upstream(job)
         if job == "sum":
-            values, c = {"loss": -self.logp.sum()}, torch.full_like(self.lse, -1.0)
+            values = {"loss": -self.logp.sum()}
         elif job in ("dpo", "simpo"):
-            logp = self.logp.clone().requires_grad_()
-            loss = peers.pair_loss(logp, job)
-            loss.backward()
-            values, c = {"loss": loss.detach()}, logp.grad
+            values = {"loss": peers.pair_loss(self.logp, job)}
         values["dhidden"] = self.unit * c.unsqueeze(1)
         if job != "frozen":
             values["dweight"] = self._dweight(c)
         return values
+
+    def upstream(self, job: str) -> Tensor:
+        """The gradient [N] that each row's log-probability gets in this job."""
+        if job == "sum":
+            return torch.full_like(self.lse, -1.0)
+        if job in ("dpo", "simpo"):
+            logp = self.logp.clone().requires_grad_()
+            return torch.autograd.grad(peers.pair_loss(logp, job), logp)[0]
+        return self.p.upstream.double()
 
     def _dweight(self, c: Tensor) -> Tensor:
         n, _, v = self.p.shape
@@ -114,12 +120,12 @@ def _distance(a: Tensor, b: Tensor) -> Tensor:
     return torch.stack([(x.double() - y).norm() for x, y in zip(a.split(step), b.split(step))]).norm()
 
 
-def _over_criterion(ours: Outputs, naive: Outputs, exact: Outputs, largest_logit: float, p: Problem) -> float:
+def _over_criterion(ours: Outputs, naive: Outputs, want: Outputs, exact: Exact, job: str) -> float:
     """The project's criterion (fastpo.check): the worst output's error over what it is allowed; NaN if not finite."""
-    operands = {"dhidden": check._rms(p.weight.double()) * check._rms(p.upstream.double())}
+    operands = {"dhidden": check._rms(exact.weight) * check._rms(exact.upstream(job))}
     worst = 0.0
-    for name, want in exact.items():
-        error, allowed = check.budgeted_error(ours[name], naive[name], want, largest_logit, operands.get(name))
+    for name, x in want.items():
+        error, allowed = check.budgeted_error(ours[name], naive[name], x, exact.largest_logit, operands.get(name))
         worst = max(worst, error / allowed if allowed else math.inf, key=lambda x: math.inf if math.isnan(x) else x)
     return worst
 
@@ -133,7 +139,7 @@ def gate(names: Iterable[str], p: Problem, device: str, memory: bool = True) -> 
         want = None if job == "gemms" else exact.outputs(job)
         naive = None if want is None else peers.naive(job)(p)
         for name in (n for n in names if PROVIDERS[n].job == job):
-            rows[name] = _gate_one(name, p, device, want, naive, exact.largest_logit, memory)
+            rows[name] = _gate_one(name, p, device, want, naive, exact, memory)
     return {name: rows[name] for name in names}
 
 
@@ -141,9 +147,9 @@ def _gate_one(
     name: str,
     p: Problem,
     device: str,
-    exact: Outputs | None,
+    want: Outputs | None,
     naive: Outputs | None,
-    largest_logit: float,
+    exact: Exact,
     memory: bool,
 ) -> dict:
     provider = PROVIDERS[name]
@@ -157,15 +163,15 @@ def _gate_one(
         ours, peak = with_peak(provider.step, p) if memory else (provider.step(p), None)
     except Exception as error:  # a peer may fail in any way; it is listed, not fatal
         return {"status": "failed", "reason": _words(error)}
-    if exact is None:
+    if want is None:
         return {"status": "ok", "peak_bytes": peak}
-    errors, base = relative_errors(ours, exact), relative_errors(naive, exact)
+    errors, base = relative_errors(ours, want), relative_errors(naive, want)
     # A scalar's error is one draw, whose ratio to another draw says nothing.
-    tensors = [k for k in errors if exact[k].dim() and base[k] > 0]
+    tensors = [k for k in errors if want[k].dim() and base[k] > 0]
     row = {"status": "ok", "errors": errors, "peak_bytes": peak}
     row["over_naive"] = {k: errors[k] / base[k] for k in tensors}
     if name.startswith("fastpo"):
-        row["over_criterion"] = _over_criterion(ours, naive, exact, largest_logit, p)
+        row["over_criterion"] = _over_criterion(ours, naive, want, exact, provider.job)
         wrong = not row["over_criterion"] <= 1.0
     else:
         wrong = not all(error <= WRONG[p.hidden.dtype] for error in errors.values())

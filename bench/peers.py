@@ -146,9 +146,10 @@ def pair_loss(logp: Tensor, job: str) -> Tensor:
     """Mean loss of PAIRS pairs: the first half of the rows are the chosen responses, all of one length."""
     chosen, rejected = logp.view(2, PAIRS, -1).sum(-1)
     if job == "dpo":
-        return -F.logsigmoid(BETA * (chosen - rejected)).mean()
-    length = logp.numel() // (2 * PAIRS)
-    return -F.logsigmoid(SIMPO_BETA * (chosen - rejected) / length - SIMPO_GAMMA).mean()
+        margin = BETA * (chosen - rejected)
+    else:
+        margin = SIMPO_BETA * (chosen - rejected) / (logp.numel() // (2 * PAIRS)) - SIMPO_GAMMA
+    return -F.logsigmoid(margin).mean()
 
 
 def fastpo_loss(job: str, budget: int | None = None) -> Callable[[Problem], Outputs]:

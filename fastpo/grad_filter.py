@@ -28,8 +28,8 @@ NaN or an infinite logit gives up nothing, and its gradient is NaN as without a 
 The logits [N, V] are kept in the input dtype from forward to backward where they fit the memory budget (GEMMs: 1 + 2 s
 for the share s of tiles that stay, 1 + s with a frozen head), else recomputed where they are needed (1 + 3 s, 1 + 2 s).
 Compiled passes for the `cpu` backend; anything else, GPUs included, runs plain PyTorch operations, for the Triton
-kernels know no lists of rows; that has not been run on a GPU yet. The lists depend on the data: the backward asks a GPU
-for their lengths once.
+kernels know no lists of rows; that has not been run on a GPU yet. The lists depend on the data: the backward waits
+for a GPU twice, for the rows of all lists and for their lengths.
 """
 
 from __future__ import annotations
@@ -120,6 +120,8 @@ def forward(head: Head, mass: float, keep_logits: bool, entropy: bool, compiled:
         if entropy:
             entropies[r] = row_entropy
         keep[r], dropped[r] = choose(shares, block.target, mass)
+    # NaN, never a plausible number: where the op does not look at the targets, to save a synchronisation.
+    logp.masked_fill_((head.target >= v_size) | ((head.target < 0) & (head.target != IGNORE_INDEX)), torch.nan)
     return Filtered(logp, entropies, dropped, saved, stats, keep)
 
 
@@ -157,10 +159,10 @@ def choose(shares: Tensor, target: Tensor, mass: float) -> tuple[Tensor, Tensor]
 
     Smallest first, while the sum, taken in fp64 and a little up, is at most `mass`. NaN never is, and NaN in a row's
     total makes all of its shares NaN. Ignored rows keep nothing and lose nothing, unless their shares are NaN: then
-    they are computed, as without a filter.
+    they are computed, as without a filter. A target outside the vocabulary has no tile of its own.
     """
     live = (target != IGNORE_INDEX).unsqueeze(1)
-    own = (target.where(target != IGNORE_INDEX, 0) // TILE_COLUMNS).unsqueeze(1)
+    own = (target // TILE_COLUMNS).clamp(0, shares.shape[1] - 1).unsqueeze(1)
     shares = shares.scatter(1, own, torch.where(live, torch.inf, shares.gather(1, own)))
     ascending, order = shares.sort(dim=1)
     skip = ascending.double().cumsum(1) * MARGIN <= mass
@@ -184,7 +186,7 @@ def backward(
     factor = grad * (-head.logit_scale / stats[1])
     state = torch.stack([stats[0], stats[2], factor] if compiled else [*stats, grad])
     right = x if compiled or not need[1] else (x * grad.unsqueeze(1)).to(x.dtype)
-    # The rows of every tile, tile after tile; the one place where the host waits for a device.
+    # The rows of every tile, tile after tile; here alone the host waits for a device, for the lengths and in nonzero.
     lists = keep.t().nonzero()[:, 1].split(keep.sum(0).tolist())
     step = backends.CPU_TILE_ROWS if x.device.type == "cpu" else backends.DEVICE_TILE_ROWS
     for v, rows in zip(_tile_slices(slice(0, len(w))), lists):

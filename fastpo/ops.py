@@ -71,7 +71,7 @@ def linear_logprob(
     grad_filter, in [0, 1): the backward leaves out each row's least likely tiles of the vocabulary, never its target's,
     that hold at most this much of the row's probability; the error that this allows is in grad_filter.py. A matrix
     N x V is then kept by `memory_budget` with a frozen head too; on a GPU it runs plain PyTorch operations and the
-    backward waits for the device once. 0.0 is the exact gradient. return_dropped adds an output, the last: the mass
+    backward waits for the device twice. 0.0 is the exact gradient. return_dropped adds an output, the last: the mass
     left out [N], detached, 0 where no gradient is asked for.
 
     Targets outside the vocabulary: OpError on a CPU, and on a GPU with FASTPO_CHECK_INPUTS=1; else NaN. DTensors, and
@@ -343,7 +343,7 @@ def _setup_linear_logprob(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)  # else autograd makes zeros of the size of `saved` for the backward
     ctx.options, ctx.dtype = options, hidden.dtype
     if options[2] == "frozen":  # neither hidden nor weight is needed again
-        ctx.save_for_backward(saved)
+        ctx.save_for_backward(saved, target)
     else:
         ctx.save_for_backward(hidden, weight, target, bias, saved, stats)
 
@@ -353,7 +353,8 @@ def _backward_linear_logprob(ctx, grad, *_):
     need = [need[0], need[1], need[3]]
     grads = [None, None, None]
     if grad is not None and ctx.options[2] == "frozen":
-        grads[0] = _scaled(*ctx.saved_tensors, grad, ctx.dtype)
+        saved, target = ctx.saved_tensors
+        grads[0] = _scaled(saved, grad.where(target != IGNORE_INDEX, 0.0), ctx.dtype)
     elif grad is not None:
         grads = _linear_logprob_backward(grad, *ctx.saved_tensors, *ctx.options, need)
         grads = [g if asked else None for g, asked in zip(grads, need)]
@@ -378,7 +379,7 @@ def _filtered_logprob(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(logp [N], entropy [N] or [0], dropped [N], logits [N, V] or [0], stats [3, N], keep [N, T]): grad_filter.py."""
     head = Head(hidden, weight, target, bias, softcap, logit_scale)
-    if target.device.type == "cpu":
+    if target.device.type == "cpu" or CHECK_INPUTS:
         _check_range(target, weight.shape[0])
     with torch.autocast(hidden.device.type, enabled=False):
         logp, entropies, dropped, saved, stats, keep = filters.forward(
@@ -640,6 +641,9 @@ def _preference_loss(
     and `numbers` are a Recipe's."""
     from fastpo.kernels.preference import preference_fwd
 
+    if logp.device.type == "cpu" or CHECK_INPUTS:
+        _check_pairs(response_offsets, pairs, logp.numel(), unique)
+
     def fp32(t: Tensor | None) -> Tensor | None:
         return None if t is None else t.float().contiguous()
 
@@ -652,6 +656,17 @@ def _preference_loss(
     )  # fmt: skip
     drows = logp.new_empty(0, dtype=torch.float32) if result.drows is None else result.drows
     return result.objective.sum(), result.metrics.sum(1), result.shown, result.dlogp, drows
+
+
+def _check_pairs(response_offsets: Tensor, pairs: Tensor, rows: int, unique: bool) -> None:
+    """The kernel reads and writes where these say, and nothing elsewhere."""
+    responses = response_offsets.numel() - 1
+    if response_offsets[0] != 0 or response_offsets[-1] != rows or (response_offsets.diff() < 0).any():
+        raise OpError(f"response_offsets must ascend from 0 to the {rows} rows of logp")
+    if ((pairs < 0) | (pairs >= responses)).any():
+        raise OpError(f"pairs must be indices of the {responses} responses")
+    if unique and len(pairs.unique()) != responses:
+        raise OpError("unique=True, but not every response is in exactly one pair")
 
 
 @_preference_loss.register_fake

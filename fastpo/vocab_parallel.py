@@ -337,11 +337,11 @@ def _finish(head: Head, rows: Rows, saved: Tensor, regime: str, backend: str) ->
         factor = (rows.rest * slope).where(here, 0.0).unsqueeze(1)
         saved += head.weight[head.target.where(here, 0)].to(saved.dtype).mul_(factor)
     elif regime == "kept":
-        _logits_to_grad(head, saved, stats, lse, backend)
+        _logits_to_grad(head, saved, stats, lse, rows.logp, backend)
     return stats[:0].clone()
 
 
-def _logits_to_grad(head: Head, saved: Tensor, stats: Tensor, lse: Tensor, backend: str) -> None:
+def _logits_to_grad(head: Head, saved: Tensor, stats: Tensor, lse: Tensor, logp: Tensor, backend: str) -> None:
     """Raw logits [N, V_r] -> U, in place, of rows whose statistics are known."""
     n, v_size = len(head.target), len(head.weight)
     if backend == "triton":
@@ -349,7 +349,7 @@ def _logits_to_grad(head: Head, saved: Tensor, stats: Tensor, lse: Tensor, backe
 
         head = backends._contiguous(head)
         rule = {"softcap": head.softcap, "logit_scale": head.logit_scale}
-        kernels.logprob_slice_grad(saved[:, :v_size], head.target, lse, head.bias, col_offset=0, **rule)
+        kernels.logprob_slice_grad(saved[:, :v_size], head.target, lse, head.bias, col_offset=0, logp=logp, **rule)
     elif backend == "cpu":
         m, total, others = stats
         rows = torch.stack([m, others, m, others])

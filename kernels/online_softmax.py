@@ -43,7 +43,8 @@ def _logit_rule(raw, bias, softcap, logit_scale):
 @triton.jit
 def _rescale(m, s, e, m_new):
     """(s, e) of a partial softmax with maximum m, restated for the maximum m_new >= m (finite)."""
-    shift = tl.where(m == float("-inf"), 0.0, m - m_new)
+    # exp(-1000) is 0. Of a part masked with the least finite number, shift * s would be infinite, and times 0 NaN.
+    shift = tl.where(m == float("-inf"), 0.0, tl.maximum(m - m_new, -1000.0))
     keep = tl.exp(m - m_new)
     return s * keep, (e + shift * s) * keep
 

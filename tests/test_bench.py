@@ -89,6 +89,22 @@ def test_what_is_wrong_or_absent_is_not_timed(bench, monkeypatch, tmp_path):
     assert (tmp_path / "sweep_memory.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_our_losses_are_held_to_the_gradient_that_they_get(bench, monkeypatch):
+    """A loss's coefficients are small beside a unit upstream: an error of 2e-5 of dhidden is no rounding."""
+    harness, peers = bench("harness"), bench("peers")
+
+    def off(p):
+        out = peers.fastpo_loss("dpo")(p)
+        return out | {"dhidden": out["dhidden"] * (1 + 2e-5)}
+
+    monkeypatch.setattr(
+        harness, "PROVIDERS", {**peers.PROVIDERS, "fastpo_off": peers.Provider("fastpo_off", off, "dpo", "kept")}
+    )
+    p = peers.Problem.make(*SHAPE, torch.float32, "cpu")
+    rows = harness.gate(["fastpo_dpo", "fastpo_off"], p, "cpu", memory=False)
+    assert [row["status"] for row in rows.values()] == ["ok", "wrong"], rows
+
+
 def test_floors(bench):
     roofline = bench("roofline")
     n, d, v = 1024, 512, 32000

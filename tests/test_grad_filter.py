@@ -99,6 +99,22 @@ def test_certificate(backend, dtype, kind):
             assert (lost[live] <= mass).all()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_target_outside_the_vocabulary_is_nan_unless_looked_at(backend):
+    """What a GPU does, where the op does not look at the targets: NaN in that row, no index out of range."""
+    x = problem(v=1003, ignored=False)
+    plain = forward(x, 0.1, backend)
+    bad = torch.tensor([3, 5, 8])
+    x["target"][bad] = torch.tensor([1003, -1, 9000])
+    out = forward(x, 0.1, backend)
+    assert out.logp.isnan().nonzero().flatten().equal(bad)
+    assert (out.dropped <= 0.1).all() and (out.logp == plain.logp).sum() == len(out.logp) - 3
+    head = backends.Head(x["hidden"], x["weight"], x["target"], None, None, 1.0)
+    upstream = torch.ones(67)
+    grads = grad_filter.backward(head, upstream, out.saved, out.stats, out.keep, [True, True, False], backend == "cpu")
+    assert grads[0].isfinite().all() and grads[1].isfinite().all()
+
+
 def test_ties_at_the_budget():
     """Eight tiles of exactly an eighth: a budget of a quarter is not overdrawn by what sums round to."""
     shares = torch.full((3, 8), 0.125)

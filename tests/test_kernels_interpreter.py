@@ -836,6 +836,43 @@ def test_preference_contracts(name, change, message):
         preference.preference_fwd(**(x | {k: v.to(DEVICE) if isinstance(v, Tensor) else v for k, v in change.items()}))
 
 
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"response_offsets": lambda t: t - 1}, "response_offsets must ascend from 0"),
+        ({"response_offsets": lambda t: t.clamp(max=int(t[-1]) - 1)}, "response_offsets must ascend from 0"),
+        ({"pairs": lambda t: t + 11}, "pairs must be indices"),
+        ({"pairs": lambda t: t - 1}, "pairs must be indices"),
+    ],
+    ids=["start", "end", "past", "negative"],
+)
+def test_preference_op_looks_at_its_indices_on_request(change, message, monkeypatch):
+    monkeypatch.setattr(ops, "CHECK_INPUTS", True)
+    x = preference_case("dpo", K_WAY)._asdict()
+    x |= {name: fn(x[name]) for name, fn in change.items()}
+    with pytest.raises(ops.OpError, match=message):
+        ops.preference_loss(**x, loss_type="dpo", beta=0.1, backend="triton")
+
+
+def test_one_minus_p_of_a_slice_keeps_its_digits():
+    """A vocabulary-parallel slice turns kept logits to U with the log-probabilities at hand: not by z - lse near 0."""
+    from fastpo import vocab_parallel
+
+    logits = 16 + torch.randn(4, 64, device=DEVICE)
+    target = torch.tensor([3, 9, 60, vocab_parallel.ELSEWHERE], device=DEVICE)
+    rows = torch.arange(3, device=DEVICE)
+    logits[rows, target[:3]] = 30.0
+    exact = logits.double().log_softmax(1)
+    lse, logp = logits.double().logsumexp(1).float(), exact[torch.arange(4, device=DEVICE), target.clamp(min=0)].float()
+    head = vocab_parallel.Head(logits[:, :1], logits.new_empty(64, 1), target, None, None, 1.0)
+    saved = logits.clone()
+    vocab_parallel._logits_to_grad(head, saved, torch.stack([lse, lse, lse]), lse, logp, "triton")
+    torch.testing.assert_close(
+        saved[rows, target[:3]].double(), -torch.expm1(exact[rows, target[:3]]), rtol=5e-3, atol=0
+    )
+    torch.testing.assert_close(saved[3].double(), -exact[3].exp(), rtol=1e-4, atol=1e-12)
+
+
 # ---- the trainer's own path
 
 TRAINED = [name for name, loss in POINTWISE.items() if loss.trainable]

@@ -19,6 +19,7 @@ from torch import Tensor
 from fastpo import backends, check, ops
 from fastpo.check import SOFTCAPPED, Case
 from fastpo.errors import FastpoError
+from fastpo.kernels import reference
 from fastpo.losses import LOSSES, Pairs
 from fastpo.metrics import pair_metrics
 
@@ -281,6 +282,24 @@ def test_ignored_rows_do_nothing(where, regime):
         torch.testing.assert_close(grads["weight"], expected_grads["weight"])
     _, nothing = run({**x, "target": torch.full_like(x["target"], -100)}, trained, **options)
     assert all((nothing[name] == 0).all() for name in trained)
+    upstream = x["upstream"].where(live, torch.nan)  # of a caller who divides by what an ignored row has none of
+    _, unharmed = run(x, trained, upstream, **options)
+    assert all(torch.equal(unharmed[name], grads[name]) for name in trained)
+
+
+@pytest.mark.parametrize("where", EVERYWHERE)
+def test_entropy_beside_logits_of_the_least_finite_number(where):
+    """A vocabulary masked by finfo.min in the bias, before and after what is left of it."""
+    backend, device = where
+    x = problem(5, 16, 9000, device=device, ignored=False)
+    for masked in (slice(0, 6144), slice(4500, 9000)):
+        x["bias"].zero_()[masked] = torch.finfo(torch.float32).min
+        x["target"].fill_(7000 if masked.start == 0 else 100)
+        args = (x["hidden"], x["weight"], x["target"], x["bias"])
+        _, entropy = ops.linear_logprob(*args, return_entropy=True, backend=backend)
+        _, exact = reference.linear_logprob(*(t.double() if t.is_floating_point() else t for t in args),
+                                            return_entropy=True)  # fmt: skip
+        torch.testing.assert_close(entropy.double(), exact, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("where", EVERYWHERE)
