@@ -267,8 +267,9 @@ def step_batches(
         tree = trees[most]
         halves = _trees(examples, tree[: len(tree) // 2]) + _trees(examples, tree[len(tree) // 2 :])
         trees[most : most + 1] = halves
-        sizes[most : most + 1] = _sizes(examples, halves)
-        costs = [size.cost(cost) for size in sizes]
+        of_halves = _sizes(examples, halves)
+        sizes[most : most + 1] = of_halves
+        costs[most : most + 1] = [size.cost(cost) for size in of_halves]
     shares = pack_step(range(len(trees)), [size.size for size in sizes], max_tokens, ranks, costs)
     return [[[i for k in part for i in trees[k]] for part in share] for share in shares]
 
