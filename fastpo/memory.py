@@ -65,10 +65,11 @@ def savings(run: "Trainer", training: bool = True) -> str:
         "master_weights=stochastic": full and not wide and config.master_weights == "fp32",
         "dtype=bfloat16": wide and not is_quantized(run.model),
         "an adapter (peft_config)": full,
+        "a smaller token_bucket": bool(config.token_bucket),
         f"a shorter {length}": True,
     }
     names = [name for name, is_open in ways.items() if is_open]
-    return ", ".join(name for name in names if training or name.startswith(("dtype", "a shorter")))
+    return ", ".join(name for name in names if training or name.startswith(("dtype", "a s")))
 
 
 # On a CPU half of DESIGN's 4,096: as fast, and a fifth less memory (bench/train_vs_peers.py).
@@ -139,7 +140,7 @@ class Budget:
             return
         if len(part) == 1:
             raise self._too_large(run.examples, part[0], reason, training=True)
-        self.tokens = tokens // 2
+        self.tokens = self._half(tokens)
         run.window.max_tokens = self.tokens
         message = (
             f"out of memory in a micro-batch of {tokens:,} tokens ({reason}): this step and the following ones are "
@@ -148,6 +149,11 @@ class Budget:
         )
         run.guards.warnings.append(Warning_("out_of_memory", step, message))
         log.warning("%s", run.guards.warnings[-1])
+
+    def _half(self, tokens: int) -> int:
+        """Of a budget; what token_bucket pads a micro-batch to is within it."""
+        half, bucket = tokens // 2, self.run.config.token_bucket or 1
+        return max(1, half // bucket * bucket or half)
 
     # ------------------------------------------------------- without gradients
 
@@ -175,7 +181,7 @@ class Budget:
             release(self.run.device)
             stack.append(part)
             if len(part) > 1:
-                self.pass_tokens = size // 2
+                self.pass_tokens = self._half(size)
                 log.warning("out of memory in a pass over %d tokens (%s); it goes on with %d at a time", size, reason,
                             self.pass_tokens)  # fmt: skip
             elif tried_alone:
@@ -215,15 +221,22 @@ class Budget:
         """For a checkpoint: a resumed run packs as this one would have. Every rank calls it."""
         run = self.run
         auto = run.config.max_tokens == "auto"
-        return {"max_tokens": run.max_tokens, "auto": auto, "tokens": run.world.gather(self.tokens)}
+        tokens, pass_tokens = map(list, zip(*run.world.gather((self.tokens, self.pass_tokens)), strict=True))
+        return {"max_tokens": run.max_tokens, "auto": auto, "tokens": tokens, "pass_tokens": pass_tokens}
 
     def load_state_dict(self, state: dict) -> None:
         """Go on where `state_dict` was taken; not with another max_tokens, which was set to try that."""
-        run, tokens = self.run, state.get("tokens", [])
+        run, rank = self.run, self.run.world.rank
         if run.config.max_tokens == "auto" and state.get("auto"):  # the memory that is free changes from day to day
-            run.max_tokens = self.pass_tokens = state["max_tokens"]
-        if state.get("max_tokens") == run.max_tokens and run.world.rank < len(tokens):
-            self.tokens = run.window.max_tokens = tokens[run.world.rank]
+            lowered = self.pass_tokens < run.max_tokens  # by this process's own passes, before its first step
+            run.max_tokens = run.window.max_tokens = self.tokens = state["max_tokens"]
+            self.pass_tokens = min(self.pass_tokens, run.max_tokens) if lowered else run.max_tokens
+        # Sharded ranks count their rounds by max_tokens, all alike: one with more micro-batches would leave some out.
+        if state.get("max_tokens") != run.max_tokens or run.engine.sharded:
+            return
+        if rank < len(state["tokens"]):
+            self.tokens = run.window.max_tokens = state["tokens"][rank]
+            self.pass_tokens = min(self.pass_tokens, state["pass_tokens"][rank])
 
 
 def release(device: torch.device) -> None:

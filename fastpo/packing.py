@@ -140,8 +140,9 @@ class TreeSize(NamedTuple):
     @property
     def size(self) -> int:
         """What counts against max_tokens: a head row takes less than a fourth of the memory of a trunk token, and there
-        are more of them only where many rows of a tree have the same responses."""
-        return max(self.tokens, self.head_rows // 4)
+        are more of them only where many rows of a tree have the same responses. Rounded up, so that rows together never
+        count for more than apart: else a micro-batch that fits is over the budget once it is looked at as a whole."""
+        return max(self.tokens, -(-self.head_rows // 4))
 
     def cost(self, cost: TrunkCost) -> int:
         """In 1/1024 of a token's share of a layer's matrices; an integer, so that it is the same on every machine."""
@@ -185,6 +186,11 @@ def set_sharing(examples: Sequence[Example], mode: str, cost: TrunkCost) -> None
         example.share = 0 < example.share_from <= len(example.responses)
 
 
+def sharing_mode(mode: str, device_type: str) -> str:
+    """`share_prompts` as it is on a kind of device: auto shares on a CPU alone, as it is unmeasured elsewhere."""
+    return "never" if mode == "auto" and device_type != "cpu" else mode
+
+
 def repeated_prompts(examples: Iterable[Example]) -> int:
     """How many examples have the prompt of one before them, and may share it with that in a step."""
     prompts = [e.prompt_ids.tobytes() for e in examples if e.share_from]
@@ -226,7 +232,7 @@ def step_trees(examples: Sequence[Example], rows: Iterable[int], max_tokens: int
             own = {r.tobytes(): len(r) - 1 for r in examples[i].responses}
             more = sum(length for response, length in own.items() if response not in seen)
             more_rows = sum(map(len, examples[i].responses))
-            if part and max(tokens + more, (head_rows + more_rows) // 4) > max_tokens:
+            if part and max(tokens + more, -(-(head_rows + more_rows) // 4)) > max_tokens:
                 trees += _trees(examples, part)
                 part, seen = [], set()
             if not part:
@@ -260,8 +266,9 @@ def step_batches(
         tree = trees[most]
         halves = _trees(examples, tree[: len(tree) // 2]) + _trees(examples, tree[len(tree) // 2 :])
         trees[most : most + 1] = halves
-        sizes[most : most + 1] = _sizes(examples, halves)
-        costs = [size.cost(cost) for size in sizes]
+        of_halves = _sizes(examples, halves)
+        sizes[most : most + 1] = of_halves
+        costs[most : most + 1] = [size.cost(cost) for size in of_halves]
     shares = pack_step(range(len(trees)), [size.size for size in sizes], max_tokens, ranks, costs)
     return [[[i for k in part for i in trees[k]] for part in share] for share in shares]
 

@@ -28,9 +28,10 @@ from fastpo.data import Example
 from fastpo.errors import ConfigError, FastpoError, UnsupportedModelError
 from fastpo.kway import Forming
 from fastpo.memory import MAX_TOKENS, log
+from fastpo.metrics import Flops
 from fastpo.model import load_tokenizer, resolve_device
 from fastpo.optim import NARROW
-from fastpo.packing import trunk_tokens
+from fastpo.packing import TrunkCost, set_sharing, sharing_mode, trunk_tokens
 from fastpo.prepare import disable_dropout
 from fastpo.row_statistics import TOKEN_KL
 from fastpo.weightless import Blueprint, simulate
@@ -238,15 +239,16 @@ def device_memory(device: torch.device) -> int | None:
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device)
     limits = []
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of one machine share its memory, but for the process's limit
     with contextlib.suppress(OSError, ValueError, IndexError):
         text = Path("/proc/meminfo").read_text()
         found = re.search(r"MemAvailable:\s+(\d+) kB", text)
         if found:
-            limits.append(int(found[1]) * 1024 + _resident())
+            limits.append(int(found[1]) * 1024 // ranks + _resident())
     with contextlib.suppress(OSError, ValueError):  # a container's limit
         limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text().strip() for name in ("max", "current"))
         if limit != "max":
-            limits.append(int(limit) - int(used) + _resident())
+            limits.append((int(limit) - int(used)) // ranks + _resident())
     soft, _ = resource.getrlimit(resource.RLIMIT_AS)
     if soft != resource.RLIM_INFINITY:
         with contextlib.suppress(OSError, ValueError):
@@ -267,7 +269,10 @@ def parse_bytes(text: str) -> int:
     if not match or not float(match[1]):
         raise ConfigError(f"memory must be a size such as 80GiB or 24GB, not {text!r}")
     unit = 1024 if match[3] else 1000
-    return int(float(match[1]) * unit ** " KMGT".index(match[2].upper() or " "))
+    nbytes = int(float(match[1]) * unit ** " KMGT".index(match[2].upper() or " "))
+    if nbytes < 100_000:
+        raise ConfigError(f"memory={text.strip()} is {nbytes:,} bytes: did you mean {match[1]}GiB?")
+    return nbytes
 
 
 def gib(nbytes: float) -> str:
@@ -285,7 +290,7 @@ def largest_max_tokens(run: "Trainer") -> int:
     if memory is None:
         raise ConfigError("max_tokens=auto: the memory of this device is unknown: set max_tokens to a number")
     sizes = sorted(map(trunk_tokens, run.examples), reverse=True)
-    step = sum(sizes[: run.config.step_size])
+    step = sum(sizes[: config.step_size])
     share = 1.0 if run.reads_prompts else sum(len(r) for e in run.examples for r in e.responses) / sum(sizes)
     found = estimate(
         Blueprint.of_model(run.model), config, run.device.type, row_share=min(1.0, share),
@@ -295,13 +300,16 @@ def largest_max_tokens(run: "Trainer") -> int:
     found.process = max(0, found.process - found.weights)
     room = memory * (1 - HEADROOM)
     found.check_fixed(room, f"this {run.device.type} has for it")
-    tokens = found.largest(room)
+    bucket = config.token_bucket or 1  # to a multiple of which every micro-batch is padded
+    tokens = found.largest(room) // bucket * bucket
     if not tokens:
+        least = max(STEP_TOKENS, bucket)
+        smaller = "a smaller token_bucket, " if bucket > STEP_TOKENS else ""
         raise ConfigError(
-            f"max_tokens=auto: {gib(found.total(STEP_TOKENS))} are needed for {STEP_TOKENS} tokens, and there are "
-            f"{gib(room)}: set gradient_checkpointing, logits_memory_budget=0, or train an adapter (peft_config)"
+            f"max_tokens=auto: {gib(found.total(least))} are needed for {least} tokens, and there are {gib(room)}: set "
+            f"{smaller}gradient_checkpointing, logits_memory_budget=0, or train an adapter (peft_config)"
         )
-    tokens = min(tokens, max(step, STEP_TOKENS))
+    tokens = min(tokens, -(-max(step, STEP_TOKENS) // bucket) * bucket)
     log.info("max_tokens=auto: %d, estimated to take %s of %s", tokens, gib(found.total(tokens)), gib(memory))
     if found.total(sizes[0]) > room:
         log.warning("the longest row has %d tokens, which are estimated to take %s of %s: set a shorter max_length",
@@ -328,10 +336,14 @@ def run(inputs: dict[str, Any], config: TrainConfig, memory: str | None, as_json
     device_type = device.type if device is not None else "cpu" if config.use_cpu or config.device == "cpu" else "cuda"
     blueprint = Blueprint.of_name(inputs["model"], config, inputs.get("peft_config"), inputs.get("quantization_config"))
     examples = _examples(inputs, config) if inputs.get("train_dataset") else []
-    share, longest = 1.0, 0
+    share, longest, step = 1.0, 0, MOST_TOKENS
     if examples:
-        sizes = [trunk_tokens(e) for e in examples]
-        longest = max(sizes)
+        cpu = torch.device("cpu")  # whose costs decide nothing on a GPU: auto shares on a CPU alone
+        with blueprint.mode:
+            cost = TrunkCost.of(Flops(blueprint.policy, cpu), cpu)
+        set_sharing(examples, sharing_mode(config.share_prompts, device_type), cost)
+        sizes = sorted(map(trunk_tokens, examples), reverse=True)
+        longest, step = sizes[0], sum(sizes[: config.step_size])
         share = min(1.0, sum(len(r) for e in examples for r in e.responses) / sum(sizes))
     autocast = config.bf16 if config.bf16 is not None else device_type == "cuda"
     ref_model = Blueprint.of_name(inputs["ref_model"], config).weights if inputs.get("ref_model") else 0
@@ -347,7 +359,7 @@ def run(inputs: dict[str, Any], config: TrainConfig, memory: str | None, as_json
     tokens = int(config.max_tokens) if config.max_tokens not in (None, "auto") else MAX_TOKENS[device_type]
     largest = found.largest(room)
     if config.max_tokens == "auto":
-        tokens = largest or STEP_TOKENS
+        tokens = max(STEP_TOKENS, min(largest, step))  # as in training: no more than the largest step has
     if as_json:
         print(json.dumps(_numbers(found, tokens, available, largest, longest)))
     else:

@@ -58,6 +58,7 @@ from fastpo.packing import (
     repeated_prompts,
     sequence_tokens,
     set_sharing,
+    sharing_mode,
     step_batches,
     trunk_tokens,
 )
@@ -247,9 +248,15 @@ class Trainer:
         if config.grad_filter and self.device.type == "cuda":
             log.warning("grad_filter runs plain PyTorch operations on a GPU, unmeasured: compare tokens_per_second")
         self.autocast_dtype = torch.bfloat16 if _use_bf16(config, self.device) else None
+        self.trunk_cost = TrunkCost.of(Flops(self.policy, self.device), self.device)
+        for examples in (self.examples, *self.eval_sets.values()):  # before max_tokens=auto counts their tokens
+            set_sharing(examples, sharing_mode(config.share_prompts, self.device.type), self.trunk_cost)
         self.max_tokens = resolve_max_tokens(self)
         if config.token_bucket and self.max_tokens % config.token_bucket:
-            raise ConfigError(f"max_tokens={self.max_tokens} is no multiple of token_bucket={config.token_bucket}")
+            nearest = max(1, self.max_tokens // config.token_bucket) * config.token_bucket
+            raise ConfigError(
+                f"max_tokens={self.max_tokens} is no multiple of token_bucket={config.token_bucket}: {nearest} is one"
+            )
         self.budget = Budget(self)
         self.optimizer, self.scheduler = optimizers or (None, None)
         if self.optimizer is not None and config.fsdp != "no":
@@ -354,13 +361,8 @@ class Trainer:
                 return steps[:total]
             epoch += 1
 
-    def _share_prompts(self) -> None:
-        mode = self.config.share_prompts
-        if mode == "auto" and self.device.type != "cpu":
-            mode = "never"  # unmeasured there
-        self.trunk_cost = TrunkCost.of(Flops(self.policy, self.device), self.device)
+    def _say_sharing(self) -> None:
         for name, examples in {"train": self.examples, **self.eval_sets}.items():
-            set_sharing(examples, mode, self.trunk_cost)
             over = [tokens for e in examples if (tokens := trunk_tokens(e)) > self.max_tokens]
             if over:
                 log.warning("%d of %d %s rows have more tokens than max_tokens=%d, the largest %d: each is a "
@@ -374,7 +376,7 @@ class Trainer:
         if repeated:
             log.info("%d of %d rows have the prompt of another: they share it where a step has both", repeated,
                      len(self.examples))  # fmt: skip
-        elif mode == "always" and not any(e.share for e in self.examples):
+        elif self.config.share_prompts == "always" and not any(e.share for e in self.examples):
             log.warning("share_prompts=always has no effect: no two responses have the same prompt")
 
     # ------------------------------------------------------------- forward
@@ -468,7 +470,7 @@ class Trainer:
     def _train(self) -> TrainResult:
         config = self.config
         plan = self._plan()
-        self._share_prompts()
+        self._say_sharing()
         self._tokens = [trunk_tokens(e) for e in self.examples]
         self.parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         if not self.parameters:

@@ -5,13 +5,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import fastpo
 from fastpo.errors import TrainingError
-from fastpo.memory import is_out_of_memory
+from fastpo.memory import Budget, is_out_of_memory
 
 OOM = {
     "cuda": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
@@ -135,6 +136,14 @@ def test_smaller_micro_batches_change_nothing(toy, run, kind, where):
         assert learnt > 1e-5  # ten times what rounding may do
 
 
+def test_lowered_budgets_are_padded_within(toy, run):
+    """A bucket of tokens pads a micro-batch to no more than its budget."""
+    got = run(toy.model(), {"limit": 250}, token_bucket=50)
+    assert got.failed == 2 and all(tokens % 50 == 0 for tokens in lowered(got)) and len(lowered(got)) == 1
+    plain = run(toy.model())
+    assert (weights(got.model) - weights(plain.model)).abs().max() < 1e-6
+
+
 @pytest.mark.parametrize("options", [{}, {"disable_dropout": False, "loss_type": "simpo"}], ids=["plain", "dropout"])
 def test_a_failure_that_does_not_come_back_leaves_no_trace(toy, run, options):
     """A fragmented allocator, another process: the step is repeated as it was, random numbers included."""
@@ -170,6 +179,16 @@ def test_a_resumed_run_packs_as_it_would_have(toy, run, tmp_path):
     resumed = run(toy.model(), {"limit": 200}, **go_on)
     assert whole.failed == 2 and resumed.failed == 0 and lowered(resumed) == lowered(whole)
     assert torch.equal(weights(resumed.model), weights(whole.model)) and numbers(resumed) == numbers(whole)
+    sharded = SimpleNamespace(
+        run=SimpleNamespace(
+            config=SimpleNamespace(max_tokens=BUDGET), max_tokens=BUDGET, world=SimpleNamespace(rank=0),
+            engine=SimpleNamespace(sharded=True),
+        ),
+        tokens=BUDGET,
+    )  # fmt: skip
+    saved = torch.load(tmp_path / "one" / "checkpoint-3" / "trainer.pt", weights_only=True)["budget"]
+    Budget.load_state_dict(sharded, saved)  # ranks of fsdp pack alike: one alone would leave micro-batches out
+    assert saved["tokens"][0] < BUDGET == sharded.tokens
     again = run(toy.model(), {"limit": 200}, **{**go_on, "max_tokens": BUDGET + 1, "output_dir": str(tmp_path / "one")})
     assert again.failed
 

@@ -203,6 +203,29 @@ def test_auto_takes_what_fits(toy, options, monkeypatch):
     assert (both[0] - both[1]).abs().max() < 1e-6
 
 
+def test_auto_counts_a_shared_prompt_once(toy, options, monkeypatch):
+    """The step's tokens, the head's rows among them, and the longest row are those of the packing; a bucket divides."""
+    data = [{"prompt": row["prompt"], "responses": [{"text": f" {row['chosen']} w{k}", "score": k} for k in range(4)]}
+            for row in rows(toy)]  # fmt: skip
+    estimate, shares = plan.estimate, []
+    monkeypatch.setattr(plan, "estimate", lambda *a, **kw: shares.append(kw["row_share"]) or estimate(*a, **kw))
+    tokens = {}
+    for mode in ("never", "always"):
+        args = {**options, "max_tokens": "auto", "pair_policy": "all", "share_prompts": mode, "token_bucket": 96}
+        trainer = fastpo.trainer.Trainer(toy.model(**SIZES), data, args=args, processing_class=toy.tokenizer())
+        tokens[mode] = sum(map(trunk_tokens, trainer.examples))
+        assert trainer.max_tokens == -(-tokens[mode] // 96) * 96
+    head_rows = sum(len(r) for e in trainer.examples for r in e.responses)
+    assert tokens["always"] < 0.8 * tokens["never"]
+    assert shares == pytest.approx([min(1, head_rows / tokens[mode]) for mode in ("never", "always")])
+    process = plan._resident()
+    monkeypatch.setattr(plan, "_resident", lambda: process)
+    monkeypatch.setattr(plan, "device_memory", lambda device: int((process + 60 * MIB) / (1 - plan.HEADROOM)))
+    with pytest.raises(ConfigError, match="max_tokens=auto: .* for 3072 tokens.*smaller token_bucket"):
+        args |= {"token_bucket": 3072, "optim": "sgd"}
+        fastpo.trainer.Trainer(toy.model(**SIZES), data, args=args, processing_class=toy.tokenizer())
+
+
 @pytest.mark.parametrize(
     "memory, words",
     [(None, "the memory of this device is unknown"), (MIB, "more than"), (None, None)],
@@ -233,6 +256,12 @@ def test_a_limit_of_the_process_counts():
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
     assert limited < free and limited - plan._resident() <= 65 * MIB
+
+
+def test_processes_of_one_machine_share_its_memory(monkeypatch):
+    free = plan.device_memory(torch.device("cpu")) - plan._resident()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert plan.device_memory(torch.device("cpu")) - plan._resident() < 0.3 * free
 
 
 # ---- the command
@@ -274,6 +303,9 @@ def test_plan_needs_no_weights(toy, folder, tmp_path, capsys):
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows(toy)))
     with_data = planned(capsys, "--model", folder, "--memory", "1GiB", "--use-cpu", "--train-dataset", data)
+    small = planned(capsys, "--model", folder, "--memory", "1GiB", "--use-cpu", "--train-dataset", data,
+                    "--max-tokens", "auto", "--per-device-train-batch-size", "2")  # fmt: skip
+    assert with_data["longest_row"] < small["max_tokens"] <= 2 * with_data["longest_row"]  # no more than a step has
     assert 64 < with_data["longest_row"] < 256 and with_data["activations_per_token"] <= found["activations_per_token"]
 
 
@@ -311,6 +343,8 @@ def test_plans_that_cannot_be_made(folder, capsys, options, words):
 def test_sizes():
     assert plan.parse_bytes("80GiB") == 80 << 30 and plan.parse_bytes("24 GB") == 24_000_000_000
     assert plan.parse_bytes("512m") == 512_000_000 and plan.parse_bytes("1e6") == 1_000_000
+    with pytest.raises(ConfigError, match="memory=24 is 24 bytes: did you mean 24GiB"):
+        plan.parse_bytes("24")
 
 
 def test_quantised_and_saved_adapters(toy, folder, tmp_path, capsys):
