@@ -138,7 +138,7 @@ def test_smaller_micro_batches_change_nothing(toy, run, kind, where):
 
 def test_lowered_budgets_are_padded_within(toy, run):
     """A bucket of tokens pads a micro-batch to no more than its budget."""
-    got = run(toy.model(), {"limit": 250}, token_bucket=50)
+    got = run(toy.model(), {"limit": 200}, token_bucket=50)
     assert got.failed == 2 and all(tokens % 50 == 0 for tokens in lowered(got)) and len(lowered(got)) == 1
     plain = run(toy.model())
     assert (weights(got.model) - weights(plain.model)).abs().max() < 1e-6
