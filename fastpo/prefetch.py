@@ -17,8 +17,8 @@ from torch import Tensor
 
 def to_device(tensors: Iterable[Tensor], device: torch.device) -> list[Tensor]:
     """Host tensors on `device`, for work that is queued on its current stream from here on."""
-    if device.type == "cpu":
-        return list(tensors)
+    if device.type != "cuda":
+        return [t.to(device) for t in tensors]
     copies, compute = _copy_stream(device), torch.cuda.current_stream(device)
     with torch.cuda.stream(copies):
         # The allocator of pinned memory holds a block back until its copy is done.
