@@ -163,11 +163,11 @@ def environment() -> dict:
     return {"machine": machine_name(), "cores": os.cpu_count(), "python": platform.python_version(), **versions} | {
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cuda": torch.version.cuda or torch.version.hip,
-        **_commit(),
+        **commit(),
     }
 
 
-def _commit() -> dict:
+def commit() -> dict:
     """The commit of the checkout, and whether tracked files differ from it; None outside of git."""
 
     def git(*args: str) -> str | None:

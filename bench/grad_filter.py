@@ -27,7 +27,6 @@ from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parent))
 import common  # noqa: E402
-from bench_head import commit  # noqa: E402
 
 from fastpo import grad_filter, ops  # noqa: E402
 
@@ -225,7 +224,7 @@ def main() -> None:
         old = json.loads(path.read_text())
         if all(old[k] == v for k, v in size.items()):
             result["cases"] = old["cases"]
-    result["cases"][f"{args.case} {args.dtype_name}"] = measure(args) | {"commit": commit(), "rounds": args.rounds}
+    result["cases"][f"{args.case} {args.dtype_name}"] = measure(args) | {**common.commit(), "rounds": args.rounds}
     report = table(result)
     print(report)
     if not args.no_write:

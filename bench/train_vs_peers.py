@@ -467,6 +467,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=10, help="optimiser steps a run")
     parser.add_argument("--repeats", type=int, default=3, help="runs of fastpo; the peers run once, they take minutes")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--name", default="train_vs_peers", help="of the result's files")
     parser.add_argument("--no-write", action="store_true", help="print only")
     parser.add_argument("--worker", nargs=2, metavar=("PROVIDER", "SCENARIO"), help=argparse.SUPPRESS)
     parser.add_argument("--out", help=argparse.SUPPRESS)
@@ -505,7 +506,7 @@ def main() -> int:
     print("\n" + table)
     report["failures"] = failures(report)
     if not args.no_write:
-        path = common.write_result("train_vs_peers", report, table)
+        path = common.write_result(args.name, report, table)
         plot(report, path.with_suffix(".png"))
         print(f"written to {path}")
     for line in report["failures"]:
