@@ -25,7 +25,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH leaves it out
 import common  # noqa: E402
-from train_vs_peers import SHAPES, SMALL, VOCAB  # noqa: E402
+from train_vs_peers import SHAPES, VOCAB  # noqa: E402
 
 from fastpo import adapters, data  # noqa: E402
 from fastpo.compiled import compiled_layers  # noqa: E402
@@ -78,7 +78,7 @@ def gradients(policy: Policy, batch: PackedBatch) -> list[Tensor]:
 
 def model_of(device: torch.device) -> torch.nn.Module:
     if device.type == "cpu":
-        return common.llama(VOCAB, **SMALL)
+        return common.llama(VOCAB, **SHAPES["4x256"])
     return common.llama(VOCAB, **SHAPES["1b"], dtype=torch.bfloat16).to(device)
 
 
