@@ -30,6 +30,8 @@ for the share s of tiles that stay, 1 + s with a frozen head), else recomputed w
 Compiled passes for the `cpu` backend; anything else, GPUs included, runs plain PyTorch operations, for the Triton
 kernels know no lists of rows; that has not been run on a GPU yet. The lists depend on the data: the backward waits
 for a GPU twice, for the rows of all lists and for their lengths.
+
+`filtered_logprob` is the custom op that `ops.linear_logprob` calls for a filter.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastpo import backends
+from fastpo import backends, op_parts
 from fastpo.backends import IGNORE_INDEX, Head, _add_mm, _contiguous, _cpu_pass, _mm_wide, _tiles, acc_dtype
 
 # Narrower tiles are given up more often and leave thinner GEMMs (docs/grad-filter.md).
@@ -222,3 +224,81 @@ def backward(
     if dhidden is not None:
         dhidden = (dhidden if compiled else dhidden.mul_(grad.unsqueeze(1))).to(x.dtype)
     return dhidden, dweight, dbias
+
+
+@torch.library.custom_op("fastpo::filtered_logprob", mutates_args=())
+def filtered_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    backend: str,
+    mass: float,
+    keep_logits: bool,
+    entropy: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(logp [N], entropy [N] or [0], dropped [N], logits [N, V] or [0], stats [3, N], keep [N, T])."""
+    head = Head(hidden, weight, target, bias, softcap, logit_scale)
+    op_parts.check_targets(target, weight.shape[0])
+    with torch.autocast(hidden.device.type, enabled=False):
+        logp, entropies, dropped, saved, stats, keep = forward(
+            head, mass, keep_logits, entropy, compiled=backend == "cpu"
+        )
+    return logp, entropies, dropped, saved, stats, keep
+
+
+@filtered_logprob.register_fake
+def _(hidden, weight, target, bias, softcap, logit_scale, backend, mass, keep_logits, entropy):
+    n, v_size, acc = hidden.shape[0], weight.shape[0], acc_dtype(hidden.dtype)
+    logp, dropped, stats = (hidden.new_empty(shape, dtype=acc) for shape in ((n,), (n,), (3, n)))
+    saved = hidden.new_empty((n, v_size) if keep_logits else 0)
+    keep = hidden.new_empty(n, tile_count(v_size), dtype=torch.bool)
+    return logp, hidden.new_empty(n if entropy else 0, dtype=acc), dropped, saved, stats, keep
+
+
+@torch.library.custom_op("fastpo::filtered_logprob_backward", mutates_args=())
+def _filtered_logprob_backward(
+    grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    saved: Tensor,
+    stats: Tensor,
+    keep: Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    backend: str,
+    need: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dhidden [N, D], dweight [V, D], dbias [V]), each [0] where `need` does not ask."""
+    head = Head(hidden, weight, target, bias, softcap, logit_scale)
+    grad = op_parts.live(grad, target)
+    with torch.autocast(grad.device.type, enabled=False):
+        grads = backward(head, grad, saved, stats, keep, need, compiled=backend == "cpu")
+    return op_parts.as_outputs(hidden, grads)
+
+
+@_filtered_logprob_backward.register_fake
+def _(grad, hidden, weight, target, bias, saved, stats, keep, softcap, logit_scale, backend, need):
+    return op_parts.fake_gradients(hidden, weight, need)
+
+
+_filtered_logprob_backward.register_autograd(op_parts.once_only)
+
+
+def _setup(ctx, inputs, output) -> None:
+    hidden, weight, target, bias, *options, _, _, _ = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.options = options
+    ctx.save_for_backward(hidden, weight, target, bias, *output[3:])
+
+
+def _backward(ctx, grad, *_):
+    return op_parts.gradients(ctx, _filtered_logprob_backward, grad, (0, 1, 3))
+
+
+filtered_logprob.register_autograd(_backward, setup_context=_setup)

@@ -15,24 +15,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastpo import backends, chips, losses, vocab_ops
+from fastpo import backends, chips, losses, op_parts, vocab_ops
 from fastpo import grad_filter as filters
-from fastpo.backends import IGNORE_INDEX, Head, acc_dtype
-from fastpo.errors import FastpoError
+from fastpo.backends import Head, acc_dtype
 from fastpo.kernels import reference
 from fastpo.kernels.pair_losses import RECIPES, Recipe, recipe
+from fastpo.op_parts import OpError as OpError
 
 GIB = 1 << 30
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 NATIVE_DTYPES = {"triton": DTYPES[:3], "cpu": DTYPES[:2], "torch": DTYPES}
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-# On a GPU the ops do not look at their inputs' values, which would wait for it; on request they do.
-CHECK_INPUTS = os.environ.get("FASTPO_CHECK_INPUTS", "0") not in ("", "0")
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"  # Triton kernels on CPU tensors, for tests
-
-
-class OpError(FastpoError):
-    """A tensor or an option that an op cannot take."""
 
 
 def available_backends() -> list[str]:
@@ -92,7 +86,7 @@ def linear_logprob(
         raise OpError(f"grad_filter must be in [0, 1), a share of each row's probability, not {grad_filter}")
     regime = _regime(hidden, weight, bias, memory_budget)
     if grad_filter and regime != "none":
-        logp, entropy, dropped, _, _, _ = _filtered_logprob(
+        logp, entropy, dropped, _, _, _ = filters.filtered_logprob(
             hidden, weight, target.long(), bias, softcap, logit_scale, backend, grad_filter,
             _fits(hidden, weight, memory_budget), return_entropy,
         )  # fmt: skip
@@ -257,18 +251,10 @@ def _linear_logprob(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(logp [N], entropy [N] or [0], saved, stats [k, N]); see backends.py for what each regime saves."""
     head = Head(hidden, weight, target, bias, softcap, logit_scale)
-    if target.device.type == "cpu" or CHECK_INPUTS:
-        _check_range(target, weight.shape[0])
+    op_parts.check_targets(target, weight.shape[0])
     with torch.autocast(hidden.device.type, enabled=False):
         kept = backends.FORWARD[backend](head, regime, entropy)
     return kept.logp, kept.entropy, kept.saved, kept.stats
-
-
-def _check_range(target: Tensor, vocabulary: int) -> None:
-    bad = ((target < 0) & (target != IGNORE_INDEX)) | (target >= vocabulary)
-    if bad.any():
-        row = int(bad.nonzero()[0])
-        raise OpError(f"target[{row}] = {int(target[row])} is outside the vocabulary of {vocabulary}")
 
 
 @_linear_logprob.register_fake
@@ -299,20 +285,18 @@ def _linear_logprob_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dhidden [N, D], dweight [V, D], dbias [V]), each [0] where `need` does not ask; regimes kept and sliced."""
     head = Head(hidden, weight, target, bias, softcap, logit_scale)
-    grad = grad.where(target != IGNORE_INDEX, 0.0).contiguous()
+    grad = op_parts.live(grad, target)
     with torch.autocast(grad.device.type, enabled=False):
         if regime == "kept":
             grads = backends.kept_backward(head, grad, saved, stats, need)
         else:
             grads = backends.SLICED_BACKWARD[backend](head, grad, stats, need)
-    dhidden, dweight, dbias = (hidden.new_empty(0) if g is None else g.to(hidden.dtype) for g in grads)
-    return dhidden, dweight, dbias
+    return op_parts.as_outputs(hidden, grads)
 
 
 @_linear_logprob_backward.register_fake
 def _(grad, hidden, weight, target, bias, saved, stats, softcap, logit_scale, regime, backend, need):
-    shapes = (hidden.shape, weight.shape, weight.shape[:1])
-    return tuple(hidden.new_empty(shape if asked else 0) for shape, asked in zip(shapes, need))
+    return op_parts.fake_gradients(hidden, weight, need)
 
 
 @torch.library.custom_op("fastpo::scaled", mutates_args=())
@@ -327,18 +311,14 @@ def _(saved, factor, dtype):
     return saved.new_empty(saved.shape, dtype=dtype)
 
 
-def _once_only(ctx, *grads):
-    raise RuntimeError("fastpo ops are differentiable once: their gradients come from closed forms without a graph")
-
-
 for _op in (_linear_logprob_backward, _scaled):
-    _op.register_autograd(_once_only)
+    _op.register_autograd(op_parts.once_only)
 
 
 def _setup_linear_logprob(ctx, inputs, output) -> None:
     hidden, weight, target, bias, *options, _ = inputs
     _, entropy, saved, stats = output
-    # A frozen head's `saved` stays differentiable in name, so that a second derivative meets _once_only.
+    # A frozen head's `saved` stays differentiable in name, so that a second derivative meets once_only.
     ctx.mark_non_differentiable(*([entropy, stats] if options[2] == "frozen" else [entropy, saved, stats]))
     ctx.set_materialize_grads(False)  # else autograd makes zeros of the size of `saved` for the backward
     ctx.options, ctx.dtype = options, hidden.dtype
@@ -349,105 +329,13 @@ def _setup_linear_logprob(ctx, inputs, output) -> None:
 
 
 def _backward_linear_logprob(ctx, grad, *_):
-    need = list(ctx.needs_input_grad)
-    need = [need[0], need[1], need[3]]
-    grads = [None, None, None]
-    if grad is not None and ctx.options[2] == "frozen":
-        saved, target = ctx.saved_tensors
-        grads[0] = _scaled(saved, grad.where(target != IGNORE_INDEX, 0.0), ctx.dtype)
-    elif grad is not None:
-        grads = _linear_logprob_backward(grad, *ctx.saved_tensors, *ctx.options, need)
-        grads = [g if asked else None for g, asked in zip(grads, need)]
-    return grads[0], grads[1], None, grads[2], *[None] * (len(ctx.options) + 1)
+    if grad is None or ctx.options[2] != "frozen":
+        return op_parts.gradients(ctx, _linear_logprob_backward, grad, (0, 1, 3))
+    saved, target = ctx.saved_tensors
+    return _scaled(saved, op_parts.live(grad, target), ctx.dtype), *[None] * (len(ctx.needs_input_grad) - 1)
 
 
 _linear_logprob.register_autograd(_backward_linear_logprob, setup_context=_setup_linear_logprob)
-
-
-@torch.library.custom_op("fastpo::filtered_logprob", mutates_args=())
-def _filtered_logprob(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    softcap: float | None,
-    logit_scale: float,
-    backend: str,
-    mass: float,
-    keep_logits: bool,
-    entropy: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(logp [N], entropy [N] or [0], dropped [N], logits [N, V] or [0], stats [3, N], keep [N, T]): grad_filter.py."""
-    head = Head(hidden, weight, target, bias, softcap, logit_scale)
-    if target.device.type == "cpu" or CHECK_INPUTS:
-        _check_range(target, weight.shape[0])
-    with torch.autocast(hidden.device.type, enabled=False):
-        logp, entropies, dropped, saved, stats, keep = filters.forward(
-            head, mass, keep_logits, entropy, compiled=backend == "cpu"
-        )
-    return logp, entropies, dropped, saved, stats, keep
-
-
-@_filtered_logprob.register_fake
-def _(hidden, weight, target, bias, softcap, logit_scale, backend, mass, keep_logits, entropy):
-    n, v_size, acc = hidden.shape[0], weight.shape[0], acc_dtype(hidden.dtype)
-    logp, dropped, stats = (hidden.new_empty(shape, dtype=acc) for shape in ((n,), (n,), (3, n)))
-    saved = hidden.new_empty((n, v_size) if keep_logits else 0)
-    keep = hidden.new_empty(n, filters.tile_count(v_size), dtype=torch.bool)
-    return logp, hidden.new_empty(n if entropy else 0, dtype=acc), dropped, saved, stats, keep
-
-
-@torch.library.custom_op("fastpo::filtered_logprob_backward", mutates_args=())
-def _filtered_logprob_backward(
-    grad: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    saved: Tensor,
-    stats: Tensor,
-    keep: Tensor,
-    softcap: float | None,
-    logit_scale: float,
-    backend: str,
-    need: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dhidden [N, D], dweight [V, D], dbias [V]), each [0] where `need` does not ask."""
-    head = Head(hidden, weight, target, bias, softcap, logit_scale)
-    grad = grad.where(target != IGNORE_INDEX, 0.0).contiguous()
-    with torch.autocast(grad.device.type, enabled=False):
-        grads = filters.backward(head, grad, saved, stats, keep, need, compiled=backend == "cpu")
-    dhidden, dweight, dbias = (hidden.new_empty(0) if g is None else g for g in grads)
-    return dhidden, dweight, dbias
-
-
-@_filtered_logprob_backward.register_fake
-def _(grad, hidden, weight, target, bias, saved, stats, keep, softcap, logit_scale, backend, need):
-    shapes = (hidden.shape, weight.shape, weight.shape[:1])
-    return tuple(hidden.new_empty(shape if asked else 0) for shape, asked in zip(shapes, need))
-
-
-_filtered_logprob_backward.register_autograd(_once_only)
-
-
-def _setup_filtered_logprob(ctx, inputs, output) -> None:
-    hidden, weight, target, bias, *options, _, _, _ = inputs
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-    ctx.options = options
-    ctx.save_for_backward(hidden, weight, target, bias, *output[3:])
-
-
-def _backward_filtered_logprob(ctx, grad, *_):
-    need = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
-    grads = [None, None, None]
-    if grad is not None:
-        grads = _filtered_logprob_backward(grad, *ctx.saved_tensors, *ctx.options, need)
-        grads = [g if asked else None for g, asked in zip(grads, need)]
-    return grads[0], grads[1], None, grads[2], *[None] * 6
-
-
-_filtered_logprob.register_autograd(_backward_filtered_logprob, setup_context=_setup_filtered_logprob)
 
 
 # ------------------------------------------------------------------------------------------------- preference losses
@@ -641,7 +529,7 @@ def _preference_loss(
     and `numbers` are a Recipe's."""
     from fastpo.kernels.preference import preference_fwd
 
-    if logp.device.type == "cpu" or CHECK_INPUTS:
+    if op_parts.looks_at(logp):
         _check_pairs(response_offsets, pairs, logp.numel(), unique)
 
     def fp32(t: Tensor | None) -> Tensor | None:

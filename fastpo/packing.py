@@ -316,124 +316,152 @@ def collate(
     Neighbours with one prompt are one tree where their `share_from` says so. `with_prompts` lists the prompts' tokens
     too, for a loss that reads their log-probabilities. `token_bucket`: the trunk's row is padded to a multiple of it.
     """
-    ids, positions, rows, targets, ref, nll, token_weights = ([] for _ in range(7))  # arrays, one a segment or response
-    seg_lengths: list[int] = []
-    seg_parents: list[int] = []
-    chain_lengths: list[int] = []
-    response_lengths: list[int] = []
+    trunk, prompts = _Trunk(), _PromptRows()
+    rows: list[np.ndarray] = []  # of each response, as the next four
+    targets: list[np.ndarray] = []
+    ref: list[np.ndarray] = []
+    nll: list[np.ndarray] = []
+    token_weights: list[np.ndarray] = []
     pairs: list[tuple[int, int]] = []
-    weights: list[float] = []
+    pair_weight: list[float] = []
     win_chosen: list[float] = []
     win_rejected: list[float] = []
     ref_sums: list[float] = []
     labels: list[float] = []
-    branches: list[Branch] = []
     scores: list[float] = []
     greedy: list[int] = []
-    prompts = _PromptRows()
-    placed: dict[bytes, np.ndarray] = {}  # of a shared prompt's responses: the positions that predict their tokens
-    start = num_tokens = root = root_segment = after_first = 0
+    num_tokens = 0
     for i, opens, share in _adjacent_trees(examples, indices):
         example = examples[i]
-        first_response = len(response_lengths)
+        first_response = len(targets)
         pair_weights = example.pair_columns.get("weight", [1.0] * len(example.pairs))
         preferred: dict[int, float] = {}  # response -> weight of its token NLL
         for (winner, loser), weight in zip(example.pairs, pair_weights, strict=True):
             pairs.append((first_response + winner, first_response + loser))
-            weights.append(weight)
+            pair_weight.append(weight)
             preferred.setdefault(winner, weight)
         _win_probs(example, win_chosen, win_rejected)
-        if opens:
-            root, root_segment = start, len(seg_parents)  # of the tree's first prompt
-            placed.clear()
+        trunk.begin_row(opens)
         for k, response in enumerate(example.responses):
             prompt = example.prompt_of(k)
-            if share and response.tobytes() in placed:
-                length = 0
-                rows.append(placed[response.tobytes()])
-            elif share and placed:
-                length = len(response) - 1
-                ids.append(response[:-1])
-                positions.append(np.arange(len(prompt), len(prompt) + length))
-                seg_parents.append(root_segment)
-                seg_lengths.append(length)
-                rows.append(np.concatenate([[root + len(prompt) - 1], np.arange(start, start + length)]))
-            else:
-                length = len(prompt) + len(response) - 1
-                after_first = start + length
-                ids += [prompt, response[:-1]]
-                positions.append(np.arange(length))
-                seg_parents += [-1, len(seg_parents)]
-                seg_lengths += [len(prompt), len(response) - 1]
-                rows.append(np.arange(start + len(prompt) - 1, start + length))
-            targets.append(response)
             weight = preferred.get(k, 0.0) if example.pairs else 1.0
             if "label" in example.response_columns:
                 weight = example.response_columns["label"][k]
                 labels.append(weight)
-            if with_prompts and k in preferred:
-                prompts.add(first_response + k, root if share else start, prompt, preferred[k])
             nll.append(np.full(len(response), weight, np.float32))
             if example.token_weights is not None:
                 token_weights.append(example.token_weights[k])
                 nll[-1] *= example.token_weights[k]
-            if share:
-                placed.setdefault(response.tobytes(), rows[-1])
-            if length:
-                chain_lengths.append(length)
-            response_lengths.append(len(response))
-            start += length
+            if with_prompts and k in preferred:
+                prompts.add(first_response + k, trunk.root if share else trunk.size, prompt, preferred[k])
+            rows.append(trunk.add(prompt, response, share))
+            targets.append(response)
             num_tokens += len(prompt) + len(response)
             if ref_logps is not None:
                 ref.append(ref_logps[i][k])
-        if share and start > after_first:
-            if not opens and branches and branches[-1].prompt == root:
-                branches.pop()
-            branches.append(Branch(after_first, start, root, root + len(example.prompt_ids)))
+        if share:
+            trunk.end_shared_row(opens, len(example.prompt_ids))
         ref_sums += example.response_columns.get("ref_logps", [])
         scores += example.response_columns.get("score", [])
         if example.greedy is not None:
             greedy += [first_response + example.greedy] * len(example.pairs)
-    padding = -start % token_bucket if token_bucket else 0
-    longest = max(chain_lengths, default=1)  # so that padding has no position, and asks for no window, that rows do not
-    for first in range(0, padding, longest):
-        length = min(longest, padding - first)
-        ids.append(np.zeros(length, np.int64))
-        positions.append(np.arange(length))
-        seg_parents.append(-1)
-        seg_lengths.append(length)
-        chain_lengths.append(length)
-    n_responses = len(response_lengths)
-    flat_pairs = [r for pair in pairs for r in pair]
+    padding = trunk.pad(token_bucket) if token_bucket else 0
+    n_responses, n_pairs = len(targets), len(pairs)
     return PackedBatch(
-        input_ids=_int64(ids),
-        position_ids=_int64(positions),
-        seg_offsets=_offsets(seg_lengths),
-        seg_parents=tuple(seg_parents),
-        cu_seqlens=_offsets(chain_lengths),
-        branches=tuple(branches),
+        input_ids=_int64(trunk.ids),
+        position_ids=_int64(trunk.positions),
+        seg_offsets=_offsets(trunk.seg_lengths),
+        seg_parents=tuple(trunk.seg_parents),
+        cu_seqlens=_offsets(trunk.chain_lengths),
+        branches=tuple(trunk.branches),
         logit_rows=_int64(rows),
         target=_int64(targets),
-        response_offsets=torch.tensor(_offsets(response_lengths), dtype=torch.int32),
+        response_offsets=torch.tensor(_offsets(list(map(len, targets))), dtype=torch.int32),
         pairs=torch.tensor(pairs, dtype=torch.int32).reshape(-1, 2),
-        pair_weight=torch.tensor(weights, dtype=torch.float32),
+        pair_weight=torch.tensor(pair_weight, dtype=torch.float32),
         nll_weight=torch.from_numpy(np.concatenate(nll)),
         token_weight=torch.from_numpy(np.concatenate(token_weights)) if token_weights else None,
-        win_prob_chosen=torch.tensor(win_chosen, dtype=torch.float32) if len(win_chosen) == len(pairs) else None,
-        win_prob_rejected=torch.tensor(win_rejected, dtype=torch.float32) if len(win_rejected) == len(pairs) else None,
+        win_prob_chosen=_float32(win_chosen, n_pairs),
+        win_prob_rejected=_float32(win_rejected, n_pairs),
         label=torch.tensor(labels).bool() if labels else None,
-        score=torch.tensor(scores, dtype=torch.float32) if len(scores) == n_responses else None,
-        greedy=torch.tensor(greedy, dtype=torch.int32) if pairs and len(greedy) == len(pairs) else None,
+        score=_float32(scores, n_responses),
+        greedy=torch.tensor(greedy, dtype=torch.int32) if pairs and len(greedy) == n_pairs else None,
         ref_logp=torch.from_numpy(np.concatenate(ref).astype(np.float32)) if ref else None,
-        ref_response_logps=torch.tensor(ref_sums, dtype=torch.float32) if len(ref_sums) == n_responses else None,
+        ref_response_logps=_float32(ref_sums, n_responses),
         examples=tuple(indices),
         row_pairs=tuple(len(examples[i].pairs) for i in indices),
         row_responses=tuple(len(examples[i].responses) for i in indices),
         num_tokens=num_tokens,
-        unique=sorted(flat_pairs) == list(range(n_responses)),
+        unique=sorted(r for pair in pairs for r in pair) == list(range(n_responses)),
         padding=padding,
         prompts=prompts.packed(pairs) if with_prompts else None,
     )
+
+
+class _Trunk:
+    """Lays out the trunk's row: what stands at each of its positions, and which part attends to which."""
+
+    def __init__(self) -> None:
+        self.ids: list[np.ndarray] = []  # one a segment
+        self.positions: list[np.ndarray] = []  # one a call of `_chain`
+        self.seg_lengths: list[int] = []
+        self.seg_parents: list[int] = []
+        self.chain_lengths: list[int] = []
+        self.branches: list[Branch] = []
+        self.size = 0  # tokens so far
+        self.root = self.root_segment = self.after_first = 0  # of the tree's prompt; where its first response ends
+        self.placed: dict[bytes, np.ndarray] = {}  # by response of a shared prompt: what predicts its tokens
+
+    def begin_row(self, opens: bool) -> None:
+        """A row of data; `opens`: it begins a tree."""
+        if opens:
+            self.root, self.root_segment = self.size, len(self.seg_parents)
+            self.placed.clear()
+
+    def add(self, prompt: np.ndarray, response: np.ndarray, share: bool) -> np.ndarray:
+        """A response, with its prompt unless that is shared and stands there; returns the positions that predict it."""
+        key = response.tobytes() if share else b""
+        if share and key in self.placed:
+            return self.placed[key]
+        start = self.size
+        if share and self.placed:
+            self._chain([response[:-1]], [self.root_segment], len(prompt))
+            rows = np.concatenate([[self.root + len(prompt) - 1], np.arange(start, self.size)])
+        else:
+            self._chain([prompt, response[:-1]], [-1, len(self.seg_parents)], 0)
+            self.after_first = self.size
+            rows = np.arange(start + len(prompt) - 1, self.size)
+        if share:
+            self.placed[key] = rows
+        return rows
+
+    def _chain(self, segments: list[np.ndarray], parents: list[int], first_position: int) -> None:
+        """Segments whose positions count on; one without tokens is none of attention's chains."""
+        length = sum(map(len, segments))
+        self.ids += segments
+        self.positions.append(np.arange(first_position, first_position + length))
+        self.seg_parents += parents
+        self.seg_lengths += map(len, segments)
+        if length:
+            self.chain_lengths.append(length)
+        self.size += length
+
+    def end_shared_row(self, opens: bool, prompt_length: int) -> None:
+        """What came after the tree's first response branches off its prompt."""
+        if self.size == self.after_first:
+            return
+        if not opens and self.branches and self.branches[-1].prompt == self.root:
+            self.branches.pop()  # of the same tree, one row ago
+        self.branches.append(Branch(self.after_first, self.size, self.root, self.root + prompt_length))
+
+    def pad(self, bucket: int) -> int:
+        """Fills the row up to a multiple of `bucket`; returns by how much."""
+        padding = -self.size % bucket
+        # No longer than the rows' own chains: padding has no position, and asks for no window, that they do not.
+        longest = max(self.chain_lengths, default=1)
+        for first in range(0, padding, longest):
+            self._chain([np.zeros(min(longest, padding - first), np.int64)], [-1], 0)
+        return padding
 
 
 class _PromptRows:
@@ -478,6 +506,11 @@ def _win_probs(example: Example, chosen: list[float], rejected: list[float]) -> 
 
 def _int64(parts: list[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.concatenate(parts).astype(np.int64, copy=False))
+
+
+def _float32(values: list[float], count: int) -> Tensor | None:
+    """A column [count], or None where not every row has it."""
+    return torch.tensor(values, dtype=torch.float32) if len(values) == count else None
 
 
 def _offsets(lengths: list[int]) -> tuple[int, ...]:

@@ -22,8 +22,20 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, TrainerState, set_seed
 
-from fastpo import adapters, checkpoint, data, live_reference, losses, outputs, references, rows, saving
-from fastpo.callbacks import Callbacks, best, check_best
+from fastpo import (
+    adapters,
+    checkpoint,
+    data,
+    evaluation,
+    live_reference,
+    losses,
+    outputs,
+    references,
+    rows,
+    run_data,
+    saving,
+)
+from fastpo.callbacks import Callbacks, check_best
 from fastpo.config import TrainConfig
 from fastpo.distributed import Engine, World, shard
 from fastpo.errors import ConfigError, DataError, TrainingError
@@ -39,12 +51,11 @@ from fastpo.metrics import (
     Window,
     fused_pair_loss,
     has_kernel,
-    metric_means,
     nll_sum,
     pair_inputs,
     pair_metrics,
 )
-from fastpo.model import DROPPED_MASS, Policy, load_model, load_tokenizer, verify_policy
+from fastpo.model import DROPPED_MASS, Policy, load_model, load_tokenizer
 from fastpo.optim import Gradients, build_optimizer, build_scheduler
 from fastpo.packing import (
     PackedBatch,
@@ -54,19 +65,18 @@ from fastpo.packing import (
     epoch_steps,
     loss_count,
     nll_count,
-    pass_batches,
-    repeated_prompts,
     sequence_tokens,
     set_sharing,
     sharing_mode,
     step_batches,
     trunk_tokens,
 )
-from fastpo.prepare import check_ids, check_offloading, disable_dropout, eval_mode, set_numerics, training_mode
+from fastpo.prepare import check_ids, check_offloading, disable_dropout, set_numerics, training_mode
 from fastpo.ref_policy import MovingReference, cache_folder
 from fastpo.row_statistics import EVALUATION, TOKEN_KL, TRAIN, draw_rows, observer, row_statistics
-from fastpo.samples import check_generation_kwargs, generate_samples
+from fastpo.samples import check_generation_kwargs
 from fastpo.stepwide import Statistics, StepWide
+from fastpo.verify import verify_policy
 
 log = logging.getLogger("fastpo")
 
@@ -120,7 +130,8 @@ def train(
 
 
 class Trainer:
-    """One run. `train` is its public face; the parts are methods so that each can be read, and tested, alone."""
+    """One run. `train` is its public face; its parts are methods, and functions of it in run_data.py, evaluation.py,
+    references.py, saving.py and outputs.py, so that each can be read, and tested, alone."""
 
     def __init__(
         self,
@@ -143,6 +154,51 @@ class Trainer:
         outputs.ensure_log_handler(quiet=not world.main)
         set_numerics(config)
         self.device = world.device
+        self._resolve_losses(ref_model, prev_model)
+        check_generation_kwargs(config.generation_kwargs)
+        check_offloading(config, self.device)
+        build_scheduler(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0), config, steps=100)  # its errors, early
+        self.output_dir = Path(config.output_dir)
+        self.resume, remarks = world.first(lambda: checkpoint.find(self.output_dir, config.resume_from_checkpoint))
+        for remark in remarks:
+            log.warning("%s", remark)
+        world.first(lambda: outputs.check_folder(config, resumes=config.resume_from_checkpoint not in (None, False)))
+        set_seed(config.seed)
+
+        self._note_inputs(model, train_dataset, eval_dataset)
+        self.tokenizer = processing_class if processing_class is not None else load_tokenizer(
+            self.model_name, trust_remote_code=config.trust_remote_code,
+            revision=(config.model_init_kwargs or {}).get("revision"),
+        )  # fmt: skip
+        self.callbacks = Callbacks(
+            callbacks, config, tokenizer=self.tokenizer, rank=world.rank, local_rank=world.local_rank,
+            world_size=world.size, device=self.device, around=self._around_callbacks,
+        )  # fmt: skip
+        self.data_reports: dict[str, data.DataReport] = {}
+        self.examples = run_data.prepare(self, train_dataset, config.dataset_train_split, "train")
+        self.eval_sets = run_data.prepare_eval(self, eval_dataset)
+        self.stepwide = StepWide(self)
+        self.stepwide.prepare({"train": self.examples, **self.eval_sets})
+        check_best(config, {k: ["loss", *run_data.reported(self, examples)] for k, examples in self.eval_sets.items()})
+        self.hub = Hub(config) if config.push_to_hub and world.main else None
+
+        self._take_model(model, peft_config, quantization_config)
+        if config.grad_filter and self.device.type == "cuda":
+            log.warning("grad_filter runs plain PyTorch operations on a GPU, unmeasured: compare tokens_per_second")
+        self.autocast_dtype = torch.bfloat16 if _use_bf16(config, self.device) else None
+        self._size_micro_batches()
+        self.optimizer, self.scheduler = optimizers or (None, None)
+        if self.optimizer is not None and config.fsdp != "no":
+            raise ConfigError("fsdp splits the parameters, so an optimiser made before does not fit: set optim instead")
+        self.num_tokens = 0
+        self.ref: dict[str, Any] = {}
+        self.start: Any = None  # the start's own log-probabilities, where `ref` is a mixture of them and others
+        self.other_reference = False  # whether a resumed run's reference is not the one that it began with
+        self.callbacks.call("on_init_end")
+
+    def _resolve_losses(self, ref_model: Any, prev_model: Any) -> None:
+        """The loss terms, and what they read beside the policy: references, previous policies, lists, statistics."""
+        config = self.config
         self.terms = losses.resolve_terms(
             config.losses, config.loss_weights, loss_kwargs=config.loss_kwargs, beta=config.beta,
             label_smoothing=config.label_smoothing, gamma_beta_ratio=config.gamma_beta_ratio,
@@ -166,57 +222,38 @@ class Trainer:
             raise ConfigError(f"{lists[0]} reads whole lists of responses: leave pair_policy={config.pair_policy} out")
         self.forming = Forming(config.pair_policy, config.pair_margin, whole=bool(lists))
         references.check_previous(self, prev_model)
+        self.ref_model, self.prev_model = ref_model, prev_model
         self.row_statistics = row_statistics(self.pair_terms)
         if TOKEN_KL in self.row_statistics:
             live_reference.check(config, self.pair_terms)
         self.live: live_reference.LiveReference | None = None
-        check_generation_kwargs(config.generation_kwargs)
-        check_offloading(config, self.device)
-        build_scheduler(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0), config, steps=100)  # its errors, early
-        self.ref_model, self.prev_model = ref_model, prev_model
-        self.output_dir = Path(config.output_dir)
-        self.resume, remarks = world.first(lambda: checkpoint.find(self.output_dir, config.resume_from_checkpoint))
-        for remark in remarks:
-            log.warning("%s", remark)
-        world.first(lambda: outputs.check_folder(config, resumes=config.resume_from_checkpoint not in (None, False)))
-        set_seed(config.seed)
 
+    def _note_inputs(self, model: Any, train_dataset: Any, eval_dataset: Any) -> None:
+        """Names and paths of what the run is made from, for its files; a path that is not there ends it here."""
         name = os.fspath(model) if isinstance(model, str | os.PathLike) else None
         self.model_name = name or getattr(getattr(model, "config", None), "_name_or_path", "") or ""
         self.model_given_by_name = name is not None
-        paths = {"model": model, "train_dataset": train_dataset, "eval_dataset": eval_dataset, "ref_model": ref_model,
-                 "prev_model": prev_model}  # fmt: skip
+        self.dataset_name = train_dataset if isinstance(train_dataset, str) else None
+        paths = {"model": model, "train_dataset": train_dataset, "eval_dataset": eval_dataset,
+                 "ref_model": self.ref_model, "prev_model": self.prev_model}  # fmt: skip
         self.inputs: dict[str, Any] = {k: os.fspath(v) for k, v in paths.items() if isinstance(v, str | os.PathLike)}
         evaluated = eval_dataset if isinstance(eval_dataset, Mapping) else {"": eval_dataset}
         named = [d for d in (train_dataset, *evaluated.values()) if isinstance(d, str | os.PathLike)]
-        world.first(lambda: [rows.check_path(dataset) for dataset in named])  # before the hub is asked for a model
+        self.world.first(lambda: [rows.check_path(dataset) for dataset in named])  # before the hub is asked for a model
         if isinstance(eval_dataset, Mapping) and all(isinstance(v, str | os.PathLike) for v in eval_dataset.values()):
             self.inputs["eval_dataset"] = {name: os.fspath(v) for name, v in eval_dataset.items()}
-        self.tokenizer = processing_class if processing_class is not None else load_tokenizer(
-            self.model_name, trust_remote_code=config.trust_remote_code,
-            revision=(config.model_init_kwargs or {}).get("revision"),
-        )  # fmt: skip
-        self.callbacks = Callbacks(
-            callbacks, config, tokenizer=self.tokenizer, rank=world.rank, local_rank=world.local_rank,
-            world_size=world.size, device=self.device, around=self._around_callbacks,
-        )  # fmt: skip
-        self.data_reports: dict[str, data.DataReport] = {}
-        self.dataset_name = train_dataset if isinstance(train_dataset, str) else None
-        self.examples = self._prepare(train_dataset, config.dataset_train_split, "train")
-        self.eval_sets = self._prepare_eval(eval_dataset)
-        self.stepwide = StepWide(self)
-        self.stepwide.prepare({"train": self.examples, **self.eval_sets})
-        check_best(config, {name: ["loss", *self._reported(examples)] for name, examples in self.eval_sets.items()})
-        self.hub = Hub(config) if config.push_to_hub and world.main else None
 
+    def _take_model(self, model: Any, peft_config: Any, quantization_config: Any) -> None:
+        """The model on its device, with its adapter; and whether it starts as its reference."""
+        config = self.config
         home = torch.device("cpu") if config.fsdp != "no" else self.device  # FSDP moves its shards itself
         if quantization_config is not None and peft_config is None and adapters.saved_adapter(self.model_name) is None:
             raise ConfigError(
                 "a quantised model cannot be trained itself: pass peft_config (--use-peft) for an adapter"
             )
-        if name is not None:
+        if self.model_given_by_name:
             model = load_model(
-                name, dtype=config.dtype, device=home, trust_remote_code=config.trust_remote_code,
+                self.model_name, dtype=config.dtype, device=home, trust_remote_code=config.trust_remote_code,
                 quantization_config=quantization_config, model_init_kwargs=config.model_init_kwargs,
             )  # fmt: skip
         elif quantization_config is not None or config.model_init_kwargs or config.dtype:
@@ -244,10 +281,11 @@ class Trainer:
         # PiSSA and its like take part of the base away, so that the base with the adapter off is another model.
         self.reference_is_base = self.new_adapter and not adapters.rewrites_base(peft_config)
         self.start_is_known = config.disable_dropout and adapters.starts_at_base(peft_config)
-        self.starts_at_reference = ref_model is None and self.start_is_known
-        if config.grad_filter and self.device.type == "cuda":
-            log.warning("grad_filter runs plain PyTorch operations on a GPU, unmeasured: compare tokens_per_second")
-        self.autocast_dtype = torch.bfloat16 if _use_bf16(config, self.device) else None
+        self.starts_at_reference = self.ref_model is None and self.start_is_known
+
+    def _size_micro_batches(self) -> None:
+        """Which rows share their prompt, and how many tokens a micro-batch holds."""
+        config = self.config
         self.trunk_cost = TrunkCost.of(Flops(self.policy, self.device), self.device)
         for examples in (self.examples, *self.eval_sets.values()):  # before max_tokens=auto counts their tokens
             set_sharing(examples, sharing_mode(config.share_prompts, self.device.type), self.trunk_cost)
@@ -258,14 +296,6 @@ class Trainer:
                 f"max_tokens={self.max_tokens} is no multiple of token_bucket={config.token_bucket}: {nearest} is one"
             )
         self.budget = Budget(self)
-        self.optimizer, self.scheduler = optimizers or (None, None)
-        if self.optimizer is not None and config.fsdp != "no":
-            raise ConfigError("fsdp splits the parameters, so an optimiser made before does not fit: set optim instead")
-        self.num_tokens = 0
-        self.ref: dict[str, Any] = {}
-        self.start: Any = None  # the start's own log-probabilities, where `ref` is a mixture of them and others
-        self.other_reference = False  # whether a resumed run's reference is not the one that it began with
-        self.callbacks.call("on_init_end")
 
     @property
     def state(self) -> TrainerState:
@@ -275,73 +305,6 @@ class Trainer:
     def step_size(self) -> int:
         """Pairs of an optimiser step, over all processes."""
         return self.config.step_size * self.world.size
-
-    # ------------------------------------------------------------------ data
-
-    def _prepare(self, dataset: Any, split: str, name: str) -> list[data.Example]:
-        """Rows to token ids, on rank 0 for all: the others would only do the same work again."""
-        config = self.config
-
-        def prepare() -> tuple[list[data.Example], data.DataReport]:
-            table = rows.load_rows(dataset, split=split, config_name=config.dataset_config)
-            names = rows.column_names(table)
-            unpaired = any(t.loss.shape == "unpaired" for t in self.pair_terms)
-            kway = rows.RESPONSES in names and "completion" not in names
-            kind = "preference" if self.pair_terms or "chosen" in names or kway else "sft"
-            if unpaired and ({"completion", rows.LABEL} <= set(names) or "chosen" not in names):  # else pairs, labelled
-                kind = "unpaired"
-            examples, report = data.prepare_examples(
-                table, self.tokenizer, kind=kind, max_length=config.max_length, truncation_mode=config.truncation_mode,
-                columns=self._columns(), invalid=config.invalid_rows, num_proc=config.dataset_num_proc,
-                forming=self.forming,
-            )  # fmt: skip
-            for term in self.pair_terms:
-                data.require_columns(examples, term.loss.columns, term.name, report.columns)
-            if not unpaired or kind != "preference":
-                return examples, report
-            if any("weight" in e.pair_columns for e in examples):
-                log.warning("the column 'weight' is not used: %s takes each response of a pair as a row of its own",
-                            self.pair_terms[0].name)  # fmt: skip
-            return data.unpair(examples), report
-
-        examples, report = self.world.first(prepare)
-        self.data_reports[name] = report
-        log.info("%s data: %s", name, report.summary())
-        if name == "train":
-            shown = data.describe_example(examples[0], self.tokenizer, prompt_loss=self.reads_prompts)
-            log.info("an example, as it is trained on:\n%s", shown)
-        return examples
-
-    def _columns(self) -> list[str]:
-        """The optional columns that this run reads; others may hold anything."""
-        columns = ["weight", *rows.TOKEN_COLUMNS]
-        if self.uses_reference and self.ref_model is None and not self.config.sync_ref_model:
-            columns += [*rows.RESPONSE_COLUMNS["ref_logps"], "ref_greedy_logps"]
-        if self.kappa is not None and self.prev_model is None:
-            columns += rows.RESPONSE_COLUMNS["prev_logps"]
-        of_losses = [name for t in self.pair_terms for names in (*t.loss.columns, t.loss.may_read) for name in names]
-        return [*columns, *dict.fromkeys(of_losses)]
-
-    def _prepare_eval(self, eval_dataset: Any) -> dict[str, list[data.Example]]:
-        split = self.config.dataset_test_split
-        if eval_dataset is None or (isinstance(eval_dataset, Mapping) and not eval_dataset):
-            if self.config.eval_strategy != "no" or self.config.eval_on_start:
-                raise ConfigError("eval_strategy is set, but there is no eval_dataset")
-            return {}
-        if self.config.eval_strategy == "no" and not self.config.eval_on_start:
-            log.warning("eval_dataset is given, but eval_strategy=no: only a callback evaluates on it")
-        if isinstance(eval_dataset, Mapping):
-            return {f"eval_{k}": self._prepare(v, split, f"eval {k}") for k, v in eval_dataset.items()}
-        return {"eval": self._prepare(eval_dataset, split, "eval")}
-
-    def _reported(self, examples: Sequence[data.Example]) -> list[str]:
-        """Pair metrics of an evaluation of `examples`: unpaired rows may be of one kind, and have no pairs."""
-        if not self.pair_terms:
-            return []
-        labels = {label for e in examples for label in e.response_columns.get(rows.LABEL, ())}
-        counts = dict.fromkeys(PAIR_METRICS, 1.0)
-        counts |= {"chosen": float(labels != {0.0}), "rejected": float(labels != {1.0}), "pairs": float(not labels)}
-        return list(metric_means(list(counts.values()), self.pair_terms))
 
     def _plan(self) -> list[tuple[int, list[int]]]:
         """(epoch, rows) of every optimiser step of the run, over all processes."""
@@ -360,24 +323,6 @@ class Trainer:
             if len(steps) >= total:
                 return steps[:total]
             epoch += 1
-
-    def _say_sharing(self) -> None:
-        for name, examples in {"train": self.examples, **self.eval_sets}.items():
-            over = [tokens for e in examples if (tokens := trunk_tokens(e)) > self.max_tokens]
-            if over:
-                log.warning("%d of %d %s rows have more tokens than max_tokens=%d, the largest %d: each is a "
-                            "micro-batch of its own, and takes the memory of one", len(over), len(examples), name,
-                            self.max_tokens, max(over))  # fmt: skip
-        repeated = repeated_prompts(self.examples)
-        if any(e.share for e in self.examples):
-            alone = sum(sequence_tokens(e) - len(e.responses) for e in self.examples)
-            shared = sum(map(trunk_tokens, self.examples))
-            log.info("prompts are shared by their responses: %d tokens an epoch instead of %d", shared, alone)
-        if repeated:
-            log.info("%d of %d rows have the prompt of another: they share it where a step has both", repeated,
-                     len(self.examples))  # fmt: skip
-        elif self.config.share_prompts == "always" and not any(e.share for e in self.examples):
-            log.warning("share_prompts=always has no effect: no two responses have the same prompt")
 
     # ------------------------------------------------------------- forward
 
@@ -409,7 +354,7 @@ class Trainer:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.autocast_dtype)
 
-    def _objective(
+    def objective(
         self, logp: Tensor, batch: PackedBatch, stats: Statistics, pair_count: int, nlls: Sequence[float]
     ) -> tuple[Tensor, Tensor]:
         """This micro-batch's share of the step's loss, and its metrics [len(PAIR_METRICS)], both on the device.
@@ -424,7 +369,7 @@ class Trainer:
             total = total + share / pair_count
         return total, metrics
 
-    def _nll_counts(self, examples: Iterable[data.Example]) -> list[float]:
+    def nll_counts(self, examples: Iterable[data.Example]) -> list[float]:
         """What each sft term is a mean over, of these examples."""
         rows = list(examples)
         return [sum(nll_count(e, t.hyper["nll_reduction"], t.reads_prompt) for e in rows) for t in self.sft_terms]
@@ -470,7 +415,7 @@ class Trainer:
     def _train(self) -> TrainResult:
         config = self.config
         plan = self._plan()
-        self._say_sharing()
+        run_data.say_sharing(self)
         self._tokens = [trunk_tokens(e) for e in self.examples]
         self.parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         if not self.parameters:
@@ -563,7 +508,7 @@ class Trainer:
             try:
                 call("on_train_begin")
                 if config.eval_on_start and self.resume is None:
-                    self._evaluate_all()
+                    evaluation.evaluate_all(self)
                 self.callbacks.agree(self.world.group)
                 if self.todo:
                     self._settle(plan)
@@ -597,7 +542,7 @@ class Trainer:
                     saving.load_best(self)
                 if config.save_final:
                     saving.save_model(self, self.output_dir)
-                self._log(summary)
+                self.log(summary)
                 call("on_train_end")
             except BaseException as error:
                 self._rescue(error)
@@ -659,10 +604,10 @@ class Trainer:
             with saving.whole(self):
                 metrics = self.window.flush(self.todo["learning_rate"], self.num_tokens)
                 self.todo["logged"] = True
-                self._log(metrics, bar)
+                self.log(metrics, bar)
             self.callbacks.agree(self.world.group)
         if self.callbacks.control.should_evaluate:
-            better = self._evaluate_all()
+            better = evaluation.evaluate_all(self)
             self.callbacks.agree(self.world.group)
             # The best is worth a checkpoint wherever save_steps falls.
             self.callbacks.control.should_save |= better and self.config.load_best_model_at_end
@@ -722,7 +667,7 @@ class Trainer:
         """The micro-batches of this process, one after another; also what is wrong with the start, if it is looked at.
         Nothing is exchanged between processes here, but by sharded ones."""
         pair_count = sum(loss_count(self.examples[i]) for i in rows)
-        nlls = self._nll_counts(self.examples[i] for i in rows)
+        nlls = self.nll_counts(self.examples[i] for i in rows)
         step_loss = torch.zeros((), device=self.device)
         step_metrics = torch.zeros(len(PAIR_METRICS), device=self.device)
         self.done, self.dropped, wrong = [], [], None
@@ -740,7 +685,7 @@ class Trainer:
                 continue
             if self.stepwide.reads_rows and at_once:
                 self.stepwide.of_rows(stats, [(batch, logp)], self.examples, train=True)
-            loss, metrics = self._objective(logp, batch, stats, pair_count, nlls)
+            loss, metrics = self.objective(logp, batch, stats, pair_count, nlls)
             if check_start:
                 wrong = wrong or self._wrong_start(logp.detach(), batch)
             loss.backward()
@@ -786,69 +731,6 @@ class Trainer:
         for warning in warnings if self.config.guardrails else []:
             log.warning("%s", warning)
 
-    # ----------------------------------------------------------- evaluation
-
-    def _evaluate_all(self) -> bool:
-        """Every set; whether the result is the best so far. Sets that a run cut short had done are not done again."""
-        done = self.todo.setdefault("evaluated", {})
-        with self.window.paused():
-            for name, examples in self.eval_sets.items():
-                if name not in done:
-                    metrics = self.evaluate(examples, self.ref[name], name)
-                    with saving.whole(self):
-                        done[name] = metrics
-                        self._log(metrics)
-            if self.config.sample_generations:
-                self._sample()
-        for metrics in done.values():
-            self.callbacks.call("on_evaluate", metrics={**metrics, "epoch": self.state.epoch})
-        del self.todo["evaluated"]
-        if self.state.global_step == 0:
-            return False  # as in transformers: what a run begins with is not its best
-        return best(self.state, {k: v for metrics in done.values() for k, v in metrics.items()}, self.config)
-
-    @torch.no_grad()
-    def evaluate(self, examples: Sequence[data.Example], ref: Any, prefix: str = "eval") -> dict[str, float]:
-        """The training metrics on other data, every pair once whatever packing and ranks; keys carry `prefix`."""
-        started = time.monotonic()
-        pair_count = sum(map(loss_count, examples))
-        nlls = self._nll_counts(examples)
-        sums = torch.zeros(1 + len(PAIR_METRICS), dtype=torch.float64, device=self.device)
-        batches = pass_batches(examples, range(len(examples)), self.max_tokens)
-        share = batches[self.world.rank :: self.world.size]
-        rounds = -(-len(batches) // self.world.size) if self.engine.sharded else len(share)
-        with eval_mode(self.model), self.policy.attach():
-            stats = self.stepwide.statistics(prefix, range(len(examples)))
-            parts: Iterable[tuple[PackedBatch, Tensor]]
-            parts = self.stepwide.first_pass(share, rounds, examples, ref, batches[0], statistics=True)
-            if self.stepwide.reads_rows:
-                parts = list(parts)
-                self.stepwide.of_rows(stats, parts, examples, train=False)
-            for batch, logp in parts:
-                loss, metrics = self._objective(logp, batch, stats, pair_count, nlls)
-                sums += torch.cat([loss.reshape(1), metrics])
-        total, *means = self.world.sum_(sums).tolist()
-        seconds = time.monotonic() - started
-        out = {"loss": total, **(metric_means(means, self.pair_terms) if self.pair_terms else {})}
-        out = {f"{prefix}_{k}": v for k, v in out.items()}
-        return {**out, f"{prefix}_runtime": seconds, f"{prefix}_samples_per_second": len(examples) / seconds}
-
-    def _sample(self) -> None:
-        """Answers to a few prompts, as the model gives them now, appended to samples.jsonl."""
-        examples = next(iter(self.eval_sets.values()), self.examples)
-        if not (self.world.main or self.engine.sharded):
-            return
-
-        def generate() -> list[dict[str, Any]]:
-            with self.policy.detached(), self.autocast():
-                return generate_samples(
-                    self.model, self.tokenizer, examples, self.config.sample_generations, self.config.generation_kwargs
-                )
-
-        with torch.no_grad():
-            samples = self.engine(generate)
-        outputs.write_samples(self, samples)
-
     # ------------------------------------------------------- logs and saves
 
     def _epoch(self, epoch: int) -> float:
@@ -858,7 +740,7 @@ class Trainer:
         batches = n // size if self.config.dataloader_drop_last else math.ceil(n / size)
         return epoch + math.ceil(self.seen / size) / batches
 
-    def _log(self, metrics: dict[str, float], bar: tqdm | None = None) -> None:
+    def log(self, metrics: dict[str, float], bar: tqdm | None = None) -> None:
         line = {**metrics, "epoch": round(self.state.epoch or 0.0, 4), "step": self.state.global_step}
         self.state.log_history.append(line)
         outputs.write_line(self, line)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastpo import op_parts
 from fastpo.backends import IGNORE_INDEX, Head, _add_mm, _rule, _tiles, acc_dtype
 
 TEMPORARIES = 4  # of a tile's size, in the accumulation dtype, alive at once
@@ -172,15 +173,12 @@ def _token_kl_backward(
                 dbias[v] = db
     if dhidden is not None:
         dhidden = dhidden.mul_(grad.unsqueeze(1)).to(hidden.dtype)
-    grads = (dhidden, dweight, dbias)
-    dhidden, dweight, dbias = (hidden.new_empty(0) if g is None else g for g in grads)
-    return dhidden, dweight, dbias
+    return op_parts.as_outputs(hidden, (dhidden, dweight, dbias))
 
 
 @_token_kl_backward.register_fake
 def _(grad, hidden, weight, bias, ref_hidden, ref_weight, ref_bias, target, stats, *rest):
-    shapes = (hidden.shape, weight.shape, weight.shape[:1])
-    return tuple(hidden.new_empty(shape if asked else 0) for shape, asked in zip(shapes, rest[-1]))
+    return op_parts.fake_gradients(hidden, weight, rest[-1])
 
 
 def _setup_token_kl(ctx, inputs, output) -> None:
@@ -192,19 +190,8 @@ def _setup_token_kl(ctx, inputs, output) -> None:
 
 
 def _backward_token_kl(ctx, grad, *_):
-    need = list(ctx.needs_input_grad[:3])
-    grads = [None, None, None]
-    if grad is not None:
-        grads = _token_kl_backward(grad, *ctx.saved_tensors, *ctx.options, need)
-        grads = [g if asked else None for g, asked in zip(grads, need)]
-    return *grads, *[None] * 8
+    return op_parts.gradients(ctx, _token_kl_backward, grad, (0, 1, 2))
 
 
 token_kl_op.register_autograd(_backward_token_kl, setup_context=_setup_token_kl)
-
-
-def _once_only(ctx, *grads):
-    raise RuntimeError("fastpo ops are differentiable once: their gradients come from closed forms without a graph")
-
-
-_token_kl_backward.register_autograd(_once_only)
+_token_kl_backward.register_autograd(op_parts.once_only)

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-from fastpo import backends, ops
+from fastpo import backends, op_parts, ops
 from fastpo.backends import ELSEWHERE, IGNORE_INDEX, Head, acc_dtype
 
 
@@ -103,7 +103,7 @@ def linear_logprob(
     # A slice may be empty, which a vocabulary may not: then one row is checked in its place.
     checked = [t if rows or t is None else t.new_empty(1, *t.shape[1:]) for t in (weight, bias)]
     backend = ops._check(hidden, checked[0], target, checked[1], memory_budget, backend)
-    if ops.CHECK_INPUTS and not torch.compiler.is_compiling():
+    if op_parts.CHECK_INPUTS and not torch.compiler.is_compiling():
         _check_replicated(hidden, target, split)
     regime = ops._regime(hidden, weight, bias, memory_budget)
     logp, entropy, _, _ = _vocab_parallel_logprob(
@@ -275,8 +275,7 @@ def _vocab_parallel_logprob(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `ops._linear_logprob`, for this rank's slice; what it saves gives the gradients of whole rows."""
     n, v_size, acc = hidden.shape[0], weight.shape[0], acc_dtype(hidden.dtype)
-    if target.device.type == "cpu" or ops.CHECK_INPUTS:
-        ops._check_range(target, max(stops))
+    op_parts.check_targets(target, max(stops))
     head = Head(hidden, weight, _local(target, starts[rank], v_size), bias, softcap, logit_scale)
     mine = hidden.new_zeros(4, n, dtype=acc)  # shift, total, logp, entropy
     mine[0], mine[2] = -torch.inf, torch.inf
@@ -388,7 +387,7 @@ def _vocab_parallel_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dhidden [N, D], dweight [V_r, D], dbias [V_r]), each [0] where `need` does not ask."""
     head = Head(hidden, weight, _local(target, start, weight.shape[0]), bias, softcap, logit_scale)
-    grad = grad.where(target != IGNORE_INDEX, 0.0).contiguous()
+    grad = op_parts.live(grad, target)
     grads: list[Tensor | None] = [None, None, None]
     with torch.autocast(grad.device.type, enabled=False):
         if hidden.shape[0] == 0 or weight.shape[0] == 0:
@@ -403,14 +402,12 @@ def _vocab_parallel_backward(
     if need[0] and hidden.shape[0]:
         grads[0] = grads[0].contiguous()
         dist.all_reduce(grads[0], group=_group(group_name))
-    dhidden, dweight, dbias = (hidden.new_empty(0) if g is None else g.to(hidden.dtype) for g in grads)
-    return dhidden, dweight, dbias
+    return op_parts.as_outputs(hidden, grads)
 
 
 @_vocab_parallel_backward.register_fake
 def _(grad, hidden, weight, *rest):
-    shapes = (hidden.shape, weight.shape, weight.shape[:1])
-    return tuple(hidden.new_empty(shape if asked else 0) for shape, asked in zip(shapes, rest[-1]))
+    return op_parts.fake_gradients(hidden, weight, rest[-1])
 
 
 def _setup(ctx, inputs, output) -> None:
@@ -423,14 +420,8 @@ def _setup(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad, *_):
-    need = list(ctx.needs_input_grad)
-    need = [need[0], need[1], need[3]]
-    grads: Any = [None, None, None]
-    if grad is not None:
-        grads = _vocab_parallel_backward(grad, *ctx.saved_tensors, *ctx.options, need)
-        grads = [g if asked else None for g, asked in zip(grads, need)]
-    return grads[0], grads[1], None, grads[2], *[None] * 9
+    return op_parts.gradients(ctx, _vocab_parallel_backward, grad, (0, 1, 3))
 
 
 _vocab_parallel_logprob.register_autograd(_backward, setup_context=_setup)
-_vocab_parallel_backward.register_autograd(ops._once_only)
+_vocab_parallel_backward.register_autograd(op_parts.once_only)

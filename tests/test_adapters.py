@@ -15,8 +15,9 @@ from fastpo import adapters
 from fastpo.adapters import base_tensors, save_merged, with_adapter
 from fastpo.data import Example
 from fastpo.errors import ConfigError, UnsupportedModelError
-from fastpo.model import Policy, load_model, load_tokenizer, verify_policy
+from fastpo.model import Policy, load_model, load_tokenizer
 from fastpo.packing import collate
+from fastpo.verify import verify_policy
 
 peft = pytest.importorskip("peft", reason="needs peft")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*tie_word_embeddings.*:UserWarning")

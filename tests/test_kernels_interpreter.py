@@ -26,7 +26,7 @@ if not INTERPRET and not torch.cuda.is_available():
     pytest.skip("needs TRITON_INTERPRET=1 in its own process, or a GPU", allow_module_level=True)
 
 import fastpo  # noqa: E402
-from fastpo import chips, ops  # noqa: E402
+from fastpo import chips, op_parts, ops  # noqa: E402
 from fastpo.data import Example  # noqa: E402
 from fastpo.kernels import fused, logprob, pair_losses, preference, reference  # noqa: E402
 from fastpo.losses import LOSSES, resolve_terms  # noqa: E402
@@ -36,28 +36,12 @@ from fastpo.stepwide import Statistics  # noqa: E402
 
 DEVICE = "cpu" if INTERPRET else "cuda"
 # The interpreter evaluates both sides of tl.where in numpy, which warns about the side that is thrown away.
-pytestmark = [pytest.mark.usefixtures("poison_empty"), pytest.mark.filterwarnings("ignore::RuntimeWarning")]
+pytestmark = [
+    pytest.mark.usefixtures("poison_empty", "round_to_bf16"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+]
 if not INTERPRET:
     pytestmark.append(pytest.mark.gpu)
-
-
-@pytest.fixture(autouse=True)
-def _interpreter_rounds_to_bf16(monkeypatch):
-    """The interpreter cuts fp32 off at bf16, with twice the error of the rounding that every GPU does."""
-    if not INTERPRET:
-        return
-    from triton import language as tl
-    from triton.runtime import interpreter
-
-    convert = interpreter._convert_float
-
-    def rounding(array, from_dtype, to_dtype, mode):
-        if (from_dtype, to_dtype) != (tl.float32, tl.bfloat16):
-            return convert(array, from_dtype, to_dtype, mode)
-        wide = torch.tensor(array.tolist() if array.ndim == 0 else array.copy(), dtype=torch.float32)
-        return wide.bfloat16().view(torch.uint16).numpy()
-
-    monkeypatch.setattr(interpreter, "_convert_float", rounding)
 
 
 EPS32 = torch.finfo(torch.float32).eps
@@ -847,7 +831,7 @@ def test_preference_contracts(name, change, message):
     ids=["start", "end", "past", "negative"],
 )
 def test_preference_op_looks_at_its_indices_on_request(change, message, monkeypatch):
-    monkeypatch.setattr(ops, "CHECK_INPUTS", True)
+    monkeypatch.setattr(op_parts, "CHECK_INPUTS", True)
     x = preference_case("dpo", K_WAY)._asdict()
     x |= {name: fn(x[name]) for name, fn in change.items()}
     with pytest.raises(ops.OpError, match=message):

@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -39,20 +40,8 @@ def flat(rows, policy):
 
 
 @pytest.fixture
-def run(toy, tmp_path):
-    count = iter(range(100))
-
-    def call(rows, **options):
-        defaults = dict(
-            output_dir=str(tmp_path / f"run{next(count)}"), disable_tqdm=True, use_cpu=True, bf16=False,
-            logging_steps=1, max_steps=2, per_device_train_batch_size=100, learning_rate=0.5, beta=0.5,
-            lr_scheduler_type="constant", optim="sgd", gradient_checkpointing=False, save_final=False, report=False,
-            max_grad_norm=0.0, save_strategy="no",
-        )  # fmt: skip
-        rest = options.pop("rest", {})
-        return fastpo.train(toy.model(), rows, processing_class=toy.tokenizer(), args={**defaults, **options}, **rest)
-
-    return call
+def run(sgd_run):
+    return partial(sgd_run, max_steps=2, learning_rate=0.5, beta=0.5)
 
 
 def logged(result, key="loss"):

@@ -11,8 +11,9 @@ from transformers import MistralConfig, MistralForCausalLM
 from fastpo.adapters import apply_liger
 from fastpo.data import Example
 from fastpo.errors import ConfigError
-from fastpo.model import Policy, verify_policy
+from fastpo.model import Policy
 from fastpo.packing import collate
+from fastpo.verify import verify_policy
 
 
 @pytest.fixture

@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from fastpo.data import Example
 from fastpo.errors import ConfigError, DeviceError, UnsupportedModelError
-from fastpo.model import Policy, load_model, load_tokenizer, resolve_device, verify_policy
+from fastpo.model import Policy, load_model, load_tokenizer, resolve_device
 from fastpo.packing import collate
+from fastpo.verify import verify_policy
 
 VOCABULARY = 97  # odd, and not a multiple of any block
 WINDOW = 4  # shorter than most rows
@@ -493,7 +494,7 @@ def test_guard_leaves_no_trace() -> None:
 @pytest.mark.parametrize("swap", ["pairs", "offsets", "targets", "rows"])
 def test_guard_finds_mispairing(monkeypatch: pytest.MonkeyPatch, swap: str) -> None:
     """A batch whose bookkeeping is wrong is found, though its first loss would still be ln 2."""
-    from fastpo import model as module
+    from fastpo import verify as module
 
     def wrong(examples: list[Example], indices: range):
         batch = collate(examples, indices)

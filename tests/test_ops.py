@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastpo import backends, check, ops
+from fastpo import backends, check, op_parts, ops
 from fastpo.check import SOFTCAPPED, Case
 from fastpo.errors import FastpoError
 from fastpo.kernels import reference
@@ -672,7 +672,7 @@ def test_target_outside_the_vocabulary_on_a_gpu(where, monkeypatch):
     x["target"][4], x["target"][6] = 121, -1
     logp, _ = run(x, (), backend=where[0])
     assert logp.isnan().nonzero().flatten().tolist() == [4, 6]
-    monkeypatch.setattr(ops, "CHECK_INPUTS", True)
+    monkeypatch.setattr(op_parts, "CHECK_INPUTS", True)
     with pytest.raises(FastpoError, match=r"target\[4\] = 121 is outside the vocabulary of 121"):
         run(x, (), backend=where[0])
 

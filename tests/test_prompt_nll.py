@@ -2,13 +2,13 @@
 
 import random
 import warnings
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-import fastpo
 from fastpo.data import Example, prepare_examples
 from fastpo.kway import Forming
 from fastpo.losses import LOSSES
@@ -19,21 +19,9 @@ RATE = 0.25
 
 
 @pytest.fixture
-def run(toy, tmp_path):
-    count = iter(range(100))
-
-    def call(rows, **options):
-        """One step of SGD, or more; `rest` are further arguments of `fastpo.train`."""
-        defaults = dict(
-            output_dir=str(tmp_path / f"run{next(count)}"), disable_tqdm=True, use_cpu=True, bf16=False,
-            logging_steps=1, max_steps=1, per_device_train_batch_size=100, learning_rate=RATE, optim="sgd",
-            lr_scheduler_type="constant", gradient_checkpointing=False, save_final=False, report=False,
-            max_grad_norm=0.0, save_strategy="no", loss_type="orpo",
-        )  # fmt: skip
-        rest = options.pop("rest", {})
-        return fastpo.train(toy.model(), rows, processing_class=toy.tokenizer(), args={**defaults, **options}, **rest)
-
-    return call
+def run(sgd_run):
+    """One step, or more."""
+    return partial(sgd_run, max_steps=1, learning_rate=RATE, loss_type="orpo")
 
 
 def logged(result, key="loss"):

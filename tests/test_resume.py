@@ -163,16 +163,16 @@ class Raise:
                                               ("on_step_end", 3, 1), ("on_epoch_end", 5, 1)])  # fmt: skip
 def test_cut_short_between_a_step_and_its_checkpoint(toy, run, tmp_path, monkeypatch, event, step, nth):
     """The step's lines, evaluations and checkpoint are what they would have been, and none comes twice."""
-    from fastpo.trainer import Trainer
+    from fastpo import evaluation
 
     evaluated = []
-    evaluate = Trainer.evaluate
+    evaluate = evaluation.evaluate
 
-    def counted(self, examples, ref, prefix="eval"):
-        evaluated.append((self.state.global_step, prefix))
-        return evaluate(self, examples, ref, prefix)
+    def counted(trainer, examples, ref, prefix):
+        evaluated.append((trainer.state.global_step, prefix))
+        return evaluate(trainer, examples, ref, prefix)
 
-    monkeypatch.setattr(Trainer, "evaluate", counted)
+    monkeypatch.setattr(evaluation, "evaluate", counted)
     rest = {"eval_dataset": {"a": toy.rows(3, seed=1), "b": toy.rows(3, seed=2)}}
     options = dict(eval_steps=2, logging_steps=2)
     whole = run("whole", rest=rest, **options)

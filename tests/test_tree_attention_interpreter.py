@@ -29,7 +29,10 @@ from fastpo.packing import Branch  # noqa: E402
 from fastpo.tree_attention import triton_tree_attention  # noqa: E402
 
 DEVICE = torch.device("cpu" if INTERPRET else "cuda")
-pytestmark = [pytest.mark.usefixtures("poison_empty"), pytest.mark.filterwarnings("ignore::RuntimeWarning")]
+pytestmark = [
+    pytest.mark.usefixtures("poison_empty", "round_to_bf16"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+]
 if not INTERPRET:
     pytestmark.append(pytest.mark.gpu)
 
@@ -38,25 +41,6 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # prompt of one token; a prompt longer than a block whose first response added no token, and two long responses.
 CHAINS = (8, 4, 1, 17, 6, 1, 3, 2, 20, 9, 18)
 BRANCHES = (Branch(8, 30, 0, 5), Branch(40, 42, 37, 38), Branch(62, 89, 42, 62))
-
-
-@pytest.fixture(autouse=True)
-def _interpreter_rounds_to_bf16(monkeypatch):
-    """The interpreter cuts fp32 off at bf16, with twice the error of the rounding that every GPU does."""
-    if not INTERPRET:
-        return
-    from triton import language as tl
-    from triton.runtime import interpreter
-
-    convert = interpreter._convert_float
-
-    def rounding(array, from_dtype, to_dtype, mode):
-        if (from_dtype, to_dtype) != (tl.float32, tl.bfloat16):
-            return convert(array, from_dtype, to_dtype, mode)
-        wide = torch.tensor(array.tolist() if array.ndim == 0 else array.copy(), dtype=torch.float32)
-        return wide.bfloat16().view(torch.uint16).numpy()
-
-    monkeypatch.setattr(interpreter, "_convert_float", rounding)
 
 
 @pytest.fixture

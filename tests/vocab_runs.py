@@ -24,7 +24,7 @@ from torch.distributed.tensor.debug import CommDebugMode  # noqa: E402
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module  # noqa: E402
 
 import fastpo  # noqa: E402
-from fastpo import backends, check, ops, vocab_parallel  # noqa: E402
+from fastpo import backends, check, op_parts, ops, vocab_parallel  # noqa: E402
 from fastpo.check import SOFTCAPPED, Case  # noqa: E402
 from fastpo.kernels import reference  # noqa: E402
 
@@ -426,14 +426,14 @@ def bad_input(rank: int, two: dist.ProcessGroup, three: dist.ProcessGroup) -> di
     attempt("devices", op(hidden, part.to("meta"), target, vocab_parallel=split))
     attempt("target", op(hidden, part, torch.tensor([0, 9, 10]), vocab_parallel=split))
     attempt("other op", lambda: ops.log_sum_sq(hidden, rows))
-    ops.CHECK_INPUTS = True
+    op_parts.CHECK_INPUTS = True
     try:
         attempt("replicated", op(hidden, part, target, vocab_parallel=split))
         attempt("hidden differs", op(hidden + torch.tensor([[0.0], [rank], [0.0]]), part, target, vocab_parallel=split))
         attempt("target differs", op(hidden, part, target + rank, vocab_parallel=split))
         attempt("other rows", op(hidden[: 2 + rank], part, target[: 2 + rank], vocab_parallel=split))
     finally:
-        ops.CHECK_INPUTS = False
+        op_parts.CHECK_INPUTS = False
     return said
 
 

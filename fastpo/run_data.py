@@ -1,0 +1,105 @@
+"""The rows of a run: read, made into token ids, checked against what its losses need; whether they share prompts."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from fastpo import data, rows
+from fastpo.errors import ConfigError
+from fastpo.metrics import PAIR_METRICS, metric_means
+from fastpo.packing import repeated_prompts, sequence_tokens, trunk_tokens
+
+if TYPE_CHECKING:
+    from fastpo.trainer import Trainer
+
+log = logging.getLogger("fastpo")
+
+
+def prepare(run: "Trainer", dataset: Any, split: str, name: str) -> list[data.Example]:
+    """Rows to token ids, on rank 0 for all: the others would only do the same work again."""
+    examples, report = run.world.first(lambda: _examples(run, dataset, split))
+    run.data_reports[name] = report
+    log.info("%s data: %s", name, report.summary())
+    if name == "train":
+        shown = data.describe_example(examples[0], run.tokenizer, prompt_loss=run.reads_prompts)
+        log.info("an example, as it is trained on:\n%s", shown)
+    return examples
+
+
+def _examples(run: "Trainer", dataset: Any, split: str) -> tuple[list[data.Example], data.DataReport]:
+    config = run.config
+    table = rows.load_rows(dataset, split=split, config_name=config.dataset_config)
+    names = rows.column_names(table)
+    unpaired = any(t.loss.shape == "unpaired" for t in run.pair_terms)
+    kway = rows.RESPONSES in names and "completion" not in names
+    kind = "preference" if run.pair_terms or "chosen" in names or kway else "sft"
+    if unpaired and ({"completion", rows.LABEL} <= set(names) or "chosen" not in names):  # else pairs, labelled
+        kind = "unpaired"
+    examples, report = data.prepare_examples(
+        table, run.tokenizer, kind=kind, max_length=config.max_length, truncation_mode=config.truncation_mode,
+        columns=_columns(run), invalid=config.invalid_rows, num_proc=config.dataset_num_proc, forming=run.forming,
+    )  # fmt: skip
+    for term in run.pair_terms:
+        data.require_columns(examples, term.loss.columns, term.name, report.columns)
+    if not unpaired or kind != "preference":
+        return examples, report
+    if any("weight" in e.pair_columns for e in examples):
+        log.warning("the column 'weight' is not used: %s takes each response of a pair as a row of its own",
+                    run.pair_terms[0].name)  # fmt: skip
+    return data.unpair(examples), report
+
+
+def _columns(run: "Trainer") -> list[str]:
+    """The optional columns that this run reads; others may hold anything."""
+    columns = ["weight", *rows.TOKEN_COLUMNS]
+    if run.uses_reference and run.ref_model is None and not run.config.sync_ref_model:
+        columns += [*rows.RESPONSE_COLUMNS["ref_logps"], "ref_greedy_logps"]
+    if run.kappa is not None and run.prev_model is None:
+        columns += rows.RESPONSE_COLUMNS["prev_logps"]
+    of_losses = [name for t in run.pair_terms for names in (*t.loss.columns, t.loss.may_read) for name in names]
+    return [*columns, *dict.fromkeys(of_losses)]
+
+
+def prepare_eval(run: "Trainer", eval_dataset: Any) -> dict[str, list[data.Example]]:
+    """The evaluation sets by the prefix of their metrics; ConfigError where the options ask for one that is missing."""
+    config = run.config
+    if eval_dataset is None or (isinstance(eval_dataset, Mapping) and not eval_dataset):
+        if config.eval_strategy != "no" or config.eval_on_start:
+            raise ConfigError("eval_strategy is set, but there is no eval_dataset")
+        return {}
+    if config.eval_strategy == "no" and not config.eval_on_start:
+        log.warning("eval_dataset is given, but eval_strategy=no: only a callback evaluates on it")
+    split = config.dataset_test_split
+    if isinstance(eval_dataset, Mapping):
+        return {f"eval_{k}": prepare(run, v, split, f"eval {k}") for k, v in eval_dataset.items()}
+    return {"eval": prepare(run, eval_dataset, split, "eval")}
+
+
+def reported(run: "Trainer", examples: Sequence[data.Example]) -> list[str]:
+    """Pair metrics of an evaluation of `examples`: unpaired rows may be of one kind, and have no pairs."""
+    if not run.pair_terms:
+        return []
+    labels = {label for e in examples for label in e.response_columns.get(rows.LABEL, ())}
+    counts = dict.fromkeys(PAIR_METRICS, 1.0)
+    counts |= {"chosen": float(labels != {0.0}), "rejected": float(labels != {1.0}), "pairs": float(not labels)}
+    return list(metric_means(list(counts.values()), run.pair_terms))
+
+
+def say_sharing(run: "Trainer") -> None:
+    """One line on what shared prompts save, and a warning for rows that no micro-batch fits."""
+    for name, examples in {"train": run.examples, **run.eval_sets}.items():
+        over = [tokens for e in examples if (tokens := trunk_tokens(e)) > run.max_tokens]
+        if over:
+            log.warning("%d of %d %s rows have more tokens than max_tokens=%d, the largest %d: each is a "
+                        "micro-batch of its own, and takes the memory of one", len(over), len(examples), name,
+                        run.max_tokens, max(over))  # fmt: skip
+    repeated = repeated_prompts(run.examples)
+    if any(e.share for e in run.examples):
+        alone = sum(sequence_tokens(e) - len(e.responses) for e in run.examples)
+        shared = sum(map(trunk_tokens, run.examples))
+        log.info("prompts are shared by their responses: %d tokens an epoch instead of %d", shared, alone)
+    if repeated:
+        log.info("%d of %d rows have the prompt of another: they share it where a step has both", repeated,
+                 len(run.examples))  # fmt: skip
+    elif run.config.share_prompts == "always" and not any(e.share for e in run.examples):
+        log.warning("share_prompts=always has no effect: no two responses have the same prompt")
