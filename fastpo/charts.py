@@ -33,6 +33,7 @@ MACHINE = (
     ("Peak memory", ("peak_memory_gb",), "GiB"),
     ("Model FLOPs utilisation", ("mfu",), ""),
     ("Packing efficiency", ("packing_efficiency",), "tokens over the room for them"),
+    ("Shared prompts", ("shared_prompt_savings",), "share of the tokens spared"),
     ("Skipped steps", ("skipped_steps",), "non-finite, in all"),
 )
 NO_CURVE = {"step", "epoch", "num_tokens", "total_flos", "runtime", "samples_per_second", "steps_per_second"}

@@ -119,7 +119,8 @@ def last_metrics(log_history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         last |= line
     pace = ("_runtime", "_per_second")
     of_eval = {k: v for k, v in last.items() if k.startswith("eval_") and not k.endswith(pace)}
-    hidden = ("grad_norm", "learning_rate", "packing_efficiency", "train_samples_per_second", "train_steps_per_second")
+    hidden = ("grad_norm", "learning_rate", "packing_efficiency", "shared_prompt_savings", "train_samples_per_second",
+              "train_steps_per_second")  # fmt: skip
     return of_eval | {k: v for k, v in last.items() if not k.startswith("eval_") and k not in hidden}
 
 

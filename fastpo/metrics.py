@@ -180,7 +180,7 @@ class Window:
         self.sums = torch.zeros(2 + len(PAIR_METRICS), device=self.device)  # steps that counted, loss, pair metrics
         self.norm = torch.zeros((), device=self.device)
         self.dropped = torch.zeros(3, device=self.device)  # by grad_filter: rows, sum of their mass, the largest
-        self.trunk_tokens = self.micro_batches = 0
+        self.trunk_tokens = self.alone_tokens = self.micro_batches = 0
         self.flops.reset()
         self.started = time.monotonic()
 
@@ -200,6 +200,7 @@ class Window:
     def trunk(self, batch: PackedBatch) -> None:
         """Count one micro-batch's work."""
         self.trunk_tokens += batch.cu_seqlens[-1] - batch.padding
+        self.alone_tokens += batch.num_tokens - sum(batch.row_responses)  # each response with a prompt of its own
         self.micro_batches += 1
         self.flops.add(batch)
 
@@ -238,7 +239,7 @@ class Window:
             setattr(self, name, value.to(self.device) if isinstance(value, Tensor) else value)
         self.started = time.monotonic() - state["seconds"]
 
-    _STATE = ("run", "sums", "norm", "dropped", "tokens_at_flush", "trunk_tokens", "micro_batches")
+    _STATE = ("run", "sums", "norm", "dropped", "tokens_at_flush", "trunk_tokens", "alone_tokens", "micro_batches")
 
     def flush(self, learning_rate: float, num_tokens: int) -> dict[str, float]:
         """The log line: one host read, then a new window. Raises TrainingError after too many non-finite steps."""
@@ -258,6 +259,7 @@ class Window:
         out["num_tokens"] = num_tokens
         out["tokens_per_second"] = (num_tokens - self.tokens_at_flush) / seconds
         out["packing_efficiency"] = self.trunk_tokens / max(1, self.micro_batches * self.max_tokens)
+        out["shared_prompt_savings"] = 1 - self.trunk_tokens / self.alone_tokens if self.alone_tokens else 0.0
         if rows:
             out |= {"grad_filter/dropped_mass": dropped / rows, "grad_filter/dropped_mass_max": largest}
         if self.flops.peak:

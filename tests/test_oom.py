@@ -87,7 +87,7 @@ def lora():
 
 def numbers(result) -> list[dict]:
     """Log lines without times and sizes."""
-    skip = ("per_second", "runtime", "peak_memory", "packing_efficiency")
+    skip = ("per_second", "runtime", "peak_memory", "packing_efficiency", "shared_prompt")
     return [{k: v for k, v in line.items() if not any(s in k for s in skip)} for line in result.log_history]
 
 

@@ -359,6 +359,9 @@ def test_training_is_the_same_grouped_or_not(toy, tmp_path, loss):
             assert keys and all(b[k] == pytest.approx(a[k], rel=3e-5, abs=3e-6) for k in keys), (a, b)
         assert (weights - base).abs().max() < 2e-6
     full = [[line["packing_efficiency"] for line in r.log_history if "loss" in line] for r, _ in runs[:2]]
+    saved = [[line["shared_prompt_savings"] for line in r.log_history if "loss" in line] for r, _ in runs[:2]]
+    expected = [1 - shared / alone for alone, shared in zip(*full, strict=True)]
+    assert saved[0] == [0.0, 0.0] and saved[1] == pytest.approx(expected)
     # prompts, and responses that several rows have, passed once; padding is not counted
     assert len(full[0]) == 2 and all(shared < 0.8 * alone for alone, shared in zip(*full, strict=True))
 
