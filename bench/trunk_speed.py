@@ -1,6 +1,6 @@
 """The trunk's layers through torch.compile (inductor) or not: forward and backward of one micro-batch.
 
-    python bench/trunk_speed.py                 # CPU: the small model of train_vs_peers.py, 2,048 tokens
+    python bench/trunk_speed.py                 # CPU: the 4x256 model of train_vs_peers.py, 2,048 tokens
     python bench/trunk_speed.py --device cuda   # GPU: the 1B shape in bf16, 16,384 tokens, and Liger's layer kernels
 
 Rows are train_vs_peers.py's synthetic ones, prompts shared; another micro-batch in every round, the same for all
@@ -25,7 +25,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH leaves it out
 import common  # noqa: E402
-from train_vs_peers import SHAPES, VOCAB  # noqa: E402
+from train_vs_peers import CPU_SHAPES, GPU_SHAPES, VOCAB  # noqa: E402
 
 from fastpo import adapters, data  # noqa: E402
 from fastpo.compiled import compiled_layers  # noqa: E402
@@ -78,8 +78,8 @@ def gradients(policy: Policy, batch: PackedBatch) -> list[Tensor]:
 
 def model_of(device: torch.device) -> torch.nn.Module:
     if device.type == "cpu":
-        return common.llama(VOCAB, **SHAPES["4x256"])
-    return common.llama(VOCAB, **SHAPES["1b"], dtype=torch.bfloat16).to(device)
+        return common.llama(VOCAB, **CPU_SHAPES["4x256"])
+    return common.llama(VOCAB, **GPU_SHAPES["1b"], dtype=torch.bfloat16).to(device)
 
 
 def main() -> int:
