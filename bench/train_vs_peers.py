@@ -456,8 +456,8 @@ def plot(report: dict, path: Path) -> None:
 
     names = list(report["scenarios"])
     figure, axes = plt.subplots(1, len(names), figsize=(4.2 * len(names), 3.2), squeeze=False)
-    styles = itertools.cycle(("-", "--", ":", "-."))
     for axis, name in zip(axes[0], names, strict=True):
+        styles = itertools.cycle(("-", "--", ":", "-."))  # anew, so that no later curve hides an earlier one
         for provider, row in report["scenarios"][name]["providers"].items():
             if "losses" in row:
                 axis.plot(range(1, len(row["losses"]) + 1), row["losses"], next(styles), label=provider)
