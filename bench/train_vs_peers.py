@@ -50,6 +50,7 @@ CPU_SHAPES = {  # layers x hidden size; untied heads, random weights
     "12x192": {"hidden": 192, "intermediate": 512, "layers": 12, "heads": 3},
     "4x256": {"hidden": 256, "intermediate": 688, "layers": 4, "heads": 4},
 }
+CPU_SHAPE = "12x192"  # unless another is chosen
 GPU_SHAPES = {  # Llama-3.2-1B (tied head) and Llama-3-8B, random weights
     "1b": {"hidden": 2048, "intermediate": 8192, "layers": 16, "heads": 32, "kv_heads": 8, "tied": True},
     "8b": {"hidden": 4096, "intermediate": 14336, "layers": 32, "heads": 32, "kv_heads": 8, "tied": False},
@@ -61,7 +62,7 @@ class Scenario:
     rows: str  # what the rows are
     pairs: int  # of one optimiser step
     device: str = "cpu"
-    shape: str = "12x192"  # of CPU_SHAPES or GPU_SHAPES
+    shape: str = CPU_SHAPE  # of CPU_SHAPES or GPU_SHAPES
     method: str = "full"  # or lora
     lengths: tuple[int, int] = (0, 0)  # tokens of a prompt and of a response, of random rows
     accumulation: int = 1  # of TRL, whose logits of a whole step may not fit
@@ -492,7 +493,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=10, help="optimiser steps a run")
     parser.add_argument("--repeats", type=int, default=5, help="runs of fastpo; the peers run once, they take minutes")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--shape", choices=CPU_SHAPES, default="12x192", help="of the CPU's model")
+    parser.add_argument("--shape", choices=CPU_SHAPES, default=CPU_SHAPE, help="of the CPU's model")
     parser.add_argument("--name", help="of the result's files; default: train_vs_peers, and a shape that is chosen")
     parser.add_argument("--no-write", action="store_true", help="print only")
     parser.add_argument("--worker", nargs=2, metavar=("PROVIDER", "SCENARIO"), help=argparse.SUPPRESS)
@@ -533,7 +534,7 @@ def main() -> int:
     print("\n" + table)
     report["failures"] = failures(report)
     if not args.no_write:
-        default = "train_vs_peers" if args.shape == "12x192" else f"train_vs_peers_{args.shape}"
+        default = "train_vs_peers" if args.shape == CPU_SHAPE else f"train_vs_peers_{args.shape}"
         path = common.write_result(args.name or default, report, table)
         plot(report, path.with_suffix(".png"))
         print(f"written to {path}")
