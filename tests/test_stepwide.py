@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-import fastpo
 from fastpo import data
 from fastpo.data import DataError
 from fastpo.errors import ConfigError
@@ -21,17 +20,13 @@ def unpaired_rows(toy, n=14, seed=3):
 
 
 @pytest.fixture
-def run(toy, tmp_path):
+def run(sgd_run, tmp_path):
     def call(rows, name="run", **options):
         defaults = dict(
-            output_dir=str(tmp_path / name), disable_tqdm=True, use_cpu=True, bf16=False, logging_steps=1, max_steps=3,
-            per_device_train_batch_size=8, learning_rate=0.05, lr_scheduler_type="constant", optim="sgd", beta=0.5,
-            gradient_checkpointing=False, save_final=False, report=False, max_grad_norm=0.0,
+            output_dir=str(tmp_path / name), max_steps=3, per_device_train_batch_size=8, learning_rate=0.05, beta=0.5,
+            save_strategy="steps",
         )  # fmt: skip
-        rest = options.pop("rest", {})
-        return fastpo.train(
-            toy.model(), rows, processing_class=toy.tokenizer(), args={**defaults, **options}, **rest
-        )  # fmt: skip
+        return sgd_run(rows, **{**defaults, **options})
 
     return call
 
