@@ -38,7 +38,7 @@ from fastpo import (
 from fastpo.callbacks import Callbacks, check_best
 from fastpo.config import TrainConfig
 from fastpo.distributed import Engine, World, shard
-from fastpo.errors import ConfigError, DataError, TrainingError
+from fastpo.errors import ConfigError, TrainingError
 from fastpo.guardrails import Guardrails
 from fastpo.hub import Hub
 from fastpo.kway import Forming
@@ -61,8 +61,6 @@ from fastpo.packing import (
     PackedBatch,
     TrunkCost,
     collate,
-    epoch_order,
-    epoch_steps,
     loss_count,
     nll_count,
     sequence_tokens,
@@ -75,6 +73,7 @@ from fastpo.prepare import check_ids, check_offloading, disable_dropout, set_num
 from fastpo.ref_policy import MovingReference, cache_folder
 from fastpo.row_statistics import EVALUATION, TOKEN_KL, TRAIN, draw_rows, observer, row_statistics
 from fastpo.samples import check_generation_kwargs
+from fastpo.step_plan import StepPlan
 from fastpo.stepwide import Statistics, StepWide
 from fastpo.verify import verify_policy
 
@@ -306,24 +305,6 @@ class Trainer:
         """Pairs of an optimiser step, over all processes."""
         return self.config.step_size * self.world.size
 
-    def _plan(self) -> list[tuple[int, list[int]]]:
-        """(epoch, rows) of every optimiser step of the run, over all processes."""
-        config, n = self.config, len(self.examples)
-        steps: list[tuple[int, list[int]]] = []
-        seed = config.seed if config.data_seed is None else config.data_seed
-        batch, accumulation = config.per_device_train_batch_size * self.world.size, config.gradient_accumulation_steps
-        epoch = 0
-        while True:
-            order = epoch_order(n, seed=seed, epoch=epoch, strategy=config.train_sampling_strategy)
-            of_epoch = epoch_steps(order, batch, accumulation, config.dataloader_drop_last)
-            if not of_epoch:
-                raise DataError(f"{n} rows do not fill one batch of {batch} (dataloader_drop_last)")
-            total = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * len(of_epoch))
-            steps += [(epoch, rows) for rows in of_epoch]
-            if len(steps) >= total:
-                return steps[:total]
-            epoch += 1
-
     # ------------------------------------------------------------- forward
 
     def logp(self, engine: Engine, batch: PackedBatch, statistics: bool = True) -> Tensor:
@@ -414,7 +395,7 @@ class Trainer:
 
     def _train(self) -> TrainResult:
         config = self.config
-        plan = self._plan()
+        plan = StepPlan(config, len(self.examples), self.world.size)
         run_data.say_sharing(self)
         self._tokens = [trunk_tokens(e) for e in self.examples]
         self.parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
@@ -498,7 +479,7 @@ class Trainer:
         state.save_steps = _interval(config.save_steps, steps)
         state.train_batch_size = config.per_device_train_batch_size
 
-    def _loop(self, plan: list[tuple[int, list[int]]], bar: tqdm) -> dict[str, float]:
+    def _loop(self, plan: StepPlan, bar: tqdm) -> dict[str, float]:
         """The steps of the plan from `self.cursor` on, and the trained model's files. Returns the summary."""
         config, call = self.config, self.callbacks.call
         self.started = time.monotonic() - self.elapsed
@@ -569,7 +550,7 @@ class Trainer:
             at_end and config.save_strategy == strategy
         )
 
-    def _settle(self, plan: list[tuple[int, list[int]]], bar: tqdm | None = None) -> None:
+    def _settle(self, plan: StepPlan, bar: tqdm | None = None) -> None:
         """What follows a step, in transformers' order: on_step_end, log, evaluate, on_epoch_end, log, evaluate; and
         save last, so that a resumed run misses nothing. A run that was cut short in here goes on with that stage.
         """
