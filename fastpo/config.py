@@ -270,27 +270,36 @@ class TrainConfig:
 
         Raises ConfigError for an unknown option (naming the nearest) and for one that fastpo does not honour.
         """
+        ignored: list[str] = []
+
+        def given(values: Mapping[str, Any]) -> dict[str, Any]:
+            ignored.extend(options.without_meaning(values))
+            return _given(values)
+
         if args is None:
             values: dict[str, Any] = {}
         elif isinstance(args, cls):
             values = {f.name: getattr(args, f.name) for f in dataclasses.fields(args)}
+            ignored += getattr(args, "without_meaning", [])
         elif isinstance(args, Mapping):
-            values = _given(args)
+            values = given(args)
         elif isinstance(args, str | Path):
-            values = _given(read_yaml(args))
+            values = given(read_yaml(args))
         elif _is_dpo_arguments(args):
-            values = _given(_explicit_fields(args))
+            values = given(_explicit_fields(args))
         else:
             raise ConfigError(
                 f"args must be a TrainConfig, a dict, a YAML path or a TRL DPOConfig, not {type(args).__name__}"
             )
-        values |= _given(overrides)
+        values |= given(overrides)
         # A cadence that is given says that it is wanted.
         if ("save_steps" in values or "save_total_limit" in values) and "save_strategy" not in values:
             values["save_strategy"] = "steps"
         if values.get("eval_steps") is not None and "eval_strategy" not in values:
             values["eval_strategy"] = "steps"
-        return cls(**values)
+        config = cls(**values)
+        config.without_meaning = list(dict.fromkeys(ignored))  # type: ignore[attr-defined]  # said at the start of a run
+        return config
 
 
 def _multiple(value: float, of: float) -> bool:

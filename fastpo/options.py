@@ -431,6 +431,16 @@ def check_options(values: Mapping[str, Any], known: Collection[str]) -> dict[str
     return out
 
 
+def without_meaning(values: Mapping[Any, Any]) -> list[str]:
+    """Names of the options that are set to something, and mean nothing here."""
+    found = {name: lookup(name) for name in values if isinstance(name, str)}
+    return [
+        name
+        for name, option in found.items()
+        if option is not None and option.status == NO_EFFECT and not option.harmless(values[name])
+    ]
+
+
 def _unknown(name: str, known: Collection[str]) -> str:
     """What to say about a name that is nobody's, or another project's."""
     last = name.rpartition(".")[2]  # OpenRLHF's --model.beta

@@ -27,6 +27,7 @@ from fastpo import (
     checkpoint,
     data,
     evaluation,
+    inputs,
     live_reference,
     losses,
     outputs,
@@ -34,6 +35,7 @@ from fastpo import (
     rows,
     run_data,
     saving,
+    start_checks,
 )
 from fastpo.callbacks import Callbacks, check_best
 from fastpo.config import TrainConfig
@@ -69,10 +71,9 @@ from fastpo.packing import (
     step_batches,
     trunk_tokens,
 )
-from fastpo.prepare import check_ids, check_offloading, disable_dropout, set_numerics, training_mode
+from fastpo.prepare import check_ids, disable_dropout, set_numerics, training_mode
 from fastpo.ref_policy import MovingReference, cache_folder
 from fastpo.row_statistics import EVALUATION, TOKEN_KL, TRAIN, draw_rows, observer, row_statistics
-from fastpo.samples import check_generation_kwargs
 from fastpo.step_plan import StepPlan
 from fastpo.stepwide import Statistics, StepWide
 from fastpo.verify import verify_policy
@@ -154,9 +155,12 @@ class Trainer:
         set_numerics(config)
         self.device = world.device
         self._resolve_losses(ref_model, prev_model)
-        check_generation_kwargs(config.generation_kwargs)
-        check_offloading(config, self.device)
-        build_scheduler(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0), config, steps=100)  # its errors, early
+        start_checks.check_options(config, self.device)
+        inputs.check(processing_class, callbacks, optimizers, eval_dataset)
+        peft_config, quantization_config = (
+            inputs.peft_config(peft_config),
+            inputs.quantization_config(quantization_config),
+        )
         self.output_dir = Path(config.output_dir)
         self.resume, remarks = world.first(lambda: checkpoint.find(self.output_dir, config.resume_from_checkpoint))
         for remark in remarks:
@@ -176,6 +180,7 @@ class Trainer:
         self.data_reports: dict[str, data.DataReport] = {}
         self.examples = run_data.prepare(self, train_dataset, config.dataset_train_split, "train")
         self.eval_sets = run_data.prepare_eval(self, eval_dataset)
+        self.plan = StepPlan(config, len(self.examples), world.size)
         self.stepwide = StepWide(self)
         self.stepwide.prepare({"train": self.examples, **self.eval_sets})
         check_best(config, {k: ["loss", *run_data.reported(self, examples)] for k, examples in self.eval_sets.items()})
@@ -186,7 +191,7 @@ class Trainer:
             log.warning("grad_filter runs plain PyTorch operations on a GPU, unmeasured: compare tokens_per_second")
         self.autocast_dtype = torch.bfloat16 if _use_bf16(config, self.device) else None
         self._size_micro_batches()
-        self.optimizer, self.scheduler = optimizers or (None, None)
+        self.optimizer, self.scheduler = (None, None) if optimizers is None else optimizers
         if self.optimizer is not None and config.fsdp != "no":
             raise ConfigError("fsdp splits the parameters, so an optimiser made before does not fit: set optim instead")
         self.num_tokens = 0
@@ -229,11 +234,14 @@ class Trainer:
 
     def _note_inputs(self, model: Any, train_dataset: Any, eval_dataset: Any) -> None:
         """Names and paths of what the run is made from, for its files; a path that is not there ends it here."""
-        name = os.fspath(model) if isinstance(model, str | os.PathLike) else None
+        name = inputs.model_name("model", model)
+        for argument in ("ref_model", "prev_model"):
+            if (given := getattr(self, argument)) is not None:
+                setattr(self, argument, inputs.model_name(argument, given) or given)
         self.model_name = name or getattr(getattr(model, "config", None), "_name_or_path", "") or ""
         self.model_given_by_name = name is not None
         self.dataset_name = train_dataset if isinstance(train_dataset, str) else None
-        paths = {"model": model, "train_dataset": train_dataset, "eval_dataset": eval_dataset,
+        paths = {"model": name, "train_dataset": train_dataset, "eval_dataset": eval_dataset,
                  "ref_model": self.ref_model, "prev_model": self.prev_model}  # fmt: skip
         self.inputs: dict[str, Any] = {k: os.fspath(v) for k, v in paths.items() if isinstance(v, str | os.PathLike)}
         evaluated = eval_dataset if isinstance(eval_dataset, Mapping) else {"": eval_dataset}
@@ -395,7 +403,7 @@ class Trainer:
 
     def _train(self) -> TrainResult:
         config = self.config
-        plan = StepPlan(config, len(self.examples), self.world.size)
+        plan = self.plan
         run_data.say_sharing(self)
         self._tokens = [trunk_tokens(e) for e in self.examples]
         self.parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
@@ -411,7 +419,9 @@ class Trainer:
         self.moving: MovingReference | None = None
         if config.sync_ref_model:
             self.moving = MovingReference(self.parameters, config.ref_model_mixup_alpha, config.ref_model_sync_steps)
+        start_checks.say_without_effect(self, len(plan))
         self.verify(self.engine, plan[0][1])
+        start_checks.try_samples(self)
         references.attach(self, plan)
         if TOKEN_KL in self.row_statistics:
             self.live = live_reference.start(self, plan[0][1])

@@ -27,7 +27,8 @@ import time
 import warnings
 from pathlib import Path
 
-LIMIT = 60.0  # seconds of a case, on a machine that does other things too; most take a tenth of one
+LIMIT = 60.0  # seconds of a case, on a machine that does other things too; most take one
+START = 600.0  # seconds in which a process has imported PyTorch
 MEMORY = 12 << 30  # bytes that a case may map: a list as long as a huge option is a MemoryError, not a dead machine
 
 NUMBERS = (
@@ -287,6 +288,7 @@ def worker(seeds: list[int], ways: list[str]) -> None:
     out = os.fdopen(os.dup(1), "w")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    print(json.dumps([seeds[0], ways[0], "begun", ""]), file=out, flush=True)
     for seed in seeds:
         for way in ways:
             print(json.dumps([seed, way, "begun", ""]), file=out, flush=True)
@@ -304,11 +306,12 @@ def lines(process: subprocess.Popen):
     """Lines of a process; None where none came within LIMIT."""
     with selectors.DefaultSelector() as selector:
         selector.register(process.stdout, selectors.EVENT_READ)
-        left = b""
+        left, limit = b"", START
         while True:
-            if not selector.select(LIMIT):
+            if not selector.select(limit):
                 yield None
                 return
+            limit = LIMIT
             piece = os.read(process.stdout.fileno(), 1 << 16)
             if not piece:
                 return
