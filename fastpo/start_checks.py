@@ -1,6 +1,7 @@
 """Options that would fail late, tried at the start: each by the call that the run will make, on next to nothing."""
 
 import logging
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fastpo.adapters import first_line
+from fastpo.attention import BACKENDS
+from fastpo.chips import FUSED_FORWARD_VARIABLE
 from fastpo.config import TrainConfig
 from fastpo.errors import ConfigError, FastpoError, shown
 from fastpo.no_effect import Facts, without_effect
@@ -26,7 +29,8 @@ def check_options(config: TrainConfig, device: torch.device) -> None:
     """ConfigError for options that need no model to be seen to fail."""
     check_generation_kwargs(config.generation_kwargs)
     check_offloading(config, device)
-    check_cache_folder()
+    check_environment()
+    check_output_dir(config.output_dir)
     build_scheduler(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0), config, steps=100)
     _check_optimizer(config)
     _check_checkpointing(config)
@@ -72,14 +76,34 @@ def _check_checkpointing(config: TrainConfig) -> None:
         ) from error
 
 
-def check_cache_folder() -> None:
-    """ConfigError where the cache of reference log-probabilities would lie below a file."""
+def check_environment() -> None:
+    """ConfigError for a FASTPO_ variable that says nothing, or a cache of log-probabilities that would lie below a
+    file."""
     from fastpo.ref_policy import cache_folder
 
+    attention = os.environ.get("FASTPO_ATTENTION") or "own"
+    if attention not in (*BACKENDS, "own"):
+        raise ConfigError(f"FASTPO_ATTENTION={shown(attention)}: expected one of {', '.join(BACKENDS)}, or own")
+    if (fused := os.environ.get(FUSED_FORWARD_VARIABLE, "")) not in ("", "0", "1"):
+        raise ConfigError(f"{FUSED_FORWARD_VARIABLE} must be 0, 1 or unset, not {shown(fused)}")
     folder = cache_folder()
     for part in (folder, *folder.parents):
         if _is_file(part):
             raise ConfigError(f"FASTPO_CACHE: {shown(str(part))} is a file, and the cache is a folder")
+
+
+def check_output_dir(name: str) -> None:
+    """ConfigError where no folder of that name can be."""
+    if not name.strip():
+        raise ConfigError("output_dir is empty: it names the folder for the trained model")
+    folder = Path(name)
+    for part in (folder, *folder.parents):
+        if _is_file(part):
+            raise ConfigError(f"output_dir: {shown(str(part))} is a file, and the run needs a folder")
+    try:
+        folder.exists()
+    except OSError as error:  # a name that is too long, a folder that may not be entered
+        raise ConfigError(f"output_dir {shown(name)} cannot be written: {error.strerror}") from None
 
 
 def _is_file(path: Path) -> bool:

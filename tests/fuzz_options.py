@@ -2,15 +2,14 @@
 
     python tests/fuzz_options.py --seed 0 --count 1000
 
-Each case sets one to four options, drawn from fastpo's own, TRL's, other spellings and the arguments of `fastpo.train`,
-to values of right and wrong kinds, and goes three ways: `TrainConfig.build`, a whole `fastpo.train` of at most two steps
-on a tiny Llama, and the command line. Anything else than training or a FastpoError of one line is a failure: another
-exception, a message of several lines, a case that takes longer than LIMIT. A case depends on its seed alone, which is
-printed with the failure. The cases run in a process of their own, so that one that hangs or dies is counted too.
-
-Any other key for `fastpo.train` than `model`, `train_dataset` and the options is written as an input in the case.
+A case sets some options, drawn from fastpo's own, TRL's, other spellings and the arguments of `fastpo.train`, to values
+of right and wrong kinds, or right ones alone, and goes three ways: `TrainConfig.build`, a whole `fastpo.train` of at
+most two steps on a tiny Llama, and the command line. Anything else than training or a FastpoError of one line is a
+failure: another exception, a message of several lines, a case that takes longer than LIMIT. A case depends on its seed
+alone, which is printed with the failure. The cases run in a process of their own, so that one that hangs or dies counts.
 """
 
+# ruff: noqa: E501  # tables of values
 import argparse
 import collections
 import contextlib
@@ -104,6 +103,31 @@ def fitting(rng: random.Random, field):
     return rng.choice(TEXTS)
 
 
+def sound(rng: random.Random, field):
+    """A value that some run takes."""
+    own = {"learning_rate": (1e-4, 1.0), "optim": ("sgd", "adamw_torch", "rmsprop", "muon"), "report_to": ("none", []),
+           "lr_scheduler_kwargs": (None, {}), "optim_args": (None, ""), "model_init_kwargs": (None, {}), "device": (None, "cpu"),
+           "loss_type": ("dpo", "ipo", "simpo", "sft", ["dpo", "sft"], "orpo", "cpo", "aot", "sppo_hard", "discopop"),
+           "output_dir": ("a/b", "ä 😀", Path("c")), "generation_kwargs": (None, {"max_new_tokens": 2}, {"do_sample": True}),
+           "torch_compile_backend": (None,), "torch_compile_mode": (None,), "torch_compile": (False,), "use_liger_kernel": (False,),
+           "gradient_checkpointing_kwargs": (None, {"use_reentrant": True}, {"preserve_rng_state": False}),
+           "resume_from_checkpoint": (None, "auto", False), "push_to_hub": (False,), "fsdp": ("no",), "max_shard_size": ("1MB",),
+           "max_tokens": (None, 64, "auto", 1), "warmup_ratio": (None, 0.1), "loss_kwargs": (None, {}),
+           "metric_for_best_model": (None, "loss", "rewards/margins"), "dtype": (None,), "save_total_limit": (None, 1)}  # fmt: skip
+    if field.name in own:
+        return rng.choice(own[field.name])
+    choices, text = field.metadata["choices"], str(field.type)
+    if choices:
+        return rng.choice(choices)
+    if "bool" in text:
+        return rng.random() < 0.5
+    if "int" in text:
+        return rng.choice((1, 2, 3, "2", 1000))
+    if "float" in text:
+        return rng.choice((0.1, 0.5, 1, 2, "0.3"))
+    return rng.choice((None,) if "None" in text else (field.default,))
+
+
 def input_value(rng: random.Random, name: str):
     """For one of fastpo.train's own arguments; names of what the worker builds stand for it."""
     special = {
@@ -148,6 +172,12 @@ def make_case(seed: int) -> tuple[dict, dict]:
     fields = {f.name: f for f in dataclasses.fields(TrainConfig)}
     foreign = [n for n in [*options.OPTIONS, *options.EARLIER, *options.CPO, *options.SCRIPT] if n not in fields]
     chosen, inputs = {}, {}
+    if rng.random() < 0.4:  # right values alone: what goes together, and what only seems to
+        for name in rng.sample(list(fields), rng.randrange(1, 9)):
+            chosen[name] = sound(rng, fields[name])
+        if rng.random() < 0.3:
+            inputs["peft_config"] = {"r": 2}
+        return chosen, inputs
     for _ in range(rng.choice((1, 1, 2, 3, 4))):
         draw = rng.random()
         if draw < 0.72:
@@ -274,7 +304,8 @@ def run_case(stage: Stage, seed: int, ways=WAYS):
     """Yields (way, outcome, what was said) of each way."""
     chosen, inputs = make_case(seed)
     for way in ways:
-        yield way, *outcome(getattr(stage, way), dict(chosen), dict(inputs))
+        with tempfile.TemporaryDirectory(dir=".", ignore_cleanup_errors=True) as folder, contextlib.chdir(folder):
+            yield way, *outcome(getattr(stage, way), dict(chosen), dict(inputs))
 
 
 def worker(seeds: list[int], ways: list[str]) -> None:
@@ -294,9 +325,6 @@ def worker(seeds: list[int], ways: list[str]) -> None:
             print(json.dumps([seed, way, "begun", ""]), file=out, flush=True)
             ((_, what, said),) = run_case(stage, seed, (way,))
             print(json.dumps([seed, way, what, said]), file=out, flush=True)
-            for path in folder.iterdir():
-                if path.name != ".cache":
-                    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
     shutil.rmtree(folder, ignore_errors=True)
     out.close()
     os._exit(0)
@@ -355,7 +383,8 @@ def main() -> int:
             at, way, what, said = json.loads(line)
             if what != "begun":
                 note(at, way, what, said)
-        process.kill()
+        if hung:
+            process.kill()
         code = process.wait()
         if not hung and code == 0:
             break
