@@ -9,6 +9,7 @@ import copy
 import difflib
 import inspect
 import logging
+import math
 import os
 import tempfile
 import warnings
@@ -22,7 +23,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from fastpo.errors import ConfigError, UnsupportedModelError
+from fastpo.errors import ConfigError, UnsupportedModelError, shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,7 +60,10 @@ def with_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
     """
     peft = _peft("peft_config")
     if not isinstance(peft_config, peft.PeftConfig):
-        raise ConfigError(f"peft_config must be a PeftConfig such as peft.LoraConfig(r=16), not {peft_config!r}")
+        raise ConfigError(f"peft_config must be a PeftConfig such as peft.LoraConfig(r=16), not {shown(peft_config)}")
+    for name, value in vars(peft_config).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"peft_config: {name} must be finite, not {value}")
     check_adapter_type(peft_config)
     init = str(getattr(peft_config, "init_lora_weights", "")).lower()
     if init.startswith(_NOT_REPRODUCIBLE):
@@ -76,7 +80,7 @@ def with_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
                 "ignore", message=".*(was renamed from|ensure_weight_tying|is_gradient_checkpointing).*"
             )
             return peft.get_peft_model(model, peft_config)
-    except (ValueError, RuntimeError, TypeError, ImportError) as error:
+    except Exception as error:  # PEFT checks little of what it is given, and fails in many ways
         raise ConfigError(f"peft_config does not fit {type(model).__name__}: {first_line(error)}") from error
 
 

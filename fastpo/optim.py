@@ -400,9 +400,11 @@ def _construct(config: TrainConfig, cls: Any, groups: list[dict[str, Any]], **kw
             hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(free) or 'none'}"
             raise ConfigError(f"optim_args: {name!r} is no argument of {config.optim}; {hint}")
         extra[name] = _value(value)
+        if isinstance(extra[name], float) and not math.isfinite(extra[name]):
+            raise ConfigError(f"optim_args: {name} must be finite, not {value}")
     try:
         return cls(groups, **kwargs, **extra)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except Exception as error:  # its arguments are handed on, and fail in many ways
         raise ConfigError(f"optim={config.optim!r}, optim_args={config.optim_args!r}: {error}") from None
 
 
@@ -481,13 +483,18 @@ def build_scheduler(
     """transformers' schedule of that name over `steps` optimiser steps."""
     warmup = config.warmup_ratio or config.warmup_steps
     warmup = int(warmup) if warmup >= 1 else math.ceil(steps * warmup)
+    kwargs = config.lr_scheduler_kwargs or {}
+    what = f"lr_scheduler_type={config.lr_scheduler_type}, lr_scheduler_kwargs={kwargs}"
     try:
-        return get_scheduler(
+        scheduler = get_scheduler(
             config.lr_scheduler_type, optimizer, num_warmup_steps=warmup, num_training_steps=steps,
             scheduler_specific_kwargs=config.lr_scheduler_kwargs,
         )  # fmt: skip
-    except (TypeError, ValueError) as error:
-        given = config.lr_scheduler_kwargs or {}
-        raise ConfigError(
-            f"lr_scheduler_type={config.lr_scheduler_type}, lr_scheduler_kwargs={given}: {error}"
-        ) from None
+        places = {0, 1, warmup, (warmup + steps) // 2, steps - 1, steps}
+        factors = [float(rate(step)) for rate in getattr(scheduler, "lr_lambdas", [])[:1] for step in places]
+    except Exception as error:  # its arguments are handed on, and fail in many ways
+        raise ConfigError(f"{what}: {error}") from None
+    wrong = [factor for factor in factors if not 0 <= factor <= 1e6]
+    if wrong:
+        raise ConfigError(f"{what}: the learning rate would be {wrong[0]:g} times its peak")
+    return scheduler

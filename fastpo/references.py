@@ -35,6 +35,7 @@ from fastpo.ref_policy import (
     write_entries,
 )
 from fastpo.row_statistics import TOKEN_KL, needs_reference_tokens
+from fastpo.step_plan import StepPlan
 from fastpo.stepwide import TRAIN_MISMATCHED
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def check_previous(run: "Trainer", prev_model: Any) -> None:
         raise ConfigError(f"sync_ref_model moves the reference, and {names} mixes it with the previous policy once")
 
 
-def attach(run: "Trainer", plan: list[tuple[int, list[int]]]) -> None:
+def attach(run: "Trainer", plan: StepPlan) -> None:
     """Fill `run.ref` with token log-probabilities for every data set, or leave None where none is needed."""
     run.ref = {"train": None, **dict.fromkeys(run.eval_sets)}
     if run.world.main and run.resume is None:
@@ -126,7 +127,7 @@ def _given(run: "Trainer", role: Role, sets: Sets) -> set[str]:
     return found
 
 
-def _logps(run: "Trainer", plan: list[tuple[int, list[int]]], role: Role, sets: Sets) -> dict[str, TokenLogps]:
+def _logps(run: "Trainer", plan: StepPlan, role: Role, sets: Sets) -> dict[str, TokenLogps]:
     """The role's token log-probabilities for `sets`, computed, cached, and kept beside the run."""
     if not sets:
         return {}
@@ -139,7 +140,7 @@ def _logps(run: "Trainer", plan: list[tuple[int, list[int]]], role: Role, sets: 
             # A new adapter's reference is the base model; one that was trained before is its own, as in TRL.
             stack.enter_context(run.policy.model.disable_adapter())  # type: ignore[operator]
         cache = _cache(run, role, fingerprint)
-        out = _pass(run, engine, cache, sets, {row for _, step in plan for row in step}, role.name)
+        out = _pass(run, engine, cache, sets, plan.visited(), role.name)
     if getattr(run, role.model) is not None:
         # Its log-probabilities are all that training needs of it; FSDP's modules hold each other.
         setattr(run, role.model, None)
@@ -278,11 +279,11 @@ def _keep(run: "Trainer", role: Role, sets: Sets, out: dict[str, TokenLogps]) ->
         log.warning("the %s's log-probabilities could not be written beside the run: %s", role.name, error)
 
 
-def move(run: "Trainer", plan: list[tuple[int, list[int]]], start: int) -> None:
+def move(run: "Trainer", plan: StepPlan, start: int) -> None:
     """A moving reference's log-probabilities for the steps of the plan until it moves again."""
     assert run.moving is not None
     run.reference_start = start
-    visited = {row for _, step in plan[start : start + run.moving.every] for row in step}
+    visited = plan.visited(start, start + run.moving.every)
     with run.moving.in_place(lambda: exchanging(run)):
         run.ref |= _pass(run, run.engine, RefCache("", None), sets_of(run), visited)
 

@@ -27,6 +27,7 @@ from fastpo import (
     checkpoint,
     data,
     evaluation,
+    inputs,
     live_reference,
     losses,
     outputs,
@@ -34,11 +35,12 @@ from fastpo import (
     rows,
     run_data,
     saving,
+    start_checks,
 )
 from fastpo.callbacks import Callbacks, check_best
 from fastpo.config import TrainConfig
 from fastpo.distributed import Engine, World, shard
-from fastpo.errors import ConfigError, DataError, TrainingError
+from fastpo.errors import ConfigError, TrainingError
 from fastpo.guardrails import Guardrails
 from fastpo.hub import Hub
 from fastpo.kway import Forming
@@ -61,8 +63,6 @@ from fastpo.packing import (
     PackedBatch,
     TrunkCost,
     collate,
-    epoch_order,
-    epoch_steps,
     loss_count,
     nll_count,
     sequence_tokens,
@@ -71,10 +71,10 @@ from fastpo.packing import (
     step_batches,
     trunk_tokens,
 )
-from fastpo.prepare import check_ids, check_offloading, disable_dropout, set_numerics, training_mode
+from fastpo.prepare import check_ids, disable_dropout, set_numerics, training_mode
 from fastpo.ref_policy import MovingReference, cache_folder
 from fastpo.row_statistics import EVALUATION, TOKEN_KL, TRAIN, draw_rows, observer, row_statistics
-from fastpo.samples import check_generation_kwargs
+from fastpo.step_plan import StepPlan
 from fastpo.stepwide import Statistics, StepWide
 from fastpo.verify import verify_policy
 
@@ -155,9 +155,12 @@ class Trainer:
         set_numerics(config)
         self.device = world.device
         self._resolve_losses(ref_model, prev_model)
-        check_generation_kwargs(config.generation_kwargs)
-        check_offloading(config, self.device)
-        build_scheduler(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0), config, steps=100)  # its errors, early
+        start_checks.check_options(config, self.device)
+        inputs.check(processing_class, callbacks, optimizers, eval_dataset)
+        peft_config, quantization_config = (
+            inputs.peft_config(peft_config),
+            inputs.quantization_config(quantization_config),
+        )
         self.output_dir = Path(config.output_dir)
         self.resume, remarks = world.first(lambda: checkpoint.find(self.output_dir, config.resume_from_checkpoint))
         for remark in remarks:
@@ -177,6 +180,7 @@ class Trainer:
         self.data_reports: dict[str, data.DataReport] = {}
         self.examples = run_data.prepare(self, train_dataset, config.dataset_train_split, "train")
         self.eval_sets = run_data.prepare_eval(self, eval_dataset)
+        self.plan = StepPlan(config, len(self.examples), world.size)
         self.stepwide = StepWide(self)
         self.stepwide.prepare({"train": self.examples, **self.eval_sets})
         check_best(config, {k: ["loss", *run_data.reported(self, examples)] for k, examples in self.eval_sets.items()})
@@ -187,7 +191,7 @@ class Trainer:
             log.warning("grad_filter runs plain PyTorch operations on a GPU, unmeasured: compare tokens_per_second")
         self.autocast_dtype = torch.bfloat16 if _use_bf16(config, self.device) else None
         self._size_micro_batches()
-        self.optimizer, self.scheduler = optimizers or (None, None)
+        self.optimizer, self.scheduler = (None, None) if optimizers is None else optimizers
         if self.optimizer is not None and config.fsdp != "no":
             raise ConfigError("fsdp splits the parameters, so an optimiser made before does not fit: set optim instead")
         self.num_tokens = 0
@@ -230,11 +234,14 @@ class Trainer:
 
     def _note_inputs(self, model: Any, train_dataset: Any, eval_dataset: Any) -> None:
         """Names and paths of what the run is made from, for its files; a path that is not there ends it here."""
-        name = os.fspath(model) if isinstance(model, str | os.PathLike) else None
+        name = inputs.model_name("model", model)
+        for argument in ("ref_model", "prev_model"):
+            if (given := getattr(self, argument)) is not None:
+                setattr(self, argument, inputs.model_name(argument, given) or given)
         self.model_name = name or getattr(getattr(model, "config", None), "_name_or_path", "") or ""
         self.model_given_by_name = name is not None
         self.dataset_name = train_dataset if isinstance(train_dataset, str) else None
-        paths = {"model": model, "train_dataset": train_dataset, "eval_dataset": eval_dataset,
+        paths = {"model": name, "train_dataset": train_dataset, "eval_dataset": eval_dataset,
                  "ref_model": self.ref_model, "prev_model": self.prev_model}  # fmt: skip
         self.inputs: dict[str, Any] = {k: os.fspath(v) for k, v in paths.items() if isinstance(v, str | os.PathLike)}
         evaluated = eval_dataset if isinstance(eval_dataset, Mapping) else {"": eval_dataset}
@@ -305,24 +312,6 @@ class Trainer:
     def step_size(self) -> int:
         """Pairs of an optimiser step, over all processes."""
         return self.config.step_size * self.world.size
-
-    def _plan(self) -> list[tuple[int, list[int]]]:
-        """(epoch, rows) of every optimiser step of the run, over all processes."""
-        config, n = self.config, len(self.examples)
-        steps: list[tuple[int, list[int]]] = []
-        seed = config.seed if config.data_seed is None else config.data_seed
-        batch, accumulation = config.per_device_train_batch_size * self.world.size, config.gradient_accumulation_steps
-        epoch = 0
-        while True:
-            order = epoch_order(n, seed=seed, epoch=epoch, strategy=config.train_sampling_strategy)
-            of_epoch = epoch_steps(order, batch, accumulation, config.dataloader_drop_last)
-            if not of_epoch:
-                raise DataError(f"{n} rows do not fill one batch of {batch} (dataloader_drop_last)")
-            total = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * len(of_epoch))
-            steps += [(epoch, rows) for rows in of_epoch]
-            if len(steps) >= total:
-                return steps[:total]
-            epoch += 1
 
     # ------------------------------------------------------------- forward
 
@@ -414,7 +403,7 @@ class Trainer:
 
     def _train(self) -> TrainResult:
         config = self.config
-        plan = self._plan()
+        plan = self.plan
         run_data.say_sharing(self)
         self._tokens = [trunk_tokens(e) for e in self.examples]
         self.parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
@@ -430,7 +419,9 @@ class Trainer:
         self.moving: MovingReference | None = None
         if config.sync_ref_model:
             self.moving = MovingReference(self.parameters, config.ref_model_mixup_alpha, config.ref_model_sync_steps)
+        start_checks.say_without_effect(self, len(plan))
         self.verify(self.engine, plan[0][1])
+        start_checks.try_samples(self)
         references.attach(self, plan)
         if TOKEN_KL in self.row_statistics:
             self.live = live_reference.start(self, plan[0][1])
@@ -498,7 +489,7 @@ class Trainer:
         state.save_steps = _interval(config.save_steps, steps)
         state.train_batch_size = config.per_device_train_batch_size
 
-    def _loop(self, plan: list[tuple[int, list[int]]], bar: tqdm) -> dict[str, float]:
+    def _loop(self, plan: StepPlan, bar: tqdm) -> dict[str, float]:
         """The steps of the plan from `self.cursor` on, and the trained model's files. Returns the summary."""
         config, call = self.config, self.callbacks.call
         self.started = time.monotonic() - self.elapsed
@@ -569,7 +560,7 @@ class Trainer:
             at_end and config.save_strategy == strategy
         )
 
-    def _settle(self, plan: list[tuple[int, list[int]]], bar: tqdm | None = None) -> None:
+    def _settle(self, plan: StepPlan, bar: tqdm | None = None) -> None:
         """What follows a step, in transformers' order: on_step_end, log, evaluate, on_epoch_end, log, evaluate; and
         save last, so that a resumed run misses nothing. A run that was cut short in here goes on with that stage.
         """

@@ -28,6 +28,7 @@ from fastpo.adapters import first_line
 from fastpo.config import TrainConfig
 from fastpo.data import Example
 from fastpo.errors import ConfigError
+from fastpo.inputs import model_name
 from fastpo.model import Policy, _parse_dtype
 from fastpo.optim import NARROW, Gradients
 from fastpo.packing import collate
@@ -162,21 +163,24 @@ class Blueprint:
         return cls(Policy(fake), mode, nbytes_of([*model.parameters(), *model.buffers()]))
 
     @classmethod
-    def of_name(cls, name: str, config: TrainConfig, peft_config: Any = None, quantization: Any = None) -> "Blueprint":
+    def of_name(
+        cls, name: str, config: TrainConfig, peft_config: Any = None, quantization: Any = None, argument: str = "model"
+    ) -> "Blueprint":  # fmt: skip
         """Of a model by name or path, from its configuration alone."""
         kwargs = {**(config.model_init_kwargs or {}), "trust_remote_code": config.trust_remote_code}
-        where = name
+        where = name = model_name(argument, name) or name
         if adapter := adapters.saved_adapter(name):
             if peft_config is not None:
                 raise ConfigError("peft_config is given, but the model has an adapter already")
             where, peft_config = adapter.base_model_name_or_path, adapter
+            where = model_name(f"the base of the adapter {name!r}", where) or where
             peft_config.inference_mode = False
         dtype = config.dtype or kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None) or "auto"
         for of_loading in ("attn_implementation", "device_map", "low_cpu_mem_usage", "max_memory"):
             kwargs.pop(of_loading, None)
         try:
             of_model = AutoConfig.from_pretrained(where, **kwargs)
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # a configuration may be wrong in any way
             raise ConfigError(f"{where!r} is no model that can be planned: {first_line(error)}") from error
         parsed = _parse_dtype(dtype)
         if not isinstance(parsed, torch.dtype):
