@@ -39,8 +39,9 @@ def compiled_layers(policy: Policy, config: TrainConfig) -> Iterator[None]:
     known = torch._dynamo.list_backends(exclude_tags=())
     if backend not in known:
         raise ConfigError(f"torch_compile_backend={backend!r} is unknown to PyTorch: it has {', '.join(known)}")
-    if attention.runs_unpacked():
-        raise ConfigError("torch_compile compiles packed layers, and FASTPO_ATTENTION=own runs them unpacked")
+    if policy.unpacked:
+        name = type(policy.causal_lm).__name__
+        raise ConfigError(f"torch_compile compiles packed layers, and {name} runs unpacked: leave it out")
     layers = [m for m in policy.trunk.modules() if isinstance(m, GradientCheckpointingLayer)]
     if not layers:
         name = type(policy.causal_lm).__name__

@@ -42,6 +42,7 @@ from fastpo.errors import ConfigError, DataError, TrainingError
 from fastpo.guardrails import Guardrails
 from fastpo.hub import Hub
 from fastpo.kway import Forming
+from fastpo.loading import freeze_towers, load_model, load_tokenizer
 from fastpo.losses import SFT
 from fastpo.memory import Budget, resolve_max_tokens
 from fastpo.metrics import (
@@ -55,7 +56,7 @@ from fastpo.metrics import (
     pair_inputs,
     pair_metrics,
 )
-from fastpo.model import DROPPED_MASS, Policy, load_model, load_tokenizer
+from fastpo.model import DROPPED_MASS, Policy
 from fastpo.optim import Gradients, build_optimizer, build_scheduler
 from fastpo.packing import (
     PackedBatch,
@@ -76,7 +77,7 @@ from fastpo.ref_policy import MovingReference, cache_folder
 from fastpo.row_statistics import EVALUATION, TOKEN_KL, TRAIN, draw_rows, observer, row_statistics
 from fastpo.samples import check_generation_kwargs
 from fastpo.stepwide import Statistics, StepWide
-from fastpo.verify import verify_policy
+from fastpo.verify import verify_or_unpack
 
 log = logging.getLogger("fastpo")
 
@@ -275,6 +276,8 @@ class Trainer:
             disable_dropout(model)
         self.model = self.callbacks.model = model
         self.policy = Policy(model)
+        if frozen := freeze_towers(model):
+            log.info("text rows do not train %s: frozen, and saved as they are", ", ".join(frozen))
         self.engine = Engine(self.policy)
         for set_name, examples in {"train": self.examples, **self.eval_sets}.items():
             check_ids(self.policy, examples, set_name)
@@ -706,7 +709,7 @@ class Trainer:
         as share their prompt, where some do."""
         rows = sorted(rows, key=lambda i: (not self.examples[i].share, self._tokens[i]))[:GUARD_ROWS]
         with self.autocast(), torch.no_grad():
-            engine(lambda: verify_policy(engine.policy, [self.examples[i] for i in rows]))
+            engine(lambda: verify_or_unpack(engine.policy, [self.examples[i] for i in rows]))
 
     def _wrong_start(self, logp: Tensor, batch: PackedBatch) -> str | None:
         """A policy that starts as its reference must reproduce the losses' closed form, to the dtype's error."""

@@ -13,7 +13,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from fastpo import attention
 from fastpo.data import Example
-from fastpo.errors import UnsupportedModelError
+from fastpo.errors import ConfigError, UnsupportedModelError
 from fastpo.layout import Layout
 from fastpo.model import Policy, attention_implementations, restore_attention, switch_attention, weights_eps
 from fastpo.packing import PackedBatch, collate
@@ -41,7 +41,7 @@ def verify_policy(policy: Policy, examples: Sequence[Example], tolerance: float 
             noise = _Noise(tolerance, tolerance, few=0.0)
         try:
             with policy.attach():
-                if not attention.runs_unpacked():
+                if not policy.unpacked:
                     _check_attention_pattern(policy, device)
                 batch = collate(examples, range(len(examples))).to(device)
                 packed = policy.logp(batch)
@@ -51,6 +51,24 @@ def verify_policy(policy: Policy, examples: Sequence[Example], tolerance: float 
             raise UnsupportedModelError(f"{name} cannot run packed: {error}; {attention.UNPACKED}") from error
         _compare_tokens(name, packed, torch.cat(own), noise)
         _compare_pairs(name, packed, batch, examples, own, noise)
+
+
+def verify_or_unpack(policy: Policy, examples: Sequence[Example]) -> None:
+    """`verify_policy`; a model that is wrong or cannot run when packed, and right when every response runs alone, runs
+    so from here on (recurrent layers that its config does not name, masks of its own). Else the first error stands.
+    """
+    try:
+        verify_policy(policy, examples)
+    except UnsupportedModelError as error:
+        if policy.unpacked:
+            raise
+        policy.unpacked = True
+        try:
+            verify_policy(policy, examples)
+        except (UnsupportedModelError, ConfigError):  # ConfigError: fsdp, which cannot run unpacked
+            policy.unpacked = False
+            raise error from None
+        policy.unpack(str(error).partition(f"; {attention.UNPACKED}")[0].partition(f" ({attention.UNPACKED})")[0])
 
 
 @dataclass(frozen=True, slots=True)
