@@ -77,7 +77,10 @@ def load_model(
         kwargs["device_map"] = {"": target}
     try:
         kind = model_class(_config_of(where, kwargs), where)
-        model, info = kind.from_pretrained(where, output_loading_info=True, **kwargs)
+        told = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # refused below, by name
+        model, info = kind.from_pretrained(where, **{**kwargs, **told})
+    except ConfigError:
+        raise
     except ImportError as error:
         hint = "pip install 'fastpo[quant]'" if quantization_config is not None else first_line(error)
         raise ConfigError(f"loading {where!r} needs a package that is not installed: {hint}") from error
@@ -104,33 +107,35 @@ def model_class(config: Any, where: str) -> Any:
     """The class that a config names, with `from_pretrained` and a language model's head; an auto class where it names
     none, and for code that comes with the checkpoint. ConfigError in one line for what is no such class."""
     name = next(iter(getattr(config, "architectures", None) or ()), None)
-    if type(config).__module__.startswith("transformers_modules") or getattr(config, "auto_map", None):
-        auto_map = getattr(config, "auto_map", None) or {}
-        known = getattr(transformers, name or "", None)
-        if known is None or type(config).__module__.startswith("transformers_modules"):
-            image = "AutoModelForImageTextToText" in auto_map and "AutoModelForCausalLM" not in auto_map
-            return AutoModelForImageTextToText if image else AutoModelForCausalLM
+    of_type = _classes_of(config)
+    auto_map = getattr(config, "auto_map", None) or {}
+    if type(config).__module__.startswith("transformers_modules") or (
+        auto_map and not hasattr(transformers, str(name))
+    ):
+        image = "AutoModelForImageTextToText" in auto_map and "AutoModelForCausalLM" not in auto_map
+        return AutoModelForImageTextToText if image else AutoModelForCausalLM
     if name is None:
         return AutoModelForCausalLM
     kind = getattr(transformers, name, None)
     if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
-        of_config = _classes_of(config)
-        near = difflib.get_close_matches(name, of_config, 1, 0.0) or of_config[:1]
+        near = difflib.get_close_matches(name, of_type, 1, 0.0)
         hint = f"set architectures to [{near[0]!r}] in its config.json if that is what it is" if near else "upgrade it"
         raise ConfigError(
             f"the config of {where!r} names the class {name}, which transformers {transformers.__version__} does not "
             f"have: {hint}"
         )
     if not issubclass(kind, GenerationMixin):
-        near = _classes_of(config)
-        hint = f"; a language model of this type is a {near[0]}" if near else ""
+        hint = f"; a language model of this type is a {of_type[0]}" if of_type else ""
         raise ConfigError(f"the config of {where!r} names the class {name}, which has no language model's head{hint}")
-    expected = getattr(kind, "config_class", None)
-    fits = isinstance(expected, type) and isinstance(config, expected)
-    if isinstance(expected, type) and not fits and not isinstance(config.get_text_config(decoder=True), expected):
+    expected: Any = getattr(kind, "config_class", None)
+    if not isinstance(expected, type) or isinstance(config, expected):
+        return kind
+    if name in of_type:  # a type without a class of its own, such as ShieldGemma 2
+        return AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
+    if not isinstance(config.get_text_config(decoder=True), expected):
         raise ConfigError(
             f"the config of {where!r} is a {config.model_type!r}'s, and names the class {name}, which is a "
-            f"{expected.model_type!r}'s: one of the two is wrong"
+            f"{getattr(expected, 'model_type', '')!r}'s: one of the two is wrong"
         )
     return kind
 
@@ -144,8 +149,8 @@ def _classes_of(config: Any) -> list[str]:
 
 def empty_model(config: Any, dtype: torch.dtype, where: str, trust_remote_code: bool = False) -> PreTrainedModel:
     """A model of a config alone, of the class that `load_model` would give it, with the weights that it starts with."""
-    kind = model_class(config, where)
-    if isinstance(kind, type) and issubclass(kind, PreTrainedModel):
+    kind: Any = model_class(config, where)
+    if issubclass(kind, PreTrainedModel):
         return kind._from_config(config, dtype=dtype)
     return kind.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
 
@@ -156,6 +161,11 @@ def empty_model(config: Any, dtype: torch.dtype, where: str, trust_remote_code: 
 def _check_whole(model: Any, info: Mapping[str, Any], where: str, kwargs: Mapping[str, Any]) -> None:
     """Raise ConfigError for weights that would start at random, and for tensors that would be gone once it is saved."""
     name = type(model).__name__
+    for key, held, wanted in sorted(info["mismatched_keys"]) if not kwargs.get("ignore_mismatched_sizes") else ():
+        raise ConfigError(
+            f"{where!r} holds {key} as {tuple(held)}, which {name}, the class of its config, has as {tuple(wanted)}: "
+            "its config is not that of its weights"
+        )
     parameters = {key for key, _ in model.named_parameters()}
     missing = sorted(parameters & set(info["missing_keys"]))
     unexpected = sorted(key for key in info["unexpected_keys"] if not _COMPUTED.search(key))

@@ -7,6 +7,7 @@ T = packed tokens, N = head rows (completion tokens), D = hidden size, V = vocab
 """
 
 import contextlib
+import inspect
 import itertools
 import logging
 from collections.abc import Callable, Iterator
@@ -286,17 +287,27 @@ def _unwrap_head(causal_lm: PreTrainedModel) -> Any:
 def _logit_rule(causal_lm: PreTrainedModel) -> tuple[float | None, float]:
     """(softcap, scale) by which this family turns `hidden W^T + b` into logits; verify_policy checks it."""
     config = causal_lm.config.get_text_config(decoder=True)
-    softcap = next((c for f in _SOFTCAP_FIELDS if (c := getattr(config, f, None))), None)
+    # The text half of a model of text and images has the fields; some families' whole (Aya Vision) leaves them unread.
+    whole = config is not causal_lm.config and _source(type(causal_lm))
+    softcap = next((c for f in _SOFTCAP_FIELDS if (c := getattr(config, f, None)) and (not whole or f in whole)), None)
     scale = 1.0
     for field, divides in _SCALE_FIELDS.items():
         value = getattr(config, field, None)
-        if value is None:
+        if value is None or (whole and field not in whole):
             continue
         if not isinstance(value, int | float):
             raise UnsupportedModelError(f"{type(causal_lm).__name__}: {field}={value!r} is not a number")
         divides = divides and (config.model_type, field) not in _MULTIPLIED
         scale = scale / value if divides else scale * value
     return (None if softcap is None else float(softcap)), float(scale)
+
+
+def _source(kind: type) -> str:
+    """The code of a class; empty where it has none to read."""
+    try:
+        return inspect.getsource(kind)
+    except (OSError, TypeError):
+        return ""
 
 
 def weights_eps(policy: Policy) -> float:
