@@ -68,6 +68,7 @@ class TrainConfig:
     model_init_kwargs: dict | None = _opt(None, "model", "keyword arguments of from_pretrained, where the model is a name or path")
     dtype: str | None = _opt(None, "model", "dtype to load the model in; None or auto: the checkpoint's own")
     trust_remote_code: bool = _opt(False, "model", "let a checkpoint's own code run")
+    router_aux_loss_coef: float | None = _opt(None, "model", "weight of a mixture of experts' load-balancing loss; None: the model's own, 0: none")
     disable_dropout: bool = _opt(True, "model", "set every dropout probability of the policy to zero")
     use_liger_kernel: bool = _opt(False, "model", "Liger's kernels for the norms, MLPs and rotary embeddings of the trunk; needs a GPU and liger-kernel")
     liger_kernel_config: dict | None = _opt(None, "model", "which of Liger's layer kernels, such as {rope: false}")
@@ -212,6 +213,7 @@ class TrainConfig:
         self._require("label_smoothing", 0 <= self.label_smoothing < 1, "in [0, 1)")
         self._require("warmup_ratio", self.warmup_ratio is None or 0 <= self.warmup_ratio < 1, "in [0, 1)")
         self._require("grad_filter", 0 <= self.grad_filter < 1, "in [0, 1)")
+        self._require("router_aux_loss_coef", (self.router_aux_loss_coef or 0.0) >= 0, "zero or more")
         self._require("logits_memory_budget", (self.logits_memory_budget or 0) >= 0, "zero or more bytes")
         if self.max_steps == 0 or self.max_steps < -1:
             raise ConfigError(f"max_steps must be positive, or -1 for num_train_epochs, not {self.max_steps}")
