@@ -308,6 +308,8 @@ def freeze_towers(model: Any) -> list[str]:
     names = list(_outside(causal_lm, "", language)) if outside else []
     for parameter in outside:
         parameter.requires_grad_(False)
+    if names:
+        log.info("text rows do not train %s: frozen, and saved as they are", ", ".join(names))
     return names
 
 

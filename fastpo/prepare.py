@@ -220,13 +220,6 @@ def check_ids(policy: Policy, examples: Sequence[data.Example], name: str) -> No
         )
 
 
-def uses_bf16(config: TrainConfig, device: torch.device) -> bool:
-    """Whether a run computes under bf16 autocast: by its option, or where the GPU has it."""
-    if config.bf16 is not None:
-        return config.bf16
-    return device.type == "cuda" and torch.cuda.is_bf16_supported()
-
-
 def interval(value: float, total: int) -> int:
     """Steps; below 1 a share of all steps, as in transformers."""
     return max(1, math.ceil(value * total) if value < 1 else int(value))

@@ -127,9 +127,15 @@ class StepWide:
             self.of_rows(stats, parts, self.run.examples, train=True)
         run = self.run
         if run.router is not None:
-            mine = run.budget.passes(share, run.examples, run.router_sums)
-            more = (run.router_sums(idle) for _ in range(rounds - len(share)))
-            stats.router = run.router.look_ahead(mine, more, run.world)
+            router = run.router
+
+            def sums(part: list[int]) -> Tensor:
+                with run.autocast():
+                    return router.trunk_pass(run.engine, run.batch(run.examples, part, run.ref["train"]))
+
+            mine = run.budget.passes(share, run.examples, sums)
+            more = (sums(idle) for _ in range(rounds - len(share)))
+            stats.router = router.look_ahead(mine, more, run.world)
 
     def first_pass(
         self, share: Sequence[list[int]], rounds: int, examples: Sequence[data.Example], ref: Any, idle: list[int],

@@ -38,7 +38,7 @@ from fastpo import (
 )
 from fastpo.callbacks import Callbacks, check_best
 from fastpo.config import TrainConfig
-from fastpo.distributed import Engine, World, shard
+from fastpo.distributed import Engine, World, shard, uses_bf16
 from fastpo.errors import ConfigError, DataError, TrainingError
 from fastpo.guardrails import Guardrails
 from fastpo.hub import Hub
@@ -73,15 +73,7 @@ from fastpo.packing import (
     step_batches,
     trunk_tokens,
 )
-from fastpo.prepare import (
-    check_ids,
-    check_offloading,
-    disable_dropout,
-    interval,
-    set_numerics,
-    training_mode,
-    uses_bf16,
-)
+from fastpo.prepare import check_ids, check_offloading, disable_dropout, interval, set_numerics, training_mode
 from fastpo.ref_policy import MovingReference, cache_folder
 from fastpo.row_statistics import EVALUATION, TOKEN_KL, TRAIN, draw_rows, observer, row_statistics
 from fastpo.samples import check_generation_kwargs
@@ -285,8 +277,7 @@ class Trainer:
             disable_dropout(model)
         self.model = self.callbacks.model = model
         self.policy = Policy(model)
-        if frozen := freeze_towers(model):
-            log.info("text rows do not train %s: frozen, and saved as they are", ", ".join(frozen))
+        freeze_towers(model)
         self.engine = Engine(self.policy)
         for set_name, examples in {"train": self.examples, **self.eval_sets}.items():
             check_ids(self.policy, examples, set_name)
@@ -352,11 +343,6 @@ class Trainer:
         if prompts:
             logp, batch.rows[PROMPT_LOGP] = logp.split([batch.target.numel(), logp.numel() - batch.target.numel()])
         return logp
-
-    def router_sums(self, part: list[int]) -> Tensor:
-        """What the router loss of a step reads of a micro-batch, by a pass ahead of it."""
-        with self.autocast():
-            return self.router.trunk_pass(self.engine, self.batch(self.examples, part, self.ref["train"]))
 
     def batch(
         self, examples: Sequence[data.Example], part: Sequence[int], ref: Any, stream: int = EVALUATION, step: int = 0
