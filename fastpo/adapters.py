@@ -11,6 +11,7 @@ import inspect
 import logging
 import math
 import os
+import re
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -79,9 +80,24 @@ def with_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
             warnings.filterwarnings(
                 "ignore", message=".*(was renamed from|ensure_weight_tying|is_gradient_checkpointing).*"
             )
-            return peft.get_peft_model(model, peft_config)
+            return peft.get_peft_model(model, _spare_towers(model, peft_config))
     except Exception as error:  # PEFT checks little of what it is given, and fails in many ways
         raise ConfigError(f"peft_config does not fit {type(model).__name__}: {first_line(error)}") from error
+
+
+def _spare_towers(model: nn.Module, peft_config: Any) -> Any:
+    """The same configuration, which leaves out what text rows do not reach: names such as q_proj lie in encoders of
+    images too."""
+    from fastpo.loading import towers
+
+    outside = "|".join(rf"{re.escape(name)}(\..*)?" for name in towers(model))
+    if not outside or not hasattr(peft_config, "exclude_modules"):
+        return peft_config
+    spared, own = copy.copy(peft_config), peft_config.exclude_modules
+    if own and not isinstance(own, str):  # names, of which PEFT compares the ends
+        own = rf"(.*\.)?({'|'.join(map(re.escape, own))})"
+    spared.exclude_modules = f"({own})|({outside})" if own else f"({outside})"
+    return spared
 
 
 def check_adapter_type(peft_config: Any) -> None:
@@ -273,12 +289,15 @@ def save_merged(
     goes onto the unquantised base, loaded again by its name. So it is where `adapter_folder` is given, the adapter
     saved before: a sharded model has no whole weights to copy.
     """
+    from fastpo.loading import carry_over
+
     check_mergeable(model, sharded=adapter_folder is not None)
     if adapter_folder is not None or is_quantized(model):
         merged = _merged_from_disk(model, adapter_folder)
     else:
         merged = _merged_copy(model)
     merged.save_pretrained(folder, max_shard_size=max_shard_size)
+    carry_over(model, folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 

@@ -65,6 +65,7 @@ class TrainConfig:
     model_init_kwargs: dict | None = _opt(None, "model", "keyword arguments of from_pretrained, where the model is a name or path")
     dtype: str | None = _opt(None, "model", "dtype to load the model in; None or auto: the checkpoint's own")
     trust_remote_code: bool = _opt(False, "model", "let a checkpoint's own code run")
+    router_aux_loss_coef: float | None = _opt(None, "model", "weight of a mixture of experts' load-balancing loss; None: the model's own, 0: none")
     disable_dropout: bool = _opt(True, "model", "set every dropout probability of the policy to zero")
     use_liger_kernel: bool = _opt(False, "model", "Liger's kernels for the norms, MLPs and rotary embeddings of the trunk; needs a GPU and liger-kernel")
     liger_kernel_config: dict | None = _opt(None, "model", "which of Liger's layer kernels, such as {rope: false}")

@@ -21,7 +21,8 @@ from tqdm.auto import tqdm
 from fastpo import checkpoint, data, rows
 from fastpo.distributed import Engine, shard
 from fastpo.errors import ConfigError, DataError
-from fastpo.model import Policy, load_model
+from fastpo.loading import load_model
+from fastpo.model import Policy
 from fastpo.packing import PackedBatch
 from fastpo.prepare import check_ids, eval_mode, on_device
 from fastpo.ref_policy import (

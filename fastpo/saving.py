@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging as logging_utils
 
-from fastpo import __version__, checkpoint
+from fastpo import __version__, checkpoint, loading
 from fastpo.callbacks import note_saved, plain_config
 from fastpo.checkpoint import PREVIOUS, REFERENCE, as_sharded
 from fastpo.distributed import full_state, local
@@ -187,6 +187,7 @@ def _write_model(run: "Trainer", folder: Path, weights: dict[str, Tensor] | None
     try:
         with run.policy.detached():
             run.model.save_pretrained(folder, **given)
+        loading.carry_over(run.model, folder)
     finally:
         if bars:
             logging_utils.enable_progress_bar()

@@ -32,6 +32,7 @@ from fastpo import (
     losses,
     outputs,
     references,
+    router_loss,
     rows,
     run_data,
     saving,
@@ -39,11 +40,12 @@ from fastpo import (
 )
 from fastpo.callbacks import Callbacks, check_best
 from fastpo.config import TrainConfig
-from fastpo.distributed import Engine, World, shard
+from fastpo.distributed import Engine, World, shard, uses_bf16
 from fastpo.errors import ConfigError, TrainingError
 from fastpo.guardrails import Guardrails
 from fastpo.hub import Hub
 from fastpo.kway import Forming
+from fastpo.loading import freeze_towers, load_model, load_tokenizer
 from fastpo.losses import SFT
 from fastpo.memory import Budget, resolve_max_tokens
 from fastpo.metrics import (
@@ -57,7 +59,7 @@ from fastpo.metrics import (
     pair_inputs,
     pair_metrics,
 )
-from fastpo.model import DROPPED_MASS, Policy, load_model, load_tokenizer
+from fastpo.model import DROPPED_MASS, Policy
 from fastpo.optim import Gradients, build_optimizer, build_scheduler
 from fastpo.packing import (
     PackedBatch,
@@ -71,12 +73,12 @@ from fastpo.packing import (
     step_batches,
     trunk_tokens,
 )
-from fastpo.prepare import check_ids, disable_dropout, set_numerics, training_mode
+from fastpo.prepare import check_ids, disable_dropout, interval, set_numerics, training_mode
 from fastpo.ref_policy import MovingReference, cache_folder
 from fastpo.row_statistics import EVALUATION, TOKEN_KL, TRAIN, draw_rows, observer, row_statistics
 from fastpo.step_plan import StepPlan
 from fastpo.stepwide import Statistics, StepWide
-from fastpo.verify import verify_policy
+from fastpo.verify import verify_or_unpack
 
 log = logging.getLogger("fastpo")
 
@@ -189,7 +191,7 @@ class Trainer:
         self._take_model(model, peft_config, quantization_config)
         if config.grad_filter and self.device.type == "cuda":
             log.warning("grad_filter runs plain PyTorch operations on a GPU, unmeasured: compare tokens_per_second")
-        self.autocast_dtype = torch.bfloat16 if _use_bf16(config, self.device) else None
+        self.autocast_dtype = torch.bfloat16 if uses_bf16(config, self.device) else None
         self._size_micro_batches()
         self.optimizer, self.scheduler = (None, None) if optimizers is None else optimizers
         if self.optimizer is not None and config.fsdp != "no":
@@ -282,9 +284,11 @@ class Trainer:
             disable_dropout(model)
         self.model = self.callbacks.model = model
         self.policy = Policy(model)
+        freeze_towers(model)
         self.engine = Engine(self.policy)
         for set_name, examples in {"train": self.examples, **self.eval_sets}.items():
             check_ids(self.policy, examples, set_name)
+        self.router = router_loss.of_run(self.policy, config, (self.examples, *self.eval_sets.values()))
         # PiSSA and its like take part of the base away, so that the base with the adapter off is another model.
         self.reference_is_base = self.new_adapter and not adapters.rewrites_base(peft_config)
         self.start_is_known = config.disable_dropout and adapters.starts_at_base(peft_config)
@@ -321,7 +325,8 @@ class Trainer:
         prompts = statistics and batch.prompts is not None
         config = self.config
         options: dict[str, Any] = {"memory_budget": config.logits_memory_budget, "grad_filter": config.grad_filter}
-        with self.autocast():
+        router = self.router if engine is self.engine else None
+        with self.autocast(), router.collecting(batch) if router is not None else contextlib.nullcontext():
             logp = engine(lambda: engine.policy.logp(batch, observe=observe, prompts=prompts, **options))
         assert isinstance(logp, Tensor)
         if prompts:
@@ -484,9 +489,9 @@ class Trainer:
         self.callbacks.optimizer, self.callbacks.scheduler = self.optimizer, self.scheduler
         state = self.state
         state.max_steps, state.num_train_epochs = steps, math.ceil(config.num_train_epochs)
-        state.logging_steps = _interval(config.logging_steps, steps)
-        state.eval_steps = _interval(config.eval_steps or config.logging_steps, steps)
-        state.save_steps = _interval(config.save_steps, steps)
+        state.logging_steps = interval(config.logging_steps, steps)
+        state.eval_steps = interval(config.eval_steps or config.logging_steps, steps)
+        state.save_steps = interval(config.save_steps, steps)
         state.train_batch_size = config.per_device_train_batch_size
 
     def _loop(self, plan: StepPlan, bar: tqdm) -> dict[str, float]:
@@ -620,6 +625,8 @@ class Trainer:
         if self.stepwide.reads_mean:
             self.stepwide.commit(bool(finite))
         self.window.add(loss[0], metrics, norm, finite)
+        if self.router is not None:
+            self.window.add_aux(self.world.sum_(self.router.total), finite)
         if self.config.grad_filter:
             self.window.add_dropped(self.dropped, self.world)
         for batch in self.done:  # here, so that a step cut short leaves no trace in the counters
@@ -662,6 +669,8 @@ class Trainer:
         step_loss = torch.zeros((), device=self.device)
         step_metrics = torch.zeros(len(PAIR_METRICS), device=self.device)
         self.done, self.dropped, wrong = [], [], None
+        if self.router is not None:
+            self.router.begin()
         at_once = not self.world.several and len(self.share) == 1
         if not (self.world.several or at_once):
             self.stepwide.look_ahead(stats, self.share, self.rounds, idle_rows)
@@ -677,6 +686,8 @@ class Trainer:
             if self.stepwide.reads_rows and at_once:
                 self.stepwide.of_rows(stats, [(batch, logp)], self.examples, train=True)
             loss, metrics = self.objective(logp, batch, stats, pair_count, nlls)
+            if self.router is not None:
+                loss = loss + self.router.share(batch, stats.router)
             if check_start:
                 wrong = wrong or self._wrong_start(logp.detach(), batch)
             loss.backward()
@@ -697,7 +708,11 @@ class Trainer:
         as share their prompt, where some do."""
         rows = sorted(rows, key=lambda i: (not self.examples[i].share, self._tokens[i]))[:GUARD_ROWS]
         with self.autocast(), torch.no_grad():
-            engine(lambda: verify_policy(engine.policy, [self.examples[i] for i in rows]))
+            engine(lambda: verify_or_unpack(engine.policy, [self.examples[i] for i in rows]))
+            if self.router is not None and engine is self.engine:
+                low_precision = self.autocast_dtype is not None or self.policy.low_precision
+                few = [self.examples[i] for i in rows]
+                self.router = engine(lambda: self.router.verify(few, low_precision))
 
     def _wrong_start(self, logp: Tensor, batch: PackedBatch) -> str | None:
         """A policy that starts as its reference must reproduce the losses' closed form, to the dtype's error."""
@@ -772,14 +787,3 @@ class Trainer:
                 log.warning("stopped at step %d; %s holds it%s", step, folder, how)
         except Exception as failure:
             log.warning("the run could not be saved after the failure: %s", failure)
-
-
-def _use_bf16(config: TrainConfig, device: torch.device) -> bool:
-    if config.bf16 is not None:
-        return config.bf16
-    return device.type == "cuda" and torch.cuda.is_bf16_supported()
-
-
-def _interval(value: float, total: int) -> int:
-    """Steps; below 1 a share of all steps, as in transformers."""
-    return max(1, math.ceil(value * total) if value < 1 else int(value))
