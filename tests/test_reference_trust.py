@@ -1,5 +1,6 @@
 """A cached reference is the live model's, or it is not used: what a run finds after one of the same weights that
-computed something else. Once as the key has it, and once with a key that is blind to it: then the comparison sees it."""
+computed something else. Once as the key has it, and once with a key that is blind to it, where the comparison sees it.
+"""
 
 import numpy as np
 import pytest
