@@ -185,6 +185,7 @@ def continue_adapter(base: nn.Module, name_or_path: str | os.PathLike[str], revi
     where = os.fspath(name_or_path)
     misfit = f"the adapter {where!r} was trained for another base than {_name(base)!r}"
     missing: list[str] = []
+    _resize_to(base, where)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
@@ -206,17 +207,42 @@ def continue_adapter(base: nn.Module, name_or_path: str | os.PathLike[str], revi
     return model
 
 
-def _unused_weights(model: nn.Module, folder: str) -> list[str]:
-    """Tensors of a saved adapter that found no module: PEFT drops them without a word."""
-    from safetensors import safe_open
+def _resize_to(base: Any, folder: str) -> None:
+    """Give the base as many embeddings as a saved adapter was trained with, where it brings its own.
+
+    PEFT saves the embeddings and the head of a model that was resized for new tokens beside the adapter, whole; they
+    load into a base of the same size only. The new rows are the adapter's.
+    """
+    shapes = {name: shape[0] for name, shape in _saved_shapes(folder).items() if len(shape) == 2}
+    for name, module in base.named_modules():
+        if module is base.get_input_embeddings() and isinstance(module, nn.Embedding):
+            rows = shapes.get(f"base_model.model.{name}.weight")
+            if rows is not None and rows != module.num_embeddings:
+                base.resize_token_embeddings(rows, mean_resizing=False)
+            return
+
+
+def _saved_shapes(folder: str) -> dict[str, list[int]]:
+    """Names and shapes of a saved adapter's tensors; none where they are not in a local safetensors file."""
+    from safetensors import SafetensorError, safe_open
 
     file = Path(folder) / "adapter_model.safetensors"
-    if not file.is_file():
+    try:
+        with safe_open(file, framework="pt") as f:
+            return {name: f.get_slice(name).get_shape() for name in f.keys()}  # noqa: SIM118 -- no mapping
+    except (OSError, SafetensorError):  # of the hub, or PEFT says what is wrong with it
+        return {}
+
+
+def _unused_weights(model: nn.Module, folder: str) -> list[str]:
+    """Tensors of a saved adapter that found no module: PEFT drops them without a word."""
+    saved = set(_saved_shapes(folder))
+    if not saved:
         return []
     from peft import get_peft_model_state_dict
 
-    with safe_open(file, framework="pt") as f:
-        return sorted(set(f.keys()) - set(get_peft_model_state_dict(model)))
+    # With embeddings that are saved whole, PEFT takes them for part of the adapter or not by what the hub says.
+    return sorted(saved - set(get_peft_model_state_dict(model)) - {name for name, _ in model.named_parameters()})
 
 
 def check_adapter_base(model: nn.Module) -> None:

@@ -259,13 +259,18 @@ def _unwrap_head(causal_lm: PreTrainedModel) -> Any:
     head = causal_lm.get_output_embeddings()
     while True:
         kind = type(head).__name__
+        if tying := _tied_by(causal_lm):
+            raise UnsupportedModelError(f"{name}: {tying}")
         if hasattr(head, "lora_A") or hasattr(head, "base_layer"):
             raise UnsupportedModelError(
                 f"{name}: the output head carries an adapter ({kind}), which fastpo does not apply; leave it out of "
                 "target_modules, or train it whole with modules_to_save"
             )
         if hasattr(head, "token_adapter"):
-            raise UnsupportedModelError(f"{name}: trainable_token_indices on the output head are not supported")
+            raise UnsupportedModelError(
+                f"{name}: trainable_token_indices reach the output head, which fastpo does not apply; name the "
+                "embeddings alone, of a model whose head is not tied to them, or train both whole with modules_to_save"
+            )
         if hasattr(head, "modules_to_save") and hasattr(head, "original_module"):
             adapters = [] if head.disable_adapters else [a for a in head.active_adapters if a in head.modules_to_save]
             head = head.modules_to_save[adapters[0]] if adapters else head.original_module
@@ -282,6 +287,20 @@ def _unwrap_head(causal_lm: PreTrainedModel) -> Any:
             "llm_int8_skip_modules=['lm_head']"
         )
     return head
+
+
+def _tied_by(causal_lm: Any) -> str:
+    """What is wrong with an adapter on the embeddings that PEFT carries over to the head tied to them; else ""."""
+    head, embedding = causal_lm.get_output_embeddings(), causal_lm.get_input_embeddings()
+    configs = list(getattr(causal_lm, "peft_config", {}).values())
+    if not hasattr(head, "base_layer") or not any(getattr(c, "ensure_weight_tying", False) for c in configs):
+        return ""
+    if not hasattr(embedding, "base_layer"):
+        return ""
+    return (
+        "ensure_weight_tying carries the adapter on the embeddings over to the output head, which fastpo does not apply"
+        "; leave ensure_weight_tying or the embeddings out of peft_config, or train both whole with modules_to_save"
+    )
 
 
 def _logit_rule(causal_lm: PreTrainedModel) -> tuple[float | None, float]:

@@ -60,7 +60,7 @@ from fastpo.metrics import (
     pair_metrics,
 )
 from fastpo.model import DROPPED_MASS, Policy
-from fastpo.optim import Gradients, build_optimizer, build_scheduler
+from fastpo.optim import Gradients, build_optimizer, build_scheduler, check_given
 from fastpo.packing import (
     PackedBatch,
     TrunkCost,
@@ -479,9 +479,7 @@ class Trainer:
             group=self.world.group, sharded=self.engine.sharded,
         )  # fmt: skip
         if not self.own_optimizer:
-            known = {id(p) for p in self.parameters.values()}
-            if any(id(p) not in known for group in self.optimizer.param_groups for p in group["params"]):
-                raise ConfigError("the optimiser passed in holds parameters that this model does not train")
+            check_given(self.optimizer, self.parameters)
         if self.optimizer is None:
             self.optimizer = build_optimizer(self.model, config, self.gradients)
         if self.scheduler is None:
