@@ -156,13 +156,16 @@ class RefCache:
         """Write the new entries as one shard, beside and then renamed, so that a shard is whole or absent."""
         if self.folder is None or not self.fresh:
             return
+        temporary = None
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             handle, temporary = tempfile.mkstemp(dir=self.folder, suffix=".tmp")
             os.close(handle)
             write_entries(self.fresh, Path(temporary))
             os.replace(temporary, self.folder / f"{time.time_ns():020d}-{os.getpid()}.safetensors")
-        except OSError as error:
+        except Exception as error:  # safetensors has an error of its own for a full disk
+            if temporary is not None:
+                Path(temporary).unlink(missing_ok=True)
             log.warning("reference cache: cannot write to %s (%s); kept in memory for this run", self.folder, error)
         self.fresh = {}
 
