@@ -152,7 +152,7 @@ def _enumerate(parts: Sequence[str]) -> str:
 
 def _quick_start(where: str, adapter: bool, chat: bool) -> str:
     question = "What do you think of the sea?"
-    where = json.dumps(where, ensure_ascii=False)  # Python reads it too
+    where = _python(where)
     prompt = f'[{{"role": "user", "content": "{question}"}}]' if chat else f'"{question}"'
     if not adapter:
         return (
@@ -206,6 +206,11 @@ def _results(metrics: Mapping[str, Any]) -> list[str]:
 
 def _number(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else _text(str(value))
+
+
+def _python(text: str) -> str:
+    """A string literal of Python (JSON's are), in which no HTML stands."""
+    return json.dumps(text, ensure_ascii=False).replace("<", "\\x3c").replace(">", "\\x3e")
 
 
 def _text(text: str) -> str:

@@ -20,6 +20,7 @@ from fastpo.callbacks import note_saved, plain_config
 from fastpo.checkpoint import PREVIOUS, REFERENCE
 from fastpo.distributed import full_state, local
 from fastpo.errors import ConfigError, FastpoError, TrainingError
+from fastpo.memory import is_out_of_memory, release
 from fastpo.packing import collate
 from fastpo.ref_policy import adapter_settings, frozen_fingerprint, model_fingerprint
 from fastpo.state_files import as_sharded
@@ -117,7 +118,8 @@ def save_checkpoint(run: "Trainer", unsure: bool = False) -> Path | None:
             if world.main:
                 last = checkpoint.checkpoints(run.output_dir)
                 log.error(
-                    "%s could not be written: %s; training goes on, %s", folder.name, disks.cause(error),
+                    "%s could not be written: %s; %s%s", folder.name, disks.cause(error),
+                    "" if run.signals.ending else "training goes on, ",
                     f"the last checkpoint is {last[-1].name}" if last else "without a checkpoint so far",
                 )  # fmt: skip
             return None
@@ -161,7 +163,7 @@ def _write(run: "Trainer", folder: Path, temporary: Path) -> None:
 
 
 def check_finite(run: "Trainer", unsure: bool = False) -> None:
-    """TrainingError where the weights hold what is no number, or give no log-probabilities of a language model.
+    """TrainingError where the weights hold what is no number, or give none to a few ordinary rows.
 
     The latter is asked only after a step that was skipped, or if `unsure`: finite weights of 1e30 are as lost as NaN.
     """
@@ -170,10 +172,8 @@ def check_finite(run: "Trainer", unsure: bool = False) -> None:
     what = None
     if bad is not None:
         what = f"the weights are not finite (first {bad})"
-    elif unsure or run.window.skipped_last():
-        mean = _mean_logp(run)
-        if not mean > LOST:
-            what = f"the weights are finite, but lost: the mean log-probability of a token is {mean:.3g}"
+    elif (unsure or run.window.skipped_last()) and not all(run.world.gather(_gives_numbers(run))):
+        what = "the weights are finite, but what they give to ordinary rows is not: they are lost"
     if what is None:
         return
     last = checkpoint.checkpoints(run.output_dir)
@@ -184,18 +184,25 @@ def check_finite(run: "Trainer", unsure: bool = False) -> None:
     )
 
 
-LOST = -1e4  # mean log-probability of a token; a guess among a million of them has -14
-
-
-@torch.no_grad()
-def _mean_logp(run: "Trainer") -> float:
-    """Mean log-probability of the tokens of a few rows, the shortest; NaN where one has none. Every rank calls it."""
+def _gives_numbers(run: "Trainer") -> bool:
+    """Whether log-probabilities of a few rows, the shortest, are finite, and the gradients of their mean. Every rank
+    calls it; sharded ones leave out the gradients, which FSDP would reduce."""
     rows = sorted(range(len(run.examples)), key=lambda i: run._tokens[i])[:4]
     batch = collate(run.examples, rows).to(run.device)
-    with run.autocast():
-        logp = run.engine(lambda: run.policy.logp(batch))
-    assert isinstance(logp, Tensor)
-    return logp.double().mean().item()
+    try:
+        with run.autocast(), torch.set_grad_enabled(not run.engine.sharded):
+            logp = run.engine(lambda: run.policy.logp(batch))
+        assert isinstance(logp, Tensor)
+        if run.engine.sharded or not bool(logp.isfinite().all()):
+            return bool(logp.isfinite().all())
+        of_each = torch.autograd.grad(logp.mean(), list(run.parameters.values()), allow_unused=True)
+        found = dict(zip(run.parameters, of_each, strict=True))
+        return state_files.first_nonfinite({name: g for name, g in found.items() if g is not None}) is None
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        release(run.device)
+        return True  # a device that is full says nothing about the weights
 
 
 def check_trained(run: "Trainer") -> None:
