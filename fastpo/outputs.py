@@ -101,7 +101,6 @@ def ensure_folder(run: "Trainer") -> None:
     run.output_dir.mkdir(parents=True, exist_ok=True)
     run.lock.again()
     _write_config(run)
-    run.metrics_file.add()
 
 
 def write_line(run: "Trainer", line: Mapping[str, Any]) -> None:
@@ -159,20 +158,23 @@ def _save_merged(run: "Trainer") -> None:
 
 
 def _write_card(run: "Trainer") -> None:
+    try:
+        write_card(run.output_dir, _card(run))
+    except Exception as error:  # of the run nothing hangs on it
+        log.error("the model card could not be written: %s", disks.cause(error))
+
+
+def _card(run: "Trainer") -> str:
     history = run.state.log_history
     if run.config.load_best_model_at_end and run.state.best_global_step:  # what the model is, not where the run ended
         history = [line for line in history if line["step"] <= run.state.best_global_step]
-    card = model_card(
+    return model_card(
         run.config, run.terms, base_model=run.model_name or None, adapter=hasattr(run.model, "peft_config"),
         datasets=[run.dataset_name] if run.dataset_name else [], rows=len(run.examples),
         steps=run.state.global_step, batch_size=run.step_size, metrics=last_metrics(history),
         chat=bool(getattr(run.tokenizer, "chat_template", None)),
         repo_id=run.hub.repo_id if run.hub is not None else None, dtype=str(run.loaded_dtype).removeprefix("torch."),
     )  # fmt: skip
-    try:
-        write_card(run.output_dir, card)
-    except OSError as error:
-        log.error("the model card could not be written: %s", error.strerror)
 
 
 def report(run: "Trainer", summary: dict[str, float], outcome: str) -> None:

@@ -100,7 +100,8 @@ def _read(
         raise TrainingError(f"{folder}: parts of {name} are missing or there twice")
     if dim is None:
         whole = parts[0][2].get_tensor(name)
-        return whole if asked is None else whole.narrow(asked[0], asked[1], asked[2] - asked[1]).clone()
+        # A copy: what was read lies in the mapped file, and the file goes when its checkpoint does.
+        return (whole if asked is None else whole.narrow(asked[0], asked[1], asked[2] - asked[1])).clone()
     if asked is not None and asked[0] == dim:
         first, last = asked[1:]
     else:
