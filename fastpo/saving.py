@@ -352,7 +352,8 @@ def _state(run: "Trainer") -> tuple[dict[str, Tensor], dict[str, Any]]:
         "flags": {f: getattr(run.callbacks.control, f) for f in _FLAGS} if run.todo else {},
         "reference_start": run.reference_start, "rows_done": run.rows_done, "elapsed": time.monotonic() - run.started,
     }  # fmt: skip
-    return tensors | of_optimizer, plain
+    tensors |= of_optimizer
+    return tensors, plain | {"tensors": state_files.describe(tensors)}
 
 
 # ---- resuming
@@ -370,8 +371,8 @@ def restore(run: "Trainer", folder: Path) -> None:
 
 
 def _restore(run: "Trainer", folder: Path) -> None:
-    tensors = load_weights(run, folder)
     plain = torch.load(folder / "trainer.pt", weights_only=True, map_location="cpu")
+    tensors = load_weights(run, folder, plain["tensors"])
     stepped = {name: run.gradients.stepped(p) for name, p in run.parameters.items()}
     checkpoint.restore_optimizer(run.optimizer, tensors, plain["optimizer"], stepped)
     if len(run.optimizer.param_groups) != len(plain["param_groups"]):
@@ -404,9 +405,9 @@ def _restore(run: "Trainer", folder: Path) -> None:
         log.warning("%s has no random state of rank %d: its dropout starts anew", folder.name, run.world.rank)
 
 
-def load_weights(run: "Trainer", folder: Path) -> dict[str, Tensor]:
-    """The checkpoint's weights into the model; returns all of its tensors."""
-    tensors = state_files.load_tensors(folder / "state", run.parameters)
+def load_weights(run: "Trainer", folder: Path, expected: dict[str, list[Any]] | None = None) -> dict[str, Tensor]:
+    """The checkpoint's weights into the model; returns all of its tensors, which are as `expected`."""
+    tensors = state_files.load_tensors(folder / "state", run.parameters, expected)
     masters = run.gradients.state_dict()
     with torch.no_grad():
         for name, p in run.parameters.items():

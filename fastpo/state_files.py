@@ -63,23 +63,36 @@ def save_tensors(folder: Path, tensors: Mapping[str, Tensor], world: World, shar
     write_tensors(folder / f"rank-{world.rank:05d}.safetensors", own, {_PARTS: json.dumps(parts)})
 
 
-def load_tensors(folder: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def describe(tensors: Mapping[str, Tensor]) -> dict[str, list[Any]]:
+    """Name -> [dtype, shape of the whole]: what `load_tensors` may be told to expect."""
+    return {name: [_DTYPES.get(t.dtype, str(t.dtype)), list(t.shape)] for name, t in tensors.items()}
+
+
+def load_tensors(
+    folder: Path, like: Mapping[str, Tensor], expected: Mapping[str, list[Any]] | None = None
+) -> dict[str, Tensor]:
     """The tensors that lie in `folder`, on the host; where `like` has a sharded parameter of a name, this rank's part.
 
     The state `optimizer.KEY.NAME` is laid out as the parameter NAME where it has its shape. Raises TrainingError where
-    parts of a tensor are missing.
+    parts of a tensor are missing, or where there are others than `expected`.
     """
     files = [safe_open(path, framework="pt") for path in sorted(folder.glob(PATTERN))]
     found: dict[str, list[tuple[int, int, Any]]] = {}  # name -> (start, stop, file) of each part
     layout: dict[str, tuple[list[int], int | None]] = {}  # name -> (shape of the whole, dim of the parts)
+    described: dict[str, list[Any]] = {}
     for file in files:
         parts = json.loads((file.metadata() or {}).get(_PARTS, "{}"))
         for name in file.keys():  # noqa: SIM118  # no dict
             shape = file.get_slice(name).get_shape()
             whole, dim, start = parts.get(name, (shape, None, 0))
             if layout.setdefault(name, (whole, dim)) != (whole, dim):
-                raise TrainingError(f"{folder}: the parts of {name} do not fit together")
+                raise TrainingError(f"{folder} cannot be resumed: the parts of {name} do not fit together")
+            described[name] = [file.get_slice(name).get_dtype(), whole]
             found.setdefault(name, []).append((start, start + (1 if dim is None else shape[dim]), file))
+    if expected is not None and described != expected:
+        differs = next(n for n in (*expected, *described) if described.get(n) != expected.get(n))
+        is_, should = described.get(differs) or "missing", expected.get(differs) or "nothing"
+        raise TrainingError(f"{folder} cannot be resumed: {differs} is {is_}, expected {should}")
     out = {}
     for name, (shape, dim) in layout.items():
         p = like.get(parameter_of(name))
@@ -97,7 +110,7 @@ def _read(
     size = 1 if dim is None else shape[dim]
     ends = [0, *(stop for _, stop, _ in parts)]
     if [start for start, _, _ in parts] != ends[:-1] or ends[-1] != size:
-        raise TrainingError(f"{folder}: parts of {name} are missing or there twice")
+        raise TrainingError(f"{folder} cannot be resumed: parts of {name} are missing or there twice")
     if dim is None:
         whole = parts[0][2].get_tensor(name)
         # A copy: what was read lies in the mapped file, and the file goes when its checkpoint does.
