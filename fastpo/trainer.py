@@ -546,9 +546,9 @@ class Trainer:
                     if moved:
                         references.move(self, plan, self.cursor)
                     self._settle(plan, bar)
-                saving.check_trained(self)
                 seconds = time.monotonic() - self.started
                 summary = self.window.summary(seconds, self.state.global_step, self.rows_done, self.num_tokens)
+                saving.check_trained(self)
                 if config.load_best_model_at_end:
                     self.updating = True  # the weights are no longer the last step's
                     saving.load_best(self)
