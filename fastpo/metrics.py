@@ -297,6 +297,14 @@ class Window:
                 "rate, or look at the data (max_nonfinite_steps sets the limit)"
             )
 
+    def skipped_last(self) -> bool:
+        """Whether the last step was skipped. Waits for the device."""
+        return bool(self.run[2] > 0)
+
+    def counted(self) -> bool:
+        """Whether any step of the run was not skipped. Waits for the device."""
+        return bool(self.run[0] > 0)
+
     def summary(self, seconds: float, steps: int, rows: int, num_tokens: int) -> dict[str, float]:
         """The run's last line, with the metrics of the window that no log line closed. Raises as `flush` does."""
         counted, loss, _, in_a_row, skipped = self.run.tolist()

@@ -30,6 +30,7 @@ from fastpo import (
     inputs,
     live_reference,
     losses,
+    model_files,
     outputs,
     references,
     router_loss,
@@ -76,6 +77,8 @@ from fastpo.packing import (
 from fastpo.prepare import check_ids, disable_dropout, interval, set_numerics, training_mode
 from fastpo.ref_policy import MovingReference, cache_folder
 from fastpo.row_statistics import EVALUATION, TOKEN_KL, TRAIN, draw_rows, observer, row_statistics
+from fastpo.run_lock import RunLock
+from fastpo.signals import Signals
 from fastpo.step_plan import StepPlan
 from fastpo.stepwide import Statistics, StepWide
 from fastpo.verify import verify_or_unpack
@@ -163,7 +166,10 @@ class Trainer:
             inputs.peft_config(peft_config),
             inputs.quantization_config(quantization_config),
         )
+        model_files.check_shard_size(config.max_shard_size)
         self.output_dir = Path(config.output_dir)
+        self.lock = RunLock(self.output_dir)
+        self.metrics_file, self.samples_file = outputs.lines_of(self)
         self.resume, remarks = world.first(lambda: checkpoint.find(self.output_dir, config.resume_from_checkpoint))
         for remark in remarks:
             log.warning("%s", remark)
@@ -393,6 +399,7 @@ class Trainer:
         """Run all steps, evaluate and save as configured, return the result."""
         finished = False
         try:
+            self.world.first(self.lock.take)
             result = self._train()
             finished = True
             return result
@@ -405,6 +412,7 @@ class Trainer:
             self.callbacks.close(failed=not finished)
             if self.hub is not None:
                 self.hub.close()
+            self.lock.release()
 
     def _train(self) -> TrainResult:
         config = self.config
@@ -416,9 +424,10 @@ class Trainer:
             raise ConfigError(
                 "no parameter of the model requires a gradient (an adapter is loaded with is_trainable=True)"
             )
+        saving.prepare(self)
         self.fingerprint, self.identity = saving.identify(self)
         if self.resume is not None:
-            self.callbacks.restore(TrainerState.load_from_json(str(self.resume / "trainer_state.json")))
+            self.callbacks.restore(checkpoint.read_state(self.resume))
         self.callbacks.start_trackers()
         self._distribute()
         self.moving: MovingReference | None = None
@@ -443,7 +452,8 @@ class Trainer:
         self.elapsed, self.rows_done = 0.0, 0  # seconds of training before this process; rows so far
         self.saved_step = -1  # of the last whole checkpoint of this run
         self.updating = False  # whether the weights are between two steps, or not the policy's
-        self.writing = False  # whether a log line is being written
+        self.signals = Signals(busy=lambda: self.updating)
+        self.rescued = False  # whether a save that failed has left the weights alone
         self.rng: dict[str, Any] | None = None  # inside a step, the random states at its beginning
         self.reference_start = 0  # step of the plan from which a moving reference stands still
         self.seen = 0  # rows of the epoch
@@ -498,7 +508,7 @@ class Trainer:
         self.started = time.monotonic() - self.elapsed
         if self.cursor >= len(plan):
             log.info("nothing is left to train: step %d of %d", self.state.global_step, len(plan))
-        with saving.terminable(self):
+        with self.signals.taken(not self.world.several):
             try:
                 call("on_train_begin")
                 if config.eval_on_start and self.resume is None:
@@ -524,13 +534,15 @@ class Trainer:
                         self.reference_start = self.cursor
                     self._mark_due("steps", at_end=self.cursor == len(plan))
                     self.todo = {"stage": 0, "learning_rate": learning_rate, "epoch": epoch, "last": last_of_epoch}
-                    self.updating, self.rng = False, None
+                    self.rng, self.updating = None, False
+                    self.signals.check()
                     bar.update()
                     if moved:
                         references.move(self, plan, self.cursor)
                     self._settle(plan, bar)
                 seconds = time.monotonic() - self.started
                 summary = self.window.summary(seconds, self.state.global_step, self.rows_done, self.num_tokens)
+                saving.check_trained(self)
                 if config.load_best_model_at_end:
                     self.updating = True  # the weights are no longer the last step's
                     saving.load_best(self)
@@ -539,7 +551,7 @@ class Trainer:
                 self.log(summary)
                 call("on_train_end")
             except BaseException as error:
-                self._rescue(error)
+                saving.rescue(self, error)
                 raise
             finally:
                 self.gradients.close()
@@ -770,18 +782,3 @@ class Trainer:
         quiet = self.config.disable_tqdm or not self.world.main or not sys.stderr.isatty()
         return tqdm(disable=quiet, file=sys.stderr, dynamic_ncols=True, **kwargs)
 
-    def _rescue(self, error: BaseException) -> None:
-        """A crash, Ctrl-C or SIGTERM loses nothing: the last finished step is saved, and can be resumed.
-
-        Not with several processes, which do not stop at the same step: there the last checkpoint stands.
-        """
-        outputs.report(self, {}, f"failed: {type(error).__name__}: {error}")
-        step = self.state.global_step
-        if step in (0, self.saved_step) or self.updating or self.world.several:
-            return
-        try:
-            if folder := saving.save_checkpoint(self):
-                how = "" if self.config.save_only_model else " (resume_from_checkpoint=true goes on)"
-                log.warning("stopped at step %d; %s holds it%s", step, folder, how)
-        except Exception as failure:
-            log.warning("the run could not be saved after the failure: %s", failure)
