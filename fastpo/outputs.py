@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from transformers import TrainerState
 
-from fastpo import adapters, checkpoint, env
+from fastpo import adapters, checkpoint, env, hub
 from fastpo.callbacks import plain_config
 from fastpo.config import TrainConfig
 from fastpo.errors import ConfigError
-from fastpo.hub import last_metrics, model_card, write_card
+from fastpo.hub import last_metrics, model_card
 from fastpo.report import write_report
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def finish(run: "Trainer", summary: dict[str, float]) -> None:
     """The trained model, its card and the report; then the hub."""
     config = run.config
     if config.save_final and run.world.main:
-        _write_card(run)
+        write_card(run)
         if config.save_merged:
             _save_merged(run)
     stopped = run.state.global_step < run.state.max_steps
@@ -125,7 +125,8 @@ def _save_merged(run: "Trainer") -> None:
         log.warning("no merged model: %s", error)
 
 
-def _write_card(run: "Trainer") -> None:
+def write_card(run: "Trainer") -> None:
+    """README.md of the trained model."""
     history = run.state.log_history
     if run.config.load_best_model_at_end and run.state.best_global_step:  # what the model is, not where the run ended
         history = [line for line in history if line["step"] <= run.state.best_global_step]
@@ -135,8 +136,9 @@ def _write_card(run: "Trainer") -> None:
         steps=run.state.global_step, batch_size=run.step_size, metrics=last_metrics(history),
         chat=bool(getattr(run.tokenizer, "chat_template", None)),
         repo_id=run.hub.repo_id if run.hub is not None else None, dtype=str(run.loaded_dtype).removeprefix("torch."),
+        tags=run.tags,
     )  # fmt: skip
-    write_card(run.output_dir, card)
+    hub.write_card(run.output_dir, card)
 
 
 def report(run: "Trainer", summary: dict[str, float], outcome: str) -> None:
