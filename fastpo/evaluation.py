@@ -13,7 +13,7 @@ from torch import Tensor
 from fastpo import data, outputs, references, run_data, saving
 from fastpo.callbacks import best
 from fastpo.errors import ConfigError
-from fastpo.metrics import PAIR_METRICS, metric_means, pair_inputs
+from fastpo.metrics import PAIR_METRICS, TOKEN_SUMS, metric_means, pair_inputs, token_means, token_sums
 from fastpo.packing import PackedBatch, loss_count, pass_batches
 from fastpo.prepare import eval_mode
 from fastpo.samples import generate_samples
@@ -72,6 +72,16 @@ class Evaluated:
         return iter((self.predictions, self.label_ids))
 
 
+@contextlib.contextmanager
+def _watching(run: "Trainer") -> Iterator[None]:
+    """Inside, forward passes look at their tokens' distributions, where the options ask for it."""
+    before, run.watch_tokens = run.watch_tokens, run.config.token_metrics
+    try:
+        yield
+    finally:
+        run.watch_tokens = before
+
+
 @torch.no_grad()
 def evaluate(
     run: "Trainer", examples: Sequence[data.Example], ref: Any, prefix: str = "eval", name: str | None = None
@@ -86,7 +96,8 @@ def evaluate(
     batches = pass_batches(examples, range(len(examples)), run.max_tokens)
     share = batches[run.world.rank :: run.world.size]
     rounds = -(-len(batches) // run.world.size) if run.engine.sharded else len(share)
-    with eval_mode(run.model), run.policy.attach():
+    of_tokens = torch.zeros(TOKEN_SUMS, dtype=torch.float64, device=run.device)
+    with eval_mode(run.model), run.policy.attach(), _watching(run):
         stats = run.stepwide.statistics(name or prefix, range(len(examples)))
         parts: Iterable[tuple[PackedBatch, Tensor]]
         parts = run.stepwide.first_pass(share, rounds, examples, ref, batches[0], statistics=True)
@@ -96,11 +107,14 @@ def evaluate(
         for batch, logp in parts:
             loss, metrics = run.objective(logp, batch, stats, pair_count, nlls)
             sums += torch.cat([loss.reshape(1), metrics])
+            if run.watch_tokens:
+                of_tokens += token_sums(batch)
             if run.compute_metrics is not None:
                 _note(mine, logp, batch, examples)
-    total, *means = run.world.sum_(sums).tolist()
+    total, *means = run.world.sum_(torch.cat([sums, of_tokens])).tolist()
+    means, shares = means[: len(PAIR_METRICS)], means[len(PAIR_METRICS) :]
     seconds = time.monotonic() - started
-    out = {"loss": total, **(metric_means(means, run.pair_terms) if run.pair_terms else {})}
+    out = {"loss": total, **(metric_means(means, run.pair_terms) if run.pair_terms else {}), **token_means(shares)}
     if run.compute_metrics is not None:
         everywhere = {row: values for part in run.world.gather(mine) for row, values in part.items()}
         out |= _own_metrics(run.compute_metrics, out, everywhere)

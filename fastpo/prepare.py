@@ -1,6 +1,7 @@
 """What is done to a model around training: dropout off, checkpointing on, modes and devices put back as they were."""
 
 import contextlib
+import math
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -211,3 +212,15 @@ def check_ids(policy: Policy, examples: Sequence[data.Example], name: str) -> No
         raise DataError(
             f"the {name} data hold a row of {longest} tokens, the model has {min(learnt)} positions: set max_length"
         )
+
+
+def use_bf16(config: TrainConfig, device: torch.device) -> bool:
+    """Whether autocast to bfloat16 is on: as set, else where a GPU has it."""
+    if config.bf16 is not None:
+        return config.bf16
+    return device.type == "cuda" and torch.cuda.is_bf16_supported()
+
+
+def interval(value: float, total: int) -> int:
+    """Steps; below 1 a share of all steps, as in transformers."""
+    return max(1, math.ceil(value * total) if value < 1 else int(value))

@@ -47,9 +47,11 @@ from fastpo.memory import Budget, resolve_max_tokens
 from fastpo.metrics import (
     PAIR_METRICS,
     PROMPT_LOGP,
+    TOKEN_SUMS,
     Flops,
     Window,
     pair_inputs,
+    token_sums,
 )
 from fastpo.model import DROPPED_MASS, Policy, load_model, load_tokenizer
 from fastpo.objective import Objective
@@ -67,7 +69,7 @@ from fastpo.packing import (
     step_batches,
     trunk_tokens,
 )
-from fastpo.prepare import check_ids, check_offloading, disable_dropout, set_numerics, training_mode
+from fastpo.prepare import check_ids, check_offloading, disable_dropout, interval, set_numerics, training_mode, use_bf16
 from fastpo.ref_policy import MovingReference, cache_folder
 from fastpo.row_statistics import EVALUATION, TOKEN_KL, TRAIN, draw_rows, observer, row_statistics
 from fastpo.samples import check_generation_kwargs
@@ -198,7 +200,7 @@ class Trainer(face.Face):
         self._take_model(model, peft_config, quantization_config)
         if config.grad_filter and self.device.type == "cuda":
             log.warning("grad_filter runs plain PyTorch operations on a GPU, unmeasured: compare tokens_per_second")
-        self.autocast_dtype = torch.bfloat16 if _use_bf16(config, self.device) else None
+        self.autocast_dtype = torch.bfloat16 if use_bf16(config, self.device) else None
         self._size_micro_batches()
         self.optimizer, self.scheduler = optimizers or (None, None)
         if self.optimizer is not None and config.fsdp != "no":
@@ -240,6 +242,7 @@ class Trainer(face.Face):
         if TOKEN_KL in self.row_statistics:
             live_reference.check(config, self.pair_terms)
         self.live: live_reference.LiveReference | None = None
+        self.watch_tokens = False  # whether a forward pass looks at its tokens' distributions
 
     def _note_inputs(self, model: Any, train_dataset: Any, eval_dataset: Any) -> None:
         """Names and paths of what the run is made from, for its files; a path that is not there ends it here."""
@@ -484,9 +487,9 @@ class Trainer(face.Face):
         self.callbacks.optimizer, self.callbacks.scheduler = self.optimizer, self.scheduler
         state = self.state
         state.max_steps, state.num_train_epochs = steps, math.ceil(config.num_train_epochs)
-        state.logging_steps = _interval(config.logging_steps, steps)
-        state.eval_steps = _interval(config.eval_steps or config.logging_steps, steps)
-        state.save_steps = _interval(config.save_steps, steps)
+        state.logging_steps = interval(config.logging_steps, steps)
+        state.eval_steps = interval(config.eval_steps or config.logging_steps, steps)
+        state.save_steps = interval(config.save_steps, steps)
         state.train_batch_size = config.per_device_train_batch_size
 
     def _loop(self, plan: list[tuple[int, list[int]]], bar: tqdm) -> dict[str, float]:
@@ -511,6 +514,7 @@ class Trainer(face.Face):
                         call("on_epoch_begin")
                     self.rng = saving.rng_state()
                     call("on_step_begin")
+                    self.watch_tokens = config.token_metrics and self._logs_next(last_of_epoch, len(plan))
                     learning_rate = self._step(rows)
                     self.rows_done += len(rows)
                     self.cursor += 1
@@ -541,6 +545,14 @@ class Trainer(face.Face):
             finally:
                 self.gradients.close()
         return summary
+
+    def _logs_next(self, last_of_epoch: bool, steps: int) -> bool:
+        """Whether the step at hand is logged, or the run's last."""
+        config, step = self.config, self.state.global_step + 1
+        if config.logging_strategy == "steps" and step % self.state.logging_steps == 0:
+            return True
+        first = config.logging_first_step and step == 1
+        return first or (config.logging_strategy == "epoch" and last_of_epoch) or self.cursor + 1 == steps
 
     def _mark_due(self, strategy: str, at_end: bool = False) -> None:
         """Set the control flags of what is due after this step, or after this epoch; callbacks may change them."""
@@ -622,6 +634,9 @@ class Trainer(face.Face):
         self.window.add(loss[0], metrics, norm, finite)
         if self.config.grad_filter:
             self.window.add_dropped(self.dropped, self.world)
+        if self.watch_tokens:
+            self.window.tokens = self.world.sum_(self.of_tokens)
+            self.watch_tokens = False
         for batch in self.done:  # here, so that a step cut short leaves no trace in the counters
             self.window.trunk(batch)
         self.num_tokens += sum(sequence_tokens(self.examples[i]) for i in rows)
@@ -662,6 +677,7 @@ class Trainer(face.Face):
         step_loss = torch.zeros((), device=self.device)
         step_metrics = torch.zeros(len(PAIR_METRICS), device=self.device)
         self.done, self.dropped, wrong = [], [], None
+        self.of_tokens = torch.zeros(TOKEN_SUMS, device=self.device)
         at_once = not self.world.several and len(self.share) == 1
         if not (self.world.several or at_once):
             self.stepwide.look_ahead(stats, self.share, self.rounds, idle_rows)
@@ -682,6 +698,8 @@ class Trainer(face.Face):
             loss.backward()
             if self.config.grad_filter:
                 self.dropped.append(batch.rows[DROPPED_MASS])
+            if self.watch_tokens:
+                self.of_tokens += token_sums(batch)
             batch.rows.clear()  # the step's batches are counted at its end: their graphs need not live until then
             step_loss += loss.detach()
             step_metrics += metrics
@@ -772,14 +790,3 @@ class Trainer(face.Face):
                 log.warning("stopped at step %d; %s holds it%s", step, folder, how)
         except Exception as failure:
             log.warning("the run could not be saved after the failure: %s", failure)
-
-
-def _use_bf16(config: TrainConfig, device: torch.device) -> bool:
-    if config.bf16 is not None:
-        return config.bf16
-    return device.type == "cuda" and torch.cuda.is_bf16_supported()
-
-
-def _interval(value: float, total: int) -> int:
-    """Steps; below 1 a share of all steps, as in transformers."""
-    return max(1, math.ceil(value * total) if value < 1 else int(value))

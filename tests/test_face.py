@@ -267,3 +267,94 @@ def test_files(trainer, toy, tmp_path):
     assert json.loads((folder / "all_results.json").read_text()) == {**metrics, "train_loss": 1.0}
     assert json.loads((folder / "trainer_state.json").read_text())["global_step"] == 2
     assert run.args.output_dir == str(folder) and run.args.per_device_train_batch_size == 4
+
+
+# ---------------------------------------------------------------------------------------- entropy, mean_token_accuracy
+
+
+def token_metrics(model, tokenizer, rows):
+    """As TRL defines them, from all logits: the entropy's mean over the tokens of both responses, and the share of the
+    chosen responses' tokens that the model finds likeliest."""
+    entropies, hits = [], []
+    for row in rows:
+        for side in ("chosen", "rejected"):
+            start = len(tokenizer(row["prompt"])["input_ids"])
+            ids = tokenizer(row["prompt"] + row[side] + " <eos>")["input_ids"]
+            with torch.no_grad():
+                logp = model(input_ids=torch.tensor([ids])).logits[0, start - 1 : -1].double().log_softmax(-1)
+            entropies.append(-(logp.exp() * logp).sum(-1))
+            if side == "chosen":
+                hits.append(logp.argmax(-1) == torch.tensor(ids[start:]))
+    return torch.cat(entropies).mean().item(), torch.cat(hits).double().mean().item()
+
+
+@pytest.mark.parametrize("options", [{}, {"max_tokens": 60}, {"max_tokens": 60, "share_prompts": "always"}])
+def test_token_metrics(trainer, toy, options):
+    """Of the step that is logged, whatever its packing, and of evaluations; the summary has them for a last step that
+    no line shows. They change no step."""
+    rows = toy.rows(8)
+    model = toy.model()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(8)
+    entropy, accuracy = token_metrics(model, toy.tokenizer(), rows)
+    assert 0 < accuracy < 1, "else this test sees nothing"
+    whole = {"per_device_train_batch_size": 8, "max_steps": 1, **options}
+    run = trainer(model, rows=rows, eval_dataset=rows, **whole)
+    evaluated = run.evaluate()
+    assert evaluated["eval_entropy"] == pytest.approx(entropy, rel=1e-5)
+    assert evaluated["eval_mean_token_accuracy"] == pytest.approx(accuracy, rel=1e-6)
+    history = run.train().log_history
+    line = next(line for line in history if "loss" in line)
+    assert line["entropy"] == pytest.approx(entropy, rel=1e-5)
+    assert line["mean_token_accuracy"] == pytest.approx(accuracy, rel=1e-6)
+    assert "entropy" not in history[-1]
+
+    steps = {"max_steps": 3, **options}
+    plain = trainer(rows=rows, token_metrics=False, **steps).train().log_history
+    unlogged = trainer(rows=rows, logging_steps=10, **steps).train().log_history
+    assert not [k for line in plain for k in line if "entropy" in k or "token_accuracy" in k]
+    assert unlogged[-1]["entropy"] > 0 and 0 <= unlogged[-1]["mean_token_accuracy"] <= 1
+    seen = trainer(rows=rows, **steps).train().log_history
+    assert [line.get("loss") for line in seen] == [line.get("loss") for line in plain]
+
+
+def test_token_metrics_of_unpaired_rows_and_sft(trainer, toy):
+    """KTO's are as TRL's: an entropy, no accuracy; sft's tokens are all chosen."""
+    metrics = trainer(rows=unpaired(toy.rows(8)), loss_type="kto", eval_dataset=unpaired(toy.rows(4))).evaluate()
+    assert "eval_entropy" in metrics and "eval_mean_token_accuracy" not in metrics
+    rows = [{"prompt": r["prompt"], "completion": r["chosen"]} for r in toy.rows(8)]
+    metrics = trainer(rows=rows, loss_type="sft", eval_dataset=rows).evaluate()
+    assert metrics["eval_entropy"] > 0 and 0 <= metrics["eval_mean_token_accuracy"] <= 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_entropy_top1(dtype, monkeypatch):
+    """In tiles of both dimensions against the definition; soft cap, bias, masked logits and -100 rows."""
+    from fastpo import vocab_ops
+
+    def tiles(n, v, *_):
+        return [(slice(a, min(a + 4, n)), [slice(b, min(b + 7, v)) for b in range(0, v, 7)]) for a in range(0, n, 4)]
+
+    monkeypatch.setattr(vocab_ops, "_tiles", tiles)
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 16, generator=g).to(dtype) for n in (9, 37))
+    bias = (10 * torch.randn(37, generator=g)).to(dtype)
+    bias[[0, 20]] = -torch.inf
+    z = 5 * torch.tanh((2 * (hidden @ weight.t() + bias)).double() / 5)
+    z = z.masked_fill(bias.isinf(), -5)  # what a soft cap makes of them
+    target = z.argmax(1)
+    target[1::2] = (target[1::2] + 1) % 37
+    target[4] = -100
+    entropy, top1 = vocab_ops.entropy_top1_op(hidden, weight, bias, target, 5.0, 2.0)
+    expected = torch.distributions.Categorical(logits=z).entropy()
+    live = target != -100
+    tol = {"rtol": 1e-10, "atol": 1e-10} if dtype == torch.float64 else {"rtol": 2e-2, "atol": 2e-2}
+    torch.testing.assert_close(entropy.double()[live], expected[live], **tol)
+    assert entropy[4] == 0 and top1[4] == 0
+    if dtype != torch.bfloat16:  # whose ties may fall otherwise
+        assert top1[live].tolist() == [float(t == a) for t, a in zip(target[live], z.argmax(1)[live], strict=True)]
+
+    plain = hidden.double() @ weight.double().t() + bias.double()  # without a cap -inf stays
+    entropy, _ = vocab_ops.entropy_top1_op(hidden.double(), weight.double(), bias.double(), target, None, 1.0)
+    p = plain.softmax(1)
+    torch.testing.assert_close(entropy[live], torch.special.entr(p).sum(1)[live], rtol=1e-9, atol=1e-12)
