@@ -1,7 +1,7 @@
 """Numbers of a row's whole distribution beside the log-probability of its target: tensors in, tensors out, no checks.
 
-`log_sum_sq` (WPO) and `token_kl` (TDPO), their public functions in ops.py, their definitions in kernels/reference.py; and
-`entropy_top1`, for the log lines.
+`log_sum_sq` (WPO) and `token_kl` (TDPO), public in ops.py and defined in kernels/reference.py; and `entropy_top1`, for
+the log lines.
 Both walk tiles [rows, columns] of the logits as backends.py does and keep nothing of size N x V: a backward computes
 the tiles again. They are plain PyTorch on every device; there are no Triton or C++ kernels for them yet, so on a GPU
 they cost more passes over a tile than `linear_logprob` does.
