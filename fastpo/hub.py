@@ -72,14 +72,15 @@ def model_card(
     batch_size: int = 0,
     metrics: Mapping[str, Any] | None = None,
     chat: bool = False,
+    tags: Sequence[str] | None = None,
     repo_id: str | None = None,
     dtype: str | None = None,
 ) -> str:
     """README.md of a trained model: what it is, how it was trained, what came out, how to use it.
 
     base_model, datasets: as given to `fastpo.train`; only those that are hub ids are named in the metadata. metrics:
-    `last_metrics` of the run. batch_size: pairs of one step over all devices. No licence is stated: that is
-    for whoever publishes the model.
+    `last_metrics` of the run. batch_size: pairs of one step over all devices. tags: of
+    the model; None: ours and the losses' names. No licence is stated: that is for whoever publishes the model.
     """
     base = base_model if _is_hub_id(base_model) else None
     data = [d for d in datasets if _is_hub_id(d)]
@@ -88,7 +89,7 @@ def model_card(
     head["base_model"] = base
     head["datasets"] = data
     head["model_name"] = name if _HUB_ID.fullmatch(name) else None  # any other is a folder's, of this machine
-    head["tags"] = ["fastpo", "preference-optimization", *dict.fromkeys(t.name for t in terms)]
+    head["tags"] = list(tags or ["fastpo", "preference-optimization", *dict.fromkeys(t.name for t in terms)])
     front = yaml.safe_dump({k: v for k, v in head.items() if v}, sort_keys=False, allow_unicode=True)
     kind = "An adapter for" if adapter else "A fine-tuned version of"
     origin = f"[{base}](https://huggingface.co/{base})" if base else "a model that is not on the hub"

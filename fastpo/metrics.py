@@ -20,6 +20,8 @@ from fastpo.prefetch import to_device
 # Names in PackedBatch.rows: of the head rows [N], and of the prompts' tokens [M].
 LOG_SUM_SQ, TOKEN_KL = "log_sum_sq", "token_kl"
 PROMPT_LOGP = "prompt_logp"
+ENTROPY, TOP1 = "entropy", "top1"  # of the head rows, where a log line asks for them
+TOKEN_SUMS = 4  # entropy, tokens, chosen tokens that are the likeliest, chosen tokens
 # Sums over pairs that every pair loss reports, in this order; of unpaired rows, the desirable ones are the chosen.
 PAIR_METRICS = ("chosen_logratios", "rejected_logratios", "accuracies", "logps/chosen", "logps/rejected", "chosen",
                 "rejected", "kl", "pairs")  # fmt: skip
@@ -140,6 +142,26 @@ def pair_metrics(x: Pairs, term: Term) -> Tensor:
     return torch.stack(sums).detach().sum(1)
 
 
+def token_sums(batch: PackedBatch) -> Tensor:
+    """Sums [TOKEN_SUMS] fp32 over the batch's response tokens, from what the forward pass left in `batch.rows`; the
+    chosen ones are those of every response that some pair prefers, of sft's rows all, of unpaired rows none."""
+    entropy, top1 = batch.rows[ENTROPY], batch.rows[TOP1]
+    lengths, n = batch.response_offsets.diff(), entropy.numel()
+    chosen = torch.zeros(len(lengths), device=entropy.device)
+    if batch.label is None:
+        chosen = chosen.index_fill(0, batch.pairs[:, 0].long(), 1.0) if len(batch.pairs) else chosen + 1.0
+    of_rows = torch.repeat_interleave(chosen, lengths, output_size=n)
+    tokens = entropy.new_full((), n)
+    return torch.stack([entropy.sum(), tokens, (of_rows * top1).sum(), of_rows.sum()]).float()
+
+
+def token_means(sums: Sequence[float]) -> dict[str, float]:
+    """TRL's keys from `token_sums`; without those that nothing counted towards."""
+    entropy, tokens, likeliest, chosen = sums
+    out = {"entropy": entropy / tokens} if tokens else {}
+    return {**out, "mean_token_accuracy": likeliest / chosen} if chosen else out
+
+
 def metric_means(sums: Sequence[float], terms: Sequence[Term]) -> dict[str, float]:
     """TRL's keys from the sums of PAIR_METRICS; without those that nothing counted towards."""
     chosen, rejected, accuracies, logps_chosen, logps_rejected, n_chosen, n_rejected, kl, pairs = sums
@@ -180,6 +202,7 @@ class Window:
         self.sums = torch.zeros(2 + len(PAIR_METRICS), device=self.device)  # steps that counted, loss, pair metrics
         self.norm = torch.zeros((), device=self.device)
         self.aux = torch.zeros((), device=self.device)  # the router's load-balancing loss, summed over steps
+        self.tokens = torch.zeros(TOKEN_SUMS, device=self.device)  # of the last step that looked at them
         self.dropped = torch.zeros(3, device=self.device)  # by grad_filter: rows, sum of their mass, the largest
         self.trunk_tokens = self.alone_tokens = self.micro_batches = 0
         self.flops.reset()
@@ -245,22 +268,14 @@ class Window:
             setattr(self, name, value.to(self.device) if isinstance(value, Tensor) else value)
         self.started = time.monotonic() - state["seconds"]
 
-    _STATE = (
-        "run",
-        "sums",
-        "norm",
-        "aux",
-        "dropped",
-        "tokens_at_flush",
-        "trunk_tokens",
-        "alone_tokens",
-        "micro_batches",
-    )
+    _STATE = ("run", "sums", "norm", "aux", "dropped", "tokens", "tokens_at_flush", "trunk_tokens", "alone_tokens",
+              "micro_batches")  # fmt: skip
 
     def flush(self, learning_rate: float, num_tokens: int) -> dict[str, float]:
         """The log line: one host read, then a new window. Raises TrainingError after too many non-finite steps."""
-        numbers = [self.norm.reshape(1).to(self.device), self.aux[None], self.dropped, self.run, self.sums]
+        numbers = [self.norm.reshape(1).to(self.device), self.aux[None], self.dropped, self.tokens, self.run, self.sums]
         norm, aux, rows, dropped, largest, *values = torch.cat(numbers).tolist()
+        of_tokens, values = values[:TOKEN_SUMS], values[TOKEN_SUMS:]
         self.run[3] = self.run[2]
         self._check(values[3])
         skipped = int(values[4])
@@ -274,6 +289,7 @@ class Window:
                 out["pairs_per_second"] = metrics[-1] / seconds
         if self.has_aux and steps:
             out["aux_loss"] = aux / steps
+        out |= token_means(of_tokens)
         out["num_tokens"] = num_tokens
         out["tokens_per_second"] = (num_tokens - self.tokens_at_flush) / seconds
         out["packing_efficiency"] = self.trunk_tokens / max(1, self.micro_batches * self.max_tokens)
@@ -313,6 +329,7 @@ class Window:
         unlogged = metric_means(metrics, self.pair_terms) if self.pair_terms and open_steps else {}
         return {
             **unlogged,
+            **token_means(self.tokens.tolist()),
             "train_loss": loss / counted if counted else float("nan"),
             "train_runtime": seconds,
             "train_samples_per_second": rows / seconds,

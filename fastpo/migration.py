@@ -1,4 +1,5 @@
-"""The page docs/migrating-from-trl.md, made from the tables of fastpo/options.py."""
+"""The page docs/migrating-from-trl.md, made from the tables of fastpo/options.py and fastpo/trl_configs.py."""
+# ruff: noqa: E501  # one row a line: it reads as the table it is
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
@@ -7,6 +8,7 @@ from typing import Any
 from fastpo import options
 from fastpo.config import TrainConfig
 from fastpo.options import HONOURED, NO_EFFECT, REFUSED, RENAMED, Option
+from fastpo.trl_configs import CLASSES
 
 _TOP = """\
 # Moving from TRL, LLaMA-Factory or OpenRLHF
@@ -17,7 +19,9 @@ honoured, renamed, refused by an error that says what to do instead, or accepted
 ## In ten minutes
 
 **A Python script.** Replace the import, and `DPOTrainer(...)` with its `.train()` by one `fastpo.train(...)` of the
-same arguments; `DPOConfig` stays, or becomes a dict, a `TrainConfig` or keyword arguments.
+same arguments; `DPOConfig` stays, or becomes a dict, a `TrainConfig` or keyword arguments. So it is with `KTOTrainer`,
+`CPOTrainer` and `ORPOTrainer`: the class of `args` says the loss. A script that goes on with its trainer (evaluates
+other rows, saves elsewhere) takes the class `fastpo.Trainer(...)`, with the same arguments too.
 
 ```python
 from datasets import load_dataset
@@ -47,12 +51,15 @@ output_dir="out", beta=0.2)`. `tests/migration/` holds three scripts of TRL's do
 | of the trainer | here |
 | --- | --- |
 | `trainer.train(resume_from_checkpoint=...)` | `resume_from_checkpoint=...`, an option |
-| `trainer.evaluate()` | `eval_dataset=...` with `eval_strategy` or `eval_on_start`; numbers in `result.log_history` |
-| `trainer.save_model()` | done at the end, in `output_dir` (`save_final`); `result.model` is the model |
-| `trainer.push_to_hub()` | `push_to_hub=True` |
+| `trainer.evaluate()`, of other rows too | the same of a `fastpo.Trainer`; inside a run `eval_dataset=...` with `eval_strategy` or `eval_on_start` |
+| `trainer.save_model()` | done at the end, in `output_dir` (`save_final`); `result.model` is the model. Elsewhere: the same of a `fastpo.Trainer` |
+| `trainer.push_to_hub()` | `push_to_hub=True`, or the same of a `fastpo.Trainer` |
+| `trainer.model`, `.ref_model`, `.args`, `.state`, `.processing_class`, `.log_metrics()`, `.save_metrics()`, `.save_state()` | the same of a `fastpo.Trainer`. `ref_model` is the one given, or with `sync_ref_model` the moving one; else None, as the policy at its start is not kept |
+| `trainer.train_dataset`, `.eval_dataset` | rows as `prompt_ids`, `chosen_ids`, `rejected_ids` (`completion_ids`, `label`), of the rows kept |
 | `trainer.state.log_history` | `result.log_history`, and `output_dir/metrics.jsonl` |
 | `tokenizer=` | `processing_class=` |
-| `data_collator=`, `compute_metrics=` | refused: fastpo packs the rows, and its metrics are TRL's |
+| `compute_metrics=` | the same, called with `fastpo.evaluation.Evaluated`: the responses' log-probabilities and the reference's. What reads logits (`predictions`) is refused: nothing keeps them, and TRL deprecates them |
+| `data_collator=` | refused: fastpo packs the rows |
 
 **The command line.** `trl dpo` becomes `fastpo train`, with the same options and the same YAML files:
 
@@ -148,6 +155,18 @@ def _options_table(table: Mapping[str, Option]) -> str:
     )
 
 
+def _classes() -> list[str]:
+    """The sections on the arguments of TRL's other trainers, given as `args`."""
+    parts = []
+    for name, (_, table) in CLASSES.items():
+        if table:
+            parts += [
+                f"## TRL's `{name}`\n\nGiven as `args`. What it shares with `DPOConfig` is in the first table.\n",
+                _options_table(table),
+            ]
+    return parts
+
+
 def page() -> str:
     """The whole page, as Markdown."""
     counts = {status: sum(o.status == status for o in options.OPTIONS.values()) for status in
@@ -168,9 +187,9 @@ def page() -> str:
         _table(("name", "here"), ((f"`{n}`", _here(n, o, {})) for n, o in options.EARLIER.items())),
         "### `trl dpo`: script and model options\n\nOn the command line and in the YAML file of `fastpo train`.\n",
         _options_table(options.SCRIPT),
-        "## TRL's `CPOConfig` (CPO, SimPO)\n\nBeyond the fields of the first table. `loss_type='simpo'` is SimPO here; "
-        "CPO's `sigmoid` is `cpo`; its `hinge` and `ipo`, without a reference, are not built.\n",
-        _table(("option", "here"), ((f"`{n}`", _here(n, o, {})) for n, o in options.CPO.items())),
+        *_classes(),
+        "### Their options by name\n\nIn a dict, a YAML file or as keyword arguments, where no class says the loss.\n",
+        _table(("option", "here"), ((f"`{n}`", _here(n, o, {})) for n, o in {**options.KTO, **options.CPO}.items())),
     ]  # fmt: skip
     for project, names in options.FOREIGN.items():
         more = ", there also as `--group.name`" if project == "OpenRLHF" else ""

@@ -133,8 +133,8 @@ OPTIONS: dict[str, Option] = {
     "eval_do_concat_batches": _any(_NO_PREDICTIONS, True),
     "eval_use_gather_object": _any(_NO_PREDICTIONS, False),
     "eval_accumulation_steps": _any(_NO_PREDICTIONS),
-    "include_for_metrics": _any("belongs to compute_metrics, which is refused", []),
-    "batch_eval_metrics": _any("belongs to compute_metrics, which is refused", False),
+    "include_for_metrics": _no("compute_metrics gets numbers of whole responses: fastpo.evaluation.Evaluated", []),
+    "batch_eval_metrics": _no("compute_metrics is called once an evaluation", False),
     "save_only_model": _same(False),
     "save_strategy": _same("steps", "a save_steps or save_total_limit that is given means steps; best: set load_best_model_at_end"),
     "save_steps": _same(500),
@@ -195,7 +195,7 @@ OPTIONS: dict[str, Option] = {
     "truncation_mode": _same("keep_start"),
     "padding_free": _any("fastpo is always padding-free", False),
     "pad_to_multiple_of": _any("nothing is padded", "auto"),
-    "precompute_ref_log_probs": _same(False, "the reference is always computed once, ahead, and cached: True and False train alike"),
+    "precompute_ref_log_probs": _same(False, "the reference is always computed once, ahead, and cached: True and False train alike. With False, Trainer.evaluate(rows) after training loads the model again by its name for it; with True it refuses, and so does a streamed dataset, as in TRL"),
     "precompute_ref_batch_size": _any("the reference pass is packed to max_tokens"),
     "loss_type": _same(["sigmoid"], "see the table of losses"),
     "loss_weights": _same(),
@@ -245,7 +245,7 @@ EARLIER: dict[str, Option] = {
     "tools": _no("put the tools into the rows, in a column `tools`"),
     "tokenizer": _no("pass it as processing_class"),
     "data_collator": _no("fastpo packs the rows itself"),
-    "compute_metrics": _no("the metrics are fastpo's; a callback's on_evaluate gets the model, sample_generations answers prompts"),
+    "compute_metrics": _no("an argument of fastpo.train and Trainer, no option: it is given each response's log-probabilities and its reference's, fastpo.evaluation.Evaluated; what reads logits is refused"),
     "preprocess_logits_for_metrics": _no("no logits are kept"),
     "model_init": _no("pass the model"),
     "optimizer_cls_and_kwargs": _no("pass optimizers=(optimizer, scheduler), or set optim and optim_args"),
@@ -253,12 +253,18 @@ EARLIER: dict[str, Option] = {
 
 # TRL's CPOConfig beyond DPOConfig (SimPO is its loss_type="simpo").
 CPO: dict[str, Option] = {
-    "cpo_alpha": _no("with loss_type=cpo set loss_kwargs={cpo_alpha: ...}; for SimPO " + _SFT_TERM.format("simpo", "cpo_alpha") + " (TRL's default is 1.0, the SimPO paper's 0)", None, (False, 0)),
+    "cpo_alpha": _no("with loss_type=cpo, cpo_hinge, cpo_ipo or cpo_simpo set loss_kwargs={cpo_alpha: ...} (TRL's default is 1.0, the SimPO paper's 0)", None, (False, 0)),
     "simpo_gamma": _no(_GAMMA),
     "alpha": _no("set loss_type=alphapo with loss_kwargs={alpha: ...}", 0.0),
     "max_completion_length": EARLIER["max_completion_length"],
     "generate_during_eval": EARLIER["generate_during_eval"],
     "is_encoder_decoder": EARLIER["is_encoder_decoder"],
+}
+
+# TRL's KTOConfig beyond DPOConfig.
+KTO: dict[str, Option] = {
+    "desirable_weight": _no("set loss_kwargs={desirable_weight: ...}", 1.0, (1,)),
+    "undesirable_weight": _no("set loss_kwargs={undesirable_weight: ...}", 1.0, (1,)),
 }
 
 # Options of `trl dpo` beyond DPOConfig (ScriptArguments, ModelConfig, DatasetMixtureConfig). `fastpo train` takes those
@@ -386,13 +392,15 @@ TRL_LOSSES: dict[str, str | None] = {
 
 
 def lookup(name: str) -> Option | None:
-    """The option of that name in DPOConfig, CPOConfig, `trl dpo`, or earlier versions; None where nobody has it."""
-    return next((table[name] for table in (OPTIONS, EARLIER, CPO, SCRIPT) if name in table), None)
+    """The option of that name in DPOConfig, CPOConfig, KTOConfig, `trl dpo`, or earlier versions; None where nobody has it."""
+    return next((table[name] for table in (OPTIONS, EARLIER, CPO, KTO, SCRIPT) if name in table), None)
 
 
 def all_names() -> list[str]:
     """Every name that is known in some way, for the nearest to a misspelt one."""
-    return list(dict.fromkeys([*OPTIONS, *EARLIER, *CPO, *SCRIPT, *(n for names in FOREIGN.values() for n in names)]))
+    return list(
+        dict.fromkeys([*OPTIONS, *EARLIER, *CPO, *KTO, *SCRIPT, *(n for names in FOREIGN.values() for n in names)])
+    )
 
 
 def check_options(values: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from fastpo import adapters, checkpoint, disks, env, run_lock
+from fastpo import adapters, checkpoint, disks, env, hub, run_lock
 from fastpo.callbacks import plain_config
 from fastpo.config import TrainConfig
 from fastpo.errors import ConfigError
-from fastpo.hub import last_metrics, model_card, write_card
+from fastpo.hub import last_metrics, model_card
 from fastpo.report import write_report
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ def finish(run: "Trainer", summary: dict[str, float]) -> None:
     """The trained model, its card and the report; then the hub."""
     config = run.config
     if config.save_final and run.world.main:
-        _write_card(run)
+        write_card(run)
         if config.save_merged:
             _save_merged(run)
     stopped = run.state.global_step < run.state.max_steps
@@ -157,9 +157,10 @@ def _save_merged(run: "Trainer") -> None:
         log.warning("no merged model: %s", disks.cause(error))
 
 
-def _write_card(run: "Trainer") -> None:
+def write_card(run: "Trainer") -> None:
+    """README.md of the trained model; one that cannot be written costs nothing else."""
     try:
-        write_card(run.output_dir, _card(run))
+        hub.write_card(run.output_dir, _card(run))
     except Exception as error:  # of the run nothing hangs on it
         log.error("the model card could not be written: %s", disks.cause(error))
 
@@ -174,6 +175,7 @@ def _card(run: "Trainer") -> str:
         steps=run.state.global_step, batch_size=run.step_size, metrics=last_metrics(history),
         chat=bool(getattr(run.tokenizer, "chat_template", None)),
         repo_id=run.hub.repo_id if run.hub is not None else None, dtype=str(run.loaded_dtype).removeprefix("torch."),
+        tags=run.tags,
     )  # fmt: skip
 
 

@@ -5,14 +5,27 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastpo import data, rows
+from fastpo.config import TrainConfig
 from fastpo.errors import ConfigError
 from fastpo.metrics import PAIR_METRICS, metric_means
-from fastpo.packing import repeated_prompts, sequence_tokens, trunk_tokens
+from fastpo.packing import repeated_prompts, sequence_tokens, set_sharing, sharing_mode, trunk_tokens
+from fastpo.prepare import check_ids
 
 if TYPE_CHECKING:
     from fastpo.trainer import Trainer
 
 log = logging.getLogger("fastpo")
+
+
+def check_precomputed(config: TrainConfig, *datasets: Any) -> None:
+    """ConfigError where the options ask for the reference of a whole data set whose end nobody knows."""
+    streamed = [d for d in datasets for d in (d.values() if isinstance(d, Mapping) else [d])
+                if type(d).__module__.startswith("datasets.") and type(d).__name__.startswith("Iterable")]  # fmt: skip
+    if config.precompute_ref_log_probs and streamed:
+        raise ConfigError(
+            "precompute_ref_log_probs=True is not supported with IterableDataset, whose end nobody knows: leave it "
+            "out, and the reference of the rows that are read is computed ahead all the same"
+        )
 
 
 def prepare(run: "Trainer", dataset: Any, split: str, name: str) -> list[data.Example]:
@@ -73,6 +86,14 @@ def prepare_eval(run: "Trainer", eval_dataset: Any) -> dict[str, list[data.Examp
     if isinstance(eval_dataset, Mapping):
         return {f"eval_{k}": prepare(run, v, split, f"eval {k}") for k, v in eval_dataset.items()}
     return {"eval": prepare(run, eval_dataset, split, "eval")}
+
+
+def place(run: "Trainer", sets: Mapping[str, list[data.Example]]) -> None:
+    """What a run must know of sets that it did not begin with: ids, shared prompts, mismatched rows."""
+    for name, examples in sets.items():
+        check_ids(run.policy, examples, name)
+        set_sharing(examples, sharing_mode(run.config.share_prompts, run.device.type), run.trunk_cost)
+    run.stepwide.prepare(dict(sets))
 
 
 def reported(run: "Trainer", examples: Sequence[data.Example]) -> list[str]:

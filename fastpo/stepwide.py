@@ -94,8 +94,13 @@ class StepWide:
             if self.reads_kl:
                 self.mismatched[name] = data.mismatched(examples, self.run.config.max_length)
         for term in self.run.pair_terms:
-            if term.name == "kto":
+            if "label" in term.loss.needs and "desirable_weight" in term.hyper and "train" in sets:
                 _check_balance(term, sets["train"])
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Leave out the mismatched rows of sets that are behind."""
+        for name in names:
+            self.mismatched.pop(name, None)
 
     def reference_sets(self, sets: dict[str, list[data.Example]]) -> dict[str, list[data.Example]]:
         """The mismatched rows of `sets`, which the reference must score too."""
@@ -206,12 +211,12 @@ def _check_balance(term: Term, examples: Sequence[data.Example]) -> None:
     desirable = sum(e.response_columns["label"][0] for e in examples)
     undesirable = len(examples) - desirable
     if not desirable or not undesirable:
-        log.warning("kto: all rows are %s", "desirable" if desirable else "undesirable")
+        log.warning("%s: all rows are %s", term.name, "desirable" if desirable else "undesirable")
         return
     ratio = term.hyper["desirable_weight"] * desirable / (term.hyper["undesirable_weight"] * undesirable)
     if not 0.999 <= ratio <= 1.335:
         log.warning(
-            "kto: desirable_weight x %d rows is %.3g of undesirable_weight x %d rows; its authors advise 1 to 4/3: "
+            "%s: desirable_weight x %d rows is %.3g of undesirable_weight x %d rows; KTO's authors advise 1 to 4/3: "
             "undesirable_weight=%.3g would give 1",
-            desirable, ratio, undesirable, ratio * term.hyper["undesirable_weight"],
+            term.name, desirable, ratio, undesirable, ratio * term.hyper["undesirable_weight"],
         )  # fmt: skip

@@ -20,6 +20,8 @@ VARIANTS = {
     "simpo": [{"label_smoothing": 0.1}], "slic": [{"nll_reduction": r} for r in ("seq_mean", "seq_sum")],
     "orpo": [{"disable_prompt_loss": True}, {"nll_coef": 0.0}, {"nll_reduction": "seq_mean"}],
     "cpo": [{"label_smoothing": 0.1, "cpo_alpha": 0.3}, {"nll_reduction": "seq_sum"}],
+    "cpo_hinge": [{"nll_reduction": "seq_sum"}], "cpo_ipo": [{"nll_reduction": "seq_mean", "cpo_alpha": 0.3}],
+    "apo_zero_unpaired": [{"desirable_weight": 1.3, "undesirable_weight": 0.7}],
     "cpo_simpo": [{"label_smoothing": 0.1, "nll_reduction": "seq_mean"}], "rpo": [{"rpo_alpha": 1.0}],
     "kto": [{"desirable_weight": 1.3, "undesirable_weight": 0.7}], "bco_pair": [{"delta": 0.4}],
     "aot": [{"label_smoothing": 0.1}], "aot_unpaired": [{"label_smoothing": 0.1}], "wpo": [{"clamp_weight": False}],
@@ -231,6 +233,8 @@ FORMULAS = {
     "orpo": _orpo,
     "cpo": lambda v: -ls(0.1 * (v.lw - v.ll)) - v.lw / v.nw.mean(),
     "cpo_simpo": lambda v: -ls(10 * (v.lw / v.nw - v.ll / v.nl) - 5.4) - 0.05 * v.lw / v.nw.mean(),
+    "cpo_hinge": lambda v: (1 - 0.1 * (v.lw - v.ll)).clamp(min=0) - v.lw / v.nw.mean(),
+    "cpo_ipo": lambda v: (v.lw / v.nw - v.ll / v.nl - 5) ** 2 - v.lw / v.nw.mean(),
     "rpo": lambda v: -ls(0.01 * v.d) - 0.005 * v.lw / v.nw.mean(),
     "dpop": lambda v: -ls(0.1 * (v.d - 50 * (v.rw - v.lw).clamp(min=0))),
     "rdpo": lambda v: -ls(0.1 * v.d + 0.01 * (v.nw - v.nl)),
@@ -243,6 +247,7 @@ FORMULAS = {
     "kto": _kto,
     "bco_pair": lambda v: -ls(0.01 * v.a) - ls(-0.01 * v.b),
     "bco": _bco,
+    "apo_zero_unpaired": lambda v: torch.where(v.label, 1 - s(0.1 * v.a), s(0.1 * v.a)),
     "apo_zero": lambda v: 1 - s(0.1 * v.a) + s(0.1 * v.b),
     "apo_down": lambda v: s(0.1 * v.a) + 1 - s(0.1 * v.d),
     "aot": lambda v: -ls(0.01 * (rank(v.lw - v.ll) - rank(v.rw - v.rl))),
@@ -301,9 +306,10 @@ def test_formulas(name):
 
 
 def test_every_name_of_the_specification():
-    names = """dpo cdpo robust dpo_soft ipo hinge slic sigmoid_norm simpo orpo cpo cpo_simpo rpo dpop rdpo exo_pair
-        exo_rw nca_pair nca_rw infonca kto bco_pair bco apo_zero apo_down aot aot_unpaired discopop wpo ld_dpo sampo
-        tdpo1 tdpo2 fdpo alphapo sppo sppo_single sppo_hard dno dno_prct dno_reg inpo online_ipo ipo_md selm
+    names = """dpo cdpo robust dpo_soft ipo hinge slic sigmoid_norm simpo orpo cpo cpo_simpo cpo_hinge cpo_ipo
+        rpo dpop rdpo exo_pair exo_rw nca_pair nca_rw infonca kto bco_pair bco apo_zero apo_zero_unpaired apo_down aot
+        aot_unpaired discopop wpo ld_dpo sampo tdpo1 tdpo2
+        fdpo alphapo sppo sppo_single sppo_hard dno dno_prct dno_reg inpo online_ipo ipo_md selm
         xpo""".split()
     assert {n for n in LOSSES if not n.startswith("gpo_")} == set(names)
     assert sum(n.startswith("gpo_") for n in LOSSES) == 6
