@@ -21,6 +21,7 @@ from fastpo.rows import (
     NoPair,
     Row,
     Schema,
+    first_whole,
     form_of,
     nearest,
     quoted,
@@ -94,20 +95,21 @@ def read_schema(
     def want(name: str) -> bool:
         return wanted is None or name in wanted
 
-    first = next((row for row in rows if row.get("prompt") is not None and row.get(RESPONSES)), None)
-    if first is None:
+    at, first = first_whole([{"prompt": row.get("prompt"), RESPONSES: row.get(RESPONSES) or None} for row in rows],
+                            ("prompt", RESPONSES))  # fmt: skip
+    if not rows or first.get("prompt") is None or not first.get(RESPONSES):
         raise DataError(f"the first {len(rows)} rows have no '{RESPONSES}', or no prompt")
-    forms = {"prompt": form_of(first.get("prompt"), "prompt", 0)}
+    forms = {"prompt": form_of(first.get("prompt"), "prompt", at)}
     if forming.policy == "explicit" and PAIRS not in columns:
         raise DataError(f"pair_policy=explicit reads the column '{PAIRS}', missing from {quoted(columns)}")
-    given = {key for entry in _entries(first, 0) for key, value in entry.items() if value is not None}
+    given = {key for entry in _entries(first, at) for key, value in entry.items() if value is not None}
     rank = next((name for name in ("score", "win_prob") if name in given), None)
     if rank is None and forming.policy != "explicit":
         near = {name: nearest(name, given, 0.5) for name in ("score", "win_prob")}
         hint = next((f": rename '{close}' to '{name}'?" for name, close in near.items() if close), "")
         raise DataError(
-            f"pair_policy={forming.policy} compares responses by 'score' or 'win_prob', and those of row 0 have only "
-            f"{quoted(sorted(given))}{hint}"
+            f"pair_policy={forming.policy} compares responses by 'score' or 'win_prob', and those of row {at} have "
+            f"only {quoted(sorted(given))}{hint}"
         )
     read = [name for name, (_, stands_for) in _NUMBERS.items() if name in given and any(map(want, stands_for))]
     win_probs = "win_prob" in read
@@ -214,8 +216,10 @@ def _completion(entry: Mapping, what: str, schema: Schema) -> Any:
         if not isinstance(value, str):
             raise DataError(f"{what}: 'text' must be a text, not a {type(value).__name__} (turns go in 'messages')")
         return [{"role": "assistant", "content": value}] * bool(value) if schema.conversational else value
-    if isinstance(value, str) or form_of(value, "messages", 0) != "chat":
+    if not isinstance(value, list | tuple) or (value and not isinstance(value[0], Mapping)):
         raise DataError(f"{what}: 'messages' must be a list of turns, not a {type(value).__name__}")
+    if value and "role" not in value[0]:
+        raise DataError(f"{what}: the turns of 'messages' need 'role' and 'content', found {quoted(value[0])}")
     if not schema.conversational:
         raise DataError(f"{what} has 'messages' where the prompt is a text: give 'text', or the prompt as turns")
     return list(value)

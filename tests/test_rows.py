@@ -66,8 +66,7 @@ def test_datasets(tmp_path):
     with pytest.raises(DataError, match="splits 'train', 'test': pass one of them"):
         load_rows(both)
     assert load_rows(both, split="test") is both["test"]
-    with pytest.raises(DataError, match="streamed datasets are not supported"):
-        load_rows(rows.to_iterable_dataset())
+    assert list(load_rows(rows.to_iterable_dataset())) == ROWS
 
     both.save_to_disk(tmp_path / "both")
     rows.save_to_disk(tmp_path / "rows")
@@ -86,7 +85,8 @@ def test_hub_errors_are_one_line(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", offline)
     with pytest.raises(DataError) as caught:
         load_rows("org/name")
-    assert str(caught.value) == "cannot load the dataset 'org/name': ConnectionError: no network"
+    expected = "cannot load the dataset 'org/name', which is no file or folder here, from the hub: "
+    assert str(caught.value) == f"{expected}ConnectionError: no network"
     monkeypatch.setattr(
         datasets, "load_dataset", lambda name, config_name: datasets.DatasetDict(dev=datasets.Dataset.from_list(ROWS))
     )
@@ -116,7 +116,8 @@ def test_broken_files(tmp_path, name, content, message):
     ("dataset", "message"),
     [
         ("missing.jsonl", "no such file: missing.jsonl"),
-        ("not a/hub/id", "neither a file nor the id of a hub dataset"),
+        ("not a/hub id", "neither a file nor the id of a hub dataset"),
+        ("not a/hub/id", "no such file or folder: not a/hub/id: there is no folder not a/hub"),
         ({"prompt": ["a"], "chosen": ["b"]}, "cannot read rows from a dict"),
         ([{"prompt": "a"}, "b"], "row 1 is a str, not a dict"),
     ],
