@@ -26,7 +26,7 @@ import numpy as np
 
 from fastpo import kway
 from fastpo.encoding import Encoder
-from fastpo.errors import DataError, nearest, quoted
+from fastpo.errors import DataError, FastpoError, nearest, one_line, quoted
 from fastpo.kway import BEST_WORST, Forming
 from fastpo.row_layouts import Reading, read_as
 from fastpo.rows import (
@@ -175,6 +175,12 @@ class _Preparer:
                 row = self.parse(self.reading(raw, number), number, self.schema)
             except InvalidRow as error:
                 self._refuse(error, report)
+                continue
+            except FastpoError:
+                raise
+            except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:  # arrays and other objects
+                message = f"row {number} cannot be read: {one_line(error)}"
+                self._refuse(InvalidRow("cannot be read", message), report)
                 continue
             rows.append(row)
             size = len(row.prompt)

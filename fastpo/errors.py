@@ -30,7 +30,7 @@ class TrainingError(FastpoError):
 
 def nearest(name: str, candidates: Iterable[str], cutoff: float) -> str | None:
     """The candidate that `name` most probably stands for: the same words in another order, or else its spelling."""
-    by_lower = {candidate.lower(): candidate for candidate in candidates}
+    by_lower = {str(candidate).lower(): candidate for candidate in candidates}
     for lower, candidate in by_lower.items():
         if sorted(lower.split("_")) == sorted(name.lower().split("_")):
             return candidate

@@ -21,7 +21,7 @@ from fastpo.rows import (
     NoPair,
     Row,
     Schema,
-    first_whole,
+    check_text,
     form_of,
     nearest,
     quoted,
@@ -76,10 +76,14 @@ def is_kway(columns: Collection[str], rows: Sequence[Mapping]) -> bool:
     if RESPONSES not in columns:
         return False
     both = [name for name in ("chosen", "rejected") if name in columns]
-    first = next((row[RESPONSES] for row in rows if row.get(RESPONSES)), None)
+    first = next((row[RESPONSES] for row in rows if _there(row.get(RESPONSES))), None)
     if both and isinstance(first, list | tuple) and isinstance(first[0], Mapping):
         raise DataError(f"the data have '{RESPONSES}' and {quoted(both)}: leave out one of them")
     return not both
+
+
+def _there(responses: Any) -> bool:
+    return responses is not None and (not hasattr(responses, "__len__") or len(responses) > 0)
 
 
 def read_schema(
@@ -95,9 +99,11 @@ def read_schema(
     def want(name: str) -> bool:
         return wanted is None or name in wanted
 
-    at, first = first_whole([{"prompt": row.get("prompt"), RESPONSES: row.get(RESPONSES) or None} for row in rows],
-                            ("prompt", RESPONSES))  # fmt: skip
-    if not rows or first.get("prompt") is None or not first.get(RESPONSES):
+    at, first = next(
+        ((k, row) for k, row in enumerate(rows) if row.get("prompt") is not None and _there(row.get(RESPONSES))),
+        (0, {}),
+    )
+    if not first:
         raise DataError(f"the first {len(rows)} rows have no '{RESPONSES}', or no prompt")
     forms = {"prompt": form_of(first.get("prompt"), "prompt", at)}
     if forming.policy == "explicit" and PAIRS not in columns:
@@ -215,6 +221,7 @@ def _completion(entry: Mapping, what: str, schema: Schema) -> Any:
     if given == ["text"]:
         if not isinstance(value, str):
             raise DataError(f"{what}: 'text' must be a text, not a {type(value).__name__} (turns go in 'messages')")
+        check_text(value, what)
         return [{"role": "assistant", "content": value}] * bool(value) if schema.conversational else value
     if not isinstance(value, list | tuple) or (value and not isinstance(value[0], Mapping)):
         raise DataError(f"{what}: 'messages' must be a list of turns, not a {type(value).__name__}")

@@ -37,7 +37,8 @@ class Tie(Exception):
 def first_value(rows: Iterable[Mapping], name: str) -> Any:
     """The first value of a column that is there, and not empty if there is such a one."""
     values = [row[name] for row in rows if row.get(name) is not None]
-    return next((value for value in values if value not in ("", [])), values[0] if values else None)
+    full = (value for value in values if not isinstance(value, str | list) or value)
+    return next(full, values[0] if values else None)
 
 
 def is_turn(value: Any) -> bool:

@@ -215,12 +215,18 @@ def form_of(value: Any, name: str, number: int) -> str:
     found = f"a list of {type(value[0]).__name__}" if isinstance(value, list | tuple) else f"a {type(value).__name__}"
     message = f"row {number}: column '{name}' must be a text or a list of turns, found {found}"
     if isinstance(value, numbers.Number | datetime.date | datetime.time | datetime.timedelta):
-        kind = "numbers" if isinstance(value, numbers.Number) else "dates or times"
-        message += (
-            f" ({_shortened(value)}): the column holds {kind}. Where `datasets` read texts as such, load them as "
-            f"texts, with load_dataset(..., features=datasets.Features({{'{name}': datasets.Value('string'), ...}})); "
-            f"else write them as texts: dataset.cast_column('{name}', datasets.Value('string'))"
-        )
+        if isinstance(value, numbers.Number):
+            message += (
+                f" ({_shortened(value)}): the column holds numbers. Where `datasets` made them of a CSV file's texts, load "
+                f"it with features=datasets.Features({{'{name}': datasets.Value('string'), ...}}); else write them as "
+                f"texts: dataset.cast_column('{name}', datasets.Value('string'))"
+            )
+        else:
+            message += (
+                f" ({_shortened(value)}): the column holds dates or times. Where `datasets` made them of a JSON file's "
+                "texts, pass the file's path itself, whose texts stay as they are (with features= or a cast "
+                "'2024-01-02' becomes '2024-01-02 00:00:00')"
+            )
     raise DataError(message)
 
 
@@ -290,7 +296,19 @@ def read_texts(raw: Mapping, number: int, forms: Mapping[str, str]) -> dict[str,
                 "rows before"
             )
         values[name] = raw[name]
+        if form == "text":
+            check_text(raw[name], f"row {number}: column '{name}'")
     return values
+
+
+def check_text(text: str, what: str) -> None:
+    """InvalidRow for a text that no tokenizer takes: with half of a surrogate pair, as from JSON's \\ud83d."""
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            message = f"{what} is not valid Unicode: a lone surrogate {text[error.start]!r} at character {error.start}"
+            raise InvalidRow("not valid Unicode", message) from None
 
 
 def extract_prompt(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
@@ -323,12 +341,13 @@ def says_nothing(completion: Any) -> bool:
     if isinstance(completion, str) or (completion and isinstance(completion[0], int)):
         return not completion
     turns = [turn for turn in completion if isinstance(turn, Mapping)]
-    return not any(value for turn in turns for key, value in turn.items() if key != "role")
+    given = [value for turn in turns for key, value in turn.items() if key != "role" and value is not None]
+    return not any(value or not isinstance(value, str | list | tuple | Mapping | int | float) for value in given)
 
 
 def _check_ids(values: Mapping[str, Any], number: int) -> None:
     for name, ids in values.items():
-        wrong = next((i for i in ids if not isinstance(i, int) or isinstance(i, bool) or i < 0), None)
+        wrong = next((i for i in ids if not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < 2**31), None)
         if wrong is not None:
             message = f"row {number}: '{name}' has {_shortened(wrong)}, which is no token id"
             raise InvalidRow("bad token ids", message)
