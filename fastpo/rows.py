@@ -217,9 +217,9 @@ def form_of(value: Any, name: str, number: int) -> str:
     if isinstance(value, numbers.Number | datetime.date | datetime.time | datetime.timedelta):
         if isinstance(value, numbers.Number):
             message += (
-                f" ({_shortened(value)}): the column holds numbers. Where `datasets` made them of a CSV file's texts, load "
-                f"it with features=datasets.Features({{'{name}': datasets.Value('string'), ...}}); else write them as "
-                f"texts: dataset.cast_column('{name}', datasets.Value('string'))"
+                f" ({_shortened(value)}): the column holds numbers. Where `datasets` made them of a CSV's texts, "
+                f"load it with features=datasets.Features({{'{name}': datasets.Value('string'), ...}}); else write them "
+                f"as texts: dataset.cast_column('{name}', datasets.Value('string'))"
             )
         else:
             message += (

@@ -2,6 +2,8 @@
 refused with a line that works when it is pasted."""
 
 import json
+import math
+import random
 import re
 
 import pytest
@@ -9,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from fastpo.data import prepare_examples
-from fastpo.errors import DataError
+from fastpo.errors import DataError, FastpoError
 from fastpo.row_layouts import LAYOUTS, find, kind_of, read_as
 
 TEMPLATE = (
@@ -370,3 +372,47 @@ def test_own_columns_are_no_layout():
         assert read_as(list(row), [row], "preference", None).layout is None
     for row in ({"prompt": "q", "completion": "a"}, {"prompt": "q", "completion": "a", "label": True}):
         assert find(list(row), [row], ("sft", "unpaired")) is None
+
+
+def test_docs_page():
+    from pathlib import Path
+
+    from fastpo import data_docs
+
+    text = (Path(__file__).resolve().parent.parent / "docs" / "data.md").read_text()
+    assert data_docs.page(text) == text  # `python -m fastpo.data_docs` makes it
+    for layout in LAYOUTS:
+        assert all(f"`{name}`" in text for name in layout.shapes), layout.name
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_row_raises_anything_raw_and_none_is_lost(letters, seed):
+    """Junk in the place of any column, key or entry of any layout's row."""
+    numpy = pytest.importorskip("numpy")
+    rng = random.Random(seed)
+    junk = [None, "", 0, -1, True, math.nan, math.inf, 1e308, 10**400, 10**5000, "\ud800", "[1", b"b", [], [None], [[]],
+            ["a"], [1, "a"], {}, [{"role": "user"}], [{"role": None, "content": "x"}], [{"from": [1], "value": {}}],
+            [{"role": "user", "content": "x"}, 5], [{"role": "assistant", "content": numpy.array([1, 2])}],
+            numpy.array([1, 2]), object(), {1: 2}, set(), [{"text": "a", "score": "x"}], {"text": None}]  # fmt: skip
+    own = {"own": ([{"prompt": "q", "chosen": "a", "rejected": "b", "weight": 1.0, "chosen_score": 1.0,
+                     "rejected_score": 0.5}], "preference"),
+           "kway": ([{"prompt": "q", "responses": [{"text": "a", "score": 1}, {"text": "b", "score": 2}]}],
+                    "preference")}  # fmt: skip
+    every = {**{name: entry[:2] for name, entry in {**CERTAIN, **REFUSED}.items()}, **own}
+    for _ in range(150):
+        rows, kind = every[rng.choice(list(every))]
+        changed = json.loads(json.dumps(rows[0]))
+        name = rng.choice([*changed, "tools", "weight", "system", 5])
+        inner = changed.get(name)
+        if isinstance(inner, list) and inner and isinstance(inner[0], dict) and rng.random() < 0.5:
+            inner[0][rng.choice(list(inner[0]))] = rng.choice(junk)
+        else:
+            changed[name] = rng.choice(junk)
+        rows = [*rows, changed, *rows] if rng.random() < 0.7 else [changed, *rows]
+        for invalid in ("raise", "drop"):
+            try:
+                examples, report = prepare_examples(rows, letters, kind=kind, invalid=invalid)
+            except FastpoError as error:
+                assert "\n" not in str(error)
+            else:
+                assert report.rows == len(rows) == len(examples) + sum(report.dropped.values())

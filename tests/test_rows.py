@@ -169,7 +169,7 @@ def test_nearest():
     assert nearest("score_chosen", ["chosen_scores", "chosen_score"], 0.8) == "chosen_score"
 
 
-# --------------------------------------------------------------------------------------------------------------- sources
+# -------------------------------------------------------------------------------------------------------------- sources
 
 
 def test_frames_become_plain_python():
@@ -177,7 +177,8 @@ def test_frames_become_plain_python():
     pandas = pytest.importorskip("pandas")
     numpy = pytest.importorskip("numpy")
     frame = pandas.DataFrame(
-        {"prompt": ["a", None], "turns": [numpy.array([{"role": "user", "content": "b"}], object), []],
+        {"prompt": ["a", None],
+         "turns": [numpy.array([turn("user", "b")], object), []],
          "score": [1.5, float("nan")], "label": [True, False]}
     )  # fmt: skip
     first, second = load_rows(frame)
