@@ -106,6 +106,8 @@ def read_schema(
     if not first:
         raise DataError(f"the first {len(rows)} rows have no '{RESPONSES}', or no prompt")
     forms = {"prompt": form_of(first.get("prompt"), "prompt", at)}
+    if forms["prompt"] == "ids":
+        raise DataError(f"row {at}: rows with '{RESPONSES}' need a prompt of text or turns, not token ids")
     if forming.policy == "explicit" and PAIRS not in columns:
         raise DataError(f"pair_policy=explicit reads the column '{PAIRS}', missing from {quoted(columns)}")
     given = {key for entry in _entries(first, at) for key, value in entry.items() if value is not None}

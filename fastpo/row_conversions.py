@@ -4,6 +4,7 @@ A conversion takes a row, and whether its prompts are texts as they are (else th
 fastpo's columns; it raises `Unfit` for a row that it cannot read and `Tie` for one that prefers neither response.
 """
 
+import ast
 import json
 import os
 import re
@@ -12,6 +13,7 @@ from typing import Any
 
 from fastpo.rows import RESPONSES
 
+_CHAT_ROLES = ("system", "user", "assistant", "tool")
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "observation": "tool"}
 GOOD = {True: True, "true": True, "thumbs_up": True, "up": True, "good": True, "like": True, "positive": True,
         "desirable": True, False: False, "false": False, "thumbs_down": False, "down": False, "bad": False,
@@ -42,10 +44,41 @@ def first_value(rows: Iterable[Mapping], name: str) -> Any:
 
 
 def is_turn(value: Any) -> bool:
-    return isinstance(value, Mapping) and ("role" in value or "from" in value)
+    return isinstance(value, Mapping) and ("role" in value or "from" in value) and not _stacked(value)
+
+
+def _stacked(value: Any) -> bool:
+    """Whether a list of objects became an object of lists, as by the feature Sequence of `datasets`."""
+    if not isinstance(value, Mapping) or not {"role", "from", "response", "answer"} & set(value):
+        return False
+    lengths = {len(v) if isinstance(v, list) else -1 for v in value.values()}
+    return len(lengths) == 1 and -1 not in lengths
+
+
+def listed_objects(value: Any) -> Any:
+    """A list of objects that stands as an object of lists, or of turns as JSON (or Python) text, as the list."""
+    if _stacked(value):
+        return [dict(zip(value, items, strict=True)) for items in zip(*value.values(), strict=True)]
+    turns = turns_in_text(value)
+    return value if turns is None else turns
+
+
+def turns_in_text(value: Any) -> list | None:
+    """The turns of a conversation that stands as text; None for any other value."""
+    if not isinstance(value, str) or not value.lstrip().startswith("[{") or not value.rstrip().endswith("}]"):
+        return None
+    for read in (json.loads, ast.literal_eval):
+        try:
+            turns = read(value)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+        known = isinstance(turns, list) and all(is_turn(t) and role_of(t) in _CHAT_ROLES for t in turns)
+        return turns if known and all({"content", "value", "tool_calls"} & set(t) for t in turns) else None
+    return None
 
 
 def holds(value: Any, shape: str) -> bool:
+    value = listed_objects(value)
     many = isinstance(value, list | tuple) and len(value) > 0
     found = {
         "any": value is not None,
@@ -119,6 +152,7 @@ def turn_of(value: Any) -> dict:
 
 
 def turns_of(value: Any, name: str) -> list[dict]:
+    value = listed_objects(value)
     if not isinstance(value, list | tuple):
         raise Unfit(f"bad '{name}'", f"column '{name}' must be a list of turns, not {shown(value)}")
     return [turn_of(turn) for turn in value]
@@ -135,6 +169,7 @@ def bot(text: str) -> list[dict]:
 
 def answer_of(value: Any, name: str) -> list[dict]:
     """A response as turns: from its text, its one turn, or its turns."""
+    value = listed_objects(value)
     if isinstance(value, str):
         return bot(value)
     if is_turn(value):
@@ -241,7 +276,7 @@ def listed(row: Mapping, name: str) -> list[str]:
 
 
 def ultrafeedback(row: Mapping, as_text: bool) -> dict:
-    entries = row.get("completions") or ()
+    entries = listed_objects(row.get("completions")) or ()
     if len(entries) < 2:
         raise Tie("fewer than two responses")
     responses = []
@@ -255,7 +290,7 @@ def ultrafeedback(row: Mapping, as_text: bool) -> dict:
 
 def nectar(row: Mapping, as_text: bool) -> dict:
     prompt = text_of(row, "prompt")
-    entries = row.get("answers") or ()
+    entries = listed_objects(row.get("answers")) or ()
     if len(entries) < 2:
         raise Tie("fewer than two responses")
     responses = [{"text": text_of(entry, "answer"), "score": -number_of(entry, "rank")} for entry in entries]
@@ -435,8 +470,12 @@ def no_foreign(names: Sequence[str]) -> Callable[[Sequence[Mapping]], bool]:
 
     def own(rows: Sequence[Mapping]) -> bool:
         values = [first_value(rows, name) for name in names]
-        foreign = any(is_turn(v) or (holds(v, "turns") and "from" in v[0]) for v in values)
-        return not foreign or any(isinstance(v, str) for v in values)
+        as_text = [all(turns_in_text(row[name]) is not None for row in rows if row.get(name) is not None) for name in names
+                   if isinstance(first_value(rows, name), str)]  # fmt: skip
+        foreign = any(
+            is_turn(v) or _stacked(v) or (holds(v, "turns") and "from" in listed_objects(v)[0]) for v in values
+        )
+        return not all(as_text) or not (foreign or as_text)
 
     return own
 

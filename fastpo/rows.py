@@ -163,10 +163,27 @@ def read_schema(columns: list[str], rows: list[Mapping], kind: str, wanted: Coll
     if len(set(forms.values())) > 1:
         found = ", ".join(f"'{name}' is {_FORM_NAMES[form]}" for name, form in forms.items())
         raise DataError(f"row {at}: the columns must all be texts or all be conversations: {found}")
+    if kind == "preference" and not explicit and "chat" not in forms.values():
+        _refuse_apart(columns, rows)
     optional = BOUNDS if kind == "preference" else ()
     numbers_read = tuple(name for name in optional if name in columns and (wanted is None or name in wanted))
     weighs = kind == "preference" and TOKEN_COLUMNS[0] in columns and (wanted is None or TOKEN_COLUMNS[0] in wanted)
     return Schema(kind, "chat" in forms.values(), explicit, forms, numbers_read, weighs)
+
+
+def _refuse_apart(columns: Sequence[str], rows: Sequence[Mapping]) -> None:
+    """DataError where pairs of texts begin with nothing in common and another column of text may be their prompt."""
+    pairs = [(r["chosen"], r["rejected"]) for r in rows[:100]
+             if isinstance(r.get("chosen"), str) and isinstance(r.get("rejected"), str)]  # fmt: skip
+    apart = sum(common_length(a, b) <= min(len(a), len(b)) // 10 for a, b in pairs if a != b)
+    others = [name for name in columns if name not in (*PASSED, "chosen", "rejected")
+              and any(isinstance(row.get(name), str) and row[name] for row in rows[:100])]  # fmt: skip
+    if others and 2 * apart > len(pairs):
+        raise DataError(
+            f"'chosen' and 'rejected' do not begin with the same prompt, and there is no column 'prompt': if it is in "
+            f"{' or '.join(f'{name!r}' for name in others)}, dataset.rename_column({others[0]!r}, 'prompt'); if there "
+            f"is none, dataset.remove_columns({others!r})"
+        )
 
 
 def first_whole(rows: Sequence[Mapping], names: Sequence[str]) -> tuple[int, Mapping]:
@@ -189,7 +206,7 @@ def _missing_column(name: str, required: Sequence[str], columns: list[str], kind
     others = [column for column in columns if column not in required]
     close = nearest(name, others, 0.6)
     if close:
-        return f"{message}: did you mean '{close}'? Rename it to '{name}'"
+        return f"{message}: did you mean '{close}'? Rename it to '{name}': dataset.rename_column({close!r}, {name!r})"
     if kind == "unpaired" and RESPONSES in columns:
         return f"{message}: rows of K responses are for losses of pairs and lists"
     if kind == "sft" and "chosen" in columns:

@@ -129,6 +129,17 @@ CERTAIN = {
     "openai": (
         [{"input": {"messages": [user("q")]}, "preferred_output": [bot("good")], "non_preferred_output": [bot("bad")]}],
         "preference", PAIR),
+    "sharegpt_sequence": (  # a list of objects as an object of lists, as Sequence of `datasets` makes it
+        [{"conversations": {"from": ["human"], "value": ["q"]}, "chosen": gpt("good"), "rejected": gpt("bad")}],
+        "preference", PAIR),
+    "turns_as_json": (
+        [{"prompt": json.dumps([user("q")]), "chosen": json.dumps([bot("good")]),
+          "rejected": json.dumps([bot("bad")])}],
+        "preference", PAIR),
+    "messages_as_python": ([{"messages": str([user("q"), bot("good")])}], "sft", ONE),
+    "answers_that_look_like_turns": (  # but have a role that no chat has: texts
+        [{"prompt": "q", "chosen": '[{"role": "admin", "content": "x"}]', "rejected": "bad"}], "preference",
+        ("q", ['[{"role": "admin", "content": "x"}]</s>', "bad</s>"])),
     "swift": ([{"messages": [user("q"), bot("good")], "rejected_response": "bad"}], "preference", PAIR),
     "swift_messages": (
         [{"messages": [user("q"), bot("good")], "rejected_messages": [user("q"), bot("bad")]}], "preference", PAIR),
@@ -372,6 +383,17 @@ def test_own_columns_are_no_layout():
         assert read_as(list(row), [row], "preference", None).layout is None
     for row in ({"prompt": "q", "completion": "a"}, {"prompt": "q", "completion": "a", "label": True}):
         assert find(list(row), [row], ("sft", "unpaired")) is None
+
+
+def test_a_prompt_under_any_other_name_is_not_lost(letters):
+    """TRL trains these without their prompts, in silence."""
+    rows = [{"task_text": f"What is {n}?", "chosen": f"{n}.", "rejected": f"No {n}."} for n in range(5)]
+    with pytest.raises(DataError, match="no column 'prompt': if it is in 'task_text', dataset.rename_column") as caught:
+        prepare_examples(rows, letters)
+    assert "dataset.remove_columns(['task_text'])" in str(caught.value)
+    inside = [{"id": "x", "chosen": f"What is {n}? It is {n}.", "rejected": f"What is {n}? No."} for n in range(5)]
+    examples, _ = prepare_examples(inside, letters)
+    assert letters.decode(examples[3].prompt_ids) == "What is 3?"
 
 
 def test_docs_page():
