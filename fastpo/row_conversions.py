@@ -470,8 +470,9 @@ def no_foreign(names: Sequence[str]) -> Callable[[Sequence[Mapping]], bool]:
 
     def own(rows: Sequence[Mapping]) -> bool:
         values = [first_value(rows, name) for name in names]
-        as_text = [all(turns_in_text(row[name]) is not None for row in rows if row.get(name) is not None) for name in names
-                   if isinstance(first_value(rows, name), str)]  # fmt: skip
+        texts = [name for name in names if isinstance(first_value(rows, name), str)]
+        as_text = [all(turns_in_text(row[name]) is not None for row in rows if row.get(name) is not None)
+                   for name in texts]  # fmt: skip
         foreign = any(
             is_turn(v) or _stacked(v) or (holds(v, "turns") and "from" in listed_objects(v)[0]) for v in values
         )

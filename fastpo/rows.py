@@ -364,9 +364,9 @@ def says_nothing(completion: Any) -> bool:
 
 def _check_ids(values: Mapping[str, Any], number: int) -> None:
     for name, ids in values.items():
-        wrong = next((i for i in ids if not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < 2**31), None)
-        if wrong is not None:
-            message = f"row {number}: '{name}' has {_shortened(wrong)}, which is no token id"
+        wrong = [i for i in ids if not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < 2**31]
+        if wrong:
+            message = f"row {number}: '{name}' has {_shortened(wrong[0])}, which is no token id"
             raise InvalidRow("bad token ids", message)
 
 

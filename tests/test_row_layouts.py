@@ -323,6 +323,7 @@ def test_masks_of_token_ids(letters):
         ({"input_ids": [5, 6], "labels": [-100]}, "row 0: 'labels' has 1 entries and 'input_ids' 2"),
         ({"input_ids": [5, 6], "labels": [-100, -100]}, "row 0: 'input_ids' has no token to train on"),
         ({"input_ids": [5, 10**6]}, "row 0: token id 1000000 is none of the tokenizer's 259 tokens"),
+        ({"input_ids": [5, 6, None]}, "row 0: 'completion' has None, which is no token id"),
         ({"input_ids": [5, -1]}, "row 0: 'completion' has -1, which is no token id"),
     ]:
         with pytest.raises(DataError, match=message):
