@@ -360,7 +360,7 @@ FOREIGN: dict[str, dict[str, str]] = {
         "micro_train_batch_size": _STEP,
         "ipo": "loss_type: ipo, with ipo_reduce: sum, which OpenRLHF means",
         "nll_loss_coef": _SFT_TERM.format("dpo", "nll_loss_coef"),
-        "aux_loss_coef": "set router_aux_loss_coef (here None is the model's own, 0 none)",
+        "aux_loss_coef": "router_aux_loss_coef: None is the model's own, 0 none",
         "l2": "weight_decay",
         "adam_betas": "adam_beta1 and adam_beta2",
         "max_norm": "max_grad_norm",
