@@ -17,6 +17,7 @@ the responses of one pair may keep prompts of different length: `Example.respons
 import itertools
 import logging
 import multiprocessing
+import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, fields
@@ -377,8 +378,12 @@ def _chunks(rows: Any, names: list[str]) -> Iterator[tuple[int, list[Mapping]]]:
         yield start, [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
 
 
+PROCESSES_A_CORE = 4  # more cost their start and bring nothing: the pool forks them all at once
+
+
 def _run(prepare: _Preparer, chunks: Iterable, num_proc: int | None) -> Iterator[tuple[list[Example], DataReport]]:
-    if num_proc is None or num_proc <= 1:
+    num_proc = min(num_proc or 1, PROCESSES_A_CORE * (os.cpu_count() or 1))
+    if num_proc <= 1:
         yield from itertools.starmap(prepare, chunks)
         return
     # Forked, so that the tokenizer (seconds to pickle where the vocabulary is large) is inherited.

@@ -426,7 +426,8 @@ def check_options(values: Mapping[str, Any], known: Collection[str]) -> dict[str
             wrong.append(f"{given} belongs to the command line; fastpo.train takes {option.to}")
     if wrong:  # all at once: a file of another project has many
         raise ConfigError("; ".join(wrong))
-    if all(differ(values.get("fsdp_config"), off) for off in (None, "", False, {})):
+    nothing: tuple[Any, ...] = (None, "", False, {})
+    if all(differ(values.get("fsdp_config"), off) for off in nothing):
         _apply_fsdp_config(out, values["fsdp_config"])
     return out
 
@@ -524,7 +525,9 @@ def _apply_fsdp_config(out: dict[str, Any], config: Any) -> None:
                 out["gradient_checkpointing"] = True
         elif key in _FSDP_FIXED:
             if text not in [str(fixed).lower() for fixed in (None, *_FSDP_FIXED[key])]:
-                raise ConfigError(f"fsdp_config: {key}={shown(value)} is not honoured by fastpo, only {_FSDP_FIXED[key][0]}")
+                raise ConfigError(
+                    f"fsdp_config: {key}={shown(value)} is not honoured by fastpo, only {_FSDP_FIXED[key][0]}"
+                )
         elif key not in _FSDP_ANY:
             raise ConfigError(f"fsdp_config: {key}={shown(value)} is not honoured by fastpo")
     out["fsdp"] = mode

@@ -238,6 +238,9 @@ class Stage:
         if isinstance(inputs.get("callbacks", []), list):
             inputs["callbacks"] = [*inputs.get("callbacks", []), self.stop]
         inputs.setdefault("processing_class", self.tokenizer)
+        if options.get("torch_compile_mode") is not None or options.get("torch_compile") is True:
+            options["torch_compile_mode"] = None  # inductor compiles for minutes
+            options.setdefault("torch_compile_backend", "eager")
         if options.get("eval_strategy", "no") != "no" or options.get("eval_on_start") or "eval_steps" in options:
             inputs.setdefault("eval_dataset", self.rows[:2])
         state = torch.get_rng_state(), torch.get_default_dtype()
