@@ -19,6 +19,7 @@ import os
 import random
 import selectors
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -376,7 +377,7 @@ def main() -> int:
 
     while seeds:
         command = [sys.executable, str(Path(__file__).absolute()), "--worker", json.dumps(seeds), "--ways", *args.ways]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE)
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True)
         at, way = seeds[0], args.ways[0]
         hung = False
         for line in lines(process):
@@ -387,7 +388,7 @@ def main() -> int:
             if what != "begun":
                 note(at, way, what, said)
         if hung:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)  # with what it has forked
         code = process.wait()
         if not hung and code == 0:
             break
