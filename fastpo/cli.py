@@ -54,9 +54,9 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         found = re.match(r"argument COMMAND: invalid choice: '(.*)' \(choose", message, re.DOTALL)
         if found:
-            near = difflib.get_close_matches(found[1], COMMANDS, n=1, cutoff=0.5)
+            near = difflib.get_close_matches(found[1], COMMANDS, n=1, cutoff=0.6)
             hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(COMMANDS)}"
-            raise UsageError(f"unknown command {shown(found[1])}; {hint} (see {self.prog} --help)")
+            raise UsageError(f"unknown command '{found[1]}'; {hint} (see {self.prog} --help)")
         raise UsageError(f"{message} (see {self.prog} --help)")
 
 
@@ -409,8 +409,9 @@ def _train(namespace: argparse.Namespace, extras: Sequence[str]) -> int:
             raise ConfigError(f"no {name} given: --{name.replace('_', '-')} PATH, or {name}: PATH in the YAML file")
     from fastpo import inputs as arguments
 
-    inputs["peft_config"] = arguments.peft_config(inputs.get("peft_config"))
-    inputs["quantization_config"] = arguments.quantization_config(inputs.get("quantization_config"))
+    for name in JSON_INPUTS:
+        if inputs.get(name) is not None:
+            inputs[name] = getattr(arguments, name)(inputs[name])
     if plans:
         from fastpo import plan
 

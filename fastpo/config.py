@@ -83,7 +83,7 @@ class TrainConfig:
     pair_margin: float | None = _opt(None, "data", "pair_policy=margin: the least difference in score (or win_prob) of a pair")
     train_sampling_strategy: str = _opt("random", "data", "order of the rows", ("random", "sequential"))
     dataloader_drop_last: bool = _opt(False, "data", "leave out an epoch's last, incomplete step")
-    dataset_num_proc: int | None = _opt(None, "data", "processes that tokenise")
+    dataset_num_proc: int | None = _opt(None, "data", "processes that tokenise; at most four for each CPU core are started (None: one)")
 
     loss_type: str | list[str] = _opt("dpo", "loss", "dpo (sigmoid), ipo, simpo, sppo, cpo, sft, ... (`fastpo losses` lists them); a list is a weighted sum")
     loss_weights: list[float] | None = _opt(None, "loss", "weight of each loss of a list (None: 1)")

@@ -17,6 +17,7 @@ the responses of one pair may keep prompts of different length: `Example.respons
 import itertools
 import logging
 import multiprocessing
+import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, fields, replace
@@ -416,8 +417,12 @@ def even_weights(examples: Sequence[Example]) -> None:
                 example.token_weights = [np.ones(len(ids), np.float32) for ids in example.responses]
 
 
+PROCESSES_A_CORE = 4  # more cost their start and bring nothing: the pool forks them all at once
+
+
 def _run(prepare: _Preparer, parts: Iterable, num_proc: int | None) -> Iterator[tuple[list[Example], DataReport]]:
-    if num_proc is None or num_proc <= 1:
+    num_proc = min(num_proc or 1, PROCESSES_A_CORE * (os.cpu_count() or 1))
+    if num_proc <= 1:
         yield from itertools.starmap(prepare, parts)
         return
     # Forked, so that the tokenizer (seconds to pickle where the vocabulary is large) is inherited.

@@ -434,8 +434,8 @@ def check_options(values: Mapping[str, Any], known: Collection[str]) -> dict[str
             wrong.append(f"{given} belongs to the command line; fastpo.train takes {option.to}")
     if wrong:  # all at once: a file of another project has many
         raise ConfigError("; ".join(wrong))
-    unset: tuple[Any, ...] = (None, "", False, {})
-    if all(differ(values.get("fsdp_config"), off) for off in unset):
+    nothing: tuple[Any, ...] = (None, "", False, {})
+    if all(differ(values.get("fsdp_config"), off) for off in nothing):
         _apply_fsdp_config(out, values["fsdp_config"])
     return out
 

@@ -19,6 +19,7 @@ import os
 import random
 import selectors
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -238,6 +239,9 @@ class Stage:
         if isinstance(inputs.get("callbacks", []), list):
             inputs["callbacks"] = [*inputs.get("callbacks", []), self.stop]
         inputs.setdefault("processing_class", self.tokenizer)
+        if options.get("torch_compile_mode") is not None or options.get("torch_compile") is True:
+            options["torch_compile_mode"] = None  # inductor compiles for minutes
+            options.setdefault("torch_compile_backend", "eager")
         if options.get("eval_strategy", "no") != "no" or options.get("eval_on_start") or "eval_steps" in options:
             inputs.setdefault("eval_dataset", self.rows[:2])
         state = torch.get_rng_state(), torch.get_default_dtype()
@@ -373,7 +377,7 @@ def main() -> int:
 
     while seeds:
         command = [sys.executable, str(Path(__file__).absolute()), "--worker", json.dumps(seeds), "--ways", *args.ways]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE)
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True)
         at, way = seeds[0], args.ways[0]
         hung = False
         for line in lines(process):
@@ -384,7 +388,7 @@ def main() -> int:
             if what != "begun":
                 note(at, way, what, said)
         if hung:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)  # with what it has forked
         code = process.wait()
         if not hung and code == 0:
             break
