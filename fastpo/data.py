@@ -19,14 +19,14 @@ import logging
 import multiprocessing
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from hashlib import blake2b
 from typing import Any
 
 import numpy as np
 
-from fastpo import kway
-from fastpo.encoding import Encoder
+from fastpo import content, kway
+from fastpo.encoding import Encoded, Encoder
 from fastpo.errors import DataError
 from fastpo.kway import BEST_WORST, Forming
 from fastpo.rows import (
@@ -85,6 +85,9 @@ class Example:
     # Rows of a step with the same prompt have one copy of it in the trunk from this many responses on; 0: each its own.
     share_from: int = 0
     greedy: int | None = None  # which response is the reference's greedy one (selm); it need not be in a pair
+    # Of responses that another one's tokens made begin inside the prompt: how many of their first tokens are the
+    # prompt's where each stands alone.
+    leads: tuple[int, ...] | None = None
 
     def prompt_of(self, response: int) -> np.ndarray:
         """The prompt ids that response number `response` continues."""
@@ -106,8 +109,16 @@ class DataReport:
     truncated_prompts: int = 0  # prompts that lost tokens (keep_end)
     boundary_moved: int = 0  # the prompt's tokens are not the beginning of the whole's: the response begins earlier
     doubled_specials: int = 0  # a second BOS or EOS was removed
-    own_endings: int = 0  # texts that end with a special token of their own: no EOS added
+    own_endings: int = 0  # texts that end as the chat template ends a turn: no EOS added
     repeated_prompts: int = 0  # chosen and rejected both begin with the prompt, which is in its own column too
+    repeated_turns: int = 0  # of these, conversations whose prompt was taken out of the responses
+    continued: int = 0  # the prompt ends in a turn that the response goes on in
+    masked_rows: int = 0  # with turns behind the prompt that are not the assistant's
+    masked_tokens: int = 0  # of responses, not trained on: turns that are not the assistant's
+    flattened: int = 0  # contents given as lists became texts, or the other way round, as the template has them
+    read_arguments: int = 0  # tool arguments given as JSON text became objects, or the other way round
+    lost: dict[str, int] = field(default_factory=dict)  # by kind of given piece: the template does not write it
+    lost_example: dict[str, tuple[int, str]] = field(default_factory=dict)  # the first row of each kind, and a text
     prompt_tokens: int = 0
     response_tokens: int = 0
     longest_sequence: int = 0
@@ -121,9 +132,11 @@ class DataReport:
         """Adds the counts of another part of the same rows."""
         for item in fields(self):
             mine, theirs = getattr(self, item.name), getattr(other, item.name)
-            if item.name == "dropped":
+            if item.name in ("dropped", "lost"):
                 for reason, count in theirs.items():
                     mine[reason] = mine.get(reason, 0) + count
+            elif item.name == "lost_example":
+                setattr(self, item.name, {**theirs, **mine})
             elif item.name == "longest_sequence":
                 self.longest_sequence = max(mine, theirs)
             elif item.name == "moved_text":
@@ -170,17 +183,17 @@ class _Preparer:
         for number, raw in enumerate(raw_rows, start=start):
             try:
                 row = self.parse(raw, number, self.schema)
+                rows.append(self._without_prompt(row, report))
             except InvalidRow as error:
-                self._refuse(error, report)
-                continue
-            rows.append(row)
-            size = len(row.prompt)
-            if self.schema.explicit_prompt and size and all(text[:size] == row.prompt for text in row.completions):
-                report.repeated_prompts += 1
+                self._refuse(error, report, 1 + self.schema.apart)
+        if self.schema.apart:
+            report.rows *= 2
+            rows = _apart(rows)
         examples = []
-        for row, ids in self._encode(rows, report):
+        for encoded in self._encode(rows, report):
+            row = encoded.row
             try:
-                example = self._build(row, ids, report)
+                example = self._build(row, encoded, report)
             except InvalidRow as error:
                 self._refuse(error, report)
                 continue
@@ -192,25 +205,38 @@ class _Preparer:
         report.kept = len(examples)
         return examples, report
 
-    def _refuse(self, error: InvalidRow, report: DataReport) -> None:
+    def _without_prompt(self, row: Row, report: DataReport) -> Row:
+        """Counts a prompt that the responses repeat; of conversations, whose turns are checked, it is taken out."""
+        if self.schema.conversational:
+            content.check(row)
+        size = len(row.prompt)
+        if self.schema.explicit_prompt and self.schema.conversational:
+            shorter = content.without_prompt(row)
+            report.repeated_turns += shorter is not row
+            return shorter
+        if self.schema.explicit_prompt and size and all(text[:size] == row.prompt for text in row.completions):
+            report.repeated_prompts += 1
+        return row
+
+    def _refuse(self, error: InvalidRow, report: DataReport, rows: int = 1) -> None:
         if not self.drop_invalid and not error.always_dropped:
             raise DataError(f"{error} (invalid_rows='drop' leaves such rows out and counts them)") from error
-        report.dropped[error.reason] = report.dropped.get(error.reason, 0) + 1
+        report.dropped[error.reason] = report.dropped.get(error.reason, 0) + rows
 
-    def _encode(self, rows: list[Row], report: DataReport) -> Iterable[tuple[Row, list[list[int]]]]:
+    def _encode(self, rows: list[Row], report: DataReport) -> Iterable[Encoded]:
         if not rows:
             return []
         try:
-            return list(zip(rows, self.encoder(rows, report), strict=True))
+            return self.encoder(rows, report)
         except InvalidRow as error:
             if not self.drop_invalid or len(rows) == 1:
                 self._refuse(error, report)
                 return []
-        # A template refused some row: go through them one by one. Texts cannot fail, so nothing is counted twice.
+        # A template refused some row: go through them one by one. The encoder counts only rows that it returns.
         return list(itertools.chain.from_iterable(self._encode([row], report) for row in rows))
 
-    def _build(self, row: Row, ids: list[list[int]], report: DataReport) -> Example | None:
-        prompt, *wholes = ids
+    def _build(self, row: Row, encoded: Encoded, report: DataReport) -> Example | None:
+        prompt, *wholes = encoded.ids
         boundary = min(common_length(prompt, whole) for whole in wholes)
         responses = [whole[boundary:] for whole in wholes]
         if not boundary:
@@ -244,6 +270,7 @@ class _Preparer:
         weights = [np.array(w[-len(ids) :] if self.keep_end else w[: len(ids)], np.float32) if w
                    else np.ones(len(ids), np.float32)
                    for w, ids in zip(row.token_weights, kept, strict=False)]  # fmt: skip
+        weights = self._masked(weights, encoded.trained, boundary, kept)
         if not dropped and not all(w.any() for w in weights):
             dropped = "no token of weight is left after truncation"
         if dropped:
@@ -257,6 +284,9 @@ class _Preparer:
                 prompts, responses, kept = prompts[:compared], responses[:compared], kept[:compared]
                 weights = weights[:compared]
         self._count(boundary, prompts, responses, kept, report)
+        if any(encoded.trained):
+            report.masked_tokens += sum(int((w == 0).sum()) for w in weights)
+        leads = tuple(common_length(prompt, whole) - boundary for whole in wholes)
         arrays = [np.array(ids, dtype=np.int32) for ids in prompts]
         shortest = min(arrays, key=len)
         return Example(
@@ -268,7 +298,22 @@ class _Preparer:
             response_prompts=None if all(ids == prompts[0] for ids in prompts) else arrays,
             token_weights=weights or None,
             greedy=greedy,
+            leads=leads if any(leads) and not self.keep_end else None,
         )
+
+    def _masked(
+        self, weights: list[np.ndarray], trained: Sequence[list[bool] | None], boundary: int, kept: Sequence[list[int]]
+    ) -> list[np.ndarray]:
+        """Weights of the tokens kept, 0 where they are of turns that are not trained; none where all of them are 1."""
+        if not any(trained):
+            return weights
+        weights = weights or [np.ones(len(ids), np.float32) for ids in kept]
+        for k, mask in enumerate(trained):
+            if mask is not None:
+                own = mask[boundary:]
+                own = own[len(own) - len(kept[k]) :] if self.keep_end else own[: len(kept[k])]
+                weights[k] = weights[k] * np.array(own, np.float32)
+        return weights
 
     def _truncate(self, prompt: list[int], responses: list[list[int]]) -> tuple[list[list[int]], list[list[int]]]:
         """Each response's prompt and itself within max_length; an empty response where nothing of it can be trained."""
@@ -305,6 +350,18 @@ class _Preparer:
         report.truncated_prompts += shortest < prompt_len
 
 
+def _apart(rows: Sequence[Row]) -> list[Row]:
+    """Two unpaired rows of each pair, the preferred one desirable: all of these, then all others."""
+    out = []
+    for k, label in ((0, 1.0), (1, 0.0)):
+        for row in rows:
+            columns = {name: [values[k]] for name, values in row.response_columns.items()}
+            columns[LABEL] = [label]
+            out.append(row._replace(completions=(row.completions[k],), pairs=(), pair_columns={},
+                                    response_columns=columns, token_weights=row.token_weights[k : k + 1]))  # fmt: skip
+    return out
+
+
 def _twins(responses: Sequence[list[int]]) -> bool:
     return len({tuple(ids) for ids in responses}) < len(responses)
 
@@ -320,10 +377,13 @@ def prepare_examples(
     invalid: str = "raise",
     num_proc: int | None = None,
     forming: Forming = BEST_WORST,
+    assistant_only: bool = True,
 ) -> tuple[list[Example], DataReport]:
     """Examples in the order of the rows, and what became of every row.
 
-    `kind` is "preference" or "sft". `columns` names the optional columns to read (default: all that are there); the
+    `kind` is "preference", "sft" or "unpaired"; pairs of the last kind are two rows each, tokenised apart, of every
+    thousand pairs all chosen ones first, as in TRL. `assistant_only`: turns of others behind the prompt have a token
+    weight of 0. `columns` names the optional columns to read (default: all that are there); the
     others may hold anything. `forming` says which pairs rows of K `responses` give. `invalid="drop"` counts rows with
     NaN, None or out-of-range values, empty texts or identical pairs where "raise" refuses the first of them; rows lost
     to `max_length` and rows of K that form no pair are always dropped and counted.
@@ -342,11 +402,12 @@ def prepare_examples(
         raise DataError("the dataset has no rows")
     names = column_names(rows)
     first = next(_chunks(rows, names))[1]
+    apart = kind == "unpaired" and "chosen" in names and not {"completion", LABEL} <= set(names)
     if kind == "preference" and kway.is_kway(names, first):
         schema = kway.read_schema(names, first, columns, forming)
     else:
-        schema = read_schema(names, first, kind, columns)
-    encoder = Encoder(tokenizer, schema.conversational)
+        schema = replace(read_schema(names, first, "preference" if apart else kind, columns), apart=apart)
+    encoder = Encoder(tokenizer, schema.conversational, assistant_only)
     prepare = _Preparer(encoder, schema, max_length, truncation_mode == "keep_end", invalid == "drop")
 
     report = DataReport(max_length=max_length, columns=names)
@@ -360,6 +421,10 @@ def prepare_examples(
     if not examples:
         raise DataError(f"no row is left to train on: {report.summary()}")
     _check_win_probs(examples, report.kept_rows)
+    if report.masked_rows:
+        for example in examples:  # a batch has weights of all its tokens or of none
+            if example.token_weights is None:
+                example.token_weights = [np.ones(len(ids), np.float32) for ids in example.responses]
     return examples, report
 
 
@@ -415,7 +480,8 @@ def _warn(report: DataReport, schema: Schema, names: list[str]) -> None:
             "(a chat template was applied before?): the second one was removed"
         )
     if report.own_endings:
-        add(f"{report.own_endings} responses end with a special token of their own: no EOS was added to them")
+        add(f"{report.own_endings} responses end as the chat template ends a turn: no EOS was added to them")
+    _warn_of_turns(report, add)
     if report.repeated_prompts * 2 > report.rows:
         add(f"in {report.repeated_prompts} rows the responses begin with the prompt, which then stands twice")
     for chosen, rejected in (RESPONSE_COLUMNS["ref_logps"], RESPONSE_COLUMNS["prev_logps"]):
@@ -439,6 +505,29 @@ def _warn(report: DataReport, schema: Schema, names: list[str]) -> None:
             add(f"the column '{name}' is not read: did you mean '{close}'?")
     for message in report.warnings:
         logger.warning(message)
+
+
+def _warn_of_turns(report: DataReport, add: Callable[[str], None]) -> None:
+    """What conversations held that the template does not write, or that was changed so that it does."""
+    for kind, count in report.lost.items():
+        row, example = report.lost_example[kind]
+        shown = f", for example {example.strip()[:60]!r}" if example.strip() else ""
+        add(
+            f"in {count} rows the chat template does not write the {kind} (first in row {row}{shown}): not trained on, "
+            "and not seen by the model"
+        )
+    for count, what in (
+        (report.repeated_turns, "the responses begin with the turns of the prompt: they were taken once"),
+        (report.continued, "the prompt ends in a turn that the assistant began: the responses continue it"),
+        (report.flattened, "contents were turned from lists of text parts into texts (or texts into lists), as the "
+                           "chat template writes them"),
+        (report.read_arguments, "tool arguments were turned from JSON text into objects (or back), as the chat "
+                                "template writes them"),
+        (report.masked_rows, f"the responses have turns that are not the assistant's: {report.masked_tokens} tokens "
+                             "are not trained on (assistant_only_loss=false trains on them)"),
+    ):  # fmt: skip
+        if count:
+            add(f"in {count} rows {what}")
 
 
 def _check_win_probs(examples: Sequence[Example], numbers: Sequence[int]) -> None:
@@ -534,24 +623,38 @@ def describe_example(example: Example, tokenizer: Any, max_chars: int = 600, pro
 
 
 def unpair(examples: Sequence[Example]) -> list[Example]:
-    """Each response of the pairs as an unpaired row: desirable if it was chosen. As TRL's KTOTrainer does."""
+    """Each response of the pairs as an unpaired row: desirable if it was chosen.
+
+    As TRL's KTOTrainer does: of every thousand pairs all chosen ones, then all rejected ones; a response begins where
+    it would alone. `prepare_examples` does it by itself for pairs of kind "unpaired", before tokenising.
+    """
     out = []
-    for example in examples:
-        for k, response in enumerate(example.responses):
-            columns = {name: [values[k]] for name, values in example.response_columns.items()}
-            weights = None if example.token_weights is None else [example.token_weights[k]]
-            columns[LABEL] = [float(k == 0)]
-            out.append(Example(example.prompt_of(k), [response], response_columns=columns, token_weights=weights))
-    return out
+    for start in range(0, len(examples), _CHUNK_ROWS):
+        pairs = examples[start : start + _CHUNK_ROWS]
+        for k in (0, 1):
+            out += [_alone(example, k) for example in pairs]
+    return [example for example in out if len(example.responses[0])]
+
+
+def _alone(example: Example, k: int) -> Example:
+    columns = {name: [values[k]] for name, values in example.response_columns.items()}
+    columns[LABEL] = [float(k == 0)]
+    lead = example.leads[k] if example.leads else 0
+    prompt, response = example.prompt_of(k), example.responses[k]
+    weights = None if example.token_weights is None else [example.token_weights[k][lead:]]
+    prompt = np.concatenate([prompt, response[:lead]]) if lead else prompt
+    return Example(prompt, [response[lead:]], response_columns=columns, token_weights=weights)
 
 
 def mismatched(examples: Sequence[Example], max_length: int | None) -> list[Example]:
     """Each row's prompt with the completion of the next row of another prompt, as KTO estimates its KL from.
 
-    The next in the data, not in the step, so that the reference scores each of them once. Raises DataError where all
-    rows have one prompt.
+    The next in the data, not in the step, so that the reference scores each of them once. Where all rows have one
+    prompt it is the next row's, as in TRL, and a warning says so. Raises DataError for a single row.
     """
     n = len(examples)
+    if n == 1:
+        raise DataError("kto estimates a KL from completions of other rows, and there is only one")
     others: list[Example | None] = [None] * n
     other = None
     # Backwards, twice around: a row of the same prompt as the next one has its other, however many they are.
@@ -559,10 +662,12 @@ def mismatched(examples: Sequence[Example], max_length: int | None) -> list[Exam
         example, after = examples[i % n], examples[(i + 1) % n]
         other = other if np.array_equal(example.prompt_ids, after.prompt_ids) else after
         others[i % n] = other
+    if other is None:
+        logger.warning("all rows have the same prompt: kto's KL is estimated from other completions of it, which makes "
+                       "it larger than that of completions of other prompts")  # fmt: skip
     out = []
-    for example, other in zip(examples, others, strict=True):
-        if other is None:
-            raise DataError("kto estimates a KL from completions of other prompts, and all rows have the same prompt")
+    for i, (example, found) in enumerate(zip(examples, others, strict=True)):
+        other = found or examples[(i + 1) % n]
         room = None if max_length is None else max_length - len(example.prompt_ids)
         weights = None if other.token_weights is None else [other.token_weights[0][:room]]
         out.append(Example(example.prompt_ids, [other.responses[0][:room]], token_weights=weights))

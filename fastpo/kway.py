@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fastpo import arrow
 from fastpo.errors import DataError
 from fastpo.rows import (
     BOUNDS,
@@ -218,7 +219,7 @@ def _completion(entry: Mapping, what: str, schema: Schema) -> Any:
         raise DataError(f"{what}: 'messages' must be a list of turns, not a {type(value).__name__}")
     if not schema.conversational:
         raise DataError(f"{what} has 'messages' where the prompt is a text: give 'text', or the prompt as turns")
-    return list(value)
+    return list(arrow.without_nulls(value))
 
 
 def _number(entry: Mapping, name: str, what: str) -> float:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fastpo import arrow
 from fastpo.errors import DataError
 
 _SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
@@ -147,7 +148,7 @@ def _load_parquet(path: Path) -> list[dict]:
         import pyarrow.parquet
     except ImportError:
         raise DataError(f"reading {path.name} needs the package pyarrow: pip install 'fastpo[data]'") from None
-    return pyarrow.parquet.read_table(path).to_pylist()
+    return arrow.table_rows(pyarrow.parquet.read_table(path))
 
 
 class InvalidRow(Exception):
@@ -198,6 +199,7 @@ class Schema:
     numbers: tuple[str, ...]  # optional columns that are read
     token_weights: bool = False  # whether TOKEN_COLUMNS are read
     kway: "KWay | None" = None  # how rows of K responses are read
+    apart: bool = False  # pairs are two unpaired rows each
 
     @property
     def completions(self) -> tuple[str, ...]:
@@ -272,8 +274,8 @@ def read_schema(columns: list[str], rows: list[Mapping], kind: str, wanted: Coll
 
 
 def refuse_images(columns: Collection[str]) -> None:
-    """DataError for columns of images."""
-    for name in ("image", "images"):
+    """DataError for columns of images, video or sound."""
+    for name in ("image", "images", "video", "videos", "audio", "audios"):
         if name in columns:
             raise DataError(f"the column '{name}' is not supported: fastpo trains on text only")
 
@@ -315,7 +317,7 @@ def parse_row(raw: Mapping, number: int, schema: Schema) -> Row:
     for name, completion in zip(schema.completions, completions, strict=True):
         if says_nothing(completion):
             raise InvalidRow("empty completion", f"row {number}: '{name}' is empty")
-    if schema.kind == "preference" and completions[0] == completions[1]:
+    if schema.kind == "preference" and not schema.apart and completions[0] == completions[1]:
         raise InvalidRow("identical pair", f"row {number}: 'chosen' and 'rejected' are identical")
     if schema.explicit_prompt:
         prompt = values["prompt"]
@@ -363,13 +365,13 @@ def read_texts(raw: Mapping, number: int, forms: Mapping[str, str]) -> dict[str,
             raise DataError(f"row {number} has no column '{name}'{hint}")
         if raw[name] is None:
             raise InvalidRow(f"'{name}' is None", f"row {number}: column '{name}' is None")
-        form = form_of(raw[name], name, number)
+        values[name] = arrow.without_nulls(raw[name])
+        form = form_of(values[name], name, number)
         if form != forms[name]:
             raise DataError(
                 f"row {number}: column '{name}' is {_FORM_NAMES[form]}, where it is {_FORM_NAMES[forms[name]]} in the "
                 "rows before"
             )
-        values[name] = raw[name]
     return values
 
 
@@ -457,11 +459,13 @@ def template_kwargs(raw: Mapping, number: int) -> dict:
             tools = json.loads(tools)
         except json.JSONDecodeError as error:
             raise DataError(f"row {number}: column 'tools' is not JSON: {error}") from None
+    else:
+        tools = arrow.without_nulls(tools)
     if tools is not None and not isinstance(tools, list):
         raise DataError(f"row {number}: column 'tools' must be a list, or a list as JSON text")
     if kwargs is not None and not isinstance(kwargs, Mapping):
         raise DataError(f"row {number}: column 'chat_template_kwargs' must be a dict, found a {type(kwargs).__name__}")
-    return {"tools": tools, **(kwargs or {})}
+    return {"tools": tools, **arrow.without_nulls(kwargs or {})}
 
 
 def nearest(name: str, candidates: Iterable[str], cutoff: float) -> str | None:

@@ -33,20 +33,19 @@ def _examples(run: "Trainer", dataset: Any, split: str) -> tuple[list[data.Examp
     unpaired = any(t.loss.shape == "unpaired" for t in run.pair_terms)
     kway = rows.RESPONSES in names and "completion" not in names
     kind = "preference" if run.pair_terms or "chosen" in names or kway else "sft"
-    if unpaired and ({"completion", rows.LABEL} <= set(names) or "chosen" not in names):  # else pairs, labelled
+    if unpaired:  # of pairs each response is a row
         kind = "unpaired"
     examples, report = data.prepare_examples(
         table, run.tokenizer, kind=kind, max_length=config.max_length, truncation_mode=config.truncation_mode,
         columns=_columns(run), invalid=config.invalid_rows, num_proc=config.dataset_num_proc, forming=run.forming,
+        assistant_only=config.assistant_only_loss,
     )  # fmt: skip
     for term in run.pair_terms:
         data.require_columns(examples, term.loss.columns, term.name, report.columns)
-    if not unpaired or kind != "preference":
-        return examples, report
-    if any("weight" in e.pair_columns for e in examples):
+    if unpaired and "chosen" in names and "weight" in names:
         log.warning("the column 'weight' is not used: %s takes each response of a pair as a row of its own",
                     run.pair_terms[0].name)  # fmt: skip
-    return data.unpair(examples), report
+    return examples, report
 
 
 def _columns(run: "Trainer") -> list[str]:
