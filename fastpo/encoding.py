@@ -188,9 +188,8 @@ class Encoder:
             message = f"row {row.number}: the chat template failed: {one_line(error)}"
             raise InvalidRow("refused by the chat template", message) from error
         found["flattened"] = int(form.contents != "given")
-        found["read_arguments"] = int(
-            form.arguments != "given" and form(row.completions[0]) != list(row.completions[0])
-        )
+        given = [*row.prompt, *(turn for completion in row.completions for turn in completion)]
+        found["read_arguments"] = int(content.Form(arguments=form.arguments)(given) != given)
         lost: dict[str, str] = {}
         for k, (given, text) in enumerate(zip(wholes, texts, strict=True)):
             missing, says = content.lost(

@@ -44,34 +44,41 @@ def models_spans(turns: Turns, first: int, whole: str, render: Callable[[Turns, 
     marks = [f"{stem}{k}z" for k in range(len(turns))]
     given = [_mark(turn, marks[k]) if k >= first - 1 else turn for k, turn in enumerate(turns)]
     text = render(given, False)
-    bare = text
-    for mark in marks:
-        bare = bare.replace(mark, "")
-    if bare != whole:
+    unseen = [k for k in range(max(first - 1, 0), len(turns)) if marks[k] not in text]
+    if unseen:  # calls that the template does not write
+        for k in unseen:
+            given[k] = _mark_content(turns[k], marks[k])
+        text = render(given, False)
+
+    def without(written: str) -> str:
+        for mark in marks:
+            written = written.replace(mark, "")
+        return written
+
+    if without(text) != whole:
         raise Unclear("the template writes its turns differently when their words are")
 
     def after(k: int, written: str) -> int:
-        if written.count(marks[k]) != 1:
+        # The name of a call may stand again with its answer, behind it.
+        if marks[k] not in written or (written.count(marks[k]) > 1 and not any(turns[k].get(key) for key in CALLS)):
             raise Unclear(f"turn {k} of the conversation is not found in what the template writes")
         return written.index(marks[k]) + len(marks[k])
 
+    seen = [k for k, mark in enumerate(marks) if mark in text]  # a template may leave out whole turns
     spans = []
-    for k in range(first, len(turns)):
-        if not is_models(turns[k]):
+    for k in seen:
+        if k < first or not is_models(turns[k]):
             continue
         start, end = 0, len(text)
         if k > first:
-            opened, at = render(given[:k], True), after(k - 1, text)
-            start = at + _common(text[at:], opened[after(k - 1, opened) :])
+            last = max((j for j in seen if j < k), default=first)
+            opened, at = render(given[:k], True), after(last, text)
+            start = at + _common(text[at:], opened[after(last, opened) :])
         if k + 1 < len(turns):
             closed, at = render(given[: k + 1], False), after(k, text)
             end = at + _common(text[at:], closed[after(k, closed) :])
         spans.append((start, end))
-
-    def place(at: int) -> int:  # in `whole`
-        return at - sum(len(mark) for mark in marks if (found := text.find(mark)) >= 0 and found < at)
-
-    return [(place(start), place(end)) for start, end in spans]
+    return [(len(without(text[:start])), len(without(text[:end]))) for start, end in spans]
 
 
 def _common(a: str, b: str) -> int:
@@ -86,6 +93,10 @@ def _mark(turn: Mapping[str, Any], mark: str) -> dict:
             return {**turn, key: [*calls[:-1], _mark_call(calls[-1], mark)]}
         if isinstance(calls, Mapping):
             return {**turn, key: _mark_call(calls, mark)}
+    return _mark_content(turn, mark)
+
+
+def _mark_content(turn: Mapping[str, Any], mark: str) -> dict:
     content = turn.get("content")
     if isinstance(content, list | tuple) and content:
         last = content[-1]
