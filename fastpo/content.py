@@ -40,10 +40,14 @@ def check(row: Row) -> None:
         for place, turn in enumerate(turns):
             if reason := _fault(turn):
                 raise InvalidRow(reason[0], f"row {row.number}: turn {place} of {name} {reason[1]}")
-        if name != "the prompt" and not any(map(is_models, turns)):
-            raise InvalidRow("a response without a turn of the assistant",
-                             f"row {row.number}: {name} has no turn of the assistant, only of "
-                             f"{quoted(dict.fromkeys(str(turn['role']) for turn in turns))}")  # fmt: skip
+
+
+def check_responses(row: Row) -> None:
+    """InvalidRow unless every response has a turn of the assistant."""
+    for k, turns in enumerate(row.completions):
+        if not any(map(is_models, turns)):
+            message = f"response {k} has no turn of the assistant, only of {quoted({str(t['role']): 0 for t in turns})}"
+            raise InvalidRow("a response without a turn of the assistant", f"row {row.number}: {message}")
 
 
 def _fault(turn: Any) -> tuple[str, str] | None:

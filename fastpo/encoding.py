@@ -12,7 +12,7 @@ from fastpo.errors import DataError
 from fastpo.rows import InvalidRow, Row, one_line
 
 if TYPE_CHECKING:
-    from fastpo.data import DataReport
+    from fastpo.data_report import DataReport
 
 
 @dataclass(slots=True)
@@ -100,6 +100,8 @@ class Encoder:
         """The rows' ids, in their order; InvalidRow for the first that cannot be rendered, with nothing counted."""
         if self.conversational:
             return self._conversations(rows, report)
+        for row in rows:
+            _check_unicode(row, [row.prompt, *row.completions])
         ids = iter(self._ids([text for row in rows for text in self._texts(row, report)], special=True))
         out = []
         for row in rows:
@@ -203,6 +205,7 @@ class Encoder:
             boundary = len(os.path.commonprefix([prompt_text, text]))
             if boundary < len(prompt_text):
                 self._refuse_eaten(row, prompt, prompt_text, text, boundary)
+        _check_unicode(row, [prompt_text, *texts])
         spans = [self._spans(row, given, first, text) for given, text in zip(wholes, texts, strict=True)]
         found["masked"] = int(any(span is not None for span in spans))
         return _Chat(row, [prompt_text, *texts], spans, found, lost)
@@ -243,13 +246,7 @@ class Encoder:
     def _refuse_eaten(self, row: Row, prompt: content.Turns, prompt_text: str, text: str, boundary: int) -> None:
         eaten = content.eats_prompt(prompt, prompt_text, text, boundary)
         if eaten is not None:
-            shown = eaten if len(eaten) <= 40 else f"{eaten[:37]}..."
-            raise InvalidRow(
-                "the prompt changes with the response",
-                f"row {row.number}: the chat template writes the prompt differently when a response follows, so that "
-                f"the prompt's {shown!r} would be trained on as the response: use a template that writes its turns "
-                "the same in both, or leave out what makes it differ (often the system text)",
-            )
+            raise _changed(row, eaten, "chat template")
 
     def _spans(self, row: Row, given: content.Turns, first: int, text: str) -> turns.Spans | list[bool] | None:
         """What the assistant writes of a response: None for all, else characters, or the template's own mask."""
@@ -301,6 +298,27 @@ class Encoder:
         raise _unclear(row, turns.Unclear("the template's own marks do not fit its tokens"))
 
 
+def _check_unicode(row: Row, texts: Sequence[str]) -> None:
+    """InvalidRow for half a character, which JSON can hold and no tokenizer reads."""
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            half = text[error.start].encode("unicode_escape").decode()
+            message = f"row {row.number}: a text has {half}, which is half a character: it was cut or decoded wrongly"
+            raise InvalidRow("half a character", message) from error
+
+
+def _changed(row: Row, eaten: str, writer: str) -> InvalidRow:
+    shown = eaten if len(eaten) <= 40 else f"{eaten[:37]}..."
+    return InvalidRow(
+        "the prompt changes with the response",
+        f"row {row.number}: the {writer} writes the prompt differently when a response follows, so that the prompt's "
+        f"{shown!r} would be trained on as the response: use a template that writes its turns the same in both, or "
+        "leave out what makes it differ (often the system text)",
+    )
+
+
 def _unclear(row: Row, error: Exception) -> InvalidRow:
     return InvalidRow(
         "turns that cannot be told apart",
@@ -319,10 +337,11 @@ class _Direct:
     @cached_property
     def modes(self) -> tuple[Any, Any]:
         """The tokenizer for prompts, and the one for whole conversations: mistral-common has a mode for each."""
-        given = dict(getattr(self.tokenizer, "init_kwargs", {}))
-        if "mode" not in given or "tokenizer_path" not in given:
+        path = getattr(self.tokenizer, "_tokenizer_path", None)
+        if path is None or not hasattr(self.tokenizer, "mode"):  # another tokenizer with a way of its own
             return self.tokenizer, self.tokenizer
-        return tuple(type(self.tokenizer)(**{**given, "mode": mode}) for mode in ("test", "finetuning"))
+        prompts, wholes = (type(self.tokenizer)(tokenizer_path=path, mode=mode) for mode in ("test", "finetuning"))
+        return prompts, wholes
 
     def _ids(self, row: Row, given: content.Turns, whole: bool, generation: bool = False) -> list[int]:
         tokenizer = self.modes[whole]
@@ -348,8 +367,18 @@ class _Direct:
         except Exception as error:  # whatever its validation raises
             message = f"row {row.number}: {type(self.tokenizer).__name__} refused it: {one_line(error)}"
             raise InvalidRow("refused by the tokenizer", message) from error
+        for whole in ids:
+            self._refuse_eaten(row, prompt, whole)
         trained = [self._mask(row, whole, first, of) for whole, of in zip(wholes, ids, strict=True)]
         return Encoded(row, [prompt, *ids], trained)
+
+    def _refuse_eaten(self, row: Row, prompt: list[int], whole: list[int]) -> None:
+        boundary = len(os.path.commonprefix([prompt, whole]))
+        if boundary < len(prompt):
+            shown = [self.tokenizer.decode(ids).replace("\u2581", " ") for ids in (prompt, whole, whole[:boundary])]
+            eaten = content.eats_prompt(row.prompt, shown[0], shown[1], len(shown[2]))
+            if eaten is not None:
+                raise _changed(row, eaten, "tokenizer")
 
     def _mask(self, row: Row, given: content.Turns, first: int, ids: list[int]) -> list[bool] | None:
         if not self.assistant_only or not turns.needs_mask(given[first:]):

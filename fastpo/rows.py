@@ -440,7 +440,10 @@ def read_number(value: Any, bounds: tuple[float, float], name: str, what: str) -
     """A finite number within bounds as a float, or InvalidRow that counts as bad `name` and says `what`."""
     low, high = bounds
     if isinstance(value, numbers.Real) and not isinstance(value, bool):
-        value = float(value)
+        try:
+            value = float(value)
+        except OverflowError:  # an integer of hundreds of digits
+            value = math.inf
         if math.isfinite(value) and low <= value <= high:
             return value
     if math.isfinite(low) and math.isfinite(high):

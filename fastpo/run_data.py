@@ -5,9 +5,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastpo import data, rows
-from fastpo.errors import ConfigError
+from fastpo.errors import ConfigError, DataError
 from fastpo.metrics import PAIR_METRICS, metric_means
 from fastpo.packing import repeated_prompts, sequence_tokens, trunk_tokens
+from fastpo.row_statistics import needs_reference_tokens
 
 if TYPE_CHECKING:
     from fastpo.trainer import Trainer
@@ -40,6 +41,12 @@ def _examples(run: "Trainer", dataset: Any, split: str) -> tuple[list[data.Examp
         columns=_columns(run), invalid=config.invalid_rows, num_proc=config.dataset_num_proc, forming=run.forming,
         assistant_only=config.assistant_only_loss,
     )  # fmt: skip
+    placed = [t.name for t in run.pair_terms if needs_reference_tokens(t.loss)]
+    if placed and report.masked_rows:
+        raise DataError(
+            f"{placed[0]} takes tokens by their number, and in {report.masked_rows} rows the responses have turns that "
+            "are not trained on: set assistant_only_loss=false, or leave those rows out"
+        )
     for term in run.pair_terms:
         data.require_columns(examples, term.loss.columns, term.name, report.columns)
     if unpaired and "chosen" in names and "weight" in names:
