@@ -493,3 +493,59 @@ def test_fuzz_of_rows():
     fuzz_rows = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(fuzz_rows)
     assert fuzz_rows.fuzz(1500, seed=3) == []
+
+
+# ---- tokenizers with a way of their own
+
+
+class Direct:
+    """As mistral-common's in transformers: ids without a text between, a mode for prompts and one for training."""
+
+    eos_token, eos_token_id, bos_token_id, chat_template = "</s>", 0, None, None
+    tokens = ("</s>", "[INST]", "[/INST]", *map(chr, range(32, 127)))
+
+    def __init__(self, tokenizer_path="somewhere", mode="test"):
+        self._tokenizer_path, self.mode = tokenizer_path, mode
+
+    def apply_chat_template(self, turns, tokenize, return_dict, add_generation_prompt=False, tools=None,
+                            continue_final_message=False):  # fmt: skip
+        assert tokenize and return_dict
+        answered = turns[-1]["role"] == "assistant"
+        if continue_final_message != (self.mode == "test" and answered) or (self.mode == "finetuning" and not answered):
+            raise ValueError(f"not in the mode {self.mode}")
+        out = []
+        for turn in turns:
+            words = list(turn["content"])
+            out += [*words, "</s>"] if turn["role"] == "assistant" else ["[INST]", *words, "[/INST]"]
+        return {"input_ids": [self.tokens.index(token) for token in out][: -1 if continue_final_message else None]}
+
+    def decode(self, ids, **_):
+        return "".join(self.tokens[i] for i in ids)
+
+
+@pytest.mark.parametrize("mode", ["test", "finetuning"])
+def test_a_tokenizer_with_two_modes(mode):
+    tok = Direct(mode=mode)
+
+    def shown(row):
+        (example,), _ = prepare_examples([row], tok)
+        weights = example.token_weights
+        return [tok.decode(example.prompt_ids), *map(tok.decode, example.responses)], weights and weights[0].tolist()
+
+    assert shown(pair()) == (["[INST]q[/INST]", "yes</s>", "no</s>"], None)
+    assert shown(pair([user("q"), bot("So ")])) == (["[INST]q[/INST]So ", "yes</s>", "no</s>"], None)
+    ids, weights = shown(pair(chosen=[bot("a"), user("b"), bot("c")]))
+    assert ids[1] == "a</s>[INST]b[/INST]c</s>" and weights == [1, 1, 0, 0, 0, 1, 1]
+    with pytest.raises(DataError, match=r"a Direct \(mistral-common\) reads no special tokens in texts.*conversations"):
+        prepare_examples([{"prompt": "a", "chosen": "b", "rejected": "c"}], tok)
+
+
+def test_mistral_common(tmp_path):
+    common = pytest.importorskip("mistral_common", reason="mistral-common")
+    from transformers import MistralCommonBackend
+
+    path = next(Path(common.__file__).parent.glob("data/tekken_*.json"))
+    tok = MistralCommonBackend(tokenizer_path=str(path))
+    (example,), _ = prepare_examples([pair([user("Hi there")], "Yo", "Go away")], tok)
+    assert tok.decode(example.prompt_ids.tolist()) == "<s>[INST]Hi there[/INST]"
+    assert [tok.decode(r.tolist()) for r in example.responses] == ["Yo</s>", "Go away</s>"]
