@@ -81,6 +81,7 @@ class TrainConfig:
     max_length: int | None = _opt(1024, "data", "tokens of prompt plus response that are kept (None: all)")
     truncation_mode: str = _opt("keep_start", "data", "which end of a sequence over max_length is kept", ("keep_start", "keep_end"))
     invalid_rows: str = _opt("raise", "data", "rows with NaN scores, empty or identical responses: raise, or drop with a count", ("raise", "drop"))
+    recognise_layouts: bool = _opt(True, "data", "convert rows of other projects' and popular data sets' layouts (docs/data.md), and say so; false: only fastpo's own columns")
     pair_policy: str = _opt("best_worst", "data", "pairs of rows with K responses: the best against the worst, all that differ, all that differ by pair_margin, or the column pairs (explicit)", ("best_worst", "all", "margin", "explicit"))
     pair_margin: float | None = _opt(None, "data", "pair_policy=margin: the least difference in score (or win_prob) of a pair")
     assistant_only_loss: bool = _opt(True, "data", "responses of several turns: train on the assistant's turns only (false: on those of users and tools too)")

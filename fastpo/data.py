@@ -20,7 +20,6 @@ import multiprocessing
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
-from hashlib import blake2b
 from typing import Any
 
 import numpy as np
@@ -28,27 +27,27 @@ import numpy as np
 from fastpo import content, kway
 from fastpo.data_report import DataReport, warn
 from fastpo.encoding import Encoded, Encoder
-from fastpo.errors import DataError
+from fastpo.errors import DataError, FastpoError, nearest, one_line, quoted
 from fastpo.kway import BEST_WORST, Forming
+from fastpo.row_layouts import Reading, read_as
 from fastpo.rows import (
     BOUNDS,
     COMPLETIONS,
     GREEDY,
     LABEL,
     RESPONSE_COLUMNS,
+    SFT_WEIGHTS,
     TOKEN_COLUMNS,
     InvalidRow,
     Row,
     Schema,
-    column_names,
     common_length,
     extract_prompt,
-    load_rows,
-    nearest,
     parse_row,
-    quoted,
     read_schema,
 )
+from fastpo.sources import Stream, chunks, column_names, first_rows, head_rows, load_rows
+from fastpo.win_probs import check_win_probs
 
 __all__ = [
     "DataError",
@@ -65,7 +64,6 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-WIN_PROB_TOLERANCE = 0.01 + 1e-9  # p and 1 - p, each rounded to two decimals, may be as far from adding up to 1
 _CHUNK_ROWS = 1000  # rows that are tokenised in one call: enough to keep all threads of a fast tokenizer busy
 
 
@@ -104,6 +102,7 @@ class _Preparer:
     max_length: int | None
     keep_end: bool
     drop_invalid: bool
+    reading: Reading = Reading()
 
     @property
     def parse(self) -> Callable[[Mapping, int, Schema], Row]:
@@ -114,10 +113,15 @@ class _Preparer:
         rows = []
         for number, raw in enumerate(raw_rows, start=start):
             try:
-                row = self.parse(raw, number, self.schema)
+                row = self.parse(self.reading(raw, number), number, self.schema)
                 rows.append(self._without_prompt(row, report))
             except InvalidRow as error:
                 self._refuse(error, report, 1 + self.schema.apart)
+            except FastpoError:
+                raise
+            except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:  # arrays and other objects
+                message = f"row {number} cannot be read: {one_line(error)}"
+                self._refuse(InvalidRow("cannot be read", message), report, 1 + self.schema.apart)
         if self.schema.apart:
             report.rows *= 2
             rows = _apart(rows)
@@ -145,7 +149,7 @@ class _Preparer:
             content.check_responses(shorter)
             report.repeated_turns += shorter is not row
             return shorter
-        size = len(row.prompt)
+        size = 0 if self.schema.token_ids else len(row.prompt)
         if self.schema.explicit_prompt and size and all(text[:size] == row.prompt for text in row.completions):
             report.repeated_prompts += 1
         return row
@@ -158,6 +162,9 @@ class _Preparer:
     def _encode(self, rows: list[Row], report: DataReport) -> Iterable[Encoded]:
         if not rows:
             return []
+        if self.schema.token_ids:
+            return [Encoded(row, [list(row.prompt), *([*row.prompt, *ids] for ids in row.completions)],
+                            [None] * len(row.completions)) for row in rows]  # fmt: skip
         try:
             return self.encoder(rows, report)
         except InvalidRow as error:
@@ -170,6 +177,15 @@ class _Preparer:
     def _build(self, row: Row, encoded: Encoded, report: DataReport) -> Example | None:
         prompt, *wholes = encoded.ids
         boundary = min(common_length(prompt, whole) for whole in wholes)
+        if self.schema.language:
+            boundary = (
+                1  # nothing predicts the first token: it is the context of the second, as in TRL's shifted labels
+            )
+            prompt = wholes[0][:1]
+        elif self.schema.token_ids and max(map(max, wholes)) >= (size := len(self.encoder.tokenizer)):
+            worst = max(map(max, wholes))
+            message = f"row {row.number}: token id {worst} is none of the tokenizer's {size} tokens"
+            raise InvalidRow("bad token ids", message)
         responses = [whole[boundary:] for whole in wholes]
         if not boundary:
             why = "merges whole into the first token of the response" if prompt else "is empty"
@@ -310,15 +326,19 @@ def prepare_examples(
     num_proc: int | None = None,
     forming: Forming = BEST_WORST,
     assistant_only: bool = True,
+    apart: bool = False,
+    recognise: bool = True,
+    limit: int | None = None,
 ) -> tuple[list[Example], DataReport]:
     """Examples in the order of the rows, and what became of every row.
 
-    `kind` is "preference", "sft" or "unpaired"; pairs of the last kind are two rows each, tokenised apart, of every
-    thousand pairs all chosen ones first, as in TRL. `assistant_only`: turns of others behind the prompt have a token
-    weight of 0. `columns` names the optional columns to read (default: all that are there); the
-    others may hold anything. `forming` says which pairs rows of K `responses` give. `invalid="drop"` counts rows with
+    `kind` is "preference", "sft" or "unpaired"; pairs of the last kind, and with `apart` those of the first, are two
+    rows each, tokenised apart, of every thousand pairs all chosen ones first, as in TRL. `assistant_only`: turns of
+    others behind the prompt have a token weight of 0. `columns` names the optional columns to read (default: all that
+    are there); the others may hold anything. `forming` says which pairs rows of K `responses` give. `invalid="drop"` counts rows with
     NaN, None or out-of-range values, empty texts or identical pairs where "raise" refuses the first of them; rows lost
-    to `max_length` and rows of K that form no pair are always dropped and counted.
+    to `max_length` and rows of K that form no pair are always dropped and counted. `recognise` converts rows of other
+    layouts (fastpo/row_layouts.py). `limit` ends the reading when there are as many examples.
     """
     for name, value, allowed in (
         ("kind", kind, tuple(COMPLETIONS)),
@@ -330,58 +350,65 @@ def prepare_examples(
     if max_length is not None and max_length < 2:
         raise DataError(f"max_length={max_length}: a prompt token and a response token need at least 2")
     rows = load_rows(dataset)
-    if len(rows) == 0:
+    if not rows.head(1) if isinstance(rows, Stream) else len(rows) == 0:
         raise DataError("the dataset has no rows")
-    names = column_names(rows)
-    first = next(_chunks(rows, names))[1]
-    apart = kind == "unpaired" and "chosen" in names and not {"completion", LABEL} <= set(names)
+    given = column_names(rows)
+    if kind == "unpaired" and "chosen" in given and not {"completion", LABEL} <= set(given):
+        kind, apart = "preference", True
+    reading = read_as(given, head_rows(rows), kind, columns, recognise)
+    read = {"prompt", "chosen", "rejected", "completion", "tools", "chat_template_kwargs", *BOUNDS, *TOKEN_COLUMNS,
+            LABEL, GREEDY, SFT_WEIGHTS, kway.RESPONSES, kway.PAIRS, *reading.reads()}  # fmt: skip
+    names, first = reading.names(given), reading.first(first_rows(rows, read, _CHUNK_ROWS))
     if kind == "preference" and kway.is_kway(names, first):
         schema = kway.read_schema(names, first, columns, forming)
     else:
-        schema = replace(read_schema(names, first, "preference" if apart else kind, columns), apart=apart)
-    encoder = Encoder(tokenizer, schema.conversational, assistant_only)
-    prepare = _Preparer(encoder, schema, max_length, truncation_mode == "keep_end", invalid == "drop")
+        schema = read_schema(names, first, kind, columns)
+    schema = replace(schema, language=reading.layout is not None and reading.layout.language,
+                     apart=apart)  # fmt: skip
+    try:
+        encoder = Encoder(tokenizer, schema.conversational, assistant_only)
+    except DataError as error:
+        raise DataError(f"{error} (the rows are {reading.says()})") if reading.says() else error from None
+    prepare = _Preparer(encoder, schema, max_length, truncation_mode == "keep_end", invalid == "drop", reading)
 
-    report = DataReport(max_length=max_length, columns=names)
+    report = DataReport(max_length=max_length, columns=names, reading=reading.says(), streamed=limit is not None)
+    if report.reading:
+        logger.info("the rows are %s (recognise_layouts=false: rows as they are)", report.reading)
     examples: list[Example] = []
-    for part, part_report in _run(prepare, _chunks(rows, names), num_proc):
+    for part, part_report in _run(prepare, chunks(rows, read, _CHUNK_ROWS), None if limit else num_proc):
         examples += part
         report.add(part_report)
+        if limit is not None and len(examples) >= limit:
+            break
+    if limit is not None and len(examples) > limit:
+        del examples[limit:], report.kept_rows[limit:]
+        report.kept = limit
+    even_weights(examples)
     if schema.kway is None and forming.policy != "best_worst":
         report.warnings.append(f"pair_policy={forming.policy} has no effect: the rows have no '{kway.RESPONSES}'")
     warn(report, schema, names)
     if not examples:
         raise DataError(f"no row is left to train on: {report.summary()}")
-    _check_win_probs(examples, report.kept_rows)
-    if report.masked_rows:
-        for example in examples:  # a batch has weights of all its tokens or of none
-            if example.token_weights is None:
-                example.token_weights = [np.ones(len(ids), np.float32) for ids in example.responses]
+    check_win_probs(examples, report.kept_rows)
     return examples, report
 
 
-def _chunks(rows: Any, names: list[str]) -> Iterator[tuple[int, list[Mapping]]]:
-    """(number of the first row, rows), a thousand at a time and without columns that nobody reads."""
-    if isinstance(rows, list):
-        for start in range(0, len(rows), _CHUNK_ROWS):
-            yield start, rows[start : start + _CHUNK_ROWS]
-        return
-    read = {"prompt", "chosen", "rejected", "completion", "tools", "chat_template_kwargs", *BOUNDS, *TOKEN_COLUMNS,
-            LABEL, GREEDY, kway.RESPONSES, kway.PAIRS}  # fmt: skip
-    plain = rows.with_format(None).select_columns([name for name in names if name in read])
-    for start in range(0, len(plain), _CHUNK_ROWS):
-        batch = plain[start : start + _CHUNK_ROWS]
-        yield start, [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+def even_weights(examples: Sequence[Example]) -> None:
+    """Ones as the token weights of examples without, where others have them."""
+    if any(e.token_weights is not None for e in examples):
+        for example in examples:
+            if example.token_weights is None:
+                example.token_weights = [np.ones(len(ids), np.float32) for ids in example.responses]
 
 
-def _run(prepare: _Preparer, chunks: Iterable, num_proc: int | None) -> Iterator[tuple[list[Example], DataReport]]:
+def _run(prepare: _Preparer, parts: Iterable, num_proc: int | None) -> Iterator[tuple[list[Example], DataReport]]:
     if num_proc is None or num_proc <= 1:
-        yield from itertools.starmap(prepare, chunks)
+        yield from itertools.starmap(prepare, parts)
         return
     # Forked, so that the tokenizer (seconds to pickle where the vocabulary is large) is inherited.
     fork = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(num_proc, mp_context=fork, initializer=_set_worker, initargs=(prepare,)) as pool:
-        yield from pool.map(_work, *zip(*chunks, strict=True))
+        yield from pool.map(_work, *zip(*parts, strict=True))
 
 
 _worker: _Preparer | None = None
@@ -395,38 +422,6 @@ def _set_worker(prepare: _Preparer) -> None:
 def _work(start: int, raw_rows: Sequence[Mapping]) -> tuple[list[Example], DataReport]:
     assert _worker is not None
     return _worker(start, raw_rows)
-
-
-def _check_win_probs(examples: Sequence[Example], numbers: Sequence[int]) -> None:
-    """DataError where two rows give one pair, in either order, or one response two win probabilities.
-
-    Rows are compared by token ids, after truncation.
-    """
-    seen: dict[frozenset[bytes], tuple[float, int, bytes]] = {}
-
-    def check(winner: bytes, loser: bytes, p: float, number: int, column: str, what: str) -> None:
-        before, first, winner_then = seen.setdefault(frozenset((winner, loser)), (p, number, winner))
-        p = p if winner == winner_then else 1 - p
-        if abs(p - before) > WIN_PROB_TOLERANCE:
-            raise DataError(
-                f"rows {first} and {number} contradict each other: {what} with probability {before:.4g} by the one and "
-                f"{p:.4g} by the other ({column}): average the judgements, or keep one of the rows"
-            )
-
-    for example, number in zip(examples, numbers, strict=True):
-        columns = example.pair_columns
-        if not any(name in columns for name in ("win_prob", "win_prob_chosen")):
-            continue
-        ids = [blake2b(example.prompt_of(k).tobytes() + b"|" + response.tobytes(), digest_size=16).digest()
-               for k, response in enumerate(example.responses)]  # fmt: skip
-        for n, (winner, loser) in enumerate(example.pairs):
-            if "win_prob" in columns:
-                what = "of the same two responses one beats the other"
-                check(ids[winner], ids[loser], columns["win_prob"][n], number, "win_prob", what)
-            for k, name in ((winner, "win_prob_chosen"), (loser, "win_prob_rejected")):
-                if name in columns:
-                    what = "the same response beats the previous policy"
-                    check(ids[k], ids[k], columns[name][n], number, name, what)
 
 
 def require_columns(

@@ -5,7 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 
 from fastpo import kway
-from fastpo.rows import BOUNDS, GREEDY, RESPONSE_COLUMNS, TOKEN_COLUMNS, Schema, nearest, quoted
+from fastpo.errors import nearest, quoted
+from fastpo.rows import BOUNDS, GREEDY, RESPONSE_COLUMNS, TOKEN_COLUMNS, Schema
 
 logger = logging.getLogger("fastpo.data")
 
@@ -43,6 +44,9 @@ class DataReport:
     columns: list[str] = field(default_factory=list)  # names in the data
     warnings: list[str] = field(default_factory=list)
     moved_text: str = ""  # an end of a prompt that was left out, for the warning
+    reading: str = ""  # the layout that the rows were read as, where it is another's
+    mixed: str = ""  # what each data set of a mixture contributes
+    streamed: bool = False  # whether the rows came from what is read once, in order, as far as the run needs
 
     def add(self, other: "DataReport") -> None:
         """Adds the counts of another part of the same rows."""
@@ -55,8 +59,8 @@ class DataReport:
                 setattr(self, item.name, {**theirs, **mine})
             elif item.name == "longest_sequence":
                 self.longest_sequence = max(mine, theirs)
-            elif item.name == "moved_text":
-                self.moved_text = mine or theirs
+            elif item.name in ("moved_text", "reading", "mixed", "streamed"):
+                setattr(self, item.name, mine or theirs)
             elif item.name == "kept_rows":
                 mine.extend(theirs)
             elif item.name not in ("max_length", "columns", "warnings"):
@@ -65,6 +69,7 @@ class DataReport:
     def summary(self) -> str:
         """One line: rows kept and dropped, responses truncated, mean lengths."""
         parts = [f"{self.kept} of {self.rows} rows kept"]
+        parts += [f"mixed: {self.mixed}"] * bool(self.mixed)
         if self.offered:
             parts.append(f"{self.pairs} pairs of {self.responses} of their {self.offered} responses")
         parts += [f"{count} dropped: {reason}" for reason, count in self.dropped.items()]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastpo import content, turns
 from fastpo.errors import DataError
-from fastpo.rows import InvalidRow, Row, one_line
+from fastpo.rows import InvalidRow, Row, check_text, one_line
 
 if TYPE_CHECKING:
     from fastpo.data_report import DataReport
@@ -100,8 +100,6 @@ class Encoder:
         """The rows' ids, in their order; InvalidRow for the first that cannot be rendered, with nothing counted."""
         if self.conversational:
             return self._conversations(rows, report)
-        for row in rows:
-            _check_unicode(row, [row.prompt, *row.completions])
         ids = iter(self._ids([text for row in rows for text in self._texts(row, report)], special=True))
         out = []
         for row in rows:
@@ -205,7 +203,8 @@ class Encoder:
             boundary = len(os.path.commonprefix([prompt_text, text]))
             if boundary < len(prompt_text):
                 self._refuse_eaten(row, prompt, prompt_text, text, boundary)
-        _check_unicode(row, [prompt_text, *texts])
+        for text in (prompt_text, *texts):
+            check_text(text, f"row {row.number}: a turn")
         spans = [self._spans(row, given, first, text) for given, text in zip(wholes, texts, strict=True)]
         found["masked"] = int(any(span is not None for span in spans))
         return _Chat(row, [prompt_text, *texts], spans, found, lost)
@@ -296,17 +295,6 @@ class Encoder:
 
     def _refuse_mask(self, row: Row) -> Any:
         raise _unclear(row, turns.Unclear("the template's own marks do not fit its tokens"))
-
-
-def _check_unicode(row: Row, texts: Sequence[str]) -> None:
-    """InvalidRow for half a character, which JSON can hold and no tokenizer reads."""
-    for text in texts:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            half = text[error.start].encode("unicode_escape").decode()
-            message = f"row {row.number}: a text has {half}, which is half a character: it was cut or decoded wrongly"
-            raise InvalidRow("half a character", message) from error
 
 
 def _changed(row: Row, eaten: str, writer: str) -> InvalidRow:

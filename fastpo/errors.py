@@ -1,5 +1,8 @@
 """The errors that a user can cause, each one line long: what was wrong, and the nearest right thing."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class FastpoError(ValueError):
     """A user's mistake. The command line prints its message without a traceback and exits with 2."""
@@ -23,3 +26,21 @@ class DeviceError(FastpoError):
 
 class TrainingError(FastpoError):
     """A run that must stop: non-finite steps, or a start that contradicts its own closed form."""
+
+
+def nearest(name: str, candidates: Iterable[str], cutoff: float) -> str | None:
+    """The candidate that `name` most probably stands for: the same words in another order, or else its spelling."""
+    by_lower = {str(candidate).lower(): candidate for candidate in candidates}
+    for lower, candidate in by_lower.items():
+        if sorted(lower.split("_")) == sorted(name.lower().split("_")):
+            return candidate
+    close = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=cutoff)
+    return by_lower[close[0]] if close else None
+
+
+def quoted(names: Iterable[str]) -> str:
+    return ", ".join(f"'{name}'" for name in names)
+
+
+def one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

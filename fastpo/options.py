@@ -278,7 +278,7 @@ SCRIPT: dict[str, Option] = {
     "bnb_4bit_quant_type": _to("quantization_config", "nf4"),
     "use_bnb_nested_quant": _to("quantization_config", False),
     "bnb_4bit_quant_storage": _to("quantization_config"),
-    "datasets": _no("mix the data sets with datasets.concatenate_datasets and pass train_dataset"),
+    "datasets": _to("train_dataset"),
     "streaming": _no("the data are shuffled and counted: they must be at hand", False),
     "test_split_size": _no("split the data with train_test_split and pass train_dataset and eval_dataset"),
 }
@@ -329,7 +329,7 @@ FOREIGN: dict[str, dict[str, str]] = {
     _OPENRLHF: {
         "pretrain": "model",
         "ref_pretrain": "ref_model",
-        "dataset_probs": "mix the data sets with datasets.interleave_datasets and pass train_dataset",
+        "dataset_probs": "train_dataset: [{path: ..., weight: ...}, ...]",
         "train_split": "dataset_train_split",
         "eval_split": "dataset_test_split",
         "prompt_key": "rename the column to prompt",

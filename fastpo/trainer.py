@@ -29,6 +29,7 @@ from fastpo import (
     evaluation,
     live_reference,
     losses,
+    mixing,
     outputs,
     references,
     rows,
@@ -238,8 +239,9 @@ class Trainer:
                  "ref_model": self.ref_model, "prev_model": self.prev_model}  # fmt: skip
         self.inputs: dict[str, Any] = {k: os.fspath(v) for k, v in paths.items() if isinstance(v, str | os.PathLike)}
         evaluated = eval_dataset if isinstance(eval_dataset, Mapping) else {"": eval_dataset}
-        named = [d for d in (train_dataset, *evaluated.values()) if isinstance(d, str | os.PathLike)]
+        named = [path for d in (train_dataset, *evaluated.values()) for path in mixing.paths_of(d)]
         self.world.first(lambda: [rows.check_path(dataset) for dataset in named])  # before the hub is asked for a model
+        self.inputs |= mixing.described(train_dataset)
         if isinstance(eval_dataset, Mapping) and all(isinstance(v, str | os.PathLike) for v in eval_dataset.values()):
             self.inputs["eval_dataset"] = {name: os.fspath(v) for name, v in eval_dataset.items()}
 

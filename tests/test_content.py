@@ -171,7 +171,7 @@ def test_columns_of_other_media_are_refused(column):
 
 def test_half_a_character_is_refused():
     for row in ({"prompt": "a", "chosen": "b\ud800", "rejected": "c"}, pair(chosen="b\ud800")):
-        with pytest.raises(DataError, match=r"row 0: a text has \\ud800, which is half a character"):
+        with pytest.raises(DataError, match="row 0: .* is not valid Unicode: a lone surrogate"):
             read(row)
 
 
