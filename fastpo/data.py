@@ -373,7 +373,8 @@ def prepare_examples(
 
     report = DataReport(max_length=max_length, columns=names, reading=reading.says(), streamed=limit is not None)
     if report.reading:
-        logger.info("the rows are %s (recognise_layouts=false: rows as they are)", report.reading)
+        count = "" if isinstance(rows, Stream) else f"{len(rows)} "
+        logger.info("the %srows are %s (recognise_layouts=false: rows as they are)", count, report.reading)
     examples: list[Example] = []
     for part, part_report in _run(prepare, chunks(rows, read, _CHUNK_ROWS), None if limit else num_proc):
         examples += part

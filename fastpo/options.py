@@ -258,7 +258,7 @@ SCRIPT: dict[str, Option] = {
     "dataset_config": _same(),
     "dataset_train_split": _same("train"),
     "dataset_test_split": _same("test", "evaluated where eval_strategy is set and no eval_dataset is given, as in TRL"),
-    "dataset_streaming": _no("the data are shuffled and counted: they must be at hand", False),
+    "dataset_streaming": _no("pass load_dataset(..., streaming=True) to fastpo.train, with max_steps", False),
     "ignore_bias_buffers": _any("buffers are sent once, at the start, whatever their type", False),
     "model_revision": _to("model_init_kwargs", "main"),
     "dtype": _same("float32", "None: the checkpoint's own dtype, where TRL loads float32"),
@@ -279,7 +279,7 @@ SCRIPT: dict[str, Option] = {
     "use_bnb_nested_quant": _to("quantization_config", False),
     "bnb_4bit_quant_storage": _to("quantization_config"),
     "datasets": _to("train_dataset"),
-    "streaming": _no("the data are shuffled and counted: they must be at hand", False),
+    "streaming": _no("pass load_dataset(..., streaming=True) to fastpo.train, with max_steps", False),
     "test_split_size": _no("split the data with train_test_split and pass train_dataset and eval_dataset"),
 }
 

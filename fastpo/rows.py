@@ -220,8 +220,8 @@ def form_of(value: Any, name: str, number: int) -> str:
         if isinstance(value, numbers.Number):
             message += (
                 f" ({_shortened(value)}): the column holds numbers. Where `datasets` made them of a CSV's texts, "
-                f"load it with features=datasets.Features({{'{name}': datasets.Value('string'), ...}}); else write them "
-                f"as texts: dataset.cast_column('{name}', datasets.Value('string'))"
+                f"load it with features=datasets.Features({{'{name}': datasets.Value('string'), ...}}); else write "
+                f"them as texts: dataset.cast_column('{name}', datasets.Value('string'))"
             )
         else:
             message += (
