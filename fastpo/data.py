@@ -335,8 +335,8 @@ def prepare_examples(
     `kind` is "preference", "sft" or "unpaired"; pairs of the last kind, and with `apart` those of the first, are two
     rows each, tokenised apart, of every thousand pairs all chosen ones first, as in TRL. `assistant_only`: turns of
     others behind the prompt have a token weight of 0. `columns` names the optional columns to read (default: all that
-    are there); the others may hold anything. `forming` says which pairs rows of K `responses` give. `invalid="drop"` counts rows with
-    NaN, None or out-of-range values, empty texts or identical pairs where "raise" refuses the first of them; rows lost
+    are there); the others may hold anything. `forming` says which pairs rows of K `responses` give. `invalid="drop"`
+    counts rows with NaN, None or out-of-range values, empty texts or identical pairs where "raise" refuses the first of them; rows lost
     to `max_length` and rows of K that form no pair are always dropped and counted. `recognise` converts rows of other
     layouts (fastpo/row_layouts.py). `limit` ends the reading when there are as many examples.
     """
