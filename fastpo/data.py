@@ -182,10 +182,12 @@ class _Preparer:
                 1  # nothing predicts the first token: it is the context of the second, as in TRL's shifted labels
             )
             prompt = wholes[0][:1]
-        elif self.schema.token_ids and max(map(max, wholes)) >= (size := len(self.encoder.tokenizer)):
-            worst = max(map(max, wholes))
-            message = f"row {row.number}: token id {worst} is none of the tokenizer's {size} tokens"
-            raise InvalidRow("bad token ids", message)
+        elif self.schema.token_ids:
+            size = len(self.encoder.tokenizer)
+            for token in itertools.chain.from_iterable(wholes):
+                if type(token) is not int or not 0 <= token < size:
+                    message = f"row {row.number}: token id {token!r} is none of the tokenizer's {size} tokens"
+                    raise InvalidRow("bad token ids", message)
         responses = [whole[boundary:] for whole in wholes]
         if not boundary:
             why = "merges whole into the first token of the response" if prompt else "is empty"
@@ -336,9 +338,9 @@ def prepare_examples(
     rows each, tokenised apart, of every thousand pairs all chosen ones first, as in TRL. `assistant_only`: turns of
     others behind the prompt have a token weight of 0. `columns` names the optional columns to read (default: all that
     are there); the others may hold anything. `forming` says which pairs rows of K `responses` give. `invalid="drop"`
-    counts rows with NaN, None or out-of-range values, empty texts or identical pairs where "raise" refuses the first of them; rows lost
-    to `max_length` and rows of K that form no pair are always dropped and counted. `recognise` converts rows of other
-    layouts (fastpo/row_layouts.py). `limit` ends the reading when there are as many examples.
+    counts rows with NaN, None or out-of-range values, empty texts or identical pairs where "raise" refuses the first of
+    them; rows lost to `max_length` and rows of K that form no pair are always dropped and counted. `recognise` converts
+    rows of other layouts (fastpo/row_layouts.py). `limit` ends the reading when there are as many examples.
     """
     for name, value, allowed in (
         ("kind", kind, tuple(COMPLETIONS)),
