@@ -228,7 +228,7 @@ def compare(row: dict, tok: PreTrainedTokenizerFast) -> tuple[str, str]:
         and row["chosen"][0]["role"] == "user"
     ):
         return "no generation prompt before another's turn" + ", turns of others not trained on" * masked, ""
-    rows, rules = meant_rows(row, report)
+    rows, rules = meant_rows(row, report, theirs is None)
     other = next((ids for meant in rows if (ids := as_meant(meant, tok, report, ours)) is not None), None)
     if other is None or not rules:
         return "unexplained", f"{rules or 'no rule'}; TRL {theirs_failed or shown(theirs, tok)} | {shown(ours, tok)}"
@@ -272,7 +272,7 @@ def refusal(why: str) -> str:
     return next((reason for sign, reason in REFUSALS.items() if sign in why), why)
 
 
-def meant_rows(row: dict, report: Any) -> tuple[list[dict], list[str]]:
+def meant_rows(row: dict, report: Any, theirs_failed: bool) -> tuple[list[dict], list[str]]:
     """The row as our rules read it, for TRL to read it so (in each form that a template may want), and the rules."""
     out, rules = copy.deepcopy(row), []
     clean = {key: without_nulls(value) if isinstance(value, list) else value for key, value in out.items()}
@@ -300,6 +300,11 @@ def meant_rows(row: dict, report: Any) -> tuple[list[dict], list[str]]:
                 given = calls["function"]["arguments"]
                 calls["function"]["arguments"] = json.loads(given) if isinstance(given, str) else json.dumps(given)
         rules.append("tool arguments as the template has them")
+    calls = [turn for turn in all_turns(out) if turn.get("tool_calls") and "content" not in turn]
+    if calls and theirs_failed:
+        for turn in calls:
+            turn["content"] = ""
+        rules.append("an empty text beside calls")
     if report.doubled_specials:
         rules.append("doubled BOS removed")
     if report.own_endings:

@@ -171,6 +171,7 @@ class Form(NamedTuple):
 
     contents: str = "given"  # lists of parts as they are; or "texts", "user parts" (those of the user), "parts"
     arguments: str = "given"  # tool arguments as they are; or as "objects" or "texts" of JSON
+    blanks: str = "given"  # turns without a content as they are; or with an "empty" one
 
     def __call__(self, turns: Turns) -> list[dict]:
         return [self._turn(turn) for turn in turns]
@@ -182,6 +183,8 @@ class Form(NamedTuple):
     def _turn(self, turn: Turn) -> dict:
         out = dict(turn)
         content = out.get("content")
+        if content is None and self.blanks != "given":
+            out["content"] = content = ""
         if content is not None and self.contents != "given":
             as_parts = self.contents == "parts" or (self.contents == "user parts" and turn["role"] == "user")
             texts = [content] if isinstance(content, str) else _texts(content)
@@ -223,9 +226,13 @@ def choose_form(turns: Turns, render: Render) -> Form:
     As they are given, if that fails none of them; tool arguments as objects first, as servers give them to it.
     """
     form = Form()
+    if any(turn.get("content") is None for turn in turns):  # calls alone: many templates need a text beside them
+        tries = [Form(arguments=kind, blanks=blanks) for blanks in ("given", "empty") for kind in ("objects", "texts")]
+        form = Form(blanks=next((tried.blanks for tried in tries if _renders(tried(turns), render)), "given"))
     if any(isinstance(call.get("arguments"), str | Mapping) for turn in turns for _, call in _calls(turn)):
         kinds = ("objects", "texts")
-        flat = Form("texts" if any(isinstance(turn.get("content"), list | tuple) for turn in turns) else "given")
+        lists = any(isinstance(turn.get("content"), list | tuple) for turn in turns)
+        flat = form._replace(contents="texts" if lists else "given")
         written = [_writes_arguments(turns, render, flat._replace(arguments=kind)) for kind in kinds]
         form = form._replace(arguments=kinds[written[1] > written[0]])
     if _writes_texts(turns, render, form):
@@ -234,6 +241,14 @@ def choose_form(turns: Turns, render: Render) -> Form:
     ways = (*(("texts",) if lists else ()), "user parts", "parts")
     best = next((way for way in ways if _writes_texts(turns, render, form._replace(contents=way))), None)
     return form._replace(contents=best or ("texts" if lists else "given"))
+
+
+def _renders(turns: Turns, render: Render) -> bool:
+    try:
+        render(turns)
+    except Exception:  # whatever a template raises, jinja's errors and Python's alike
+        return False
+    return True
 
 
 def _writes_texts(turns: Turns, render: Render, form: Form) -> bool:

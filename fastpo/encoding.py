@@ -213,7 +213,7 @@ class Encoder:
         """How the template wants the conversations of a row: list parts, and tool arguments given as JSON text."""
         form = content.Form()
         for whole in wholes:
-            special = any(not isinstance(turn.get("content", ""), str) for turn in whole)
+            special = any(not isinstance(turn.get("content"), str) for turn in whole)
             if special or self._takes_parts_only or any(turn.get(key) for turn in whole for key in content.CALLS):
                 chosen = content.choose_form(whole, lambda some: self._render(row, some, add_generation_prompt=False))
                 form = form.beside(chosen)

@@ -210,6 +210,16 @@ def test_tool_arguments_become_what_the_template_has(template, as_text):
     assert report.read_arguments == (as_text == (template == FULL)) and not report.lost
 
 
+@pytest.mark.parametrize("template", [FULL, STRINGS], ids=["objects", "texts"])
+def test_calls_without_a_content(template):
+    """Templates that join the content to something fail on one that is not there: they get an empty one."""
+    needs = template.replace("m.content or ''", "'' + m.content")
+    assert needs != template
+    for content in ({}, {"content": None}):
+        row = pair(chosen=[call("f", {"x": 1}, **content)], rejected=[call("f", '{"x": 2}', **content)])
+        assert read(row, needs)[:2] == read(row, template)[:2]
+
+
 def test_rows_are_the_same_from_all_sources(tmp_path):
     datasets = pytest.importorskip("datasets", reason="the datasets extra")
     rows = [
