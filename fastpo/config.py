@@ -81,6 +81,7 @@ class TrainConfig:
     recognise_layouts: bool = _opt(True, "data", "convert rows of other projects' and popular data sets' layouts (docs/data.md), and say so; false: only fastpo's own columns")
     pair_policy: str = _opt("best_worst", "data", "pairs of rows with K responses: the best against the worst, all that differ, all that differ by pair_margin, or the column pairs (explicit)", ("best_worst", "all", "margin", "explicit"))
     pair_margin: float | None = _opt(None, "data", "pair_policy=margin: the least difference in score (or win_prob) of a pair")
+    assistant_only_loss: bool = _opt(True, "data", "responses of several turns: train on the assistant's turns only (false: on those of users and tools too)")
     train_sampling_strategy: str = _opt("random", "data", "order of the rows", ("random", "sequential"))
     dataloader_drop_last: bool = _opt(False, "data", "leave out an epoch's last, incomplete step")
     dataset_num_proc: int | None = _opt(None, "data", "processes that tokenise; at most four for each CPU core are started (None: one)")

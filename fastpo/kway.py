@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fastpo import arrow
 from fastpo.errors import DataError
 from fastpo.rows import (
     BOUNDS,
@@ -231,7 +232,7 @@ def _completion(entry: Mapping, what: str, schema: Schema) -> Any:
         raise DataError(f"{what}: the turns of 'messages' need 'role' and 'content', found {quoted(value[0])}")
     if not schema.conversational:
         raise DataError(f"{what} has 'messages' where the prompt is a text: give 'text', or the prompt as turns")
-    return list(value)
+    return list(arrow.without_nulls(value))
 
 
 def _number(entry: Mapping, name: str, what: str) -> float:

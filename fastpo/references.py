@@ -117,7 +117,10 @@ def _given(run: "Trainer", role: Role, sets: Sets) -> set[str]:
             raise DataError(f"{columns} is missing in some rows of the {name} data")
         if any(has) and examples[0].token_weights is not None:
             columns = " and ".join(rows.RESPONSE_COLUMNS[role.columns])
-            raise DataError(f"{columns} are sums, which chosen_token_weights cannot weigh: pass {role.model} instead")
+            raise DataError(
+                f"{columns} are sums, which neither chosen_token_weights nor turns that are not trained on can weigh: "
+                f"pass {role.model} instead, or assistant_only_loss=false where they are of all turns"
+            )
         of_tokens = next((t.name for t in run.pair_terms if needs_reference_tokens(t.loss)), None)
         if of_tokens is not None and any(has):
             columns = " and ".join(rows.RESPONSE_COLUMNS[role.columns])

@@ -12,6 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from fastpo import arrow
 from fastpo.errors import DataError, nearest, quoted
 from fastpo.errors import one_line as one_line
 from fastpo.sources import check_path as check_path
@@ -101,6 +102,7 @@ class Schema:
     numbers: tuple[str, ...]  # optional columns that are read
     token_weights: bool = False  # whether TOKEN_COLUMNS are read
     kway: "KWay | None" = None  # how rows of K responses are read
+    apart: bool = False  # pairs are two unpaired rows each
     language: bool = False  # every token is trained, the first one apart: the prompt is empty
 
     @property
@@ -195,8 +197,8 @@ def first_whole(rows: Sequence[Mapping], names: Sequence[str]) -> tuple[int, Map
 
 
 def refuse_images(columns: Collection[str]) -> None:
-    """DataError for columns of images."""
-    for name in ("image", "images"):
+    """DataError for columns of images, video or sound."""
+    for name in ("image", "images", "video", "videos", "audio", "audios"):
         if name in columns:
             raise DataError(f"the column '{name}' is not supported: fastpo trains on text only")
 
@@ -254,7 +256,7 @@ def parse_row(raw: Mapping, number: int, schema: Schema) -> Row:
     for name, completion in zip(schema.completions, completions, strict=True):
         if says_nothing(completion):
             raise InvalidRow("empty completion", f"row {number}: '{name}' is empty")
-    if schema.kind == "preference" and completions[0] == completions[1]:
+    if schema.kind == "preference" and not schema.apart and completions[0] == completions[1]:
         raise InvalidRow("identical pair", f"row {number}: 'chosen' and 'rejected' are identical")
     if schema.explicit_prompt:
         prompt = values["prompt"]
@@ -306,15 +308,15 @@ def read_texts(raw: Mapping, number: int, forms: Mapping[str, str]) -> dict[str,
             raise DataError(f"row {number} has no column '{name}'{hint}")
         if raw[name] is None:
             raise InvalidRow(f"'{name}' is None", f"row {number}: column '{name}' is None")
-        form = form_of(raw[name], name, number)
+        values[name] = arrow.without_nulls(raw[name])
+        form = form_of(values[name], name, number)
         if form != forms[name]:
             raise DataError(
                 f"row {number}: column '{name}' is {_FORM_NAMES[form]}, where it is {_FORM_NAMES[forms[name]]} in the "
                 "rows before"
             )
-        values[name] = raw[name]
         if form == "text":
-            check_text(raw[name], f"row {number}: column '{name}'")
+            check_text(values[name], f"row {number}: column '{name}'")
     return values
 
 
@@ -425,8 +427,10 @@ def template_kwargs(raw: Mapping, number: int) -> dict:
             tools = json.loads(tools)
         except json.JSONDecodeError as error:
             raise DataError(f"row {number}: column 'tools' is not JSON: {error}") from None
+    else:
+        tools = arrow.without_nulls(tools)
     if tools is not None and not isinstance(tools, list):
         raise DataError(f"row {number}: column 'tools' must be a list, or a list as JSON text")
     if kwargs is not None and not isinstance(kwargs, Mapping):
         raise DataError(f"row {number}: column 'chat_template_kwargs' must be a dict, found a {type(kwargs).__name__}")
-    return {"tools": tools, **(kwargs or {})}
+    return {"tools": tools, **arrow.without_nulls(kwargs or {})}

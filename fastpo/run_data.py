@@ -10,6 +10,7 @@ from fastpo.errors import ConfigError, DataError
 from fastpo.metrics import PAIR_METRICS, metric_means
 from fastpo.packing import repeated_prompts, sequence_tokens, set_sharing, sharing_mode, trunk_tokens
 from fastpo.prepare import check_ids
+from fastpo.row_statistics import needs_reference_tokens
 
 if TYPE_CHECKING:
     from fastpo.trainer import Trainer
@@ -71,16 +72,21 @@ def _of_one(run: "Trainer", part: mixing.Part, split: str, name: str) -> tuple[l
     examples, report = data.prepare_examples(
         table, run.tokenizer, kind=kind, max_length=config.max_length, truncation_mode=config.truncation_mode,
         columns=_columns(run), invalid=config.invalid_rows, num_proc=config.dataset_num_proc, forming=run.forming,
-        recognise=config.recognise_layouts, limit=limit,
+        recognise=config.recognise_layouts, limit=limit, assistant_only=config.assistant_only_loss,
+        apart=losses == "unpaired" and kind == "preference",
     )  # fmt: skip
+    placed = [t.name for t in run.pair_terms if needs_reference_tokens(t.loss)]
+    if placed and report.masked_rows:
+        raise DataError(
+            f"{placed[0]} takes tokens by their number, and in {report.masked_rows} rows the responses have turns that "
+            "are not trained on: set assistant_only_loss=false, or leave those rows out"
+        )
     for term in run.pair_terms:
         data.require_columns(examples, term.loss.columns, term.name, report.columns)
-    if losses != "unpaired" or kind != "preference":
-        return examples, report
-    if any("weight" in e.pair_columns for e in examples):
+    if losses == "unpaired" and kind == "preference" and "weight" in report.columns:
         log.warning("the column 'weight' is not used: %s takes each response of a pair as a row of its own",
                     run.pair_terms[0].name)  # fmt: skip
-    return data.unpair(examples), report
+    return examples, report
 
 
 def open_table(part: mixing.Part, split: str, config_name: str | None) -> Any:

@@ -17,6 +17,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastpo import arrow
 from fastpo.errors import DataError, one_line, quoted
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
@@ -282,7 +283,7 @@ def _load_parquet(path: Path) -> list[dict]:
         import pyarrow.parquet
     except ImportError:
         raise DataError(f"reading {path.name} needs the package pyarrow: pip install 'fastpo[data]'") from None
-    return pyarrow.parquet.read_table(path).to_pylist()
+    return arrow.table_rows(pyarrow.parquet.read_table(path))
 
 
 def _frame_rows(data: Any) -> list[dict] | None:
@@ -293,7 +294,7 @@ def _frame_rows(data: Any) -> list[dict] | None:
     if library == "polars" and hasattr(data, "to_dicts"):
         return data.to_dicts()
     if library == "pyarrow" and hasattr(data, "to_pylist") and hasattr(data, "column_names"):
-        return data.to_pylist()
+        return arrow.table_rows(data)
     if library != "pandas" or not hasattr(data, "columns"):
         return None
     names = [str(name) for name in data.columns]
