@@ -82,6 +82,7 @@ class Example:
     share: bool = False  # the responses share one copy of the prompt in the trunk
     # Rows of a step with the same prompt have one copy of it in the trunk from this many responses on; 0: each its own.
     share_from: int = 0
+    whole: bool = False  # the last token of a response enters the trunk too: a router's loss counts it
     greedy: int | None = None  # which response is the reference's greedy one (selm); it need not be in a pair
 
     def prompt_of(self, response: int) -> np.ndarray:

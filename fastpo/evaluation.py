@@ -12,6 +12,7 @@ from fastpo.callbacks import best
 from fastpo.metrics import PAIR_METRICS, metric_means
 from fastpo.packing import PackedBatch, loss_count, pass_batches
 from fastpo.prepare import eval_mode
+from fastpo.router_loss import ROUTER, value
 from fastpo.samples import generate_samples
 
 if TYPE_CHECKING:
@@ -56,12 +57,21 @@ def evaluate(run: "Trainer", examples: Sequence[data.Example], ref: Any, prefix:
         if run.stepwide.reads_rows:
             parts = list(parts)
             run.stepwide.of_rows(stats, parts, examples, train=False)
+        router = None
         for batch, logp in parts:
+            if run.router is not None:
+                sums_of = batch.rows[ROUTER]
+                router = sums_of if router is None else router + sums_of
             loss, metrics = run.objective(logp, batch, stats, pair_count, nlls)
             sums += torch.cat([loss.reshape(1), metrics])
     total, *means = run.world.sum_(sums).tolist()
+    aux = {}
+    if run.router is not None:
+        router = run.world.sum_(torch.zeros(run.router.size, device=run.device) if router is None else router)
+        aux["aux_loss"] = value(router, router).item()
+        total += run.router.coefficient * aux["aux_loss"]
     seconds = time.monotonic() - started
-    out = {"loss": total, **(metric_means(means, run.pair_terms) if run.pair_terms else {})}
+    out = {"loss": total, **aux, **(metric_means(means, run.pair_terms) if run.pair_terms else {})}
     out = {f"{prefix}_{k}": v for k, v in out.items()}
     return {**out, f"{prefix}_runtime": seconds, f"{prefix}_samples_per_second": len(examples) / seconds}
 

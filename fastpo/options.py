@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastpo.errors import ConfigError
+from fastpo.bounds import plain
+from fastpo.errors import ConfigError, shown
 
 HONOURED, RENAMED, REFUSED, NO_EFFECT = "honoured", "renamed", "refused", "without meaning"
 
@@ -30,11 +31,21 @@ class Option:
 
     def harmless(self, value: Any) -> bool:
         """Whether a refused option's value leaves the training as it is."""
-        value = getattr(value, "value", value)
+        value = plain(value)
         return any(
-            value == other and isinstance(value, bool) == isinstance(other, bool)
+            not differ(value, other) and isinstance(value, bool) == isinstance(other, bool)
             for other in (None, self.default, *self.off)
         )
+
+
+def differ(value: Any, other: Any) -> bool:
+    """Whether two values are not equal; arrays, and what cannot be compared, differ from all but themselves."""
+    if value is other:
+        return False
+    try:
+        return not bool(value == other)
+    except Exception:  # an array's truth, a user's class
+        return True
 
 
 def _same(default: Any = None, note: str = "") -> Option:
@@ -177,7 +188,7 @@ OPTIONS: dict[str, Option] = {
     "local_rank": _any("torchrun's environment says it", -1),
     "model_init_kwargs": _same(),
     "trust_remote_code": _same(False),
-    "router_aux_loss_coef": _no("the load-balancing loss of mixture-of-experts models is not added", None, (False, 0)),
+    "router_aux_loss_coef": _same(None, "None: the model's own, as in TRL; 0 switches it off. One loss over the whole step, where TRL takes the mean over its micro-batches and ranks: the same where these are one"),
     "disable_dropout": _same(True),
     "dataset_num_proc": _same(),
     "max_length": _same(1024, "a response that is cut gets no end-of-sequence; rows cut or dropped are counted"),
@@ -343,7 +354,7 @@ FOREIGN: dict[str, dict[str, str]] = {
         "micro_train_batch_size": _STEP,
         "ipo": "loss_type: ipo, with ipo_reduce: sum, which OpenRLHF means",
         "nll_loss_coef": _SFT_TERM.format("dpo", "nll_loss_coef"),
-        "aux_loss_coef": "the load-balancing loss of mixture-of-experts models is not added",
+        "aux_loss_coef": "set router_aux_loss_coef (here None is the model's own, 0 none)",
         "l2": "weight_decay",
         "adam_betas": "adam_beta1 and adam_beta2",
         "max_norm": "max_grad_norm",
@@ -393,28 +404,41 @@ def check_options(values: Mapping[str, Any], known: Collection[str]) -> dict[str
     out: dict[str, Any] = {}
     wrong: list[str] = []
     for given, value in values.items():
+        if not isinstance(given, str):
+            wrong.append(f"options have names, and {shown(given)} is none")
+            continue
         option = lookup(given)
         name = option.to if option is not None and option.status == RENAMED and option.to in known else given
         assert name is not None
         if given == "fsdp_config" or (name != given and value is None):
             continue
         if name in known:
-            if name in out and None not in (out[name], value) and out[name] != value:
-                wrong.append(f"{name} is set twice, under another name too: {out[name]!r} and {value!r}")
+            if name in out and out[name] is not None and value is not None and differ(out[name], value):
+                wrong.append(f"{name} is set twice, under another name too: {shown(out[name])} and {shown(value)}")
             out[name] = value
         elif option is None:
             wrong.append(_unknown(given, known))
         elif option.status == NO_EFFECT or option.harmless(value):
             continue
         elif option.status == REFUSED:
-            wrong.append(f"{given}={value!r} is not honoured by fastpo: {option.note}")
+            wrong.append(f"{given}={shown(value)} is not honoured by fastpo: {option.note}")
         elif option.to is not None:
             wrong.append(f"{given} belongs to the command line; fastpo.train takes {option.to}")
     if wrong:  # all at once: a file of another project has many
         raise ConfigError("; ".join(wrong))
-    if values.get("fsdp_config"):
+    if all(differ(values.get("fsdp_config"), off) for off in (None, "", False, {})):
         _apply_fsdp_config(out, values["fsdp_config"])
     return out
+
+
+def without_meaning(values: Mapping[Any, Any]) -> list[str]:
+    """Names of the options that are set to something, and mean nothing here."""
+    found = {name: lookup(name) for name in values if isinstance(name, str)}
+    return [
+        name
+        for name, option in found.items()
+        if option is not None and option.status == NO_EFFECT and not option.harmless(values[name])
+    ]
 
 
 def _unknown(name: str, known: Collection[str]) -> str:
@@ -431,7 +455,7 @@ def _unknown(name: str, known: Collection[str]) -> str:
     near = (
         [_SHORT[name]] if name in _SHORT else difflib.get_close_matches(name, [*known, *all_names()], n=1, cutoff=0.5)
     )
-    return f"unknown option {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+    return f"unknown option {shown(name)}" + (f"; did you mean {near[0]!r}?" if near else "")
 
 
 # What people type for options whose names are too far from it to be found by likeness.
@@ -464,7 +488,7 @@ def fsdp_mode(value: Any) -> tuple[str, bool]:
         return modes[0], "offload" in words
     if not modes:
         return ("full_shard" if words else "no"), "offload" in words
-    raise ConfigError(f"fsdp must be no, full_shard or shard_grad_op, not {value!r}")
+    raise ConfigError(f"fsdp must be no, full_shard or shard_grad_op, not {shown(value)}")
 
 
 # Keys of fsdp_config that change nothing here; those of _FSDP_FIXED only at these values.
@@ -482,9 +506,9 @@ def _apply_fsdp_config(out: dict[str, Any], config: Any) -> None:
         try:
             config = json.loads(config if config.lstrip().startswith("{") else Path(config).read_text())
         except (OSError, ValueError) as error:
-            raise ConfigError(f"cannot read fsdp_config {config!r}: {' '.join(str(error).split())}") from None
+            raise ConfigError(f"cannot read fsdp_config {shown(config)}: {error}") from None
     if not isinstance(config, Mapping):
-        raise ConfigError(f"fsdp_config must be a mapping, not {config!r}")
+        raise ConfigError(f"fsdp_config must be a mapping, not {shown(config)}")
     mode, offload = fsdp_mode(out.get("fsdp"))
     if mode == "no":
         raise ConfigError("fsdp_config is given, but fsdp is off: set fsdp=full_shard")
@@ -500,9 +524,9 @@ def _apply_fsdp_config(out: dict[str, Any], config: Any) -> None:
                 out["gradient_checkpointing"] = True
         elif key in _FSDP_FIXED:
             if text not in [str(fixed).lower() for fixed in (None, *_FSDP_FIXED[key])]:
-                raise ConfigError(f"fsdp_config: {key}={value!r} is not honoured by fastpo, only {_FSDP_FIXED[key][0]}")
+                raise ConfigError(f"fsdp_config: {key}={shown(value)} is not honoured by fastpo, only {_FSDP_FIXED[key][0]}")
         elif key not in _FSDP_ANY:
-            raise ConfigError(f"fsdp_config: {key}={value!r} is not honoured by fastpo")
+            raise ConfigError(f"fsdp_config: {key}={shown(value)} is not honoured by fastpo")
     out["fsdp"] = mode
     if offload:
         out["fsdp_cpu_offload"] = True

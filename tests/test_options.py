@@ -19,6 +19,7 @@ HINTS = {f.name: f.type for f in dataclasses.fields(TrainConfig)}
 # A value that TRL takes and that differs from the default here, for every honoured or renamed field whose default does
 # not suggest one; and what an option must go with.
 VALUES = {
+    "router_aux_loss_coef": 0.001,
     "output_dir": "there", "max_steps": 7, "lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"num_cycles": 2},
     "warmup_steps": 3, "optim": "adamw_torch", "optim_args": "amsgrad=true", "bf16": True, "tf32": True,
     "activation_checkpointing": False, "activation_checkpointing_kwargs": {"use_reentrant": True},
@@ -42,7 +43,6 @@ REFUSED_VALUES = {
     "optim_target_modules": "all-linear", "label_smoothing_factor": 0.1, "neftune_noise_alpha": 5.0,
     "accelerator_config": {"split_batches": True}, "parallelism_config": {"tp_size": 2},
     "deepspeed": "zero3.json", "debug": "underflow_overflow",
-    "router_aux_loss_coef": 0.001,
 }  # fmt: skip
 
 

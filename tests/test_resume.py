@@ -324,7 +324,7 @@ def flip(path):
 DAMAGE = {
     "missing": ("trainer.pt", lambda p: p.unlink(), "trainer.pt is missing"),
     "truncated": ("model.safetensors", truncate, "model.safetensors has .* bytes instead of"),
-    "flipped": ("state/__0_0.distcp", flip, "state/__0_0.distcp has changed"),
+    "flipped": ("state/rank-00000.safetensors", flip, "state/rank-00000.safetensors has changed"),
     "no manifest": ("manifest.json", lambda p: p.unlink(), "manifest.json is missing"),
     "garbled": ("manifest.json", lambda p: p.write_text("{"), "manifest.json cannot be read"),
 }
