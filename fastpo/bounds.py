@@ -98,6 +98,7 @@ RANGES: dict[str, Range] = {
     "max_nonfinite_steps": _POSITIVE,
     "gradient_checkpointing_layers": _POSITIVE,
     "logits_memory_budget": Range(0, 2**62, unit=" bytes"),
+    "router_aux_loss_coef": Range(0, LARGE),
     "grad_filter": _BELOW_ONE,
     "eval_steps": _STEPS,
     "eval_delay": Range(0, COUNT),

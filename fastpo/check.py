@@ -205,6 +205,7 @@ def slice_results(device: str) -> Iterator[Result]:
 _HYPER: dict[str, dict[str, Any]] = {
     "dpo": {"label_smoothing": 0.1}, "robust": {"label_smoothing": 0.1}, "simpo": {"label_smoothing": 0.1},
     "cpo": {"nll_reduction": "seq_mean"}, "cpo_simpo": {"nll_reduction": "seq_sum"},
+    "cpo_hinge": {"nll_reduction": "seq_sum"}, "cpo_ipo": {"nll_reduction": "seq_mean"},
     "rpo": {"nll_reduction": "seq_mean"}, "slic": {"nll_reduction": "seq_sum"},
     "orpo": {"nll_reduction": "seq_mean", "disable_prompt_loss": True},
 }  # fmt: skip

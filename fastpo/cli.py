@@ -284,14 +284,16 @@ def _merge_train_options(namespace: argparse.Namespace, extras: Sequence[str]) -
             inputs["eval_dataset"] = sets = json.loads(sets)
         except json.JSONDecodeError as error:
             raise ConfigError(f"eval_dataset is not JSON: {error}") from None
-    for name in set(inputs) - set(JSON_INPUTS):
+    inputs["train_dataset"] = _mixture(merged.pop("datasets", None), inputs.get("train_dataset"))
+    for name in set(inputs) - set(JSON_INPUTS) - {"train_dataset"}:
         if name == "eval_dataset" and isinstance(sets, dict) and all(isinstance(v, str) for v in sets.values()):
             continue
         if inputs[name] is not None and not isinstance(inputs[name], str):
             raise ConfigError(f"{name} must be a path or a name, not {shown(inputs[name])}")
     args = config.TrainConfig.build(merged)
     data = inputs.get("train_dataset")
-    if args.eval_strategy != "no" and not inputs.get("eval_dataset") and data and not os.path.isfile(data):
+    by_name = isinstance(data, str) and not os.path.isfile(data)
+    if args.eval_strategy != "no" and not inputs.get("eval_dataset") and by_name:
         inputs["eval_dataset"] = data  # its dataset_test_split, as `trl dpo`
     return inputs, args
 
@@ -305,6 +307,28 @@ def _set_environment(variables: Any, source: str) -> None:
             os.environ[str(name)] = str(value)
         except (ValueError, UnicodeError) as error:
             raise ConfigError(f"env in {source}: {shown(name)} cannot be set: {error}") from None
+
+
+def _mixture(datasets: Any, given: Any) -> Any:
+    """The training data: a path or name, or several with their weights (TRL's `datasets`, or train_dataset itself)."""
+    if datasets is not None and given is not None:
+        raise ConfigError("train_dataset (dataset_name) and datasets are both given: give one")
+    given = datasets if datasets is not None else given
+    if isinstance(given, str) and given.lstrip().startswith(("[", "{")):
+        try:
+            given = json.loads(given)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"train_dataset is not JSON: {error}") from None
+    if given is None or isinstance(given, str):
+        return given
+    from fastpo import mixing
+
+    if mixing.parts_of(given) is None:
+        raise ConfigError(
+            f"train_dataset must be a path or a name, or several with weights, as [{{path: a.jsonl, weight: 0.7}}, "
+            f"{{path: b.jsonl, weight: 0.3}}], not {given!r}"
+        )
+    return given
 
 
 # TRL's ModelConfig: option -> argument of peft.LoraConfig and of BitsAndBytesConfig.

@@ -34,8 +34,9 @@ VERSIONS = 64
 def compiled_layers(policy: Policy, config: TrainConfig) -> Iterator[None]:
     """Inside, the trunk's layers are compiled as `config` says; ConfigError for a backend that PyTorch lacks."""
     backend = check_backend(config)
-    if attention.runs_unpacked():
-        raise ConfigError("torch_compile compiles packed layers, and FASTPO_ATTENTION=own runs them unpacked")
+    if policy.unpacked:
+        name = type(policy.causal_lm).__name__
+        raise ConfigError(f"torch_compile compiles packed layers, and {name} runs unpacked: leave it out")
     layers = [m for m in policy.trunk.modules() if isinstance(m, GradientCheckpointingLayer)]
     if not layers:
         name = type(policy.causal_lm).__name__

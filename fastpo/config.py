@@ -1,18 +1,17 @@
 """`TrainConfig`: one flat dataclass with Hugging Face's and TRL's field names and meanings.
 
-A configuration comes from a `TrainConfig`, a dict, a YAML file, or a TRL `DPOConfig` / transformers `TrainingArguments`,
-with keyword overrides on top (`TrainConfig.build`). Anything set that fastpo does not honour raises: an option that is
+A configuration comes from a `TrainConfig`, a dict, a YAML file, or arguments of TRL (`DPOConfig`, `KTOConfig`, ...) or
+transformers (`TrainingArguments`), with keyword overrides on top (`TrainConfig.build`). Anything set that fastpo does not honour raises: an option that is
 accepted is an option that has its effect.
 """
 
 import dataclasses
-import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastpo import bounds, options
+from fastpo import bounds, options, trl_configs
 from fastpo.errors import ConfigError, shown
 
 
@@ -65,6 +64,7 @@ class TrainConfig:
     model_init_kwargs: dict | None = _opt(None, "model", "keyword arguments of from_pretrained, where the model is a name or path")
     dtype: str | None = _opt(None, "model", "dtype to load the model in; None or auto: the checkpoint's own")
     trust_remote_code: bool = _opt(False, "model", "let a checkpoint's own code run")
+    router_aux_loss_coef: float | None = _opt(None, "model", "weight of a mixture of experts' load-balancing loss; None: the model's own, 0: none")
     disable_dropout: bool = _opt(True, "model", "set every dropout probability of the policy to zero")
     use_liger_kernel: bool = _opt(False, "model", "Liger's kernels for the norms, MLPs and rotary embeddings of the trunk; needs a GPU and liger-kernel")
     liger_kernel_config: dict | None = _opt(None, "model", "which of Liger's layer kernels, such as {rope: false}")
@@ -78,6 +78,7 @@ class TrainConfig:
     max_length: int | None = _opt(1024, "data", "tokens of prompt plus response that are kept (None: all)")
     truncation_mode: str = _opt("keep_start", "data", "which end of a sequence over max_length is kept", ("keep_start", "keep_end"))
     invalid_rows: str = _opt("raise", "data", "rows with NaN scores, empty or identical responses: raise, or drop with a count", ("raise", "drop"))
+    recognise_layouts: bool = _opt(True, "data", "convert rows of other projects' and popular data sets' layouts (docs/data.md), and say so; false: only fastpo's own columns")
     pair_policy: str = _opt("best_worst", "data", "pairs of rows with K responses: the best against the worst, all that differ, all that differ by pair_margin, or the column pairs (explicit)", ("best_worst", "all", "margin", "explicit"))
     pair_margin: float | None = _opt(None, "data", "pair_policy=margin: the least difference in score (or win_prob) of a pair")
     train_sampling_strategy: str = _opt("random", "data", "order of the rows", ("random", "sequential"))
@@ -96,7 +97,7 @@ class TrainConfig:
     ld_alpha: float | None = _opt(None, "loss", "dpo, which is then ld_dpo: weight of the tokens past the pair's shorter response")
     use_weighting: bool = _opt(False, "loss", "dpo, which is then wpo with clamp_weight=false: pairs weighted by how likely the policy is to say them")
     loss_kwargs: dict | None = _opt(None, "loss", "further hyper-parameters of the losses, such as {cpo_alpha: 0.5}; `fastpo losses NAME` has their names")
-    precompute_ref_log_probs: bool = _opt(True, "loss", "the reference is always computed once, ahead, and cached: True and False train alike")
+    precompute_ref_log_probs: bool = _opt(False, "loss", "the reference is always computed once, ahead, and cached: true and false train alike. True refuses what cannot be: a streamed dataset, and after training rows given to Trainer.evaluate, for which false loads a model given by name again")
     sync_ref_model: bool = _opt(False, "loss", "TR-DPO: every ref_model_sync_steps steps the reference moves towards the policy")
     ref_model_mixup_alpha: float = _opt(0.6, "loss", "sync_ref_model: reference <- alpha policy + (1 - alpha) reference")
     ref_model_sync_steps: int = _opt(512, "loss", "sync_ref_model: steps between two moves")
@@ -144,6 +145,7 @@ class TrainConfig:
     logging_steps: float = _opt(10, "logging", "steps between log lines; below 1, a share of all steps")
     logging_strategy: str = _opt("steps", "logging", "when to log", ("no", "steps", "epoch"))
     logging_first_step: bool = _opt(False, "logging", "log the first step too")
+    token_metrics: bool = _opt(True, "logging", "entropy and mean_token_accuracy of the steps that are logged, and of evaluations: one more pass of the head over their tokens")
     disable_tqdm: bool = _opt(False, "logging", "no progress bar")
     report_to: str | list[str] = _opt("none", "logging", "trackers beside output_dir/metrics.jsonl: tensorboard, wandb, trackio, mlflow, ... as transformers names them; all; none")
     report: bool = _opt(True, "logging", "write report.html, one file with curves, settings, counts and warnings, after training")
@@ -285,11 +287,12 @@ class TrainConfig:
             values = given(args)
         elif isinstance(args, str | Path):
             values = given(read_yaml(args))
-        elif _is_dpo_arguments(args):
-            values = given(_explicit_fields(args))
+        elif trl_configs.class_of(args) is not None:
+            values = given(trl_configs.values_of(args, field_names()))
         else:
             raise ConfigError(
-                f"args must be a TrainConfig, a dict, a YAML path or a TRL DPOConfig, not {type(args).__name__}"
+                "args must be a TrainConfig, a dict, a YAML path or a TRL config such as DPOConfig, not "
+                f"{type(args).__name__}"
             )
         values |= given(overrides)
         # A cadence that is given says that it is wanted.
@@ -359,42 +362,3 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 def _tab_hint(error: str) -> str:
     return "; indent with spaces, not with tabs" if "\\t" in error else ""
-
-
-def _is_dpo_arguments(args: Any) -> bool:
-    """TRL's DPOConfig or a subclass of it, or plain TrainingArguments; other trainers' arguments mean other losses."""
-    names = [c.__name__ for c in type(args).__mro__]
-    if "TrainingArguments" in names and names[0] != "TrainingArguments" and "DPOConfig" not in names:
-        raise ConfigError(
-            f"args is a {names[0]}, whose defaults mean another loss; pass a DPOConfig, a dict or a TrainConfig"
-        )
-    return "TrainingArguments" in names
-
-
-def _explicit_fields(args: Any) -> dict[str, Any]:
-    """The fields of a TRL or transformers arguments object that its user set: those that differ from the defaults.
-
-    TRL's own defaults (learning rate, logging steps, beta) are fastpo's. Fields that transformers fills in by itself
-    (logging_dir, bf16 on this machine, ...) are compared with an untouched object of the same class.
-    """
-    try:
-        untouched = type(args)(output_dir=args.output_dir, use_cpu=True, bf16=False)
-    except TypeError as error:  # a subclass with arguments of its own
-        raise ConfigError(
-            f"args is a {type(args).__name__} that cannot be compared with its defaults: {error}"
-        ) from None
-    fields = {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if f.init}
-    changed = {k: v for k, v in fields.items() if options.differ(v, getattr(untouched, k))}
-    # What TRL or transformers set by default where ours differs keeps their meaning.
-    for name in field_names():
-        if name in fields and name not in ("precompute_ref_log_probs", "bf16"):
-            changed.setdefault(name, fields[name])
-    changed["bf16"] = bool(fields.get("bf16"))
-    if "loss_type" in fields:
-        changed["loss_type"] = fields["loss_type"]
-    changed = {name: value.value if isinstance(value, enum.Enum) else value for name, value in changed.items()}
-    names = [changed["loss_type"]] if isinstance(changed.get("loss_type"), str) else changed.get("loss_type", [])
-    trl_beta = set(names) <= set(options.TRL_LOSSES) and set(names) != {"sft"}
-    if changed.get("beta") == getattr(untouched, "beta", None) and not trl_beta:
-        changed["beta"] = None  # TRL's default was not meant for a loss that TRL does not have, and sft reads none
-    return changed

@@ -20,35 +20,34 @@ import multiprocessing
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field, fields
-from hashlib import blake2b
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
 
 from fastpo import kway
 from fastpo.encoding import Encoder
-from fastpo.errors import DataError
+from fastpo.errors import DataError, FastpoError, nearest, one_line, quoted
 from fastpo.kway import BEST_WORST, Forming
+from fastpo.row_layouts import Reading, read_as
 from fastpo.rows import (
     BOUNDS,
     COMPLETIONS,
     GREEDY,
     LABEL,
     RESPONSE_COLUMNS,
+    SFT_WEIGHTS,
     TOKEN_COLUMNS,
     InvalidRow,
     Row,
     Schema,
-    column_names,
     common_length,
     extract_prompt,
-    load_rows,
-    nearest,
     parse_row,
-    quoted,
     read_schema,
 )
+from fastpo.sources import Stream, chunks, column_names, first_rows, head_rows, load_rows
+from fastpo.win_probs import check_win_probs
 
 __all__ = [
     "DataError",
@@ -65,7 +64,6 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-WIN_PROB_TOLERANCE = 0.01 + 1e-9  # p and 1 - p, each rounded to two decimals, may be as far from adding up to 1
 _CHUNK_ROWS = 1000  # rows that are tokenised in one call: enough to keep all threads of a fast tokenizer busy
 
 
@@ -85,6 +83,7 @@ class Example:
     share: bool = False  # the responses share one copy of the prompt in the trunk
     # Rows of a step with the same prompt have one copy of it in the trunk from this many responses on; 0: each its own.
     share_from: int = 0
+    whole: bool = False  # the last token of a response enters the trunk too: a router's loss counts it
     greedy: int | None = None  # which response is the reference's greedy one (selm); it need not be in a pair
 
     def prompt_of(self, response: int) -> np.ndarray:
@@ -117,6 +116,9 @@ class DataReport:
     columns: list[str] = field(default_factory=list)  # names in the data
     warnings: list[str] = field(default_factory=list)
     moved_text: str = ""  # an end of a prompt that was left out, for the warning
+    reading: str = ""  # the layout that the rows were read as, where it is another's
+    mixed: str = ""  # what each data set of a mixture contributes
+    streamed: bool = False  # whether the rows came from what is read once, in order, as far as the run needs
 
     def add(self, other: "DataReport") -> None:
         """Adds the counts of another part of the same rows."""
@@ -127,8 +129,8 @@ class DataReport:
                     mine[reason] = mine.get(reason, 0) + count
             elif item.name == "longest_sequence":
                 self.longest_sequence = max(mine, theirs)
-            elif item.name == "moved_text":
-                self.moved_text = mine or theirs
+            elif item.name in ("moved_text", "reading", "mixed", "streamed"):
+                setattr(self, item.name, mine or theirs)
             elif item.name == "kept_rows":
                 mine.extend(theirs)
             elif item.name not in ("max_length", "columns", "warnings"):
@@ -137,6 +139,7 @@ class DataReport:
     def summary(self) -> str:
         """One line: rows kept and dropped, responses truncated, mean lengths."""
         parts = [f"{self.kept} of {self.rows} rows kept"]
+        parts += [f"mixed: {self.mixed}"] * bool(self.mixed)
         if self.offered:
             parts.append(f"{self.pairs} pairs of {self.responses} of their {self.offered} responses")
         parts += [f"{count} dropped: {reason}" for reason, count in self.dropped.items()]
@@ -160,6 +163,7 @@ class _Preparer:
     max_length: int | None
     keep_end: bool
     drop_invalid: bool
+    reading: Reading = Reading()
 
     @property
     def parse(self) -> Callable[[Mapping, int, Schema], Row]:
@@ -170,13 +174,24 @@ class _Preparer:
         rows = []
         for number, raw in enumerate(raw_rows, start=start):
             try:
-                row = self.parse(raw, number, self.schema)
+                row = self.parse(self.reading(raw, number), number, self.schema)
             except InvalidRow as error:
                 self._refuse(error, report)
                 continue
+            except FastpoError:
+                raise
+            except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:  # arrays and other objects
+                message = f"row {number} cannot be read: {one_line(error)}"
+                self._refuse(InvalidRow("cannot be read", message), report)
+                continue
             rows.append(row)
             size = len(row.prompt)
-            if self.schema.explicit_prompt and size and all(text[:size] == row.prompt for text in row.completions):
+            if (
+                self.schema.explicit_prompt
+                and not self.schema.token_ids
+                and size
+                and all(text[:size] == row.prompt for text in row.completions)
+            ):
                 report.repeated_prompts += 1
         examples = []
         for row, ids in self._encode(rows, report):
@@ -201,6 +216,8 @@ class _Preparer:
     def _encode(self, rows: list[Row], report: DataReport) -> Iterable[tuple[Row, list[list[int]]]]:
         if not rows:
             return []
+        if self.schema.token_ids:
+            return [(row, [list(row.prompt), *([*row.prompt, *ids] for ids in row.completions)]) for row in rows]
         try:
             return list(zip(rows, self.encoder(rows, report), strict=True))
         except InvalidRow as error:
@@ -213,6 +230,15 @@ class _Preparer:
     def _build(self, row: Row, ids: list[list[int]], report: DataReport) -> Example | None:
         prompt, *wholes = ids
         boundary = min(common_length(prompt, whole) for whole in wholes)
+        if self.schema.language:
+            boundary = (
+                1  # nothing predicts the first token: it is the context of the second, as in TRL's shifted labels
+            )
+            prompt = wholes[0][:1]
+        elif self.schema.token_ids and max(map(max, wholes)) >= (size := len(self.encoder.tokenizer)):
+            worst = max(map(max, wholes))
+            message = f"row {row.number}: token id {worst} is none of the tokenizer's {size} tokens"
+            raise InvalidRow("bad token ids", message)
         responses = [whole[boundary:] for whole in wholes]
         if not boundary:
             why = "merges whole into the first token of the response" if prompt else "is empty"
@@ -321,13 +347,16 @@ def prepare_examples(
     invalid: str = "raise",
     num_proc: int | None = None,
     forming: Forming = BEST_WORST,
+    recognise: bool = True,
+    limit: int | None = None,
 ) -> tuple[list[Example], DataReport]:
     """Examples in the order of the rows, and what became of every row.
 
     `kind` is "preference" or "sft". `columns` names the optional columns to read (default: all that are there); the
     others may hold anything. `forming` says which pairs rows of K `responses` give. `invalid="drop"` counts rows with
     NaN, None or out-of-range values, empty texts or identical pairs where "raise" refuses the first of them; rows lost
-    to `max_length` and rows of K that form no pair are always dropped and counted.
+    to `max_length` and rows of K that form no pair are always dropped and counted. `recognise` converts rows of other
+    layouts (fastpo/row_layouts.py). `limit` ends the reading when there are as many examples.
     """
     for name, value, allowed in (
         ("kind", kind, tuple(COMPLETIONS)),
@@ -339,57 +368,67 @@ def prepare_examples(
     if max_length is not None and max_length < 2:
         raise DataError(f"max_length={max_length}: a prompt token and a response token need at least 2")
     rows = load_rows(dataset)
-    if len(rows) == 0:
+    if not rows.head(1) if isinstance(rows, Stream) else len(rows) == 0:
         raise DataError("the dataset has no rows")
-    names = column_names(rows)
-    first = next(_chunks(rows, names))[1]
+    given = column_names(rows)
+    reading = read_as(given, head_rows(rows), kind, columns, recognise)
+    read = {"prompt", "chosen", "rejected", "completion", "tools", "chat_template_kwargs", *BOUNDS, *TOKEN_COLUMNS,
+            LABEL, GREEDY, SFT_WEIGHTS, kway.RESPONSES, kway.PAIRS, *reading.reads()}  # fmt: skip
+    names, first = reading.names(given), reading.first(first_rows(rows, read, _CHUNK_ROWS))
     if kind == "preference" and kway.is_kway(names, first):
         schema = kway.read_schema(names, first, columns, forming)
     else:
         schema = read_schema(names, first, kind, columns)
-    encoder = Encoder(tokenizer, schema.conversational)
-    prepare = _Preparer(encoder, schema, max_length, truncation_mode == "keep_end", invalid == "drop")
+    schema = replace(schema, language=reading.layout is not None and reading.layout.language)
+    try:
+        encoder = Encoder(tokenizer, schema.conversational)
+    except DataError as error:
+        raise DataError(f"{error} (the rows are {reading.says()})") if reading.says() else error from None
+    prepare = _Preparer(encoder, schema, max_length, truncation_mode == "keep_end", invalid == "drop", reading)
 
-    report = DataReport(max_length=max_length, columns=names)
+    report = DataReport(max_length=max_length, columns=names, reading=reading.says(), streamed=limit is not None)
+    if report.reading:
+        count = "" if isinstance(rows, Stream) else f"{len(rows)} "
+        logger.info("the %srows are %s (recognise_layouts=false: rows as they are)", count, report.reading)
     examples: list[Example] = []
-    for part, part_report in _run(prepare, _chunks(rows, names), num_proc):
+    for part, part_report in _run(prepare, chunks(rows, read, _CHUNK_ROWS), None if limit else num_proc):
         examples += part
         report.add(part_report)
+        if limit is not None and len(examples) >= limit:
+            break
+    if limit is not None and len(examples) > limit:
+        del examples[limit:], report.kept_rows[limit:]
+        report.kept = limit
+    even_weights(examples)
     if schema.kway is None and forming.policy != "best_worst":
         report.warnings.append(f"pair_policy={forming.policy} has no effect: the rows have no '{kway.RESPONSES}'")
     _warn(report, schema, names)
     if not examples:
         raise DataError(f"no row is left to train on: {report.summary()}")
-    _check_win_probs(examples, report.kept_rows)
+    check_win_probs(examples, report.kept_rows)
     return examples, report
 
 
-def _chunks(rows: Any, names: list[str]) -> Iterator[tuple[int, list[Mapping]]]:
-    """(number of the first row, rows), a thousand at a time and without columns that nobody reads."""
-    if isinstance(rows, list):
-        for start in range(0, len(rows), _CHUNK_ROWS):
-            yield start, rows[start : start + _CHUNK_ROWS]
-        return
-    read = {"prompt", "chosen", "rejected", "completion", "tools", "chat_template_kwargs", *BOUNDS, *TOKEN_COLUMNS,
-            LABEL, GREEDY, kway.RESPONSES, kway.PAIRS}  # fmt: skip
-    plain = rows.with_format(None).select_columns([name for name in names if name in read])
-    for start in range(0, len(plain), _CHUNK_ROWS):
-        batch = plain[start : start + _CHUNK_ROWS]
-        yield start, [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+def even_weights(examples: Sequence[Example]) -> None:
+    """Ones as the token weights of examples without, where others have them."""
+    if any(e.token_weights is not None for e in examples):
+        for example in examples:
+            if example.token_weights is None:
+                example.token_weights = [np.ones(len(ids), np.float32) for ids in example.responses]
 
 
 PROCESSES_A_CORE = 4  # more cost their start and bring nothing: the pool forks them all at once
 
 
-def _run(prepare: _Preparer, chunks: Iterable, num_proc: int | None) -> Iterator[tuple[list[Example], DataReport]]:
+def _run(prepare: _Preparer, parts: Iterable, num_proc: int | None) -> Iterator[tuple[list[Example], DataReport]]:
     num_proc = min(num_proc or 1, PROCESSES_A_CORE * (os.cpu_count() or 1))
     if num_proc <= 1:
-        yield from itertools.starmap(prepare, chunks)
+        yield from itertools.starmap(prepare, parts)
         return
     # Forked, so that the tokenizer (seconds to pickle where the vocabulary is large) is inherited.
     fork = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(num_proc, mp_context=fork, initializer=_set_worker, initargs=(prepare,)) as pool:
-        yield from pool.map(_work, *zip(*chunks, strict=True))
+        yield from pool.map(_work, *zip(*parts, strict=True))
 
 
 _worker: _Preparer | None = None
@@ -444,38 +483,6 @@ def _warn(report: DataReport, schema: Schema, names: list[str]) -> None:
             add(f"the column '{name}' is not read: did you mean '{close}'?")
     for message in report.warnings:
         logger.warning(message)
-
-
-def _check_win_probs(examples: Sequence[Example], numbers: Sequence[int]) -> None:
-    """DataError where two rows give one pair, in either order, or one response two win probabilities.
-
-    Rows are compared by token ids, after truncation.
-    """
-    seen: dict[frozenset[bytes], tuple[float, int, bytes]] = {}
-
-    def check(winner: bytes, loser: bytes, p: float, number: int, column: str, what: str) -> None:
-        before, first, winner_then = seen.setdefault(frozenset((winner, loser)), (p, number, winner))
-        p = p if winner == winner_then else 1 - p
-        if abs(p - before) > WIN_PROB_TOLERANCE:
-            raise DataError(
-                f"rows {first} and {number} contradict each other: {what} with probability {before:.4g} by the one and "
-                f"{p:.4g} by the other ({column}): average the judgements, or keep one of the rows"
-            )
-
-    for example, number in zip(examples, numbers, strict=True):
-        columns = example.pair_columns
-        if not any(name in columns for name in ("win_prob", "win_prob_chosen")):
-            continue
-        ids = [blake2b(example.prompt_of(k).tobytes() + b"|" + response.tobytes(), digest_size=16).digest()
-               for k, response in enumerate(example.responses)]  # fmt: skip
-        for n, (winner, loser) in enumerate(example.pairs):
-            if "win_prob" in columns:
-                what = "of the same two responses one beats the other"
-                check(ids[winner], ids[loser], columns["win_prob"][n], number, "win_prob", what)
-            for k, name in ((winner, "win_prob_chosen"), (loser, "win_prob_rejected")):
-                if name in columns:
-                    what = "the same response beats the previous policy"
-                    check(ids[k], ids[k], columns[name][n], number, name, what)
 
 
 def require_columns(

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastpo.errors import DataError
-from fastpo.rows import InvalidRow, Row, one_line
+from fastpo.rows import InvalidRow, Row, check_text, one_line
 
 if TYPE_CHECKING:
     from fastpo.data import DataReport
@@ -80,10 +80,13 @@ class Encoder:
         turns = row.prompt if response < 0 else [*row.prompt, *row.completions[response]]
         output = {"tokenize": tokenize, "return_dict": tokenize, "add_generation_prompt": response < 0}
         try:
-            return self.tokenizer.apply_chat_template(turns, **output, **row.template_kwargs)
+            rendered = self.tokenizer.apply_chat_template(turns, **output, **row.template_kwargs)
         except Exception as error:  # whatever a template raises, jinja's errors and Python's alike
             message = f"row {row.number}: the chat template failed: {one_line(error)}"
             raise InvalidRow("refused by the chat template", message) from error
+        if not tokenize:
+            check_text(rendered, f"row {row.number}: a turn")
+        return rendered
 
     def _ids(self, texts: list[str], special: bool) -> list[list[int]]:
         return self.tokenizer(text=texts, add_special_tokens=special, return_attention_mask=False)["input_ids"]

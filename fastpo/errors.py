@@ -1,5 +1,7 @@
 """The errors that a user can cause, each one line long: what was wrong, and the nearest right thing."""
 
+import difflib
+from collections.abc import Iterable
 from typing import Any
 
 LONGEST = 2000  # characters of a message, of which the middle is left out where it has more
@@ -46,3 +48,21 @@ def shown(value: Any, most: int = 120) -> str:
 
 def _cut(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[: most * 2 // 3]} ... {text[-most // 4 :]}"
+
+
+def nearest(name: str, candidates: Iterable[str], cutoff: float) -> str | None:
+    """The candidate that `name` most probably stands for: the same words in another order, or else its spelling."""
+    by_lower = {str(candidate).lower(): candidate for candidate in candidates}
+    for lower, candidate in by_lower.items():
+        if sorted(lower.split("_")) == sorted(name.lower().split("_")):
+            return candidate
+    close = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=cutoff)
+    return by_lower[close[0]] if close else None
+
+
+def quoted(names: Iterable[str]) -> str:
+    return ", ".join(f"'{name}'" for name in names)
+
+
+def one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastpo import backends, data, losses, ops, rows
+from fastpo import backends, data, losses, mixing, ops, row_layouts, rows, run_data, sources
 from fastpo.adapters import first_line
 from fastpo.config import TrainConfig
 from fastpo.data import Example
@@ -403,14 +403,21 @@ def _assumed(config: TrainConfig, device_type: str) -> str:
 
 
 def _examples(inputs: dict[str, Any], config: TrainConfig) -> list[Example]:
-    table = rows.load_rows(inputs["train_dataset"], split=config.dataset_train_split, config_name=config.dataset_config)
-    names = set(rows.column_names(table))
-    kind = "preference" if names & {"chosen", rows.RESPONSES} else "unpaired" if rows.LABEL in names else "sft"
     tokenizer = load_tokenizer(inputs["model"], trust_remote_code=config.trust_remote_code)
-    return data.prepare_examples(
-        table, tokenizer, kind=kind, max_length=config.max_length, truncation_mode=config.truncation_mode, columns=[],
-        invalid="drop", num_proc=config.dataset_num_proc, forming=Forming(config.pair_policy, config.pair_margin),
-    )[0]  # fmt: skip
+    given = inputs["train_dataset"]
+    examples: list[Example] = []
+    for part in mixing.parts_of(given) or [mixing.Part("", given)]:
+        table = run_data.open_table(part, config.dataset_train_split, config.dataset_config)
+        names, head = set(sources.column_names(table)), sources.head_rows(table)
+        kinds = ("unpaired", "preference") if names & {"label", "kto_tag"} else ("preference", "sft")
+        layout = row_layouts.find(names, head, kinds)
+        own = "preference" if names & {"chosen", rows.RESPONSES} else "unpaired" if rows.LABEL in names else "sft"
+        examples += data.prepare_examples(
+            table, tokenizer, kind=own if layout is None else layout.kind, max_length=config.max_length, columns=[],
+            truncation_mode=config.truncation_mode, invalid="drop", num_proc=config.dataset_num_proc,
+            forming=Forming(config.pair_policy, config.pair_margin), recognise=config.recognise_layouts,
+        )[0]  # fmt: skip
+    return examples
 
 
 def _numbers(found: Estimate, tokens: int, memory: int, largest: int, longest: int) -> dict[str, Any]:

@@ -21,7 +21,9 @@ from tqdm.auto import tqdm
 from fastpo import checkpoint, data, rows
 from fastpo.distributed import Engine, shard
 from fastpo.errors import ConfigError, DataError
-from fastpo.model import Policy, load_model
+from fastpo.function_state import function_digest
+from fastpo.loading import load_model
+from fastpo.model import Policy, weights_eps
 from fastpo.packing import PackedBatch
 from fastpo.prepare import check_ids, eval_mode, on_device
 from fastpo.ref_policy import (
@@ -139,9 +141,9 @@ def _logps(run: "Trainer", plan: StepPlan, role: Role, sets: Sets) -> dict[str, 
         elif run.reference_is_base:
             # A new adapter's reference is the base model; one that was trained before is its own, as in TRL.
             stack.enter_context(run.policy.model.disable_adapter())  # type: ignore[operator]
-        cache = _cache(run, role, fingerprint)
+        cache = _cache(run, role, engine.policy, fingerprint)
         out = _pass(run, engine, cache, sets, plan.visited(), role.name)
-    if getattr(run, role.model) is not None:
+    if getattr(run, role.model) is not None and run.config.fsdp != "no":
         # Its log-probabilities are all that training needs of it; FSDP's modules hold each other.
         setattr(run, role.model, None)
         engine = None
@@ -149,6 +151,69 @@ def _logps(run: "Trainer", plan: StepPlan, role: Role, sets: Sets) -> dict[str, 
     if run.world.main:
         _keep(run, role, sets, out)
     return out
+
+
+def check_other_rows(run: "Trainer") -> None:
+    """ConfigError where rows that a run did not begin with can get no reference now."""
+    names = "+".join(run.config.losses)
+    if not run.uses_reference:
+        return
+    if run.kappa is not None or TOKEN_KL in run.row_statistics:
+        raise ConfigError(f"evaluate() takes no rows with {names}: pass them to the trainer, as eval_dataset")
+    again = run.model_given_by_name and not run.config.precompute_ref_log_probs
+    moved = run.state.global_step > 0 and not (run.reference_is_base or run.config.sync_ref_model)
+    if moved and run.ref_model is None and not again:
+        way = "or set precompute_ref_log_probs=False, so that it is loaded again, " if run.model_given_by_name else ""
+        raise ConfigError(
+            "Cannot compute reference log-probs for a dataset passed to evaluate() after training: the reference was "
+            f"the policy at its start, which is gone; pass the rows as eval_dataset, {way}or pass ref_model"
+        )
+
+
+def of_other_rows(run: "Trainer", sets: Sets) -> dict[str, Any]:
+    """Token log-probabilities of the reference for sets outside of training, and for their mismatched rows; None where
+    the loss reads none. The policy is its own reference before training; after it, it is loaded again by its name.
+    """
+    none = dict.fromkeys(sets)
+    if not run.uses_reference or not sets:
+        return none
+    check_other_rows(run)
+    sets = {**sets, **run.stepwide.reference_sets(sets)}
+    given = _given(run, REF, sets)
+    sets = {name: examples for name, examples in sets.items() if name not in given}
+    if run.config.sync_ref_model:
+        assert run.moving is not None
+        with run.moving.in_place(lambda: exchanging(run)):
+            return none | _pass(run, run.engine, RefCache("", None), sets, set())
+    with contextlib.ExitStack() as stack:
+        engine, fingerprint = run.engine, run.fingerprint
+        if run.ref_model is not None:
+            engine, fingerprint = load(run, REF, sets, stack)
+        elif run.reference_is_base:
+            stack.enter_context(run.policy.model.disable_adapter())  # type: ignore[operator]
+        elif run.state.global_step > 0:
+            engine = _as_it_began(run, stack)
+        cache = RefCache(_key(run, fingerprint), cache_folder()) if run.world.main else RefCache("", None)
+        return none | _pass(run, engine, cache, sets, set())
+
+
+def _as_it_began(run: "Trainer", stack: contextlib.ExitStack) -> Engine:
+    """The policy loaded again by its name, if that still gives the weights that the run began with."""
+    config = run.config
+    home = torch.device("cpu") if config.fsdp != "no" else run.device
+    model = load_model(run.model_name, dtype=config.dtype, device=home, trust_remote_code=config.trust_remote_code,
+                       model_init_kwargs=config.model_init_kwargs)  # fmt: skip
+    if run.world.first(lambda: model_fingerprint(model)) != run.fingerprint:
+        raise ConfigError(
+            f"Cannot compute reference log-probs for a dataset passed to evaluate(): {run.model_name!r} is no longer "
+            "what the run began with; pass the rows as eval_dataset, or ref_model"
+        )
+    policy = Policy(model)
+    if config.fsdp != "no":
+        model.requires_grad_(False)
+        stack.enter_context(eval_mode(model))
+        return shard(policy, config, run.world, run.autocast_dtype)
+    return Engine(policy)
 
 
 def mix(
@@ -177,17 +242,21 @@ def of_batch(logps: TokenLogps, batch: PackedBatch) -> torch.Tensor:
 
 def sets_of(run: "Trainer") -> Sets:
     # A callback may ask for an evaluation that the options do not.
-    evaluates = run.config.eval_strategy != "no" or run.config.eval_on_start or bool(run.callbacks.user)
+    evaluates = run.config.eval_strategy != "no" or run.config.eval_on_start or bool(run.callbacks.user) or run.stays
     sets = {"train": run.examples, **(run.eval_sets if evaluates else {})}
     return {**sets, **run.stepwide.reference_sets(sets)}
 
 
-def _cache(run: "Trainer", role: Role, fingerprint: str) -> RefCache:
+def _cache(run: "Trainer", role: Role, policy: Policy, fingerprint: str) -> RefCache:
     """The cache of this policy on rank 0; of a resumed run, its checkpoint's own log-probabilities first."""
-    key = _key(run, fingerprint)
     run.other_reference = not is_as_begun(run, role, fingerprint)
     # The model is not as the run began, or ref_model another: what it computes now would not fit what is there.
-    cache = RefCache(key, cache_folder()) if run.world.main and not run.other_reference else RefCache("", None)
+    if run.world.main and not run.other_reference:
+        is_base = getattr(run, role.model) is None and run.reference_is_base
+        state = function_digest(policy.model, without_adapter=is_base)
+        cache = RefCache(cache_key(_key(run, fingerprint), state), cache_folder())
+    else:
+        cache = RefCache("", None)
     if run.resume is not None and (run.resume / role.file).exists():
         cache.read(run.resume / role.file)
     return cache
@@ -256,11 +325,28 @@ def _pass(
             out[name] = reference_logps(
                 examples, rows, cache, compute,
                 max_tokens=run.max_tokens, token_bucket=run.config.token_bucket, world=run.world, progress=progress,
-                passes=run.budget.passes,
+                passes=run.budget.passes, nudged=lambda: _nudged(policy, run.autocast_dtype),
             )  # fmt: skip
             for bar in bars:
                 bar.close()
     return out
+
+
+@contextlib.contextmanager
+def _nudged(policy: Policy, autocast_dtype: torch.dtype | None) -> Iterator[None]:
+    """Inside, every embedding is one spacing of the working precision off, up and down in turn."""
+    eps = max(weights_eps(policy), torch.finfo(autocast_dtype).eps if autocast_dtype is not None else 0.0)
+
+    def move(module: nn.Module, inputs: Any, out: torch.Tensor) -> torch.Tensor:
+        sign = torch.ones_like(out)
+        sign[..., ::2] = -1
+        return out * (1 + eps * sign)
+
+    handle = policy.causal_lm.get_input_embeddings().register_forward_hook(move)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _keep(run: "Trainer", role: Role, sets: Sets, out: dict[str, TokenLogps]) -> None:

@@ -12,8 +12,9 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
 from fastpo import attention
+from fastpo.adapters import first_line
 from fastpo.data import Example
-from fastpo.errors import UnsupportedModelError
+from fastpo.errors import ConfigError, FastpoError, UnsupportedModelError
 from fastpo.layout import Layout
 from fastpo.model import Policy, attention_implementations, restore_attention, switch_attention, weights_eps
 from fastpo.packing import PackedBatch, collate
@@ -41,7 +42,7 @@ def verify_policy(policy: Policy, examples: Sequence[Example], tolerance: float 
             noise = _Noise(tolerance, tolerance, few=0.0)
         try:
             with policy.attach():
-                if not attention.runs_unpacked():
+                if not policy.unpacked:
                     _check_attention_pattern(policy, device)
                 batch = collate(examples, range(len(examples))).to(device)
                 packed = policy.logp(batch)
@@ -51,6 +52,37 @@ def verify_policy(policy: Policy, examples: Sequence[Example], tolerance: float 
             raise UnsupportedModelError(f"{name} cannot run packed: {error}; {attention.UNPACKED}") from error
         _compare_tokens(name, packed, torch.cat(own), noise)
         _compare_pairs(name, packed, batch, examples, own, noise)
+
+
+def verify_or_unpack(policy: Policy, examples: Sequence[Example]) -> None:
+    """`verify_policy`; a model that is wrong or cannot run when packed, and right when every response runs alone, runs
+    so from here on (recurrent layers that its config does not name, masks of its own). Else the first error stands.
+    """
+    try:
+        verify_policy(policy, examples)
+    except UnsupportedModelError as error:
+        _unpack(policy, examples, error)
+    except FastpoError:
+        raise
+    except (TypeError, ValueError, AttributeError) as error:
+        config = policy.causal_lm.config
+        if config.get_text_config(decoder=True) is config and not hasattr(config, "vision_config"):
+            raise
+        name = type(policy.causal_lm).__name__
+        raise UnsupportedModelError(f"{name} cannot run on rows of text alone: {first_line(error)}") from error
+
+
+def _unpack(policy: Policy, examples: Sequence[Example], error: UnsupportedModelError) -> None:
+    """Go on unpacked where that is right, else raise `error`."""
+    if policy.unpacked:
+        raise error
+    policy.unpacked = True
+    try:
+        verify_policy(policy, examples)
+    except (UnsupportedModelError, ConfigError):  # ConfigError: fsdp, which cannot run unpacked
+        policy.unpacked = False
+        raise error from None
+    policy.unpack(str(error).partition(f"; {attention.UNPACKED}")[0].partition(f" ({attention.UNPACKED})")[0])
 
 
 @dataclass(frozen=True, slots=True)

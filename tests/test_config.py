@@ -107,11 +107,11 @@ def test_arguments_of_other_trainers_are_refused():
     from transformers import TrainingArguments
 
     @dc.dataclass
-    class ORPOConfig(TrainingArguments):
+    class SFTConfig(TrainingArguments):
         beta: float = 0.1
 
-    with pytest.raises(ConfigError, match="args is a ORPOConfig"):
-        TrainConfig.build(ORPOConfig(output_dir="x", use_cpu=True))
+    with pytest.raises(ConfigError, match="args is a SFTConfig"):
+        TrainConfig.build(SFTConfig(output_dir="x", use_cpu=True))
 
 
 def test_harmless_values_are_accepted(tmp_path):
