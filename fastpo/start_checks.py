@@ -140,5 +140,7 @@ def say_without_effect(run: "Trainer", steps: int) -> None:
         log.warning("without effect in this run: %s", "; ".join(found))
 
 
-def _has_splits(dataset: str | None) -> bool:
-    return dataset is not None and not Path(dataset).expanduser().is_file()
+def _has_splits(dataset: Any) -> bool:
+    if isinstance(dataset, list):  # a mixture
+        return any(_has_splits(part["path"]) for part in dataset)
+    return isinstance(dataset, str | os.PathLike) and not Path(dataset).expanduser().is_file()
