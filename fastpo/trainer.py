@@ -792,4 +792,3 @@ class Trainer(face.Face):
     def bar(self, **kwargs: Any) -> tqdm:
         quiet = self.config.disable_tqdm or not self.world.main or not sys.stderr.isatty()
         return tqdm(disable=quiet, file=sys.stderr, dynamic_ncols=True, **kwargs)
-

@@ -129,7 +129,7 @@ def test_folders_that_cannot_be(refuse, name, words):
         ({"ref_model": 3}, "ref_model must be a model, or the name or path of one, not 3"),
         ({"ref_model": ""}, "ref_model must be a model, or the name or path of one, not ''"),
         ({"ref_model": "./nowhere"}, "ref_model: no such folder: './nowhere'"),
-        ({"args": [1]}, "args must be a TrainConfig, a dict, a YAML path or a TRL DPOConfig, not list"),
+        ({"args": [1]}, "args must be a TrainConfig, a dict, a YAML path or a TRL config.*, not list"),
         ({"peft_config": 3}, "peft_config must be a PeftConfig"),
         ({"quantization_config": 3}, "quantization_config must be a BitsAndBytesConfig or its arguments, not 3"),
     ],
