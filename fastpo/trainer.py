@@ -7,6 +7,7 @@ on the device until a logging step.
 """
 
 import contextlib
+import itertools
 import logging
 import math
 import os
@@ -76,11 +77,9 @@ from fastpo.ref_policy import MovingReference, cache_folder
 from fastpo.row_statistics import EVALUATION, TOKEN_KL, TRAIN, draw_rows, observer, row_statistics
 from fastpo.samples import check_generation_kwargs
 from fastpo.stepwide import Statistics, StepWide
-from fastpo.verify import verify_policy
+from fastpo.verify import guard_rows, verify_policy
 
 log = logging.getLogger("fastpo")
-
-GUARD_ROWS = 3  # real rows on which the packed path must equal the model's own logits before the first step
 
 
 @dataclass
@@ -702,11 +701,11 @@ class Trainer:
     # --------------------------------------------------------------- guards
 
     def verify(self, engine: Engine, rows: list[int]) -> None:
-        """The packed path must equal the model's own logits on a few real rows; short ones, to keep it cheap, and such
-        as share their prompt, where some do."""
-        rows = sorted(rows, key=lambda i: (not self.examples[i].share, self._tokens[i]))[:GUARD_ROWS]
+        """The packed path must equal the model's own logits on a few real rows of the first step, and the longest."""
+        everything = itertools.chain(self.examples, *self.eval_sets.values())
+        chosen = guard_rows(engine.policy, [self.examples[i] for i in rows], everything)
         with self.autocast(), torch.no_grad():
-            engine(lambda: verify_policy(engine.policy, [self.examples[i] for i in rows]))
+            engine(lambda: verify_policy(engine.policy, chosen))
 
     def _wrong_start(self, logp: Tensor, batch: PackedBatch) -> str | None:
         """A policy that starts as its reference must reproduce the losses' closed form, to the dtype's error."""
