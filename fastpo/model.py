@@ -105,11 +105,15 @@ class Policy:
         """(hidden states [N, D] of the positions that predict a target, in the head's dtype and on its device; head);
         with `prompts`, [N + M, D]: those that predict the batch's prompt tokens follow."""
         rows = torch.cat([batch.logit_rows, batch.prompts.rows]) if prompts and batch.prompts else batch.logit_rows
-        hidden = self.hidden(batch).index_select(0, rows)  # [N, D]
         head = self.head()
+        return self.for_head(self.hidden(batch).index_select(0, rows), head), head
+
+    @staticmethod
+    def for_head(hidden: Tensor, head: Head) -> Tensor:
+        """Hidden states [N, D] in the head's dtype and on its device."""
         if hidden.dtype != head.weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
             hidden = hidden.to(head.weight.dtype)  # a head kept in another precision, as the model's own forward has it
-        return hidden.to(head.weight.device), head
+        return hidden.to(head.weight.device)
 
     def logp(
         self,

@@ -7,6 +7,7 @@ on the device until a logging step.
 """
 
 import contextlib
+import itertools
 import logging
 import math
 import os
@@ -80,11 +81,9 @@ from fastpo.run_lock import RunLock
 from fastpo.signals import Signals
 from fastpo.step_plan import StepPlan
 from fastpo.stepwide import Statistics, StepWide
-from fastpo.verify import verify_or_unpack
+from fastpo.verify import guard_rows, verify_or_unpack
 
 log = logging.getLogger("fastpo")
-
-GUARD_ROWS = 3  # real rows on which the packed path must equal the model's own logits before the first step
 
 
 @dataclass
@@ -725,15 +724,14 @@ class Trainer(face.Face):
     # --------------------------------------------------------------- guards
 
     def verify(self, engine: Engine, rows: list[int]) -> None:
-        """The packed path must equal the model's own logits on a few real rows; short ones, to keep it cheap, and such
-        as share their prompt, where some do."""
-        rows = sorted(rows, key=lambda i: (not self.examples[i].share, self._tokens[i]))[:GUARD_ROWS]
+        """The packed path must equal the model's own logits on a few real rows of the first step, and the longest."""
+        everything = itertools.chain(self.examples, *self.eval_sets.values())
+        chosen = guard_rows(engine.policy, [self.examples[i] for i in rows], everything)
         with self.autocast(), torch.no_grad():
-            engine(lambda: verify_or_unpack(engine.policy, [self.examples[i] for i in rows]))
+            engine(lambda: verify_or_unpack(engine.policy, chosen))
             if self.router is not None and engine is self.engine:
                 low_precision = self.autocast_dtype is not None or self.policy.low_precision
-                few = [self.examples[i] for i in rows]
-                self.router = engine(lambda: self.router.verify(few, low_precision))
+                self.router = engine(lambda: self.router.verify(chosen, low_precision))
 
     def _wrong_start(self, logp: Tensor, batch: PackedBatch) -> str | None:
         """A policy that starts as its reference must reproduce the losses' closed form, to the dtype's error."""
