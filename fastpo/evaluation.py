@@ -16,6 +16,7 @@ from fastpo.errors import ConfigError
 from fastpo.metrics import PAIR_METRICS, TOKEN_SUMS, metric_means, pair_inputs, token_means, token_sums
 from fastpo.packing import PackedBatch, loss_count, pass_batches
 from fastpo.prepare import eval_mode
+from fastpo.router_loss import ROUTER, value
 from fastpo.samples import generate_samples
 
 if TYPE_CHECKING:
@@ -104,7 +105,11 @@ def evaluate(
         if run.stepwide.reads_rows:
             parts = list(parts)
             run.stepwide.of_rows(stats, parts, examples, train=False)
+        router = None
         for batch, logp in parts:
+            if run.router is not None:
+                sums_of = batch.rows[ROUTER]
+                router = sums_of if router is None else router + sums_of
             loss, metrics = run.objective(logp, batch, stats, pair_count, nlls)
             sums += torch.cat([loss.reshape(1), metrics])
             if run.watch_tokens:
@@ -113,8 +118,14 @@ def evaluate(
                 _note(mine, logp, batch, examples)
     total, *means = run.world.sum_(torch.cat([sums, of_tokens])).tolist()
     means, shares = means[: len(PAIR_METRICS)], means[len(PAIR_METRICS) :]
+    aux = {}
+    if run.router is not None:
+        router = run.world.sum_(torch.zeros(run.router.size, device=run.device) if router is None else router)
+        aux["aux_loss"] = value(router, router).item()
+        total += run.router.coefficient * aux["aux_loss"]
     seconds = time.monotonic() - started
-    out = {"loss": total, **(metric_means(means, run.pair_terms) if run.pair_terms else {}), **token_means(shares)}
+    of_pairs = metric_means(means, run.pair_terms) if run.pair_terms else {}
+    out = {"loss": total, **aux, **of_pairs, **token_means(shares)}
     if run.compute_metrics is not None:
         everywhere = {row: values for part in run.world.gather(mine) for row, values in part.items()}
         out |= _own_metrics(run.compute_metrics, out, everywhere)

@@ -89,23 +89,25 @@ class Loss:
             return self.gradient(x, **hyper)
 
     def _arguments(
-        self, chosen: Tensor, rejected: Tensor | None = None, ref_chosen: Tensor | None = None,
-        ref_rejected: Tensor | None = None, *, win_prob: Tensor | None = None, **more: Any,
+        self, policy_chosen_logps: Tensor, policy_rejected_logps: Tensor | None = None,
+        ref_chosen_logps: Tensor | None = None, ref_rejected_logps: Tensor | None = None, *,
+        win_prob: Tensor | None = None, **more: Any,
     ) -> tuple[Pairs, dict[str, Any]]:  # fmt: skip
         statistics = {name: more.pop(name) for name in STATISTICS if name in more}
         if win_prob is not None and (self.pair_prob or statistics.get("win_prob_chosen") is None):
             statistics |= {"win_prob_chosen": win_prob, "win_prob_rejected": 1 - win_prob}
         elif self.pair_prob:
             raise ConfigError(f"{self.name} needs win_prob")
-        x = Pairs(chosen, rejected, ref_chosen, ref_rejected, **statistics)
+        x = Pairs(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, **statistics)
         hyper = self.hyper(**more)
         missing = [name for name in self.needed(hyper) if getattr(x, name) is None]
         if missing:
             missing = ["policy_rejected_logps" if name == "rejected_logps" else name for name in missing]
             raise ConfigError(f"{self.name} needs {' and '.join(missing)}")
         for name, value in x._asdict().items():
-            if isinstance(value, Tensor) and value.dim() and value.shape != chosen.shape:
-                raise ConfigError(f"{self.name}: {name} {list(value.shape)} must have the shape {list(chosen.shape)}")
+            if isinstance(value, Tensor) and value.dim() and value.shape != x.chosen_logps.shape:
+                shape = list(x.chosen_logps.shape)
+                raise ConfigError(f"{self.name}: {name} {list(value.shape)} must have the shape {shape}")
         return x, hyper
 
     def needed(self, hyper: Mapping[str, Any]) -> list[str]:

@@ -195,12 +195,13 @@ class Window:
         # steps that counted, loss, skipped in a row now and at most, skipped in all
         self.run = torch.zeros(5, device=device)
         self.tokens_at_flush = 0
-        self.is_paused = False
+        self.has_aux = self.is_paused = False
         self._reset()
 
     def _reset(self) -> None:
         self.sums = torch.zeros(2 + len(PAIR_METRICS), device=self.device)  # steps that counted, loss, pair metrics
         self.norm = torch.zeros((), device=self.device)
+        self.aux = torch.zeros((), device=self.device)  # the router's load-balancing loss, summed over steps
         self.tokens = torch.zeros(TOKEN_SUMS, device=self.device)  # of the last step that looked at them
         self.dropped = torch.zeros(3, device=self.device)  # by grad_filter: rows, sum of their mass, the largest
         self.trunk_tokens = self.alone_tokens = self.micro_batches = 0
@@ -239,6 +240,11 @@ class Window:
         self.run[3] = torch.maximum(self.run[3], self.run[2])
         self.run[4] += skipped
 
+    def add_aux(self, aux: Tensor, finite: Tensor) -> None:
+        """One step's load-balancing loss, unweighted; a skipped step's does not count."""
+        self.has_aux = True
+        self.aux += torch.where(finite, aux.to(self.device), 0.0)
+
     def add_dropped(self, parts: Sequence[Tensor], world: Any) -> None:
         """One step's probability mass left out by `grad_filter`, of this process's rows. Every rank calls it."""
         of_ranks = torch.zeros(2 + world.size, device=self.device)
@@ -262,13 +268,13 @@ class Window:
             setattr(self, name, value.to(self.device) if isinstance(value, Tensor) else value)
         self.started = time.monotonic() - state["seconds"]
 
-    _STATE = ("run", "sums", "norm", "dropped", "tokens", "tokens_at_flush", "trunk_tokens", "alone_tokens",
+    _STATE = ("run", "sums", "norm", "aux", "dropped", "tokens", "tokens_at_flush", "trunk_tokens", "alone_tokens",
               "micro_batches")  # fmt: skip
 
     def flush(self, learning_rate: float, num_tokens: int) -> dict[str, float]:
         """The log line: one host read, then a new window. Raises TrainingError after too many non-finite steps."""
-        numbers = [self.norm.reshape(1).to(self.device), self.dropped, self.tokens, self.run, self.sums]
-        norm, rows, dropped, largest, *values = torch.cat(numbers).tolist()
+        numbers = [self.norm.reshape(1).to(self.device), self.aux[None], self.dropped, self.tokens, self.run, self.sums]
+        norm, aux, rows, dropped, largest, *values = torch.cat(numbers).tolist()
         of_tokens, values = values[:TOKEN_SUMS], values[TOKEN_SUMS:]
         self.run[3] = self.run[2]
         self._check(values[3])
@@ -281,6 +287,8 @@ class Window:
             out |= metric_means(metrics, self.pair_terms)
             if metrics[-1]:
                 out["pairs_per_second"] = metrics[-1] / seconds
+        if self.has_aux and steps:
+            out["aux_loss"] = aux / steps
         out |= token_means(of_tokens)
         out["num_tokens"] = num_tokens
         out["tokens_per_second"] = (num_tokens - self.tokens_at_flush) / seconds
@@ -304,6 +312,14 @@ class Window:
                 f"{in_a_row:.0f} steps in a row had a non-finite loss or gradient and were skipped; lower the learning "
                 "rate, or look at the data (max_nonfinite_steps sets the limit)"
             )
+
+    def skipped_last(self) -> bool:
+        """Whether the last step was skipped. Waits for the device."""
+        return bool(self.run[2] > 0)
+
+    def counted(self) -> bool:
+        """Whether any step of the run was not skipped. Waits for the device."""
+        return bool(self.run[0] > 0)
 
     def summary(self, seconds: float, steps: int, rows: int, num_tokens: int) -> dict[str, float]:
         """The run's last line, with the metrics of the window that no log line closed. Raises as `flush` does."""

@@ -83,8 +83,29 @@ torchrun --nproc-per-node 8 script.py
 * A ragged last batch counts every pair alike; `sft` terms are means over the tokens of the whole step. Both agree with
   TRL wherever its micro-batches hold equally many pairs and tokens.
 * `label_smoothing` acts on `sigmoid` too (conservative DPO); TRL 1.16 ignores it there.
+* A mixture of experts' load-balancing loss is one loss over all tokens of the step; TRL takes the mean over its
+  micro-batches and ranks, which is the same where these are one. An evaluation set counts as one step. It goes with
+  every loss; TRL's CPO and ORPO add it only where the config has `output_router_logits`.
+* A checkpoint that its class would not load whole (weights that would start at random, tensors that would be gone once
+  it is saved) ends before step 1; TRL trains it. Heads that predict further tokens, which transformers leaves out, are
+  carried over into the saved folder.
+* Models of text and images train their language part on text rows; the rest is frozen and saved as it is. Logits are
+  the model's own: TRL's fused head scales those of Aya Vision and Cohere 2 Vision, which the models themselves do not.
 * A `DPOConfig` keeps TRL's defaults, so it saves every 500 steps; without one nothing is saved but the final model.
-* Rows that are too long, empty or odd are counted and reported, never dropped in silence.
+* Rows that are too long, empty or odd are counted and reported, never dropped in silence; TRL filters out pairs whose
+  prompt alone fills `max_length` without a word.
+* A prompt may be text beside messages as chosen and rejected.
+
+**What surprises on the way in**
+
+* Liger 0.8.5's SimPO adds the chosen answer's cross-entropy with weight 1 (`alpha`, `compute_nll_loss`) and takes gamma
+  outside beta: its `gamma` is `beta * gamma_beta_ratio` here, and its loss is `loss_type=[simpo, sft]`.
+* Liger 0.8.5's DPO takes `label_smoothing` and ignores it for `sigmoid`, as TRL does.
+* TRL's CPO and ORPO trainers put an end of sequence behind whatever does not end in one: behind conversations whose
+  template ends in its own end of turn, or in a newline, that is a second ending.
+* AlpacaEval 0.6.6's length feature is the baseline's length minus the model's, and its preferences go from 1 (the
+  baseline wins) to 2 (the model does), 0 and 1.5 being ties.
+* TRL's `sft` term is a mean over each micro-batch's tokens, so that accumulation changes it.
 """
 
 _ELSEWHERE = """\

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastpo.errors import ConfigError
+from fastpo.bounds import plain
+from fastpo.errors import ConfigError, shown
 
 HONOURED, RENAMED, REFUSED, NO_EFFECT = "honoured", "renamed", "refused", "without meaning"
 
@@ -30,11 +31,21 @@ class Option:
 
     def harmless(self, value: Any) -> bool:
         """Whether a refused option's value leaves the training as it is."""
-        value = getattr(value, "value", value)
+        value = plain(value)
         return any(
-            value == other and isinstance(value, bool) == isinstance(other, bool)
+            not differ(value, other) and isinstance(value, bool) == isinstance(other, bool)
             for other in (None, self.default, *self.off)
         )
+
+
+def differ(value: Any, other: Any) -> bool:
+    """Whether two values are not equal; arrays, and what cannot be compared, differ from all but themselves."""
+    if value is other:
+        return False
+    try:
+        return not bool(value == other)
+    except Exception:  # an array's truth, a user's class
+        return True
 
 
 def _same(default: Any = None, note: str = "") -> Option:
@@ -177,7 +188,7 @@ OPTIONS: dict[str, Option] = {
     "local_rank": _any("torchrun's environment says it", -1),
     "model_init_kwargs": _same(),
     "trust_remote_code": _same(False),
-    "router_aux_loss_coef": _no("the load-balancing loss of mixture-of-experts models is not added", None, (False, 0)),
+    "router_aux_loss_coef": _same(None, "None: the model's own, as in TRL; 0 switches it off. One loss over the whole step, where TRL takes the mean over its micro-batches and ranks: the same where these are one"),
     "disable_dropout": _same(True),
     "dataset_num_proc": _same(),
     "max_length": _same(1024, "a response that is cut gets no end-of-sequence; rows cut or dropped are counted"),
@@ -264,7 +275,7 @@ SCRIPT: dict[str, Option] = {
     "dataset_config": _same(),
     "dataset_train_split": _same("train"),
     "dataset_test_split": _same("test", "evaluated where eval_strategy is set and no eval_dataset is given, as in TRL"),
-    "dataset_streaming": _no("the data are shuffled and counted: they must be at hand", False),
+    "dataset_streaming": _no("pass load_dataset(..., streaming=True) to fastpo.train, with max_steps", False),
     "ignore_bias_buffers": _any("buffers are sent once, at the start, whatever their type", False),
     "model_revision": _to("model_init_kwargs", "main"),
     "dtype": _same("float32", "None: the checkpoint's own dtype, where TRL loads float32"),
@@ -284,8 +295,8 @@ SCRIPT: dict[str, Option] = {
     "bnb_4bit_quant_type": _to("quantization_config", "nf4"),
     "use_bnb_nested_quant": _to("quantization_config", False),
     "bnb_4bit_quant_storage": _to("quantization_config"),
-    "datasets": _no("mix the data sets with datasets.concatenate_datasets and pass train_dataset"),
-    "streaming": _no("the data are shuffled and counted: they must be at hand", False),
+    "datasets": _to("train_dataset"),
+    "streaming": _no("pass load_dataset(..., streaming=True) to fastpo.train, with max_steps", False),
     "test_split_size": _no("split the data with train_test_split and pass train_dataset and eval_dataset"),
 }
 
@@ -335,7 +346,7 @@ FOREIGN: dict[str, dict[str, str]] = {
     _OPENRLHF: {
         "pretrain": "model",
         "ref_pretrain": "ref_model",
-        "dataset_probs": "mix the data sets with datasets.interleave_datasets and pass train_dataset",
+        "dataset_probs": "train_dataset: [{path: ..., weight: ...}, ...]",
         "train_split": "dataset_train_split",
         "eval_split": "dataset_test_split",
         "prompt_key": "rename the column to prompt",
@@ -349,7 +360,7 @@ FOREIGN: dict[str, dict[str, str]] = {
         "micro_train_batch_size": _STEP,
         "ipo": "loss_type: ipo, with ipo_reduce: sum, which OpenRLHF means",
         "nll_loss_coef": _SFT_TERM.format("dpo", "nll_loss_coef"),
-        "aux_loss_coef": "the load-balancing loss of mixture-of-experts models is not added",
+        "aux_loss_coef": "router_aux_loss_coef: None is the model's own, 0 none",
         "l2": "weight_decay",
         "adam_betas": "adam_beta1 and adam_beta2",
         "max_norm": "max_grad_norm",
@@ -401,28 +412,42 @@ def check_options(values: Mapping[str, Any], known: Collection[str]) -> dict[str
     out: dict[str, Any] = {}
     wrong: list[str] = []
     for given, value in values.items():
+        if not isinstance(given, str):
+            wrong.append(f"options have names, and {shown(given)} is none")
+            continue
         option = lookup(given)
         name = option.to if option is not None and option.status == RENAMED and option.to in known else given
         assert name is not None
         if given == "fsdp_config" or (name != given and value is None):
             continue
         if name in known:
-            if name in out and None not in (out[name], value) and out[name] != value:
-                wrong.append(f"{name} is set twice, under another name too: {out[name]!r} and {value!r}")
+            if name in out and out[name] is not None and value is not None and differ(out[name], value):
+                wrong.append(f"{name} is set twice, under another name too: {shown(out[name])} and {shown(value)}")
             out[name] = value
         elif option is None:
             wrong.append(_unknown(given, known))
         elif option.status == NO_EFFECT or option.harmless(value):
             continue
         elif option.status == REFUSED:
-            wrong.append(f"{given}={value!r} is not honoured by fastpo: {option.note}")
+            wrong.append(f"{given}={shown(value)} is not honoured by fastpo: {option.note}")
         elif option.to is not None:
             wrong.append(f"{given} belongs to the command line; fastpo.train takes {option.to}")
     if wrong:  # all at once: a file of another project has many
         raise ConfigError("; ".join(wrong))
-    if values.get("fsdp_config"):
+    nothing: tuple[Any, ...] = (None, "", False, {})
+    if all(differ(values.get("fsdp_config"), off) for off in nothing):
         _apply_fsdp_config(out, values["fsdp_config"])
     return out
+
+
+def without_meaning(values: Mapping[Any, Any]) -> list[str]:
+    """Names of the options that are set to something, and mean nothing here."""
+    found = {name: lookup(name) for name in values if isinstance(name, str)}
+    return [
+        name
+        for name, option in found.items()
+        if option is not None and option.status == NO_EFFECT and not option.harmless(values[name])
+    ]
 
 
 def _unknown(name: str, known: Collection[str]) -> str:
@@ -439,7 +464,7 @@ def _unknown(name: str, known: Collection[str]) -> str:
     near = (
         [_SHORT[name]] if name in _SHORT else difflib.get_close_matches(name, [*known, *all_names()], n=1, cutoff=0.5)
     )
-    return f"unknown option {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+    return f"unknown option {shown(name)}" + (f"; did you mean {near[0]!r}?" if near else "")
 
 
 # What people type for options whose names are too far from it to be found by likeness.
@@ -472,7 +497,7 @@ def fsdp_mode(value: Any) -> tuple[str, bool]:
         return modes[0], "offload" in words
     if not modes:
         return ("full_shard" if words else "no"), "offload" in words
-    raise ConfigError(f"fsdp must be no, full_shard or shard_grad_op, not {value!r}")
+    raise ConfigError(f"fsdp must be no, full_shard or shard_grad_op, not {shown(value)}")
 
 
 # Keys of fsdp_config that change nothing here; those of _FSDP_FIXED only at these values.
@@ -490,9 +515,9 @@ def _apply_fsdp_config(out: dict[str, Any], config: Any) -> None:
         try:
             config = json.loads(config if config.lstrip().startswith("{") else Path(config).read_text())
         except (OSError, ValueError) as error:
-            raise ConfigError(f"cannot read fsdp_config {config!r}: {' '.join(str(error).split())}") from None
+            raise ConfigError(f"cannot read fsdp_config {shown(config)}: {error}") from None
     if not isinstance(config, Mapping):
-        raise ConfigError(f"fsdp_config must be a mapping, not {config!r}")
+        raise ConfigError(f"fsdp_config must be a mapping, not {shown(config)}")
     mode, offload = fsdp_mode(out.get("fsdp"))
     if mode == "no":
         raise ConfigError("fsdp_config is given, but fsdp is off: set fsdp=full_shard")
@@ -508,9 +533,11 @@ def _apply_fsdp_config(out: dict[str, Any], config: Any) -> None:
                 out["gradient_checkpointing"] = True
         elif key in _FSDP_FIXED:
             if text not in [str(fixed).lower() for fixed in (None, *_FSDP_FIXED[key])]:
-                raise ConfigError(f"fsdp_config: {key}={value!r} is not honoured by fastpo, only {_FSDP_FIXED[key][0]}")
+                raise ConfigError(
+                    f"fsdp_config: {key}={shown(value)} is not honoured by fastpo, only {_FSDP_FIXED[key][0]}"
+                )
         elif key not in _FSDP_ANY:
-            raise ConfigError(f"fsdp_config: {key}={value!r} is not honoured by fastpo")
+            raise ConfigError(f"fsdp_config: {key}={shown(value)} is not honoured by fastpo")
     out["fsdp"] = mode
     if offload:
         out["fsdp_cpu_offload"] = True

@@ -21,7 +21,9 @@ from tqdm.auto import tqdm
 from fastpo import checkpoint, data, rows
 from fastpo.distributed import Engine, shard
 from fastpo.errors import ConfigError, DataError
-from fastpo.model import Policy, load_model
+from fastpo.function_state import function_digest
+from fastpo.loading import load_model
+from fastpo.model import Policy, weights_eps
 from fastpo.packing import PackedBatch
 from fastpo.prepare import check_ids, eval_mode, on_device
 from fastpo.ref_policy import (
@@ -35,6 +37,7 @@ from fastpo.ref_policy import (
     write_entries,
 )
 from fastpo.row_statistics import TOKEN_KL, needs_reference_tokens
+from fastpo.step_plan import StepPlan
 from fastpo.stepwide import TRAIN_MISMATCHED
 
 if TYPE_CHECKING:
@@ -70,7 +73,7 @@ def check_previous(run: "Trainer", prev_model: Any) -> None:
         raise ConfigError(f"sync_ref_model moves the reference, and {names} mixes it with the previous policy once")
 
 
-def attach(run: "Trainer", plan: list[tuple[int, list[int]]]) -> None:
+def attach(run: "Trainer", plan: StepPlan) -> None:
     """Fill `run.ref` with token log-probabilities for every data set, or leave None where none is needed."""
     run.ref = {"train": None, **dict.fromkeys(run.eval_sets)}
     if run.world.main and run.resume is None:
@@ -114,7 +117,10 @@ def _given(run: "Trainer", role: Role, sets: Sets) -> set[str]:
             raise DataError(f"{columns} is missing in some rows of the {name} data")
         if any(has) and examples[0].token_weights is not None:
             columns = " and ".join(rows.RESPONSE_COLUMNS[role.columns])
-            raise DataError(f"{columns} are sums, which chosen_token_weights cannot weigh: pass {role.model} instead")
+            raise DataError(
+                f"{columns} are sums, which neither chosen_token_weights nor turns that are not trained on can weigh: "
+                f"pass {role.model} instead, or assistant_only_loss=false where they are of all turns"
+            )
         of_tokens = next((t.name for t in run.pair_terms if needs_reference_tokens(t.loss)), None)
         if of_tokens is not None and any(has):
             columns = " and ".join(rows.RESPONSE_COLUMNS[role.columns])
@@ -126,7 +132,7 @@ def _given(run: "Trainer", role: Role, sets: Sets) -> set[str]:
     return found
 
 
-def _logps(run: "Trainer", plan: list[tuple[int, list[int]]], role: Role, sets: Sets) -> dict[str, TokenLogps]:
+def _logps(run: "Trainer", plan: StepPlan, role: Role, sets: Sets) -> dict[str, TokenLogps]:
     """The role's token log-probabilities for `sets`, computed, cached, and kept beside the run."""
     if not sets:
         return {}
@@ -138,8 +144,8 @@ def _logps(run: "Trainer", plan: list[tuple[int, list[int]]], role: Role, sets: 
         elif run.reference_is_base:
             # A new adapter's reference is the base model; one that was trained before is its own, as in TRL.
             stack.enter_context(run.policy.model.disable_adapter())  # type: ignore[operator]
-        cache = _cache(run, role, fingerprint)
-        out = _pass(run, engine, cache, sets, {row for _, step in plan for row in step}, role.name)
+        cache = _cache(run, role, engine.policy, fingerprint)
+        out = _pass(run, engine, cache, sets, plan.visited(), role.name)
     if getattr(run, role.model) is not None and run.config.fsdp != "no":
         # Its log-probabilities are all that training needs of it; FSDP's modules hold each other.
         setattr(run, role.model, None)
@@ -244,12 +250,16 @@ def sets_of(run: "Trainer") -> Sets:
     return {**sets, **run.stepwide.reference_sets(sets)}
 
 
-def _cache(run: "Trainer", role: Role, fingerprint: str) -> RefCache:
+def _cache(run: "Trainer", role: Role, policy: Policy, fingerprint: str) -> RefCache:
     """The cache of this policy on rank 0; of a resumed run, its checkpoint's own log-probabilities first."""
-    key = _key(run, fingerprint)
     run.other_reference = not is_as_begun(run, role, fingerprint)
     # The model is not as the run began, or ref_model another: what it computes now would not fit what is there.
-    cache = RefCache(key, cache_folder()) if run.world.main and not run.other_reference else RefCache("", None)
+    if run.world.main and not run.other_reference:
+        is_base = getattr(run, role.model) is None and run.reference_is_base
+        state = function_digest(policy.model, without_adapter=is_base)
+        cache = RefCache(cache_key(_key(run, fingerprint), state), cache_folder())
+    else:
+        cache = RefCache("", None)
     if run.resume is not None and (run.resume / role.file).exists():
         cache.read(run.resume / role.file)
     return cache
@@ -318,11 +328,28 @@ def _pass(
             out[name] = reference_logps(
                 examples, rows, cache, compute,
                 max_tokens=run.max_tokens, token_bucket=run.config.token_bucket, world=run.world, progress=progress,
-                passes=run.budget.passes,
+                passes=run.budget.passes, nudged=lambda: _nudged(policy, run.autocast_dtype),
             )  # fmt: skip
             for bar in bars:
                 bar.close()
     return out
+
+
+@contextlib.contextmanager
+def _nudged(policy: Policy, autocast_dtype: torch.dtype | None) -> Iterator[None]:
+    """Inside, every embedding is one spacing of the working precision off, up and down in turn."""
+    eps = max(weights_eps(policy), torch.finfo(autocast_dtype).eps if autocast_dtype is not None else 0.0)
+
+    def move(module: nn.Module, inputs: Any, out: torch.Tensor) -> torch.Tensor:
+        sign = torch.ones_like(out)
+        sign[..., ::2] = -1
+        return out * (1 + eps * sign)
+
+    handle = policy.causal_lm.get_input_embeddings().register_forward_hook(move)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _keep(run: "Trainer", role: Role, sets: Sets, out: dict[str, TokenLogps]) -> None:
@@ -341,11 +368,11 @@ def _keep(run: "Trainer", role: Role, sets: Sets, out: dict[str, TokenLogps]) ->
         log.warning("the %s's log-probabilities could not be written beside the run: %s", role.name, error)
 
 
-def move(run: "Trainer", plan: list[tuple[int, list[int]]], start: int) -> None:
+def move(run: "Trainer", plan: StepPlan, start: int) -> None:
     """A moving reference's log-probabilities for the steps of the plan until it moves again."""
     assert run.moving is not None
     run.reference_start = start
-    visited = {row for _, step in plan[start : start + run.moving.every] for row in step}
+    visited = plan.visited(start, start + run.moving.every)
     with run.moving.in_place(lambda: exchanging(run)):
         run.ref |= _pass(run, run.engine, RefCache("", None), sets_of(run), visited)
 

@@ -36,6 +36,7 @@ class Statistics:
     pair_at: dict[int, int] = field(default_factory=dict)  # row -> place of its first pair in what follows
     coefficients: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # term -> dL/dlw, dL/dll, each [P]
     means: dict[str, Tensor] = field(default_factory=dict)  # term -> mean loss of the step's pairs, []
+    router: Tensor | None = None  # [2 E + 1]: router_loss.py's sums, where the step is several micro-batches
 
     def of_term(self, x: Pairs, term: Term) -> Pairs:
         """`x` with what the term's loss reads of the step."""
@@ -129,6 +130,17 @@ class StepWide:
         if self.reads_rows:
             parts = self.first_pass(share, rounds, self.run.examples, self.run.ref["train"], idle)
             self.of_rows(stats, parts, self.run.examples, train=True)
+        run = self.run
+        if run.router is not None:
+            router = run.router
+
+            def sums(part: list[int]) -> Tensor:
+                with run.autocast():
+                    return router.trunk_pass(run.engine, run.batch(run.examples, part, run.ref["train"]))
+
+            mine = run.budget.passes(share, run.examples, sums)
+            more = (sums(idle) for _ in range(rounds - len(share)))
+            stats.router = router.look_ahead(mine, more, run.world)
 
     def first_pass(
         self, share: Sequence[list[int]], rounds: int, examples: Sequence[data.Example], ref: Any, idle: list[int],

@@ -7,6 +7,7 @@ on the device until a logging step.
 """
 
 import contextlib
+import itertools
 import logging
 import math
 import os
@@ -28,21 +29,27 @@ from fastpo import (
     data,
     evaluation,
     face,
+    inputs,
     live_reference,
     losses,
+    mixing,
+    model_files,
     outputs,
     references,
+    router_loss,
     rows,
     run_data,
     saving,
+    start_checks,
 )
 from fastpo.callbacks import Callbacks, check_best
 from fastpo.config import TrainConfig
-from fastpo.distributed import Engine, World, shard
-from fastpo.errors import ConfigError, DataError, TrainingError
+from fastpo.distributed import Engine, World, shard, uses_bf16
+from fastpo.errors import ConfigError, TrainingError
 from fastpo.guardrails import Guardrails
 from fastpo.hub import Hub
 from fastpo.kway import Forming
+from fastpo.loading import freeze_towers, load_model, load_tokenizer
 from fastpo.memory import Budget, resolve_max_tokens
 from fastpo.metrics import (
     PAIR_METRICS,
@@ -53,15 +60,13 @@ from fastpo.metrics import (
     pair_inputs,
     token_sums,
 )
-from fastpo.model import DROPPED_MASS, Policy, load_model, load_tokenizer
+from fastpo.model import DROPPED_MASS, Policy
 from fastpo.objective import Objective
-from fastpo.optim import Gradients, build_optimizer, build_scheduler
+from fastpo.optim import Gradients, build_optimizer, build_scheduler, check_given
 from fastpo.packing import (
     PackedBatch,
     TrunkCost,
     collate,
-    epoch_order,
-    epoch_steps,
     loss_count,
     sequence_tokens,
     set_sharing,
@@ -69,16 +74,16 @@ from fastpo.packing import (
     step_batches,
     trunk_tokens,
 )
-from fastpo.prepare import check_ids, check_offloading, disable_dropout, interval, set_numerics, training_mode, use_bf16
+from fastpo.prepare import check_ids, disable_dropout, interval, set_numerics, training_mode
 from fastpo.ref_policy import MovingReference, cache_folder
 from fastpo.row_statistics import EVALUATION, TOKEN_KL, TRAIN, draw_rows, observer, row_statistics
-from fastpo.samples import check_generation_kwargs
+from fastpo.run_lock import RunLock
+from fastpo.signals import Signals
+from fastpo.step_plan import StepPlan
 from fastpo.stepwide import Statistics, StepWide
-from fastpo.verify import verify_policy
+from fastpo.verify import guard_rows, verify_or_unpack
 
 log = logging.getLogger("fastpo")
-
-GUARD_ROWS = 3  # real rows on which the packed path must equal the model's own logits before the first step
 
 
 @dataclass
@@ -169,10 +174,16 @@ class Trainer(face.Face):
         set_numerics(config)
         self.device = world.device
         self._resolve_losses(ref_model, prev_model)
-        check_generation_kwargs(config.generation_kwargs)
-        check_offloading(config, self.device)
-        build_scheduler(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0), config, steps=100)  # its errors, early
+        start_checks.check_options(config, self.device)
+        inputs.check(processing_class, callbacks, optimizers, eval_dataset)
+        peft_config, quantization_config = (
+            inputs.peft_config(peft_config),
+            inputs.quantization_config(quantization_config),
+        )
+        model_files.check_shard_size(config.max_shard_size)
         self.output_dir = Path(config.output_dir)
+        self.lock = RunLock(self.output_dir)
+        self.metrics_file, self.samples_file = outputs.lines_of(self)
         self.resume, remarks = world.first(lambda: checkpoint.find(self.output_dir, config.resume_from_checkpoint))
         for remark in remarks:
             log.warning("%s", remark)
@@ -191,6 +202,7 @@ class Trainer(face.Face):
         self.data_reports: dict[str, data.DataReport] = {}
         self.examples = run_data.prepare(self, train_dataset, config.dataset_train_split, "train")
         self.eval_sets = run_data.prepare_eval(self, eval_dataset)
+        self.plan = StepPlan(config, len(self.examples), world.size)
         self.stepwide = StepWide(self)
         self.stepwide.prepare({"train": self.examples, **self.eval_sets})
         if compute_metrics is None:  # else nobody knows yet what evaluations report
@@ -200,9 +212,9 @@ class Trainer(face.Face):
         self._take_model(model, peft_config, quantization_config)
         if config.grad_filter and self.device.type == "cuda":
             log.warning("grad_filter runs plain PyTorch operations on a GPU, unmeasured: compare tokens_per_second")
-        self.autocast_dtype = torch.bfloat16 if use_bf16(config, self.device) else None
+        self.autocast_dtype = torch.bfloat16 if uses_bf16(config, self.device) else None
         self._size_micro_batches()
-        self.optimizer, self.scheduler = optimizers or (None, None)
+        self.optimizer, self.scheduler = (None, None) if optimizers is None else optimizers
         if self.optimizer is not None and config.fsdp != "no":
             raise ConfigError("fsdp splits the parameters, so an optimiser made before does not fit: set optim instead")
         self.num_tokens = 0
@@ -246,18 +258,22 @@ class Trainer(face.Face):
 
     def _note_inputs(self, model: Any, train_dataset: Any, eval_dataset: Any) -> None:
         """Names and paths of what the run is made from, for its files; a path that is not there ends it here."""
+        name = inputs.model_name("model", model)
         if isinstance(model, nn.Module) and self.ref_model is model:
             raise ConfigError("ref_model is the model that is trained: leave it out for its weights at the start")
-        name = os.fspath(model) if isinstance(model, str | os.PathLike) else None
+        for argument in ("ref_model", "prev_model"):
+            if (given := getattr(self, argument)) is not None:
+                setattr(self, argument, inputs.model_name(argument, given) or given)
         self.model_name = name or getattr(getattr(model, "config", None), "_name_or_path", "") or ""
         self.model_given_by_name = name is not None
         self.dataset_name = train_dataset if isinstance(train_dataset, str) else None
-        paths = {"model": model, "train_dataset": train_dataset, "eval_dataset": eval_dataset,
+        paths = {"model": name, "train_dataset": train_dataset, "eval_dataset": eval_dataset,
                  "ref_model": self.ref_model, "prev_model": self.prev_model}  # fmt: skip
         self.inputs: dict[str, Any] = {k: os.fspath(v) for k, v in paths.items() if isinstance(v, str | os.PathLike)}
         evaluated = eval_dataset if isinstance(eval_dataset, Mapping) else {"": eval_dataset}
-        named = [d for d in (train_dataset, *evaluated.values()) if isinstance(d, str | os.PathLike)]
+        named = [path for d in (train_dataset, *evaluated.values()) for path in mixing.paths_of(d)]
         self.world.first(lambda: [rows.check_path(dataset) for dataset in named])  # before the hub is asked for a model
+        self.inputs |= mixing.described(train_dataset)
         if isinstance(eval_dataset, Mapping) and all(isinstance(v, str | os.PathLike) for v in eval_dataset.values()):
             self.inputs["eval_dataset"] = {name: os.fspath(v) for name, v in eval_dataset.items()}
 
@@ -294,9 +310,11 @@ class Trainer(face.Face):
         self.model = self.callbacks.model = model
         self.tags = face.add_tags(model, [*self._tag_names, *dict.fromkeys(t.name for t in self.terms)])
         self.policy = Policy(model)
+        freeze_towers(model)
         self.engine = Engine(self.policy)
         for set_name, examples in {"train": self.examples, **self.eval_sets}.items():
             check_ids(self.policy, examples, set_name)
+        self.router = router_loss.of_run(self.policy, config, (self.examples, *self.eval_sets.values()))
         # PiSSA and its like take part of the base away, so that the base with the adapter off is another model.
         self.reference_is_base = self.new_adapter and not adapters.rewrites_base(peft_config)
         self.start_is_known = config.disable_dropout and adapters.starts_at_base(peft_config)
@@ -330,24 +348,6 @@ class Trainer(face.Face):
         """Pairs of an optimiser step, over all processes."""
         return self.config.step_size * self.world.size
 
-    def _plan(self) -> list[tuple[int, list[int]]]:
-        """(epoch, rows) of every optimiser step of the run, over all processes."""
-        config, n = self.config, len(self.examples)
-        steps: list[tuple[int, list[int]]] = []
-        seed = config.seed if config.data_seed is None else config.data_seed
-        batch, accumulation = config.per_device_train_batch_size * self.world.size, config.gradient_accumulation_steps
-        epoch = 0
-        while True:
-            order = epoch_order(n, seed=seed, epoch=epoch, strategy=config.train_sampling_strategy)
-            of_epoch = epoch_steps(order, batch, accumulation, config.dataloader_drop_last)
-            if not of_epoch:
-                raise DataError(f"{n} rows do not fill one batch of {batch} (dataloader_drop_last)")
-            total = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * len(of_epoch))
-            steps += [(epoch, rows) for rows in of_epoch]
-            if len(steps) >= total:
-                return steps[:total]
-            epoch += 1
-
     # ------------------------------------------------------------- forward
 
     def logp(self, engine: Engine, batch: PackedBatch, statistics: bool = True) -> Tensor:
@@ -356,7 +356,8 @@ class Trainer(face.Face):
         prompts = statistics and batch.prompts is not None
         config = self.config
         options: dict[str, Any] = {"memory_budget": config.logits_memory_budget, "grad_filter": config.grad_filter}
-        with self.autocast():
+        router = self.router if engine is self.engine else None
+        with self.autocast(), router.collecting(batch) if router is not None else contextlib.nullcontext():
             logp = engine(lambda: engine.policy.logp(batch, observe=observe, prompts=prompts, **options))
         assert isinstance(logp, Tensor)
         if prompts:
@@ -384,6 +385,7 @@ class Trainer(face.Face):
         """Run all steps, evaluate and save as configured, return the result."""
         finished, self.in_loop = False, True
         try:
+            self.world.first(self.lock.take)
             result = self._train()
             finished = True
             return result
@@ -396,14 +398,17 @@ class Trainer(face.Face):
             self.callbacks.close(failed=not finished)
             if self.hub is not None:
                 self.hub.close()
+            self.lock.release()
 
     def _train(self) -> TrainResult:
         config = self.config
-        plan = self._plan()
+        plan = self.plan
         self.ready()
         if self.resume is not None:
-            self.callbacks.restore(TrainerState.load_from_json(str(self.resume / "trainer_state.json")))
+            self.callbacks.restore(checkpoint.read_state(self.resume))
         self.callbacks.start_trackers()
+        start_checks.say_without_effect(self, len(plan))
+        start_checks.try_samples(self)
         references.attach(self, plan)
         if TOKEN_KL in self.row_statistics:
             self.live = live_reference.start(self, plan[0][1])
@@ -420,7 +425,8 @@ class Trainer(face.Face):
         self.elapsed, self.rows_done = 0.0, 0  # seconds of training before this process; rows so far
         self.saved_step = -1  # of the last whole checkpoint of this run
         self.updating = False  # whether the weights are between two steps, or not the policy's
-        self.writing = False  # whether a log line is being written
+        self.signals = Signals(busy=lambda: self.updating)
+        self.rescued = False  # whether a save that failed has left the weights alone
         self.rng: dict[str, Any] | None = None  # inside a step, the random states at its beginning
         self.reference_start = 0  # step of the plan from which a moving reference stands still
         self.seen = 0  # rows of the epoch
@@ -445,11 +451,12 @@ class Trainer(face.Face):
             raise ConfigError(
                 "no parameter of the model requires a gradient (an adapter is loaded with is_trainable=True)"
             )
+        saving.prepare(self)
         self.fingerprint, self.identity = saving.identify(self)
         self._distribute()
         if self.config.sync_ref_model and self.moving is None:
             self.moving = self._moving_reference(self.parameters)
-        self.verify(self.engine, self._plan()[0][1])
+        self.verify(self.engine, self.plan[0][1])
         self.is_ready = True
 
     def _moving_reference(self, parameters: dict[str, nn.Parameter]) -> MovingReference:
@@ -477,9 +484,7 @@ class Trainer(face.Face):
             group=self.world.group, sharded=self.engine.sharded,
         )  # fmt: skip
         if not self.own_optimizer:
-            known = {id(p) for p in self.parameters.values()}
-            if any(id(p) not in known for group in self.optimizer.param_groups for p in group["params"]):
-                raise ConfigError("the optimiser passed in holds parameters that this model does not train")
+            check_given(self.optimizer, self.parameters)
         if self.optimizer is None:
             self.optimizer = build_optimizer(self.model, config, self.gradients)
         if self.scheduler is None:
@@ -492,13 +497,13 @@ class Trainer(face.Face):
         state.save_steps = interval(config.save_steps, steps)
         state.train_batch_size = config.per_device_train_batch_size
 
-    def _loop(self, plan: list[tuple[int, list[int]]], bar: tqdm) -> dict[str, float]:
+    def _loop(self, plan: StepPlan, bar: tqdm) -> dict[str, float]:
         """The steps of the plan from `self.cursor` on, and the trained model's files. Returns the summary."""
         config, call = self.config, self.callbacks.call
         self.started = time.monotonic() - self.elapsed
         if self.cursor >= len(plan):
             log.info("nothing is left to train: step %d of %d", self.state.global_step, len(plan))
-        with saving.terminable(self):
+        with self.signals.taken(not self.world.several):
             try:
                 call("on_train_begin")
                 if config.eval_on_start and self.resume is None:
@@ -525,13 +530,15 @@ class Trainer(face.Face):
                         self.reference_start = self.cursor
                     self._mark_due("steps", at_end=self.cursor == len(plan))
                     self.todo = {"stage": 0, "learning_rate": learning_rate, "epoch": epoch, "last": last_of_epoch}
-                    self.updating, self.rng = False, None
+                    self.rng, self.updating = None, False
+                    self.signals.check()
                     bar.update()
                     if moved:
                         references.move(self, plan, self.cursor)
                     self._settle(plan, bar)
                 seconds = time.monotonic() - self.started
                 summary = self.window.summary(seconds, self.state.global_step, self.rows_done, self.num_tokens)
+                saving.check_trained(self)
                 if config.load_best_model_at_end:
                     self.updating = True  # the weights are no longer the last step's
                     saving.load_best(self)
@@ -540,7 +547,7 @@ class Trainer(face.Face):
                 self.log(summary)
                 call("on_train_end")
             except BaseException as error:
-                self._rescue(error)
+                saving.rescue(self, error)
                 raise
             finally:
                 self.gradients.close()
@@ -572,7 +579,7 @@ class Trainer(face.Face):
             at_end and config.save_strategy == strategy
         )
 
-    def _settle(self, plan: list[tuple[int, list[int]]], bar: tqdm | None = None) -> None:
+    def _settle(self, plan: StepPlan, bar: tqdm | None = None) -> None:
         """What follows a step, in transformers' order: on_step_end, log, evaluate, on_epoch_end, log, evaluate; and
         save last, so that a resumed run misses nothing. A run that was cut short in here goes on with that stage.
         """
@@ -632,6 +639,8 @@ class Trainer(face.Face):
         if self.stepwide.reads_mean:
             self.stepwide.commit(bool(finite))
         self.window.add(loss[0], metrics, norm, finite)
+        if self.router is not None:
+            self.window.add_aux(self.world.sum_(self.router.total), finite)
         if self.config.grad_filter:
             self.window.add_dropped(self.dropped, self.world)
         if self.watch_tokens:
@@ -678,6 +687,8 @@ class Trainer(face.Face):
         step_metrics = torch.zeros(len(PAIR_METRICS), device=self.device)
         self.done, self.dropped, wrong = [], [], None
         self.of_tokens = torch.zeros(TOKEN_SUMS, device=self.device)
+        if self.router is not None:
+            self.router.begin()
         at_once = not self.world.several and len(self.share) == 1
         if not (self.world.several or at_once):
             self.stepwide.look_ahead(stats, self.share, self.rounds, idle_rows)
@@ -693,6 +704,8 @@ class Trainer(face.Face):
             if self.stepwide.reads_rows and at_once:
                 self.stepwide.of_rows(stats, [(batch, logp)], self.examples, train=True)
             loss, metrics = self.objective(logp, batch, stats, pair_count, nlls)
+            if self.router is not None:
+                loss = loss + self.router.share(batch, stats.router)
             if check_start:
                 wrong = wrong or self._wrong_start(logp.detach(), batch)
             loss.backward()
@@ -711,11 +724,14 @@ class Trainer(face.Face):
     # --------------------------------------------------------------- guards
 
     def verify(self, engine: Engine, rows: list[int]) -> None:
-        """The packed path must equal the model's own logits on a few real rows; short ones, to keep it cheap, and such
-        as share their prompt, where some do."""
-        rows = sorted(rows, key=lambda i: (not self.examples[i].share, self._tokens[i]))[:GUARD_ROWS]
+        """The packed path must equal the model's own logits on a few real rows of the first step, and the longest."""
+        everything = itertools.chain(self.examples, *self.eval_sets.values())
+        chosen = guard_rows(engine.policy, [self.examples[i] for i in rows], everything)
         with self.autocast(), torch.no_grad():
-            engine(lambda: verify_policy(engine.policy, [self.examples[i] for i in rows]))
+            engine(lambda: verify_or_unpack(engine.policy, chosen))
+            if self.router is not None and engine is self.engine:
+                low_precision = self.autocast_dtype is not None or self.policy.low_precision
+                self.router = engine(lambda: self.router.verify(chosen, low_precision))
 
     def _wrong_start(self, logp: Tensor, batch: PackedBatch) -> str | None:
         """A policy that starts as its reference must reproduce the losses' closed form, to the dtype's error."""
@@ -774,19 +790,3 @@ class Trainer(face.Face):
     def bar(self, **kwargs: Any) -> tqdm:
         quiet = self.config.disable_tqdm or not self.world.main or not sys.stderr.isatty()
         return tqdm(disable=quiet, file=sys.stderr, dynamic_ncols=True, **kwargs)
-
-    def _rescue(self, error: BaseException) -> None:
-        """A crash, Ctrl-C or SIGTERM loses nothing: the last finished step is saved, and can be resumed.
-
-        Not with several processes, which do not stop at the same step: there the last checkpoint stands.
-        """
-        outputs.report(self, {}, f"failed: {type(error).__name__}: {error}")
-        step = self.state.global_step
-        if step in (0, self.saved_step) or self.updating or self.world.several:
-            return
-        try:
-            if folder := saving.save_checkpoint(self):
-                how = "" if self.config.save_only_model else " (resume_from_checkpoint=true goes on)"
-                log.warning("stopped at step %d; %s holds it%s", step, folder, how)
-        except Exception as failure:
-            log.warning("the run could not be saved after the failure: %s", failure)

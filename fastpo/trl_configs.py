@@ -69,9 +69,14 @@ def values_of(args: Any, known: Collection[str]) -> dict[str, Any]:
     object of the same class.
     """
     kind = class_of(args)
-    untouched = type(args)(output_dir=args.output_dir, use_cpu=True, bf16=False)
+    try:
+        untouched = type(args)(output_dir=args.output_dir, use_cpu=True, bf16=False)
+    except TypeError as error:  # a subclass with arguments of its own
+        raise ConfigError(
+            f"args is a {type(args).__name__} that cannot be compared with its defaults: {error}"
+        ) from None
     fields = {name: getattr(args, name) for name, f in type(args).__dataclass_fields__.items() if f.init}
-    changed = {k: v for k, v in fields.items() if v != getattr(untouched, k)}
+    changed = {k: v for k, v in fields.items() if options.differ(v, getattr(untouched, k))}
     for name in known:
         if name in fields and name != "bf16":
             changed.setdefault(name, fields[name])

@@ -88,6 +88,63 @@ def test_coefficients_are_autograds(name, hyper, seed, scale):
         torch.testing.assert_close(c, grad, rtol=1e-9, atol=1e-12)
 
 
+# Hyper-parameters, and the log-probabilities of chosen and rejected that lie on a loss's kink or bound, to the bit;
+# those of the reference are 0, and lengths 1.
+AT_BOUNDS = {
+    "hinge": ({"beta": 0.5}, -2.0, -4.0), "gpo_hinge": ({"beta": 0.5}, -2.0, -4.0),
+    "slic": ({"delta": 2.0}, -4.0, -6.0),
+    "gpo_tquad": ({"beta": 0.5}, -2.0, -4.0), "dpop": ({}, 0.0, -4.0), "gpo_exp": ({"beta": 0.5}, -164.0, -4.0),
+    "fdpo-forward": ({"beta": 0.5, "f_divergence_type": "forward_kl"}, -80.0, -4.0),
+    "fdpo-alpha": ({"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.5}, -160.0, -4.0),
+    "alphapo": ({"alpha": 0.5}, -160.0, -4.0),
+    "orpo-chosen": ({"nll_coef": 0.0}, -1e-6, -4.0), "orpo-rejected": ({"nll_coef": 0.0}, -4.0, -1e-6),
+    "kto": ({}, -2.0, None), "wpo": ({}, -2.0, -4.0), "discopop": ({"discopop_tau": 1.0}, -800.0, 0.0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", AT_BOUNDS)
+def test_coefficients_are_autograds_at_the_bounds(case):
+    """And to either side of them: the derivative at the bound is one of the two."""
+    name = case.split("-")[0]
+    hyper, *where = AT_BOUNDS[case]
+    sides = [k for k in ("chosen_logps", "rejected_logps") if k in inputs(name)]
+
+    def of(*logps):
+        x = inputs(name)
+        x |= {k: torch.zeros_like(v) for k, v in x.items() if k.endswith("logps") or k.endswith("_sum_sq")}
+        x |= {k: torch.ones_like(x[k]) for k in ("chosen_len", "rejected_len")}
+        x |= {k: torch.full_like(x[k], v) for k, v in zip(sides, logps, strict=False)}
+        x |= {"kl": torch.tensor(0.0, dtype=torch.float64)}
+        if name == "wpo":  # its weight is e^0, where it is cut off
+            x |= {f"{s}_log_sum_sq": x[f"{s}_logps"] for s in ("chosen", "rejected")}
+        _, expected = autograd(name, x, **hyper)
+        for c, grad in zip(coefficients(name, x, **hyper), expected, strict=True):
+            torch.testing.assert_close(c, grad, rtol=1e-12, atol=0)
+        return expected
+
+    at = of(*where)
+    if name in ("kto", "wpo", "discopop"):
+        return
+    apart = [of(*(None if v is None else v * factor for v in where)) for factor in (1 - 1e-9, 1 + 1e-9)]
+    jumps = [not torch.allclose(a, b, rtol=1e-3) for a, b in zip(*apart, strict=True)]
+    assert any(jumps) != (name in ("gpo_tquad", "dpop")), "the case lies on a bound"
+    for grad, low, high in zip(at, *apart, strict=True):
+        assert torch.allclose(grad, low, rtol=1e-3) or torch.allclose(grad, high, rtol=1e-3)
+
+
+def test_coefficients_take_the_calls_own_keywords():
+    x = inputs("dpo")
+    names = {"policy_chosen_logps": "chosen_logps", "policy_rejected_logps": "rejected_logps"}
+    given = {k: x[names.get(k, k)] for k in (*names, "ref_chosen_logps", "ref_rejected_logps")}
+    got, expected = LOSSES["dpo"].coefficients(**given, beta=0.3), coefficients("dpo", x, beta=0.3)
+    for c, other in zip(got, expected, strict=True):
+        assert torch.equal(c, other)
+    with pytest.raises(ConfigError, match="dpo needs ref_rejected_logps"):
+        LOSSES["dpo"].coefficients(x["chosen_logps"], x["rejected_logps"], ref_chosen_logps=x["ref_chosen_logps"])
+    with pytest.raises(ConfigError, match="ref_chosen_logps.*must have the shape"):
+        LOSSES["dpo"].coefficients(**given | {"ref_chosen_logps": torch.zeros(2)})
+
+
 @pytest.mark.parametrize("name, hyper", CASES, ids=IDS)
 def test_coefficients_are_central_differences(name, hyper):
     for numeric, c, size in central_differences(name, 5, **hyper):

@@ -236,7 +236,7 @@ def test_token_weights_that_cannot_be(toy, run):
         ({"rejected_token_weights": [-1.0]}, "must be a list of finite numbers from 0 on"),
         ({"rejected_token_weights": "1"}, "must be a list of finite numbers"),
         ({"rejected_token_weights": [math.nan]}, "must be a list of finite numbers"),
-        ({"ref_chosen_logps": -1.0, "ref_rejected_logps": -1.0}, "are sums, which chosen_token_weights cannot weigh"),
+        ({"ref_chosen_logps": -1.0, "ref_rejected_logps": -1.0}, "are sums, which neither chosen_token_weights nor"),
     ]  # fmt: skip
     for change, message in cases:
         every = [row | change for row in rows] if "ref_chosen_logps" in change else [rows[0] | change, *rows[1:]]
