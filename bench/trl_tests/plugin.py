@@ -57,7 +57,7 @@ def _shims() -> None:
                 arguments["overwrite_output_dir"] = True
             super().__init__(model, arguments.pop("train_dataset", None), args=args, **arguments)
 
-        aux_loss_enabled = property(lambda self: any("aux_loss" in line for line in self.state.log_history))
+        aux_loss_enabled = property(lambda self: self.router is not None)
 
     class PairShim(Shim):
         """CPO's and ORPO's names of the token ids, which hold the prompt too."""
