@@ -327,6 +327,8 @@ class Window:
         self._check(in_a_row)
         open_steps, _, *metrics = self.sums.tolist()
         unlogged = metric_means(metrics, self.pair_terms) if self.pair_terms and open_steps else {}
+        if self.has_aux and open_steps:
+            unlogged["aux_loss"] = self.aux.item() / open_steps
         return {
             **unlogged,
             **token_means(self.tokens.tolist()),

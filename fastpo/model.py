@@ -271,6 +271,10 @@ def _below(model: PreTrainedModel) -> nn.Module | None:
     return inner
 
 
+def _name_of(causal_lm: PreTrainedModel, module: nn.Module) -> str:
+    return next((name for name, of in causal_lm.named_modules() if of is module), "it")
+
+
 def _unwrap_head(causal_lm: PreTrainedModel) -> Any:
     """The module whose `weight` and `bias` are the head's, out of the wrappers that people and PEFT put around it."""
     name = type(causal_lm).__name__
@@ -281,8 +285,8 @@ def _unwrap_head(causal_lm: PreTrainedModel) -> Any:
             raise UnsupportedModelError(f"{name}: {tying}")
         if hasattr(head, "lora_A") or hasattr(head, "base_layer"):
             raise UnsupportedModelError(
-                f"{name}: the output head carries an adapter ({kind}), which fastpo does not apply; leave it out of "
-                "target_modules, or train it whole with modules_to_save"
+                f"{name}: the output head carries an adapter ({kind}), which fastpo does not apply; leave "
+                f"{_name_of(causal_lm, head)} out of target_modules, or train it whole with modules_to_save"
             )
         if hasattr(head, "token_adapter"):
             raise UnsupportedModelError(

@@ -305,13 +305,13 @@ class Trainer(face.Face):
             adapters.check_mergeable(model, sharded=config.fsdp != "no")
         if not adapters.is_quantized(model):
             model.to(home)
-        if config.use_liger_kernel:
-            adapters.apply_liger(model, config.liger_kernel_config, self.device)
         if config.disable_dropout:
             disable_dropout(model)
         self.model = self.callbacks.model = model
         self.tags = face.add_tags(model, [*self._tag_names, *dict.fromkeys(t.name for t in self.terms)])
-        self.policy = Policy(model)
+        self.policy = Policy(model)  # which refuses what it cannot train, before anything is changed for good
+        if config.use_liger_kernel:
+            adapters.apply_liger(model, config.liger_kernel_config, self.device)
         freeze_towers(model)
         self.engine = Engine(self.policy)
         for set_name, examples in {"train": self.examples, **self.eval_sets}.items():

@@ -326,7 +326,7 @@ def test_lora_with_checkpointing() -> None:
 
 
 def test_adapter_on_the_head_is_refused() -> None:
-    with pytest.raises(UnsupportedModelError, match=r"output head carries an adapter.*target_modules"):
+    with pytest.raises(UnsupportedModelError, match=r"head carries an adapter.*leave lm_head out of target_modules"):
         Policy(_lora(make_model("llama"), target_modules=["lm_head"]))
 
 

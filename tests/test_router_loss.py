@@ -90,6 +90,14 @@ def test_it_is_the_models_own(toy, run, name, cut):
         assert (step - want).abs().max() <= 1e-5 * largest + 2e-7 * start[key].abs().max(), key
 
 
+def test_the_summary_has_it_too(toy, run):
+    """Of the steps that no log line shows."""
+    rows, model = toy.rows(8), make_model("Mixtral")
+    lines, _ = run(copy.deepcopy(model), rows, max_steps=2)
+    _, out = run(copy.deepcopy(model), rows, max_steps=2, logging_steps=10)
+    assert out.metrics["aux_loss"] == pytest.approx((lines[0]["aux_loss"] + lines[1]["aux_loss"]) / 2, rel=1e-6)
+
+
 @pytest.mark.parametrize("name", ["Mixtral", "Qwen3Moe", "GptOss"])
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_as_trl(toy, run, tmp_path, name, lora):
@@ -128,7 +136,7 @@ def test_as_trl(toy, run, tmp_path, name, lora):
     out = fastpo.train(mine, rows, processing_class=toy.tokenizer(), args=config("fastpo"))
     got = [line for line in out.log_history if "loss" in line]
     for a, b in zip(got, want, strict=True):
-        for key in ("loss", "aux_loss", "grad_norm", "rewards/chosen"):
+        for key in ("loss", "aux_loss", "grad_norm", "rewards/chosen", "entropy", "mean_token_accuracy"):
             assert a[key] == pytest.approx(b[key], rel=1e-5, abs=2e-6), key
     assert got[0]["loss"] == pytest.approx(math.log(2) + COEFFICIENT * got[0]["aux_loss"], rel=1e-5)
 

@@ -57,11 +57,27 @@ def _shims() -> None:
                 arguments["overwrite_output_dir"] = True
             super().__init__(model, arguments.pop("train_dataset", None), args=args, **arguments)
 
-        aux_loss_enabled = property(lambda self: any("aux_loss" in line for line in self.state.log_history))
+        aux_loss_enabled = property(lambda self: self.router is not None)
+
+    class PairShim(Shim):
+        """CPO's and ORPO's names of the token ids, which hold the prompt too."""
+
+        @property
+        def eval_dataset(self) -> Any:
+            def renamed(rows: Any) -> list[dict[str, Any]]:
+                return [{f"{side}_input_ids": row["prompt_ids"] + row[f"{side}_ids"] for side in ("chosen", "rejected")}
+                        for row in rows]  # fmt: skip
+
+            sets = super().eval_dataset
+            return {k: renamed(v) for k, v in sets.items()} if isinstance(sets, dict) else sets and renamed(sets)
 
     for module, name in ((trl, "DPO"), (trl, "KTO"), (cpo, "CPO"), (orpo, "ORPO")):
         tags = (*fastpo.Trainer._tag_names, "trl", name.lower())
-        shim = type(f"{name}Trainer", (Shim,), {"config_class": getattr(module, f"{name}Config"), "_tag_names": tags})
+        shim = type(
+            f"{name}Trainer",
+            (PairShim if name in ("CPO", "ORPO") else Shim,),
+            {"config_class": getattr(module, f"{name}Config"), "_tag_names": tags},
+        )
         setattr(module, f"{name}Trainer", shim)
 
 
