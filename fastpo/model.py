@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from fastpo import adapters, attention, ops
+from fastpo import adapters, attention, ops, rotary
 from fastpo.adapters import first_line
 from fastpo.errors import ConfigError, DeviceError, UnsupportedModelError
 from fastpo.layout import Layout, prompts_of_chains
@@ -153,7 +153,8 @@ class Policy:
         try:
             if not attention.runs_unpacked():
                 switch_attention(self.causal_lm, attention.NAME)
-            yield self
+            with rotary.by_chain(self.trunk), attention.own_temperatures(self.trunk):
+                yield self
         finally:
             restore_attention(self._originals)
             self._originals = None
@@ -173,13 +174,14 @@ class Policy:
                 self._originals = originals
 
     def _trunk_forward(self, input_ids: Tensor, position_ids: Tensor, layout: Layout) -> Tensor:
-        outputs = self.trunk(
-            input_ids=input_ids.unsqueeze(0),
-            position_ids=position_ids.unsqueeze(0),
-            use_cache=False,
-            return_dict=True,
-            fastpo_layout=layout,
-        )
+        with rotary.forward_of(layout):
+            outputs = self.trunk(
+                input_ids=input_ids.unsqueeze(0),
+                position_ids=position_ids.unsqueeze(0),
+                use_cache=False,
+                return_dict=True,
+                fastpo_layout=layout,
+            )
         return outputs.last_hidden_state.squeeze(0)
 
     def _hidden_unpacked(self, input_ids: Tensor, layout: Layout) -> Tensor:
@@ -233,8 +235,14 @@ def _causal_lm(model: Any) -> PreTrainedModel:
 def _trunk(causal_lm: PreTrainedModel) -> nn.Module:
     """The module from token ids to the last hidden states: all but the head, and of a multimodal model the text."""
     trunk = getattr(causal_lm, causal_lm.base_model_prefix, None)
-    if causal_lm.config.get_text_config(decoder=True) is not causal_lm.config:
-        trunk = causal_lm.get_decoder()
+    if trunk is None or causal_lm.config.get_text_config(decoder=True) is not causal_lm.config:
+        trunk = causal_lm.get_decoder()  # Llama 4's prefix is that of its multimodal model
+    while isinstance(trunk, PreTrainedModel) and trunk is not causal_lm and trunk.get_output_embeddings() is not None:
+        inner = getattr(trunk, trunk.base_model_prefix, None)  # a decoder that is itself a causal model
+        inner = trunk.get_decoder() if inner is None else inner
+        if inner is trunk:
+            break
+        trunk = inner
     if trunk is None or trunk is causal_lm:
         raise UnsupportedModelError(
             f"{type(causal_lm).__name__} has no trunk apart from its head (base_model_prefix "

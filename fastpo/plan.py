@@ -30,9 +30,9 @@ from fastpo.kway import Forming
 from fastpo.memory import MAX_TOKENS, log
 from fastpo.metrics import Flops
 from fastpo.model import load_tokenizer, resolve_device
+from fastpo.noise import disable_dropout
 from fastpo.optim import NARROW
 from fastpo.packing import TrunkCost, set_sharing, sharing_mode, trunk_tokens
-from fastpo.prepare import disable_dropout
 from fastpo.row_statistics import TOKEN_KL
 from fastpo.weightless import Blueprint, simulate
 

@@ -32,6 +32,7 @@ from fastpo import (
     losses,
     outputs,
     references,
+    rotary,
     rows,
     run_data,
     saving,
@@ -57,6 +58,7 @@ from fastpo.metrics import (
     pair_metrics,
 )
 from fastpo.model import DROPPED_MASS, Policy, load_model, load_tokenizer
+from fastpo.noise import check_quiet, disable_dropout
 from fastpo.optim import Gradients, build_optimizer, build_scheduler
 from fastpo.packing import (
     PackedBatch,
@@ -72,7 +74,7 @@ from fastpo.packing import (
     step_batches,
     trunk_tokens,
 )
-from fastpo.prepare import check_ids, check_offloading, disable_dropout, set_numerics, training_mode
+from fastpo.prepare import check_ids, check_offloading, set_numerics, training_mode
 from fastpo.ref_policy import MovingReference, cache_folder
 from fastpo.row_statistics import EVALUATION, TOKEN_KL, TRAIN, draw_rows, observer, row_statistics
 from fastpo.samples import check_generation_kwargs
@@ -288,6 +290,7 @@ class Trainer:
         self.trunk_cost = TrunkCost.of(Flops(self.policy, self.device), self.device)
         for examples in (self.examples, *self.eval_sets.values()):  # before max_tokens=auto counts their tokens
             set_sharing(examples, sharing_mode(config.share_prompts, self.device.type), self.trunk_cost)
+            rotary.unshare(self.policy.trunk, examples)
         self.max_tokens = resolve_max_tokens(self)
         if config.token_bucket and self.max_tokens % config.token_bucket:
             nearest = max(1, self.max_tokens // config.token_bucket) * config.token_bucket
@@ -706,6 +709,8 @@ class Trainer:
         chosen = guard_rows(engine.policy, [self.examples[i] for i in rows], everything)
         with self.autocast(), torch.no_grad():
             engine(lambda: verify_policy(engine.policy, chosen))
+            if self.config.disable_dropout and engine is self.engine:
+                engine(lambda: check_quiet(engine.policy, chosen[:1]))
 
     def _wrong_start(self, logp: Tensor, batch: PackedBatch) -> str | None:
         """A policy that starts as its reference must reproduce the losses' closed form, to the dtype's error."""
@@ -722,8 +727,8 @@ class Trainer:
         got, expected = ([round(stats.loss(t, *v, batch).mean().item(), 4) for t in self.pair_terms] for v in both)
         return (
             f"the policy should start at its reference, but its token log-probabilities differ by {gap:.2g} on average "
-            f"(allowed {allowed:.2g}; loss {got} instead of {expected}): is the model random in train mode, or did "
-            f"{cache_folder()} outlive a change of the model's code?"
+            f"(allowed {allowed:.2g}; loss {got} instead of {expected}): did {cache_folder()} outlive a change of the "
+            "model's code?"
         )
 
     def _warn(self, warnings: Sequence[Any]) -> None:

@@ -16,7 +16,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from fastpo import attention, ops
+from fastpo import attention, ops, rotary
 from fastpo.data import Example
 from fastpo.errors import UnsupportedModelError
 from fastpo.layout import Layout, prompts_of_chains
@@ -183,6 +183,7 @@ def _own_row(model: nn.Module, row: Tensor, response_length: int) -> tuple[Tenso
     the difference of)."""
     count = min(response_length, _COMPARED)
     keep = {"logits_to_keep": count} if _keeps_logits(model) else {}  # the head on the response alone
+    rotary.fresh(model)
     logits = model(input_ids=row[None, :-1], use_cache=False, **keep).logits[0, -count:]
     logps, scales = [], []
     at_once = max(1, (1 << 24) // logits.shape[-1])  # 128 MiB in fp64
@@ -345,7 +346,9 @@ def _by_own_trunk(policy: Policy, examples: Sequence[Example], device: torch.dev
     it."""
     states: list[Tensor] = []
     out = []
-    trunks = {policy.trunk, policy.causal_lm.get_decoder()}  # OPT runs its decoder without the model around it
+    trunks = {policy.trunk}
+    if isinstance(decoder := policy.causal_lm.get_decoder(), PreTrainedModel):
+        trunks.add(decoder)  # OPT runs its decoder without the model around it
     handles = [trunk.register_forward_hook(lambda _m, _i, out: states.append(out[0])) for trunk in trunks]
     try:
         for example in examples:
@@ -404,6 +407,9 @@ def _check_attention_pattern(policy: Policy, device: torch.device) -> None:
     def layer(module, query, key, value, attention_mask=None, *args, **kwargs):  # noqa: ANN001, ANN002, ANN003, ANN202
         window = kwargs.get("sliding_window") or _FAR
         masked = window if attention_mask is None else int(attention_mask.flatten()[0])
+        chunk = attention.chunk_of(module)
+        if chunk is not None and masked == (2 * _FAR - 1) % chunk + 1:
+            window = masked  # packed attention cuts the chains at the chunks' ends
         if min(window, _FAR) != masked:
             told = "no window" if window >= _FAR else f"a window of {window}"
             wrong.add(f"{type(module).__name__} is told of {told} but masked {_described(masked)}")
