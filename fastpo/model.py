@@ -236,7 +236,9 @@ def _trunk(causal_lm: PreTrainedModel) -> nn.Module:
     """The module from token ids to the last hidden states: all but the head, and of a multimodal model the text."""
     trunk = getattr(causal_lm, causal_lm.base_model_prefix, None)
     if trunk is None or causal_lm.config.get_text_config(decoder=True) is not causal_lm.config:
-        trunk = causal_lm.get_decoder()  # Llama 4's prefix is that of its multimodal model
+        trunk = causal_lm.get_decoder()
+    if trunk is None or trunk is causal_lm:
+        trunk = getattr(causal_lm, "model", None)  # Llama 4's prefix is that of its multimodal model
     while isinstance(trunk, PreTrainedModel) and trunk is not causal_lm and trunk.get_output_embeddings() is not None:
         inner = getattr(trunk, trunk.base_model_prefix, None)  # a decoder that is itself a causal model
         inner = trunk.get_decoder() if inner is None else inner
