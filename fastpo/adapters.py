@@ -9,7 +9,9 @@ import copy
 import difflib
 import inspect
 import logging
+import math
 import os
+import re
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -22,7 +24,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from fastpo.errors import ConfigError, UnsupportedModelError
+from fastpo.errors import ConfigError, UnsupportedModelError, shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,7 +61,10 @@ def with_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
     """
     peft = _peft("peft_config")
     if not isinstance(peft_config, peft.PeftConfig):
-        raise ConfigError(f"peft_config must be a PeftConfig such as peft.LoraConfig(r=16), not {peft_config!r}")
+        raise ConfigError(f"peft_config must be a PeftConfig such as peft.LoraConfig(r=16), not {shown(peft_config)}")
+    for name, value in vars(peft_config).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"peft_config: {name} must be finite, not {value}")
     check_adapter_type(peft_config)
     init = str(getattr(peft_config, "init_lora_weights", "")).lower()
     if init.startswith(_NOT_REPRODUCIBLE):
@@ -75,9 +80,24 @@ def with_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
             warnings.filterwarnings(
                 "ignore", message=".*(was renamed from|ensure_weight_tying|is_gradient_checkpointing).*"
             )
-            return peft.get_peft_model(model, peft_config)
-    except (ValueError, RuntimeError, TypeError, ImportError) as error:
+            return peft.get_peft_model(model, _spare_towers(model, peft_config))
+    except Exception as error:  # PEFT checks little of what it is given, and fails in many ways
         raise ConfigError(f"peft_config does not fit {type(model).__name__}: {first_line(error)}") from error
+
+
+def _spare_towers(model: nn.Module, peft_config: Any) -> Any:
+    """The same configuration, which leaves out what text rows do not reach: names such as q_proj lie in encoders of
+    images too."""
+    from fastpo.loading import towers
+
+    outside = "|".join(rf"{re.escape(name)}(\..*)?" for name in towers(model))
+    if not outside or not hasattr(peft_config, "exclude_modules"):
+        return peft_config
+    spared, own = copy.copy(peft_config), peft_config.exclude_modules
+    if own and not isinstance(own, str):  # names, of which PEFT compares the ends
+        own = rf"(.*\.)?({'|'.join(map(re.escape, own))})"
+    spared.exclude_modules = f"({own})|({outside})" if own else f"({outside})"
+    return spared
 
 
 def check_adapter_type(peft_config: Any) -> None:
@@ -165,6 +185,7 @@ def continue_adapter(base: nn.Module, name_or_path: str | os.PathLike[str], revi
     where = os.fspath(name_or_path)
     misfit = f"the adapter {where!r} was trained for another base than {_name(base)!r}"
     missing: list[str] = []
+    _resize_to(base, where)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
@@ -186,17 +207,42 @@ def continue_adapter(base: nn.Module, name_or_path: str | os.PathLike[str], revi
     return model
 
 
-def _unused_weights(model: nn.Module, folder: str) -> list[str]:
-    """Tensors of a saved adapter that found no module: PEFT drops them without a word."""
-    from safetensors import safe_open
+def _resize_to(base: Any, folder: str) -> None:
+    """Give the base as many embeddings as a saved adapter was trained with, where it brings its own.
+
+    PEFT saves the embeddings and the head of a model that was resized for new tokens beside the adapter, whole; they
+    load into a base of the same size only. The new rows are the adapter's.
+    """
+    shapes = {name: shape[0] for name, shape in _saved_shapes(folder).items() if len(shape) == 2}
+    for name, module in base.named_modules():
+        if module is base.get_input_embeddings() and isinstance(module, nn.Embedding):
+            rows = shapes.get(f"base_model.model.{name}.weight")
+            if rows is not None and rows != module.num_embeddings:
+                base.resize_token_embeddings(rows, mean_resizing=False)
+            return
+
+
+def _saved_shapes(folder: str) -> dict[str, list[int]]:
+    """Names and shapes of a saved adapter's tensors; none where they are not in a local safetensors file."""
+    from safetensors import SafetensorError, safe_open
 
     file = Path(folder) / "adapter_model.safetensors"
-    if not file.is_file():
+    try:
+        with safe_open(file, framework="pt") as f:
+            return {name: f.get_slice(name).get_shape() for name in f.keys()}  # noqa: SIM118 -- no mapping
+    except (OSError, SafetensorError):  # of the hub, or PEFT says what is wrong with it
+        return {}
+
+
+def _unused_weights(model: nn.Module, folder: str) -> list[str]:
+    """Tensors of a saved adapter that found no module: PEFT drops them without a word."""
+    saved = set(_saved_shapes(folder))
+    if not saved:
         return []
     from peft import get_peft_model_state_dict
 
-    with safe_open(file, framework="pt") as f:
-        return sorted(set(f.keys()) - set(get_peft_model_state_dict(model)))
+    # With embeddings that are saved whole, PEFT takes them for part of the adapter or not by what the hub says.
+    return sorted(saved - set(get_peft_model_state_dict(model)) - {name for name, _ in model.named_parameters()})
 
 
 def check_adapter_base(model: nn.Module) -> None:
@@ -269,12 +315,15 @@ def save_merged(
     goes onto the unquantised base, loaded again by its name. So it is where `adapter_folder` is given, the adapter
     saved before: a sharded model has no whole weights to copy.
     """
+    from fastpo.loading import carry_over
+
     check_mergeable(model, sharded=adapter_folder is not None)
     if adapter_folder is not None or is_quantized(model):
         merged = _merged_from_disk(model, adapter_folder)
     else:
         merged = _merged_copy(model)
     merged.save_pretrained(folder, max_shard_size=max_shard_size)
+    carry_over(model, folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 

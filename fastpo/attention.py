@@ -109,11 +109,11 @@ _TEMPERATURE = "fastpo_temperature"  # attribute of attention layers whose queri
 
 
 @contextlib.contextmanager
-def own_temperatures(trunk: nn.Module) -> Iterator[None]:
+def own_temperatures(trunk: nn.Module, *, unpacked: bool = False) -> Iterator[None]:
     """Llama 4 scales the queries of its layers without rotary embedding by their place in the row that it is given;
     inside the block that is done here, by their place in the chain."""
     layers = [m for m in trunk.modules() if getattr(m, "attn_temperature_tuning", False) and hasattr(m, "floor_scale")]
-    layers = [] if runs_unpacked() else [m for m in layers if not getattr(m, "use_rope", False)]
+    layers = [] if unpacked else [m for m in layers if not getattr(m, "use_rope", False)]
     for layer in layers:
         setattr(layer, _TEMPERATURE, layer.attn_temperature_tuning)
         layer.attn_temperature_tuning = False  # type: ignore[assignment]

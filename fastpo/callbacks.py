@@ -26,7 +26,7 @@ from transformers.trainer_utils import HubStrategy, IntervalStrategy, SaveStrate
 from transformers.training_args import OptimizerNames, ParallelMode
 
 from fastpo.config import TrainConfig
-from fastpo.errors import ConfigError
+from fastpo.errors import ConfigError, shown
 
 log = logging.getLogger("fastpo")
 
@@ -390,10 +390,14 @@ def _is_tracker(callback: Any) -> bool:
 
 
 def _as_callback(callback: Any) -> Any:
-    callback = callback() if isinstance(callback, type) else callback
+    if isinstance(callback, type):
+        try:
+            callback = callback()
+        except Exception as error:
+            raise ConfigError(f"callbacks: {callback.__name__} cannot be made: {_first_line(error)}") from error
     if not any(name.startswith("on_") and callable(getattr(callback, name, None)) for name in dir(callback)):
         hint = "; a tracker's name goes into report_to" if isinstance(callback, str) else ""
-        raise ConfigError(f"callbacks holds {callback!r}, which has no on_... method{hint}")
+        raise ConfigError(f"callbacks holds {shown(callback)}, which has no on_... method{hint}")
     return callback
 
 

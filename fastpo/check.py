@@ -21,6 +21,7 @@ from fastpo import ops
 from fastpo.errors import DeviceError
 from fastpo.kernels import reference
 from fastpo.losses import LOSSES
+from fastpo.model import resolve_device
 
 REGIMES = ("none", "frozen", "kept", "sliced")
 SOFTCAPPED: dict[str, Any] = {"softcap": 20.0, "logit_scale": 0.5}
@@ -204,6 +205,7 @@ def slice_results(device: str) -> Iterator[Result]:
 _HYPER: dict[str, dict[str, Any]] = {
     "dpo": {"label_smoothing": 0.1}, "robust": {"label_smoothing": 0.1}, "simpo": {"label_smoothing": 0.1},
     "cpo": {"nll_reduction": "seq_mean"}, "cpo_simpo": {"nll_reduction": "seq_sum"},
+    "cpo_hinge": {"nll_reduction": "seq_sum"}, "cpo_ipo": {"nll_reduction": "seq_mean"},
     "rpo": {"nll_reduction": "seq_mean"}, "slic": {"nll_reduction": "seq_sum"},
     "orpo": {"nll_reduction": "seq_mean", "disable_prompt_loss": True},
 }  # fmt: skip
@@ -310,11 +312,11 @@ def run_check(options: argparse.Namespace | None = None, *, device: str | None =
     """Check everything that runs on `device`, print a table; 0 if all is within the criterion, else 1."""
     if options is not None:
         device, verbose = options.device, not options.quiet
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise DeviceError(f"device {device!r} was asked for, but torch.cuda.is_available() is False")
+    device = str(resolve_device(device))
+    if not device.startswith(("cpu", "cuda")):
+        raise DeviceError(f"device {device!r} is not supported; use cuda or cpu")
     begin = time.perf_counter()
-    on_cpu = device == "cpu"
+    on_cpu = device.startswith("cpu")
     backends = [b for b in ops.available_backends() if (b == "cpu") <= on_cpu and (b == "triton") <= (not on_cpu)]
     results: list[Result] = []
     for case, dtype in cases(device):

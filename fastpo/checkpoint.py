@@ -2,8 +2,8 @@
 
 `checkpoint-N/` holds the model and tokenizer as `from_pretrained` reads them, and unless `save_only_model`
 
-    state/                  weights, fp32 masters, optimiser state by parameter name: torch.distributed.checkpoint, so
-                            that another number of ranks, or none, can read it
+    state/                  weights, fp32 masters, optimiser state by parameter name: a safetensors file a rank, which
+                            another number of ranks, or none, can read (state_files.py)
     trainer.pt              schedule, learning rates, counters, open metric window
     rng-0.pt, ...           random state of each rank
     trainer_state.json      transformers' TrainerState with the log history, from which metrics.jsonl is laid anew
@@ -11,9 +11,10 @@
     previous.safetensors    the same of the previous policy, where a loss reads one that is not the reference
     run.json                what the run is: versions, data, model, configuration
     manifest.json           size and SHA-256 of every other file; written last
+
+Nothing in it can hold code: safetensors, JSON, and two files that `torch.load` reads with `weights_only`.
 """
 
-import contextlib
 import hashlib
 import json
 import logging
@@ -21,26 +22,24 @@ import os
 import re
 import shutil
 import time
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
+from transformers import TrainerState
 
 from fastpo.data import Example
-from fastpo.distributed import World, local
 from fastpo.errors import ConfigError, TrainingError
+from fastpo.state_files import as_sharded, nonfinite_weights
 
 log = logging.getLogger("fastpo")
 
-FORMAT = 2  # of everything in a checkpoint but the model's own files
+FORMAT = 3  # of everything in a checkpoint but the model's own files
 MANIFEST = "manifest.json"
 REFERENCE = "reference.safetensors"
 PREVIOUS = "previous.safetensors"
@@ -53,9 +52,12 @@ _OLD = f"{TEMPORARY}old-"
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
-    """The checkpoint folders in `output_dir`, in the order in which they were written, which need not be the steps'."""
-    found = [path for path in output_dir.glob("checkpoint-*") if _NAME.match(path.name)]
-    return sorted(found, key=lambda path: (_written_at(path), step_of(path)))
+    """The checkpoint folders in `output_dir`, the newest last: by step, for clocks go back and differ between machines.
+
+    A run that goes on from an older one sets the later ones aside before it begins (`set_aside`), so that the order of
+    steps is the order in which they were written.
+    """
+    return sorted((path for path in output_dir.glob("checkpoint-*") if _NAME.match(path.name)), key=step_of)
 
 
 def _recover(output_dir: Path) -> None:
@@ -66,26 +68,25 @@ def _recover(output_dir: Path) -> None:
             os.replace(aside, folder)
 
 
-def set_aside(output_dir: Path) -> None:
-    """Rename another run's checkpoints to `checkpoint-N.old`, so that this run is never resumed from them."""
+def set_aside(output_dir: Path, after: int = -1) -> list[Path]:
+    """Rename the checkpoints of steps beyond `after` to `checkpoint-N.old`; returns their new paths.
+
+    They are another run's, or of a pass that this run leaves by going on from an older step: nothing that follows is
+    resumed from them.
+    """
+    renamed = []
     for path in checkpoints(output_dir):
-        target = path.with_name(f"{path.name}.old")
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(path, target)
+        if step_of(path) > after:
+            renamed.append(path.with_name(f"{path.name}.old"))
+            shutil.rmtree(renamed[-1], ignore_errors=True)
+            os.replace(path, renamed[-1])
+    return renamed
 
 
 def step_of(folder: Path) -> int:
     """The step in a checkpoint folder's name."""
     match = _NAME.match(folder.name)
     return int(match[1]) if match else 0
-
-
-def _written_at(folder: Path) -> int:
-    """Nanoseconds since 1970: as the manifest has it, for a copied folder's own times are the copy's."""
-    try:
-        return int(json.loads((folder / MANIFEST).read_text())["written_at"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return folder.stat().st_mtime_ns
 
 
 def make_temporary(path: Path) -> None:
@@ -121,31 +122,75 @@ def seal(written: Path, folder: Path) -> None:
     _fsync(folder.parent)
 
 
-def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, in one phrase, or None: every file is there, with its size and hash."""
+def _manifest(folder: Path) -> tuple[dict[str, Any] | None, str | None]:
+    """(manifest, what is wrong with it): one of them is None."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-        entries = manifest["files"]
     except FileNotFoundError:
-        return f"{MANIFEST} is missing"
-    except (OSError, ValueError, KeyError, TypeError):
-        return f"{MANIFEST} cannot be read"
+        return None, f"{MANIFEST} is missing"
+    except (OSError, ValueError, RecursionError):
+        return None, f"{MANIFEST} cannot be read"
+    files = manifest.get("files") if isinstance(manifest, dict) else None
+    if not isinstance(files, dict) or not all(isinstance(v, list) and len(v) == 2 for v in files.values()):
+        return None, f"{MANIFEST} cannot be read"
+    return manifest, None
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, in one phrase, or None: every file is there, with its size and hash, and the
+    weights are numbers."""
+    manifest, wrong = _manifest(folder)
+    if manifest is None:
+        return wrong
     if manifest.get("format") != FORMAT:
         return f"it has format {manifest.get('format')}, this fastpo reads {FORMAT}"
-    for name, (size, _) in entries.items():
-        if not (folder / name).is_file():
+    entries = manifest["files"]
+    if "trainer.pt" not in entries and "model only" in (wrong := _model_only(folder)):
+        return wrong
+    try:
+        for name, (size, _) in entries.items():
+            if not (folder / name).is_file():
+                return f"{name} is missing"
+            if (folder / name).stat().st_size != size:
+                return f"{name} has {(folder / name).stat().st_size} bytes instead of {size}"
+        with ThreadPoolExecutor(max_workers=4) as pool:
+            hashes = list(pool.map(_sha256, [folder / name for name in entries]))
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        return f"it cannot be read ({getattr(error, 'strerror', None) or error})"
+    for (name, (_, expected)), got in zip(entries.items(), hashes, strict=True):
+        if got != expected:
+            return f"{name} has changed since it was written"
+    for name in ("trainer.pt", "trainer_state.json", "run.json"):
+        if name not in entries:
             return f"{name} is missing"
-        if (folder / name).stat().st_size != size:
-            return f"{name} has {(folder / name).stat().st_size} bytes instead of {size}"
-    with ThreadPoolExecutor(max_workers=4) as pool:
-        for (name, (_, expected)), got in zip(
-            entries.items(), pool.map(_sha256, [folder / name for name in entries]), strict=True
-        ):
-            if got != expected:
-                return f"{name} has changed since it was written"
-    if "trainer.pt" not in entries:
-        return "it holds the model only (save_only_model)"
-    return None
+    try:
+        nonfinite = nonfinite_weights(folder / "state")
+    except Exception as error:  # safetensors has an error of its own
+        return f"its state cannot be read ({' '.join(str(error).split())[:120]})"
+    return f"its weights are not finite ({nonfinite})" if nonfinite is not None else None
+
+
+def _model_only(folder: Path) -> str:
+    there = any((folder / name).exists() for name in ("trainer.pt", "trainer_state.json", "state"))
+    return "trainer.pt is missing" if there else "it holds the model only (save_only_model)"
+
+
+def read_state(folder: Path) -> TrainerState:
+    """transformers' TrainerState of a checkpoint; TrainingError where it is none."""
+    try:
+        state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
+        good = isinstance(state.global_step, int) and all(isinstance(line["step"], int) for line in state.log_history)
+    except Exception as error:
+        raise TrainingError(unreadable(folder, error)) from error
+    if not good:
+        raise TrainingError(unreadable(folder, ValueError("trainer_state.json has no step")))
+    return state
+
+
+def unreadable(folder: Path, error: BaseException) -> str:
+    """The one line about a checkpoint whose content is not what a run writes."""
+    what = " ".join(str(error).split())[:200] or type(error).__name__
+    return f"checkpoint {str(folder)!r} cannot be resumed, its content is not what fastpo writes: {what}"
 
 
 def find(output_dir: Path, request: str | bool | None) -> tuple[Path | None, list[str]]:
@@ -182,6 +227,8 @@ def find(output_dir: Path, request: str | bool | None) -> tuple[Path | None, lis
         )
     said: list[str] = []
     for newest in reversed(found):
+        if other := _other_format(newest):
+            raise ConfigError(other)
         wrong = damage(newest)
         if wrong is None:
             return newest, said
@@ -189,10 +236,27 @@ def find(output_dir: Path, request: str | bool | None) -> tuple[Path | None, lis
             older = [c for c in checkpoints(newest.parent) if step_of(c) < step_of(newest)]
             before = next((c for c in reversed(older) if damage(c) is None), None)
             offer = f"; the one before it is whole: resume_from_checkpoint={before}" if before else ""
-            damaged = "" if "model only" in wrong else "it is damaged: "
+            damaged = "" if "model only" in wrong or "not finite" in wrong else "it is damaged: "
             raise TrainingError(f"checkpoint {str(newest)!r} cannot be resumed, {damaged}{wrong}{offer}")
-        said.append(f"checkpoint {str(newest)!r} is damaged ({wrong}) and passed over")
+        how = "not good" if "not finite" in wrong else "damaged"
+        said.append(f"checkpoint {str(newest)!r} is {how} ({wrong}) and passed over")
     return None, said
+
+
+def _other_format(folder: Path) -> str | None:
+    """A checkpoint of another fastpo is no damage, which `auto` would pass over: what to say of it, or None."""
+    manifest, _ = _manifest(folder)
+    number = manifest.get("format") if manifest is not None else None
+    if number == FORMAT or not isinstance(number, int):
+        return None
+    try:
+        version = json.loads((folder / "run.json").read_text()).get("fastpo")
+    except (OSError, ValueError, AttributeError):
+        version = "of another version"
+    return (
+        f"checkpoint {str(folder)!r} was written by fastpo {version} in another format ({number}; this one reads "
+        f"{FORMAT}): resume it with that version, or start a new run from its weights (model={folder})"
+    )
 
 
 def prune(output_dir: Path, limit: int | None, run_id: str, keep: Sequence[Path]) -> None:
@@ -209,7 +273,7 @@ def prune(output_dir: Path, limit: int | None, run_id: str, keep: Sequence[Path]
 def _run_id(folder: Path) -> str | None:
     try:
         return json.loads((folder / "run.json").read_text())["run_id"]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
@@ -230,60 +294,7 @@ def _fsync(path: Path) -> None:
         os.close(handle)
 
 
-# ---- tensors by name
-
-
-def save_tensors(folder: Path, tensors: Mapping[str, Tensor], world: World, sharded: bool) -> None:
-    """Write named tensors; sharded ones each rank its part, replicated ones on rank 0."""
-    if sharded or world.main:
-        with _quiet():
-            dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(folder), no_dist=not sharded)
-
-
-def load_tensors(folder: Path, like: Mapping[str, Tensor], sharded: bool) -> dict[str, Tensor]:
-    """The tensors that lie in `folder`; where `like` has a sharded parameter of a name, this rank's part of it.
-
-    The state `optimizer.NAME.KEY` is laid out as the parameter NAME where it has its shape.
-    """
-    reader = dcp.FileSystemReader(folder)
-    request: dict[str, Tensor] = {}
-    for key, entry in reader.read_metadata().state_dict_metadata.items():
-        if not isinstance(entry, TensorStorageMetadata):
-            continue
-        p = like.get(parameter_of(key))
-        if isinstance(p, DTensor) and p.shape == entry.size:
-            empty = torch.empty(p.to_local().shape, dtype=entry.properties.dtype, device=p.to_local().device)
-            request[key] = as_sharded(empty, p)
-        else:
-            request[key] = torch.empty(entry.size, dtype=entry.properties.dtype)
-    with _quiet():
-        dcp.load(request, storage_reader=reader, no_dist=not sharded)
-    return {key: local(tensor) for key, tensor in request.items()}
-
-
-def parameter_of(key: str) -> str:
-    """The parameter's name in `weights.NAME`, `masters.NAME`, `reference.NAME` and `optimizer.KEY.NAME`."""
-    kind, _, name = key.partition(".")
-    return name.partition(".")[2] if kind == "optimizer" else name
-
-
-def as_sharded(part: Tensor, like: Tensor) -> Tensor:
-    """A rank's part, as a sharded tensor laid out like `like`."""
-    assert isinstance(like, DTensor)
-    return DTensor.from_local(
-        part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
-    )
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """torch.distributed.checkpoint warns that it runs in one process, which is meant; its errors hide what happened."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            yield
-        except dcp.api.CheckpointException as error:  # no Exception, but a BaseException with one of each rank
-            raise next(iter(error.failures.values()))[0] from None
+# ---- the optimiser
 
 
 def optimizer_tensors(

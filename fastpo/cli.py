@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from fastpo import __version__, config, options
-from fastpo.errors import ConfigError, FastpoError, TrainingError
+from fastpo.errors import ConfigError, FastpoError, TrainingError, shown
 
 # What a run needs beside TrainConfig: argument of `fastpo.train` -> (its other name, help). YAML takes both names too.
 INPUTS = {
@@ -32,6 +32,8 @@ INPUTS = {
 }
 JSON_INPUTS = ("peft_config", "quantization_config")
 ALIASES = {alias: name for name, (alias, _) in INPUTS.items() if alias}
+
+COMMANDS = ("train", "plan", "losses", "quickstart", "check", "games", "env")
 
 # Packages of fastpo's extras, for the message when one is missing.
 EXTRAS = {"datasets": "data", "pyarrow": "data", "peft": "peft", "bitsandbytes": "quant", "pytest": "test"}
@@ -50,6 +52,11 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(*args, **kwargs)
 
     def error(self, message: str) -> NoReturn:
+        found = re.match(r"argument COMMAND: invalid choice: '(.*)' \(choose", message, re.DOTALL)
+        if found:
+            near = difflib.get_close_matches(found[1], COMMANDS, n=1, cutoff=0.6)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(COMMANDS)}"
+            raise UsageError(f"unknown command '{found[1]}'; {hint} (see {self.prog} --help)")
         raise UsageError(f"{message} (see {self.prog} --help)")
 
 
@@ -259,8 +266,7 @@ def _merge_train_options(namespace: argparse.Namespace, extras: Sequence[str]) -
     given.update(others)
     from_file = config.read_yaml(namespace.config) if namespace.config else {}
     _check_names(from_file, f"in {namespace.config}")
-    for name, value in (from_file.pop("env", None) or {}).items():  # as in TRL's files
-        os.environ[str(name)] = str(value)
+    _set_environment(from_file.pop("env", None) or {}, namespace.config)
     for alias, name in ALIASES.items():
         if alias in from_file:
             if name in from_file:
@@ -271,23 +277,58 @@ def _merge_train_options(namespace: argparse.Namespace, extras: Sequence[str]) -
     _script_options(merged, inputs)
     for name in JSON_INPUTS:
         if inputs.get(name) is not None and not isinstance(inputs[name], dict):
-            raise ConfigError(f"{name} must be a mapping, not {inputs[name]!r}")
+            raise ConfigError(f"{name} must be a mapping, not {shown(inputs[name])}")
     sets = inputs.get("eval_dataset")
     if isinstance(sets, str) and sets.lstrip().startswith("{"):
         try:
             inputs["eval_dataset"] = sets = json.loads(sets)
         except json.JSONDecodeError as error:
             raise ConfigError(f"eval_dataset is not JSON: {error}") from None
-    for name in set(inputs) - set(JSON_INPUTS):
+    inputs["train_dataset"] = _mixture(merged.pop("datasets", None), inputs.get("train_dataset"))
+    for name in set(inputs) - set(JSON_INPUTS) - {"train_dataset"}:
         if name == "eval_dataset" and isinstance(sets, dict) and all(isinstance(v, str) for v in sets.values()):
             continue
         if inputs[name] is not None and not isinstance(inputs[name], str):
-            raise ConfigError(f"{name} must be a path or a name, not {inputs[name]!r}")
+            raise ConfigError(f"{name} must be a path or a name, not {shown(inputs[name])}")
     args = config.TrainConfig.build(merged)
     data = inputs.get("train_dataset")
-    if args.eval_strategy != "no" and not inputs.get("eval_dataset") and data and not os.path.isfile(data):
+    by_name = isinstance(data, str) and not os.path.isfile(data)
+    if args.eval_strategy != "no" and not inputs.get("eval_dataset") and by_name:
         inputs["eval_dataset"] = data  # its dataset_test_split, as `trl dpo`
     return inputs, args
+
+
+def _set_environment(variables: Any, source: str) -> None:
+    """`env` of a YAML file, as in TRL's."""
+    if not isinstance(variables, dict):
+        raise ConfigError(f"env in {source} must be a mapping of variables, not {shown(variables)}")
+    for name, value in variables.items():
+        try:
+            os.environ[str(name)] = str(value)
+        except (ValueError, UnicodeError) as error:
+            raise ConfigError(f"env in {source}: {shown(name)} cannot be set: {error}") from None
+
+
+def _mixture(datasets: Any, given: Any) -> Any:
+    """The training data: a path or name, or several with their weights (TRL's `datasets`, or train_dataset itself)."""
+    if datasets is not None and given is not None:
+        raise ConfigError("train_dataset (dataset_name) and datasets are both given: give one")
+    given = datasets if datasets is not None else given
+    if isinstance(given, str) and given.lstrip().startswith(("[", "{")):
+        try:
+            given = json.loads(given)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"train_dataset is not JSON: {error}") from None
+    if given is None or isinstance(given, str):
+        return given
+    from fastpo import mixing
+
+    if mixing.parts_of(given) is None:
+        raise ConfigError(
+            f"train_dataset must be a path or a name, or several with weights, as [{{path: a.jsonl, weight: 0.7}}, "
+            f"{{path: b.jsonl, weight: 0.3}}], not {given!r}"
+        )
+    return given
 
 
 # TRL's ModelConfig: option -> argument of peft.LoraConfig and of BitsAndBytesConfig.
@@ -346,7 +387,7 @@ def _script_options(merged: dict[str, Any], inputs: dict[str, Any]) -> None:
 def _mapping(merged: dict[str, Any], name: str) -> dict[str, Any]:
     value = merged.get(name) or {}
     if not isinstance(value, dict):
-        raise ConfigError(f"{name} must be a mapping, not {value!r}")
+        raise ConfigError(f"{name} must be a mapping, not {shown(value)}")
     return value
 
 
@@ -366,15 +407,11 @@ def _train(namespace: argparse.Namespace, extras: Sequence[str]) -> int:
     for name in ("model",) if plans else ("model", "train_dataset"):
         if not inputs.get(name):
             raise ConfigError(f"no {name} given: --{name.replace('_', '-')} PATH, or {name}: PATH in the YAML file")
-    if inputs.get("peft_config") is not None:
-        from peft import LoraConfig
+    from fastpo import inputs as arguments
 
-        inputs["peft_config"] = _construct(LoraConfig, {"task_type": "CAUSAL_LM", **inputs["peft_config"]})
-    if inputs.get("quantization_config") is not None:
-        import bitsandbytes  # noqa: F401  # its absence is said here, before the model loads
-        from transformers import BitsAndBytesConfig
-
-        inputs["quantization_config"] = _construct(BitsAndBytesConfig, inputs["quantization_config"])
+    for name in JSON_INPUTS:
+        if inputs.get(name) is not None:
+            inputs[name] = getattr(arguments, name)(inputs[name])
     if plans:
         from fastpo import plan
 
@@ -383,13 +420,6 @@ def _train(namespace: argparse.Namespace, extras: Sequence[str]) -> int:
 
     train(args=args, **inputs)
     return 0
-
-
-def _construct(kind: type, options: dict[str, Any]) -> Any:
-    try:
-        return kind(**options)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{kind.__name__}: {error}") from None
 
 
 def _env(namespace: argparse.Namespace) -> int:
@@ -463,7 +493,7 @@ def _dispatch(argv: Sequence[str]) -> int:
     if extras:
         raise UsageError(f"unrecognised argument {extras[0]!r} (see fastpo {namespace.command or ''} --help)")
     if namespace.command is None:
-        raise UsageError("no command given: train, plan, losses, quickstart, check, games or env (see fastpo --help)")
+        raise UsageError(f"no command given: {', '.join(COMMANDS)} (see fastpo --help)")
     if namespace.command == "env":
         return _env(namespace)
     if namespace.command == "losses":

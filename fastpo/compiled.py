@@ -22,7 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fastpo import attention
 from fastpo.config import TrainConfig
-from fastpo.errors import ConfigError, UnsupportedModelError
+from fastpo.errors import ConfigError, UnsupportedModelError, shown
 from fastpo.model import Policy
 
 # Compiled versions of one layer's code: of each kind of layer, with gradients and without, and for each size of
@@ -33,14 +33,10 @@ VERSIONS = 64
 @contextlib.contextmanager
 def compiled_layers(policy: Policy, config: TrainConfig) -> Iterator[None]:
     """Inside, the trunk's layers are compiled as `config` says; ConfigError for a backend that PyTorch lacks."""
-    import torch._dynamo  # not before it is asked for: it takes a second to import
-
-    backend = config.torch_compile_backend or "inductor"
-    known = torch._dynamo.list_backends(exclude_tags=())
-    if backend not in known:
-        raise ConfigError(f"torch_compile_backend={backend!r} is unknown to PyTorch: it has {', '.join(known)}")
-    if attention.runs_unpacked():
-        raise ConfigError("torch_compile compiles packed layers, and FASTPO_ATTENTION=own runs them unpacked")
+    backend = check_backend(config)
+    if policy.unpacked:
+        name = type(policy.causal_lm).__name__
+        raise ConfigError(f"torch_compile compiles packed layers, and {name} runs unpacked: leave it out")
     layers = [m for m in policy.trunk.modules() if isinstance(m, GradientCheckpointingLayer)]
     if not layers:
         name = type(policy.causal_lm).__name__
@@ -59,6 +55,17 @@ def compiled_layers(policy: Policy, config: TrainConfig) -> Iterator[None]:
         for layer in layers:
             del layer.forward
         attention.register()
+
+
+def check_backend(config: TrainConfig) -> str:
+    """torch.compile's backend that is asked for; ConfigError for one that PyTorch lacks."""
+    import torch._dynamo  # not before it is asked for: it takes a second to import
+
+    backend = config.torch_compile_backend or "inductor"
+    known = torch._dynamo.list_backends(exclude_tags=())
+    if backend not in known:
+        raise ConfigError(f"torch_compile_backend={shown(backend)} is unknown to PyTorch: it has {', '.join(known)}")
+    return backend
 
 
 def _forward(layer: nn.Module, options: dict[str, Any]) -> Callable[..., Tensor]:

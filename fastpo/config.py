@@ -1,22 +1,18 @@
 """`TrainConfig`: one flat dataclass with Hugging Face's and TRL's field names and meanings.
 
-A configuration comes from a `TrainConfig`, a dict, a YAML file, or a TRL `DPOConfig` / transformers `TrainingArguments`,
-with keyword overrides on top (`TrainConfig.build`). Anything set that fastpo does not honour raises: an option that is
+A configuration comes from a `TrainConfig`, a dict, a YAML file, or arguments of TRL (`DPOConfig`, `KTOConfig`, ...) or
+transformers (`TrainingArguments`), with keyword overrides on top (`TrainConfig.build`). Anything set that fastpo does not honour raises: an option that is
 accepted is an option that has its effect.
 """
 
 import dataclasses
-import enum
-import json
-import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastpo import options
-from fastpo.errors import ConfigError
+from fastpo import bounds, options, trl_configs
+from fastpo.errors import ConfigError, shown
 
 
 def _opt(default: Any, group: str, help: str, choices: tuple[str, ...] | None = None, secret: bool = False) -> Any:
@@ -68,6 +64,7 @@ class TrainConfig:
     model_init_kwargs: dict | None = _opt(None, "model", "keyword arguments of from_pretrained, where the model is a name or path")
     dtype: str | None = _opt(None, "model", "dtype to load the model in; None or auto: the checkpoint's own")
     trust_remote_code: bool = _opt(False, "model", "let a checkpoint's own code run")
+    router_aux_loss_coef: float | None = _opt(None, "model", "weight of a mixture of experts' load-balancing loss; None: the model's own, 0: none")
     disable_dropout: bool = _opt(True, "model", "set every dropout probability of the policy to zero")
     use_liger_kernel: bool = _opt(False, "model", "Liger's kernels for the norms, MLPs and rotary embeddings of the trunk; needs a GPU and liger-kernel")
     liger_kernel_config: dict | None = _opt(None, "model", "which of Liger's layer kernels, such as {rope: false}")
@@ -81,11 +78,13 @@ class TrainConfig:
     max_length: int | None = _opt(1024, "data", "tokens of prompt plus response that are kept (None: all)")
     truncation_mode: str = _opt("keep_start", "data", "which end of a sequence over max_length is kept", ("keep_start", "keep_end"))
     invalid_rows: str = _opt("raise", "data", "rows with NaN scores, empty or identical responses: raise, or drop with a count", ("raise", "drop"))
+    recognise_layouts: bool = _opt(True, "data", "convert rows of other projects' and popular data sets' layouts (docs/data.md), and say so; false: only fastpo's own columns")
     pair_policy: str = _opt("best_worst", "data", "pairs of rows with K responses: the best against the worst, all that differ, all that differ by pair_margin, or the column pairs (explicit)", ("best_worst", "all", "margin", "explicit"))
     pair_margin: float | None = _opt(None, "data", "pair_policy=margin: the least difference in score (or win_prob) of a pair")
+    assistant_only_loss: bool = _opt(True, "data", "responses of several turns: train on the assistant's turns only (false: on those of users and tools too)")
     train_sampling_strategy: str = _opt("random", "data", "order of the rows", ("random", "sequential"))
     dataloader_drop_last: bool = _opt(False, "data", "leave out an epoch's last, incomplete step")
-    dataset_num_proc: int | None = _opt(None, "data", "processes that tokenise")
+    dataset_num_proc: int | None = _opt(None, "data", "processes that tokenise; at most four for each CPU core are started (None: one)")
 
     loss_type: str | list[str] = _opt("dpo", "loss", "dpo (sigmoid), ipo, simpo, sppo, cpo, sft, ... (`fastpo losses` lists them); a list is a weighted sum")
     loss_weights: list[float] | None = _opt(None, "loss", "weight of each loss of a list (None: 1)")
@@ -99,7 +98,7 @@ class TrainConfig:
     ld_alpha: float | None = _opt(None, "loss", "dpo, which is then ld_dpo: weight of the tokens past the pair's shorter response")
     use_weighting: bool = _opt(False, "loss", "dpo, which is then wpo with clamp_weight=false: pairs weighted by how likely the policy is to say them")
     loss_kwargs: dict | None = _opt(None, "loss", "further hyper-parameters of the losses, such as {cpo_alpha: 0.5}; `fastpo losses NAME` has their names")
-    precompute_ref_log_probs: bool = _opt(True, "loss", "the reference is always computed once, ahead, and cached: True and False train alike")
+    precompute_ref_log_probs: bool = _opt(False, "loss", "the reference is always computed once, ahead, and cached: true and false train alike. True refuses what cannot be: a streamed dataset, and after training rows given to Trainer.evaluate, for which false loads a model given by name again")
     sync_ref_model: bool = _opt(False, "loss", "TR-DPO: every ref_model_sync_steps steps the reference moves towards the policy")
     ref_model_mixup_alpha: float = _opt(0.6, "loss", "sync_ref_model: reference <- alpha policy + (1 - alpha) reference")
     ref_model_sync_steps: int = _opt(512, "loss", "sync_ref_model: steps between two moves")
@@ -147,6 +146,7 @@ class TrainConfig:
     logging_steps: float = _opt(10, "logging", "steps between log lines; below 1, a share of all steps")
     logging_strategy: str = _opt("steps", "logging", "when to log", ("no", "steps", "epoch"))
     logging_first_step: bool = _opt(False, "logging", "log the first step too")
+    token_metrics: bool = _opt(True, "logging", "entropy and mean_token_accuracy of the steps that are logged, and of evaluations: one more pass of the head over their tokens")
     disable_tqdm: bool = _opt(False, "logging", "no progress bar")
     report_to: str | list[str] = _opt("none", "logging", "trackers beside output_dir/metrics.jsonl: tensorboard, wandb, trackio, mlflow, ... as transformers names them; all; none")
     report: bool = _opt(True, "logging", "write report.html, one file with curves, settings, counts and warnings, after training")
@@ -179,51 +179,38 @@ class TrainConfig:
         for f in dataclasses.fields(self):
             choices = f.metadata["choices"]
             value = getattr(self, f.name)
-            if isinstance(value, bool) and choices and bool not in _kinds(f.type):  # to YAML, no is false
+            if isinstance(value, bool) and choices and bool not in bounds.kinds_of(f.type):  # to YAML, no is false
                 meant = ("always",) if value else ("no", "never")
-                setattr(self, f.name, next((c for c in choices if c in meant), value))
-            setattr(self, f.name, _coerce(f.name, getattr(self, f.name), f.type))
-            if choices and (value := getattr(self, f.name)) is not None and value not in choices:
+                value = next((c for c in choices if c in meant), value)
+            value = bounds.coerce(f.name, value, f.type)
+            if f.name in bounds.RANGES:
+                bounds.check_range(f.name, value)
+            bounds.check_content(f.name, value if f.name != "hub_token" else None)
+            setattr(self, f.name, value)
+            if choices and value is not None and value not in choices:
                 hint = _CHOICE_HINTS.get((f.name, value)) if isinstance(value, str) else None
                 raise ConfigError(
-                    f"{f.name} must be one of {', '.join(choices)}, not {value!r}" + (f": {hint}" if hint else "")
+                    f"{f.name} must be one of {', '.join(choices)}, not {shown(value)}" + (f": {hint}" if hint else "")
                 )
-        for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size",
-                     "num_train_epochs", "adam_epsilon", "logging_steps", "save_steps", "max_nonfinite_steps",
-                     "ref_model_sync_steps", "ddp_timeout"):  # fmt: skip
-            self._require(name, getattr(self, name) > 0, "positive")
-        for name in ("learning_rate", "weight_decay", "warmup_steps", "eval_delay", "sample_generations"):
-            self._require(name, getattr(self, name) >= 0, "zero or more")
         if isinstance(self.max_tokens, str) and self.max_tokens != "auto":
-            raise ConfigError(f"max_tokens must be a number of tokens or auto, not {self.max_tokens!r}")
+            raise ConfigError(f"max_tokens must be a number of tokens or auto, not {shown(self.max_tokens)}")
         if self.gradient_checkpointing_layers is not None and not self.gradient_checkpointing:
             raise ConfigError("gradient_checkpointing_layers needs gradient_checkpointing")
-        for name in ("beta", "max_length", "max_tokens", "token_bucket", "eval_steps", "save_total_limit",
-                     "dataset_num_proc", "pair_margin", "gradient_checkpointing_layers"):  # fmt: skip
-            value = getattr(self, name)
-            self._require(name, value in (None, "auto") or value > 0, "positive")
-        for name in ("adam_beta1", "adam_beta2"):
-            self._require(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
-        self._require("max_grad_norm", True, "a finite number")
         if (self.pair_margin is not None) != (self.pair_policy == "margin"):
             raise ConfigError("pair_policy=margin and pair_margin need each other")
         if self.warmup_ratio is not None and self.warmup_steps:
             raise ConfigError("warmup_steps and warmup_ratio are both set; give one")
-        self._require("label_smoothing", 0 <= self.label_smoothing < 1, "in [0, 1)")
-        self._require("warmup_ratio", self.warmup_ratio is None or 0 <= self.warmup_ratio < 1, "in [0, 1)")
-        self._require("grad_filter", 0 <= self.grad_filter < 1, "in [0, 1)")
-        self._require("logits_memory_budget", (self.logits_memory_budget or 0) >= 0, "zero or more bytes")
-        if self.max_steps == 0 or self.max_steps < -1:
-            raise ConfigError(f"max_steps must be positive, or -1 for num_train_epochs, not {self.max_steps}")
-        self._require("ref_model_mixup_alpha", 0 <= self.ref_model_mixup_alpha <= 1, "in [0, 1]")
+        if self.max_steps == 0:
+            raise ConfigError("max_steps must be positive, or -1 for num_train_epochs, not 0")
         if self.torch_compile_backend is not None or self.torch_compile_mode is not None:
             self.torch_compile = True  # as in transformers
         self._check_fsdp()
         self._check_best()
         self._check_resume()
+        if not self.losses:
+            raise ConfigError("loss_type names no loss")
         if self.loss_weights is not None and len(self.loss_weights) != len(self.losses):
             raise ConfigError(f"loss_weights has {len(self.loss_weights)} entries for {len(self.losses)} losses")
-        self._require("loss_weights", all(map(math.isfinite, self.loss_weights or ())), "finite numbers")
 
     def _check_fsdp(self) -> None:
         self.fsdp, offload = options.fsdp_mode(self.fsdp)
@@ -260,11 +247,6 @@ class TrainConfig:
         if self.push_to_hub and not self.save_final:
             raise ConfigError("push_to_hub needs save_final")
 
-    def _require(self, name: str, ok: bool, what: str) -> None:
-        value = getattr(self, name)
-        if not ok or (isinstance(value, float) and not math.isfinite(value)):
-            raise ConfigError(f"{name} must be {what}, not {value!r}")
-
     @property
     def losses(self) -> list[str]:
         """The loss types as a list."""
@@ -291,27 +273,37 @@ class TrainConfig:
 
         Raises ConfigError for an unknown option (naming the nearest) and for one that fastpo does not honour.
         """
+        ignored: list[str] = []
+
+        def given(values: Mapping[str, Any]) -> dict[str, Any]:
+            ignored.extend(options.without_meaning(values))
+            return _given(values)
+
         if args is None:
             values: dict[str, Any] = {}
         elif isinstance(args, cls):
             values = {f.name: getattr(args, f.name) for f in dataclasses.fields(args)}
+            ignored += getattr(args, "without_meaning", [])
         elif isinstance(args, Mapping):
-            values = _given(args)
+            values = given(args)
         elif isinstance(args, str | Path):
-            values = _given(read_yaml(args))
-        elif _is_dpo_arguments(args):
-            values = _given(_explicit_fields(args))
+            values = given(read_yaml(args))
+        elif trl_configs.class_of(args) is not None:
+            values = given(trl_configs.values_of(args, field_names()))
         else:
             raise ConfigError(
-                f"args must be a TrainConfig, a dict, a YAML path or a TRL DPOConfig, not {type(args).__name__}"
+                "args must be a TrainConfig, a dict, a YAML path or a TRL config such as DPOConfig, not "
+                f"{type(args).__name__}"
             )
-        values |= _given(overrides)
+        values |= given(overrides)
         # A cadence that is given says that it is wanted.
         if ("save_steps" in values or "save_total_limit" in values) and "save_strategy" not in values:
             values["save_strategy"] = "steps"
         if values.get("eval_steps") is not None and "eval_strategy" not in values:
             values["eval_strategy"] = "steps"
-        return cls(**values)
+        config = cls(**values)
+        config.without_meaning = list(dict.fromkeys(ignored))  # type: ignore[attr-defined]  # said at the start of a run
+        return config
 
 
 def _multiple(value: float, of: float) -> bool:
@@ -333,117 +325,41 @@ def _given(values: Mapping[str, Any]) -> dict[str, Any]:
         name: value
         for name, value in out.items()
         if value is not None
-        or type(None) in _kinds(hints[name])
+        or type(None) in bounds.kinds_of(hints[name])
         or name not in options.OPTIONS
         or options.OPTIONS[name].default is not None
     }
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file."""
+    """The mapping in a YAML file; an option that stands there twice is refused, since one of the two would be lost."""
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            seen: set[Any] = set()
+            for key, _ in node.value:
+                if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                    if key.value in seen:
+                        line = key.start_mark.line + 1
+                        raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is set twice (line {line})")
+                    seen.add(key.value)
+            return super().construct_mapping(node, deep)
+
     try:
-        data = yaml.safe_load(Path(path).read_text())
+        data = yaml.load(Path(path).read_text(encoding="utf-8-sig"), Loader)
+    except FileNotFoundError:
+        raise ConfigError(f"no such file: {shown(str(path))} (the configuration)") from None
     except OSError as error:
-        raise ConfigError(f"cannot read the configuration {str(path)!r}: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(data or {}, dict):
+        raise ConfigError(f"cannot read the configuration {shown(str(path))}: {error.strerror}") from None
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}{_tab_hint(str(error))}") from None
+    except ValueError as error:  # bytes that are no text; a null character in the path; a date that is none
+        raise ConfigError(f"cannot read the configuration {shown(str(path))}: {error}") from None
+    if data is not None and not isinstance(data, dict):
         raise ConfigError(f"{path} must hold option names with values, not a {type(data).__name__}")
     return data or {}
 
 
-def _is_dpo_arguments(args: Any) -> bool:
-    """TRL's DPOConfig or a subclass of it, or plain TrainingArguments; other trainers' arguments mean other losses."""
-    names = [c.__name__ for c in type(args).__mro__]
-    if "TrainingArguments" in names and names[0] != "TrainingArguments" and "DPOConfig" not in names:
-        raise ConfigError(
-            f"args is a {names[0]}, whose defaults mean another loss; pass a DPOConfig, a dict or a TrainConfig"
-        )
-    return "TrainingArguments" in names
-
-
-def _explicit_fields(args: Any) -> dict[str, Any]:
-    """The fields of a TRL or transformers arguments object that its user set: those that differ from the defaults.
-
-    TRL's own defaults (learning rate, logging steps, beta) are fastpo's. Fields that transformers fills in by itself
-    (logging_dir, bf16 on this machine, ...) are compared with an untouched object of the same class.
-    """
-    untouched = type(args)(output_dir=args.output_dir, use_cpu=True, bf16=False)
-    fields = {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if f.init}
-    changed = {k: v for k, v in fields.items() if v != getattr(untouched, k)}
-    # What TRL or transformers set by default where ours differs keeps their meaning.
-    for name in field_names():
-        if name in fields and name not in ("precompute_ref_log_probs", "bf16"):
-            changed.setdefault(name, fields[name])
-    changed["bf16"] = bool(fields.get("bf16"))
-    if "loss_type" in fields:
-        changed["loss_type"] = fields["loss_type"]
-    changed = {name: value.value if isinstance(value, enum.Enum) else value for name, value in changed.items()}
-    names = [changed["loss_type"]] if isinstance(changed.get("loss_type"), str) else changed.get("loss_type", [])
-    trl_beta = set(names) <= set(options.TRL_LOSSES) and set(names) != {"sft"}
-    if changed.get("beta") == getattr(untouched, "beta", None) and not trl_beta:
-        changed["beta"] = None  # TRL's default was not meant for a loss that TRL does not have, and sft reads none
-    return changed
-
-
-def _coerce(name: str, value: Any, annotation: Any) -> Any:
-    """YAML reads 1e-6 as a string and 3 as an int; TRL scripts pass enums. Wrong types are a one-line error."""
-    kinds = _kinds(annotation)
-    if name == "report_to" and not value:
-        return "none"
-    if value is None:
-        if type(None) in kinds:
-            return None
-        raise ConfigError(f"{name} must not be None")
-    value = getattr(value, "value", value)
-    if isinstance(value, tuple):
-        value = list(value)
-    if name == "fsdp" and isinstance(value, list):
-        value = " ".join(str(getattr(v, "value", v)) for v in value)
-    if str in kinds and not isinstance(value, str | list):
-        if isinstance(value, os.PathLike):
-            value = os.fspath(value)
-        elif type(value).__module__ == "torch":  # a dtype or a device
-            value = str(value)
-    if isinstance(value, str):
-        value = _from_text(name, value, kinds)
-    for kind in (int, float):
-        if kind in kinds and not isinstance(value, bool) and isinstance(value, int | float | str):
-            try:
-                number = float(value)
-            except ValueError:
-                continue
-            if kind is float or number == int(number):
-                return kind(number)
-    if value is None or (type(value) in kinds and not (isinstance(value, bool) and bool not in kinds)):
-        if name == "loss_weights":
-            return [float(v) for v in value]
-        return value
-    words = {int: "a whole number", float: "a number", str: "a string", bool: "true or false", dict: "a mapping"}
-    names = " or ".join(words.get(k, k.__name__) for k in kinds if k is not type(None))
-    shown = "" if name == "hub_token" else f", not {value!r}"
-    raise ConfigError(f"{name} must be {names}{shown}")
-
-
-def _from_text(name: str, value: str, kinds: tuple[type, ...]) -> Any:
-    """What a text means for a field that is no text: none, true, false, or a mapping as JSON, which TRL takes too."""
-    if bool in kinds and value.lower() in ("true", "false"):
-        return value.lower() == "true"
-    if str not in kinds and value.lower() == "none" and type(None) in kinds:
-        return None
-    if dict in kinds and value.lstrip().startswith("{"):
-        try:
-            return json.loads(value)
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{name} is not JSON: {error}") from None
-    return value
-
-
-def _kinds(annotation: Any) -> tuple[type, ...]:
-    import types
-    import typing
-
-    args = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
-    return tuple(typing.get_origin(a) or a for a in args)
+def _tab_hint(error: str) -> str:
+    return "; indent with spaces, not with tabs" if "\\t" in error else ""

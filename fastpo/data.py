@@ -17,37 +17,38 @@ the responses of one pair may keep prompts of different length: `Example.respons
 import itertools
 import logging
 import multiprocessing
+import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field, fields
-from hashlib import blake2b
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from fastpo import kway
-from fastpo.encoding import Encoder
-from fastpo.errors import DataError
+from fastpo import content, kway
+from fastpo.data_report import DataReport, warn
+from fastpo.encoding import Encoded, Encoder
+from fastpo.errors import DataError, FastpoError, nearest, one_line, quoted
 from fastpo.kway import BEST_WORST, Forming
+from fastpo.row_layouts import Reading, read_as
 from fastpo.rows import (
     BOUNDS,
     COMPLETIONS,
     GREEDY,
     LABEL,
     RESPONSE_COLUMNS,
+    SFT_WEIGHTS,
     TOKEN_COLUMNS,
     InvalidRow,
     Row,
     Schema,
-    column_names,
     common_length,
     extract_prompt,
-    load_rows,
-    nearest,
     parse_row,
-    quoted,
     read_schema,
 )
+from fastpo.sources import Stream, chunks, column_names, first_rows, head_rows, load_rows
+from fastpo.win_probs import check_win_probs
 
 __all__ = [
     "DataError",
@@ -64,7 +65,6 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-WIN_PROB_TOLERANCE = 0.01 + 1e-9  # p and 1 - p, each rounded to two decimals, may be as far from adding up to 1
 _CHUNK_ROWS = 1000  # rows that are tokenised in one call: enough to keep all threads of a fast tokenizer busy
 
 
@@ -84,70 +84,15 @@ class Example:
     share: bool = False  # the responses share one copy of the prompt in the trunk
     # Rows of a step with the same prompt have one copy of it in the trunk from this many responses on; 0: each its own.
     share_from: int = 0
+    whole: bool = False  # the last token of a response enters the trunk too: a router's loss counts it
     greedy: int | None = None  # which response is the reference's greedy one (selm); it need not be in a pair
+    # Of responses that another one's tokens made begin inside the prompt: how many of their first tokens are the
+    # prompt's where each stands alone.
+    leads: tuple[int, ...] | None = None
 
     def prompt_of(self, response: int) -> np.ndarray:
         """The prompt ids that response number `response` continues."""
         return self.prompt_ids if self.response_prompts is None else self.response_prompts[response]
-
-
-@dataclass(slots=True)
-class DataReport:
-    """What became of the rows; the counts of responses and prompts are of sequences, all others of rows."""
-
-    rows: int = 0
-    kept: int = 0
-    dropped: dict[str, int] = field(default_factory=dict)  # by reason
-    pairs: int = 0
-    offered: int = 0  # responses of the rows kept that have K of them; `responses` counts those in use
-    responses: int = 0
-    truncated: int = 0  # responses that lost tokens to max_length
-    truncated_eos: int = 0  # of these, how many lost their EOS or end of turn
-    truncated_prompts: int = 0  # prompts that lost tokens (keep_end)
-    boundary_moved: int = 0  # the prompt's tokens are not the beginning of the whole's: the response begins earlier
-    doubled_specials: int = 0  # a second BOS or EOS was removed
-    own_endings: int = 0  # texts that end with a special token of their own: no EOS added
-    repeated_prompts: int = 0  # chosen and rejected both begin with the prompt, which is in its own column too
-    prompt_tokens: int = 0
-    response_tokens: int = 0
-    longest_sequence: int = 0
-    max_length: int | None = None
-    kept_rows: list[int] = field(default_factory=list)  # row number of each example
-    columns: list[str] = field(default_factory=list)  # names in the data
-    warnings: list[str] = field(default_factory=list)
-    moved_text: str = ""  # an end of a prompt that was left out, for the warning
-
-    def add(self, other: "DataReport") -> None:
-        """Adds the counts of another part of the same rows."""
-        for item in fields(self):
-            mine, theirs = getattr(self, item.name), getattr(other, item.name)
-            if item.name == "dropped":
-                for reason, count in theirs.items():
-                    mine[reason] = mine.get(reason, 0) + count
-            elif item.name == "longest_sequence":
-                self.longest_sequence = max(mine, theirs)
-            elif item.name == "moved_text":
-                self.moved_text = mine or theirs
-            elif item.name == "kept_rows":
-                mine.extend(theirs)
-            elif item.name not in ("max_length", "columns", "warnings"):
-                setattr(self, item.name, mine + theirs)
-
-    def summary(self) -> str:
-        """One line: rows kept and dropped, responses truncated, mean lengths."""
-        parts = [f"{self.kept} of {self.rows} rows kept"]
-        if self.offered:
-            parts.append(f"{self.pairs} pairs of {self.responses} of their {self.offered} responses")
-        parts += [f"{count} dropped: {reason}" for reason, count in self.dropped.items()]
-        if self.truncated or self.truncated_prompts:
-            cut = f"{self.truncated} of {self.responses} responses truncated at max_length {self.max_length}"
-            parts.append(f"{cut} ({self.truncated_eos} lost their end of sequence)")
-        if self.truncated_prompts:
-            parts.append(f"{self.truncated_prompts} prompts truncated")
-        if self.kept:
-            prompt, response = self.prompt_tokens / self.kept, self.response_tokens / self.responses
-            parts.append(f"mean prompt {prompt:.0f} tokens, response {response:.0f}, longest {self.longest_sequence}")
-        return "; ".join(parts)
 
 
 @dataclass(frozen=True)
@@ -159,6 +104,7 @@ class _Preparer:
     max_length: int | None
     keep_end: bool
     drop_invalid: bool
+    reading: Reading = Reading()
 
     @property
     def parse(self) -> Callable[[Mapping, int, Schema], Row]:
@@ -169,18 +115,23 @@ class _Preparer:
         rows = []
         for number, raw in enumerate(raw_rows, start=start):
             try:
-                row = self.parse(raw, number, self.schema)
+                row = self.parse(self.reading(raw, number), number, self.schema)
+                rows.append(self._without_prompt(row, report))
             except InvalidRow as error:
-                self._refuse(error, report)
-                continue
-            rows.append(row)
-            size = len(row.prompt)
-            if self.schema.explicit_prompt and size and all(text[:size] == row.prompt for text in row.completions):
-                report.repeated_prompts += 1
+                self._refuse(error, report, 1 + self.schema.apart)
+            except FastpoError:
+                raise
+            except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:  # arrays and other objects
+                message = f"row {number} cannot be read: {one_line(error)}"
+                self._refuse(InvalidRow("cannot be read", message), report, 1 + self.schema.apart)
+        if self.schema.apart:
+            report.rows *= 2
+            rows = _apart(rows)
         examples = []
-        for row, ids in self._encode(rows, report):
+        for encoded in self._encode(rows, report):
+            row = encoded.row
             try:
-                example = self._build(row, ids, report)
+                example = self._build(row, encoded, report)
             except InvalidRow as error:
                 self._refuse(error, report)
                 continue
@@ -192,26 +143,53 @@ class _Preparer:
         report.kept = len(examples)
         return examples, report
 
-    def _refuse(self, error: InvalidRow, report: DataReport) -> None:
+    def _without_prompt(self, row: Row, report: DataReport) -> Row:
+        """Counts a prompt that the responses repeat; of conversations, whose turns are checked, it is taken out."""
+        if self.schema.conversational:
+            content.check(row)
+            shorter = content.without_prompt(row) if self.schema.explicit_prompt else row
+            content.check_responses(shorter)
+            report.repeated_turns += shorter is not row
+            return shorter
+        size = 0 if self.schema.token_ids else len(row.prompt)
+        if self.schema.explicit_prompt and size and all(text[:size] == row.prompt for text in row.completions):
+            report.repeated_prompts += 1
+        return row
+
+    def _refuse(self, error: InvalidRow, report: DataReport, rows: int = 1) -> None:
         if not self.drop_invalid and not error.always_dropped:
             raise DataError(f"{error} (invalid_rows='drop' leaves such rows out and counts them)") from error
-        report.dropped[error.reason] = report.dropped.get(error.reason, 0) + 1
+        report.dropped[error.reason] = report.dropped.get(error.reason, 0) + rows
 
-    def _encode(self, rows: list[Row], report: DataReport) -> Iterable[tuple[Row, list[list[int]]]]:
+    def _encode(self, rows: list[Row], report: DataReport) -> Iterable[Encoded]:
         if not rows:
             return []
+        if self.schema.token_ids:
+            return [Encoded(row, [list(row.prompt), *([*row.prompt, *ids] for ids in row.completions)],
+                            [None] * len(row.completions)) for row in rows]  # fmt: skip
         try:
-            return list(zip(rows, self.encoder(rows, report), strict=True))
+            return self.encoder(rows, report)
         except InvalidRow as error:
             if not self.drop_invalid or len(rows) == 1:
                 self._refuse(error, report)
                 return []
-        # A template refused some row: go through them one by one. Texts cannot fail, so nothing is counted twice.
+        # A template refused some row: go through them one by one. The encoder counts only rows that it returns.
         return list(itertools.chain.from_iterable(self._encode([row], report) for row in rows))
 
-    def _build(self, row: Row, ids: list[list[int]], report: DataReport) -> Example | None:
-        prompt, *wholes = ids
+    def _build(self, row: Row, encoded: Encoded, report: DataReport) -> Example | None:
+        prompt, *wholes = encoded.ids
         boundary = min(common_length(prompt, whole) for whole in wholes)
+        if self.schema.language:
+            boundary = (
+                1  # nothing predicts the first token: it is the context of the second, as in TRL's shifted labels
+            )
+            prompt = wholes[0][:1]
+        elif self.schema.token_ids:
+            size = len(self.encoder.tokenizer)
+            for token in itertools.chain.from_iterable(wholes):
+                if type(token) is not int or not 0 <= token < size:
+                    message = f"row {row.number}: token id {token!r} is none of the tokenizer's {size} tokens"
+                    raise InvalidRow("bad token ids", message)
         responses = [whole[boundary:] for whole in wholes]
         if not boundary:
             why = "merges whole into the first token of the response" if prompt else "is empty"
@@ -244,6 +222,7 @@ class _Preparer:
         weights = [np.array(w[-len(ids) :] if self.keep_end else w[: len(ids)], np.float32) if w
                    else np.ones(len(ids), np.float32)
                    for w, ids in zip(row.token_weights, kept, strict=False)]  # fmt: skip
+        weights = self._masked(weights, encoded.trained, boundary, kept)
         if not dropped and not all(w.any() for w in weights):
             dropped = "no token of weight is left after truncation"
         if dropped:
@@ -257,6 +236,9 @@ class _Preparer:
                 prompts, responses, kept = prompts[:compared], responses[:compared], kept[:compared]
                 weights = weights[:compared]
         self._count(boundary, prompts, responses, kept, report)
+        if any(encoded.trained):
+            report.masked_tokens += sum(int((w == 0).sum()) for w in weights)
+        leads = tuple(common_length(prompt, whole) - boundary for whole in wholes)
         arrays = [np.array(ids, dtype=np.int32) for ids in prompts]
         shortest = min(arrays, key=len)
         return Example(
@@ -268,7 +250,22 @@ class _Preparer:
             response_prompts=None if all(ids == prompts[0] for ids in prompts) else arrays,
             token_weights=weights or None,
             greedy=greedy,
+            leads=leads if any(leads) and not self.keep_end else None,
         )
+
+    def _masked(
+        self, weights: list[np.ndarray], trained: Sequence[list[bool] | None], boundary: int, kept: Sequence[list[int]]
+    ) -> list[np.ndarray]:
+        """Weights of the tokens kept, 0 where they are of turns that are not trained; none where all of them are 1."""
+        if not any(trained):
+            return weights
+        weights = weights or [np.ones(len(ids), np.float32) for ids in kept]
+        for k, mask in enumerate(trained):
+            if mask is not None:
+                own = mask[boundary:]
+                own = own[len(own) - len(kept[k]) :] if self.keep_end else own[: len(kept[k])]
+                weights[k] = weights[k] * np.array(own, np.float32)
+        return weights
 
     def _truncate(self, prompt: list[int], responses: list[list[int]]) -> tuple[list[list[int]], list[list[int]]]:
         """Each response's prompt and itself within max_length; an empty response where nothing of it can be trained."""
@@ -305,6 +302,18 @@ class _Preparer:
         report.truncated_prompts += shortest < prompt_len
 
 
+def _apart(rows: Sequence[Row]) -> list[Row]:
+    """Two unpaired rows of each pair, the preferred one desirable: all of these, then all others."""
+    out = []
+    for k, label in ((0, 1.0), (1, 0.0)):
+        for row in rows:
+            columns = {name: [values[k]] for name, values in row.response_columns.items()}
+            columns[LABEL] = [label]
+            out.append(row._replace(completions=(row.completions[k],), pairs=(), pair_columns={},
+                                    response_columns=columns, token_weights=row.token_weights[k : k + 1]))  # fmt: skip
+    return out
+
+
 def _twins(responses: Sequence[list[int]]) -> bool:
     return len({tuple(ids) for ids in responses}) < len(responses)
 
@@ -320,13 +329,20 @@ def prepare_examples(
     invalid: str = "raise",
     num_proc: int | None = None,
     forming: Forming = BEST_WORST,
+    assistant_only: bool = True,
+    apart: bool = False,
+    recognise: bool = True,
+    limit: int | None = None,
 ) -> tuple[list[Example], DataReport]:
     """Examples in the order of the rows, and what became of every row.
 
-    `kind` is "preference" or "sft". `columns` names the optional columns to read (default: all that are there); the
-    others may hold anything. `forming` says which pairs rows of K `responses` give. `invalid="drop"` counts rows with
-    NaN, None or out-of-range values, empty texts or identical pairs where "raise" refuses the first of them; rows lost
-    to `max_length` and rows of K that form no pair are always dropped and counted.
+    `kind` is "preference", "sft" or "unpaired"; pairs of the last kind, and with `apart` those of the first, are two
+    rows each, tokenised apart, of every thousand pairs all chosen ones first, as in TRL. `assistant_only`: turns of
+    others behind the prompt have a token weight of 0. `columns` names the optional columns to read (default: all that
+    are there); the others may hold anything. `forming` says which pairs rows of K `responses` give. `invalid="drop"`
+    counts rows with NaN, None or out-of-range values, empty texts or identical pairs where "raise" refuses the first of
+    them; rows lost to `max_length` and rows of K that form no pair are always dropped and counted. `recognise` converts
+    rows of other layouts (fastpo/row_layouts.py). `limit` ends the reading when there are as many examples.
     """
     for name, value, allowed in (
         ("kind", kind, tuple(COMPLETIONS)),
@@ -338,53 +354,70 @@ def prepare_examples(
     if max_length is not None and max_length < 2:
         raise DataError(f"max_length={max_length}: a prompt token and a response token need at least 2")
     rows = load_rows(dataset)
-    if len(rows) == 0:
+    if not rows.head(1) if isinstance(rows, Stream) else len(rows) == 0:
         raise DataError("the dataset has no rows")
-    names = column_names(rows)
-    first = next(_chunks(rows, names))[1]
+    given = column_names(rows)
+    if kind == "unpaired" and "chosen" in given and not {"completion", LABEL} <= set(given):
+        kind, apart = "preference", True
+    reading = read_as(given, head_rows(rows), kind, columns, recognise)
+    read = {"prompt", "chosen", "rejected", "completion", "tools", "chat_template_kwargs", *BOUNDS, *TOKEN_COLUMNS,
+            LABEL, GREEDY, SFT_WEIGHTS, kway.RESPONSES, kway.PAIRS, *reading.reads()}  # fmt: skip
+    names, first = reading.names(given), reading.first(first_rows(rows, read, _CHUNK_ROWS))
     if kind == "preference" and kway.is_kway(names, first):
         schema = kway.read_schema(names, first, columns, forming)
     else:
         schema = read_schema(names, first, kind, columns)
-    encoder = Encoder(tokenizer, schema.conversational)
-    prepare = _Preparer(encoder, schema, max_length, truncation_mode == "keep_end", invalid == "drop")
+    schema = replace(schema, language=reading.layout is not None and reading.layout.language,
+                     apart=apart)  # fmt: skip
+    try:
+        encoder = Encoder(tokenizer, schema.conversational, assistant_only)
+    except DataError as error:
+        raise DataError(f"{error} (the rows are {reading.says()})") if reading.says() else error from None
+    prepare = _Preparer(encoder, schema, max_length, truncation_mode == "keep_end", invalid == "drop", reading)
 
-    report = DataReport(max_length=max_length, columns=names)
+    report = DataReport(max_length=max_length, columns=names, reading=reading.says(), streamed=limit is not None)
+    if report.reading:
+        count = "" if isinstance(rows, Stream) else f"{len(rows)} "
+        logger.info("the %srows are %s (recognise_layouts=false: rows as they are)", count, report.reading)
     examples: list[Example] = []
-    for part, part_report in _run(prepare, _chunks(rows, names), num_proc):
+    for part, part_report in _run(prepare, chunks(rows, read, _CHUNK_ROWS), None if limit else num_proc):
         examples += part
         report.add(part_report)
+        if limit is not None and len(examples) >= limit:
+            break
+    if limit is not None and len(examples) > limit:
+        del examples[limit:], report.kept_rows[limit:]
+        report.kept = limit
+    even_weights(examples)
     if schema.kway is None and forming.policy != "best_worst":
         report.warnings.append(f"pair_policy={forming.policy} has no effect: the rows have no '{kway.RESPONSES}'")
-    _warn(report, schema, names)
+    warn(report, schema, names)
     if not examples:
         raise DataError(f"no row is left to train on: {report.summary()}")
-    _check_win_probs(examples, report.kept_rows)
+    check_win_probs(examples, report.kept_rows)
     return examples, report
 
 
-def _chunks(rows: Any, names: list[str]) -> Iterator[tuple[int, list[Mapping]]]:
-    """(number of the first row, rows), a thousand at a time and without columns that nobody reads."""
-    if isinstance(rows, list):
-        for start in range(0, len(rows), _CHUNK_ROWS):
-            yield start, rows[start : start + _CHUNK_ROWS]
-        return
-    read = {"prompt", "chosen", "rejected", "completion", "tools", "chat_template_kwargs", *BOUNDS, *TOKEN_COLUMNS,
-            LABEL, GREEDY, kway.RESPONSES, kway.PAIRS}  # fmt: skip
-    plain = rows.with_format(None).select_columns([name for name in names if name in read])
-    for start in range(0, len(plain), _CHUNK_ROWS):
-        batch = plain[start : start + _CHUNK_ROWS]
-        yield start, [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+def even_weights(examples: Sequence[Example]) -> None:
+    """Ones as the token weights of examples without, where others have them."""
+    if any(e.token_weights is not None for e in examples):
+        for example in examples:
+            if example.token_weights is None:
+                example.token_weights = [np.ones(len(ids), np.float32) for ids in example.responses]
 
 
-def _run(prepare: _Preparer, chunks: Iterable, num_proc: int | None) -> Iterator[tuple[list[Example], DataReport]]:
-    if num_proc is None or num_proc <= 1:
-        yield from itertools.starmap(prepare, chunks)
+PROCESSES_A_CORE = 4  # more cost their start and bring nothing: the pool forks them all at once
+
+
+def _run(prepare: _Preparer, parts: Iterable, num_proc: int | None) -> Iterator[tuple[list[Example], DataReport]]:
+    num_proc = min(num_proc or 1, PROCESSES_A_CORE * (os.cpu_count() or 1))
+    if num_proc <= 1:
+        yield from itertools.starmap(prepare, parts)
         return
     # Forked, so that the tokenizer (seconds to pickle where the vocabulary is large) is inherited.
     fork = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(num_proc, mp_context=fork, initializer=_set_worker, initargs=(prepare,)) as pool:
-        yield from pool.map(_work, *zip(*chunks, strict=True))
+        yield from pool.map(_work, *zip(*parts, strict=True))
 
 
 _worker: _Preparer | None = None
@@ -398,79 +431,6 @@ def _set_worker(prepare: _Preparer) -> None:
 def _work(start: int, raw_rows: Sequence[Mapping]) -> tuple[list[Example], DataReport]:
     assert _worker is not None
     return _worker(start, raw_rows)
-
-
-def _warn(report: DataReport, schema: Schema, names: list[str]) -> None:
-    """Says each thing once, whatever the number of rows."""
-    add = report.warnings.append
-    if report.boundary_moved:
-        add(
-            f"in {report.boundary_moved} rows the prompt's own tokens are not how prompt and response begin together "
-            "(the chat template writes a prompt alone differently, or tokens merge across the boundary). There the "
-            f"response starts at the first difference; left out, for example: {report.moved_text!r}"
-        )
-    if report.doubled_specials:
-        add(
-            f"in {report.doubled_specials} rows the text already holds the BOS or EOS that the tokenizer adds "
-            "(a chat template was applied before?): the second one was removed"
-        )
-    if report.own_endings:
-        add(f"{report.own_endings} responses end with a special token of their own: no EOS was added to them")
-    if report.repeated_prompts * 2 > report.rows:
-        add(f"in {report.repeated_prompts} rows the responses begin with the prompt, which then stands twice")
-    for chosen, rejected in (RESPONSE_COLUMNS["ref_logps"], RESPONSE_COLUMNS["prev_logps"]):
-        if report.truncated and chosen in schema.numbers:
-            add(f"responses were truncated: {chosen} and {rejected} must be of the truncated ones")
-    unread = [name for name in (*BOUNDS, *TOKEN_COLUMNS) if name in names]
-    if schema.kway is not None:
-        unread = [name for name in unread if name not in ("weight", "ref_greedy_logps")]
-        if kway.PAIRS in names and schema.kway.policy != "explicit":
-            add(f"the column '{kway.PAIRS}' is not used: pair_policy=explicit reads it")
-    elif schema.kind == "preference":
-        unread = []
-    if unread:
-        add(f"the columns {quoted(unread)} are not used for {'K-way' if schema.kway else schema.kind} rows")
-    if "tools" in names and not schema.conversational:
-        add("the column 'tools' is not used: the rows are texts, and only a chat template can show tools")
-    known = {*BOUNDS, *TOKEN_COLUMNS, GREEDY, kway.RESPONSES, "tools", "chat_template_kwargs"}
-    for name in names:
-        close = nearest(name, known, 0.8)
-        if close and close not in names and name not in known:
-            add(f"the column '{name}' is not read: did you mean '{close}'?")
-    for message in report.warnings:
-        logger.warning(message)
-
-
-def _check_win_probs(examples: Sequence[Example], numbers: Sequence[int]) -> None:
-    """DataError where two rows give one pair, in either order, or one response two win probabilities.
-
-    Rows are compared by token ids, after truncation.
-    """
-    seen: dict[frozenset[bytes], tuple[float, int, bytes]] = {}
-
-    def check(winner: bytes, loser: bytes, p: float, number: int, column: str, what: str) -> None:
-        before, first, winner_then = seen.setdefault(frozenset((winner, loser)), (p, number, winner))
-        p = p if winner == winner_then else 1 - p
-        if abs(p - before) > WIN_PROB_TOLERANCE:
-            raise DataError(
-                f"rows {first} and {number} contradict each other: {what} with probability {before:.4g} by the one and "
-                f"{p:.4g} by the other ({column}): average the judgements, or keep one of the rows"
-            )
-
-    for example, number in zip(examples, numbers, strict=True):
-        columns = example.pair_columns
-        if not any(name in columns for name in ("win_prob", "win_prob_chosen")):
-            continue
-        ids = [blake2b(example.prompt_of(k).tobytes() + b"|" + response.tobytes(), digest_size=16).digest()
-               for k, response in enumerate(example.responses)]  # fmt: skip
-        for n, (winner, loser) in enumerate(example.pairs):
-            if "win_prob" in columns:
-                what = "of the same two responses one beats the other"
-                check(ids[winner], ids[loser], columns["win_prob"][n], number, "win_prob", what)
-            for k, name in ((winner, "win_prob_chosen"), (loser, "win_prob_rejected")):
-                if name in columns:
-                    what = "the same response beats the previous policy"
-                    check(ids[k], ids[k], columns[name][n], number, name, what)
 
 
 def require_columns(
@@ -534,24 +494,38 @@ def describe_example(example: Example, tokenizer: Any, max_chars: int = 600, pro
 
 
 def unpair(examples: Sequence[Example]) -> list[Example]:
-    """Each response of the pairs as an unpaired row: desirable if it was chosen. As TRL's KTOTrainer does."""
+    """Each response of the pairs as an unpaired row: desirable if it was chosen.
+
+    As TRL's KTOTrainer does: of every thousand pairs all chosen ones, then all rejected ones; a response begins where
+    it would alone. `prepare_examples` does it by itself for pairs of kind "unpaired", before tokenising.
+    """
     out = []
-    for example in examples:
-        for k, response in enumerate(example.responses):
-            columns = {name: [values[k]] for name, values in example.response_columns.items()}
-            weights = None if example.token_weights is None else [example.token_weights[k]]
-            columns[LABEL] = [float(k == 0)]
-            out.append(Example(example.prompt_of(k), [response], response_columns=columns, token_weights=weights))
-    return out
+    for start in range(0, len(examples), _CHUNK_ROWS):
+        pairs = examples[start : start + _CHUNK_ROWS]
+        for k in (0, 1):
+            out += [_alone(example, k) for example in pairs]
+    return [example for example in out if len(example.responses[0])]
+
+
+def _alone(example: Example, k: int) -> Example:
+    columns = {name: [values[k]] for name, values in example.response_columns.items()}
+    columns[LABEL] = [float(k == 0)]
+    lead = example.leads[k] if example.leads else 0
+    prompt, response = example.prompt_of(k), example.responses[k]
+    weights = None if example.token_weights is None else [example.token_weights[k][lead:]]
+    prompt = np.concatenate([prompt, response[:lead]]) if lead else prompt
+    return Example(prompt, [response[lead:]], response_columns=columns, token_weights=weights)
 
 
 def mismatched(examples: Sequence[Example], max_length: int | None) -> list[Example]:
     """Each row's prompt with the completion of the next row of another prompt, as KTO estimates its KL from.
 
-    The next in the data, not in the step, so that the reference scores each of them once. Raises DataError where all
-    rows have one prompt.
+    The next in the data, not in the step, so that the reference scores each of them once. Where all rows have one
+    prompt it is the next row's, as in TRL, and a warning says so. Raises DataError for a single row.
     """
     n = len(examples)
+    if n == 1:
+        raise DataError("kto estimates a KL from completions of other rows, and there is only one")
     others: list[Example | None] = [None] * n
     other = None
     # Backwards, twice around: a row of the same prompt as the next one has its other, however many they are.
@@ -559,10 +533,12 @@ def mismatched(examples: Sequence[Example], max_length: int | None) -> list[Exam
         example, after = examples[i % n], examples[(i + 1) % n]
         other = other if np.array_equal(example.prompt_ids, after.prompt_ids) else after
         others[i % n] = other
+    if other is None:
+        logger.warning("all rows have the same prompt: kto's KL is estimated from other completions of it, which makes "
+                       "it larger than that of completions of other prompts")  # fmt: skip
     out = []
-    for example, other in zip(examples, others, strict=True):
-        if other is None:
-            raise DataError("kto estimates a KL from completions of other prompts, and all rows have the same prompt")
+    for i, (example, found) in enumerate(zip(examples, others, strict=True)):
+        other = found or examples[(i + 1) % n]
         room = None if max_length is None else max_length - len(example.prompt_ids)
         weights = None if other.token_weights is None else [other.token_weights[0][:room]]
         out.append(Example(example.prompt_ids, [other.responses[0][:room]], token_weights=weights))

@@ -144,6 +144,13 @@ def _device(name: str | None, config: TrainConfig) -> torch.device:
     return device
 
 
+def uses_bf16(config: TrainConfig, device: torch.device) -> bool:
+    """Whether a run computes under bf16 autocast: by its option, or where the GPU has it."""
+    if config.bf16 is not None:
+        return config.bf16
+    return device.type == "cuda" and torch.cuda.is_bf16_supported()
+
+
 def _init_process_group(config: TrainConfig, device: torch.device) -> None:
     # gloo beside NCCL: objects and host tensors (offloaded gradients, checkpoints) travel without the GPU.
     backend = config.ddp_backend

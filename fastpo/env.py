@@ -56,10 +56,18 @@ def format_text(report: dict[str, Any]) -> str:
 
 
 def _version(name: str) -> str | None:
+    """The installed version, None where there is none. PyTorch's own text: it names the build (+cu130), which the
+    package's metadata leave out of wheels from PyPI."""
+    if name == "torch":
+        import torch
+
+        return str(torch.__version__)
     try:
-        return metadata.version(name)
+        return metadata.version(name) or "installed, with no version"
     except metadata.PackageNotFoundError:
         return None
+    except Exception as error:  # metadata that are damaged
+        return f"installed, with metadata that cannot be read ({type(error).__name__})"
 
 
 def _kernels_module() -> str:

@@ -12,8 +12,12 @@ import torch
 from torch import Tensor
 
 from fastpo import games
-from fastpo.errors import ConfigError
+from fastpo.bounds import SEED
+from fastpo.errors import ConfigError, shown
 from fastpo.games import ALGORITHMS, Algorithm
+
+MOST_STEPS = 1_000_000  # whose policies are all kept
+LEAST = 1e-9  # of eta and tau: below, and above one over it, exp and log in fp64 say nothing
 
 # name -> (what it is, its options with their defaults, the preferences)
 GAMES: dict[str, tuple[str, dict[str, Any], Callable[..., Tensor]]] = {
@@ -81,8 +85,9 @@ def make_game(name: str, **options: Any) -> tuple[str, str, Tensor]:
             raise ConfigError(f"{key} does not read {option}; {' and '.join(readers)} do")
     if len(given.get("payoffs", (1, 1, 1))) not in (1, 3):
         raise ConfigError(f"payoffs must be one number or three, not {len(given['payoffs'])}")
-    if given.get("size", 2) < 2:
-        raise ConfigError(f"size must be at least 2, not {given['size']}")
+    for option, (low, high) in {"size": (2, 1000), "seed": (0, SEED)}.items():
+        if not low <= given.get(option, low) <= high:
+            raise ConfigError(f"{option} must be from {low} to {high:,}, not {shown(given[option])}")
     return key, about, build(**{**defaults, **given})
 
 
@@ -178,10 +183,10 @@ def plot(path: Path, title: str, curves: list[Curve]) -> None:
     figure.suptitle(title)
     floor = 1e-16  # fp64
     colours = {c.algorithm.name: f"C{i}" for i, c in enumerate(curves)}
-    for axes, (heading, quantity, shown) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+    for axes, (heading, quantity, drawn) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         divergence = quantity.startswith("KL")
-        names = {c.algorithm.name for c in shown}
-        for curve in shown:
+        names = {c.algorithm.name for c in drawn}
+        for curve in drawn:
             colour, steps, name = colours[curve.algorithm.name], range(len(curve.last)), curve.algorithm.title
             values = curve.kl if divergence else curve.last
             under = curve.algorithm.name == "mwu" and "sppo" in names  # SPPO's curve lies on MWU's, here a broad band
@@ -193,7 +198,7 @@ def plot(path: Path, title: str, curves: list[Curve]) -> None:
                 axes.plot(steps, [max(v, floor) for v in curve.average], "--", color=colour, linewidth=0.9)
             if curve.bound and (divergence or not curve.algorithm.regularised):
                 axes.plot(steps, curve.bound, ":", color=colour, linewidth=1.2)
-        axes.set(title=heading, xlabel="step", ylabel=quantity, yscale="log", xlim=(0, len(shown[0].last) - 1))
+        axes.set(title=heading, xlabel="step", ylabel=quantity, yscale="log", xlim=(0, len(drawn[0].last) - 1))
         axes.grid(alpha=0.25)
         if not divergence:  # the same colours as in the panel before
             axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False)
@@ -215,14 +220,15 @@ def run(namespace: argparse.Namespace) -> int:
         namespace.name, payoffs=namespace.payoffs, size=namespace.size, seed=namespace.seed
     )  # fmt: skip
     n, steps = len(prefs), namespace.steps
-    if steps < 1:
-        raise ConfigError(f"steps must be at least 1, not {steps}")
-    if not namespace.tau > 0:
-        raise ConfigError(f"tau must be positive, not {namespace.tau:g}")
-    if namespace.eta is not None and not namespace.eta > 0:
-        raise ConfigError(f"eta must be positive, not {namespace.eta:g}")
+    if not 1 <= steps <= MOST_STEPS:
+        raise ConfigError(f"steps must be from 1 to {MOST_STEPS:,}, not {shown(steps)}")
+    for option in ("tau", "eta"):
+        value = getattr(namespace, option)
+        if value is not None and not (value > 0 and LEAST <= value <= 1 / LEAST):
+            least = "positive" if not value > 0 else f"from {LEAST:g} to {1 / LEAST:g}"
+            raise ConfigError(f"{option} must be {least}, not {value:g}")
     start = torch.tensor(namespace.start or [i + 1 for i in range(n)], dtype=torch.float64)
-    if len(start) != n or not (start > 0).all():
+    if len(start) != n or not (start > 0).all() or not (start / start.sum() > 0).all():
         raise ConfigError(f"start must be {n} positive numbers, not {namespace.start}")
     if namespace.plot and namespace.plot.suffix not in (".png", ".svg", ".pdf"):
         raise ConfigError(f"plot must end in .png, .svg or .pdf, not {namespace.plot.name!r}")
@@ -234,6 +240,8 @@ def run(namespace: argparse.Namespace) -> int:
     asked = [part for text in namespace.algorithm for part in text.split(",") if part.strip()]
     chosen = list(ALGORITHMS.values()) if "all" in asked else [games.algorithm(a) for a in asked]
     chosen = list(dict.fromkeys(chosen))
+    if not chosen:
+        raise ConfigError(f"algorithm names none: all, or some of {', '.join(ALGORITHMS)}")
     curves = [
         follow(
             prefs, a, steps, log_start=log_start, eta=namespace.eta, tau=namespace.tau, trained=namespace.trained

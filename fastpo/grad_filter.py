@@ -302,3 +302,4 @@ def _backward(ctx, grad, *_):
 
 
 filtered_logprob.register_autograd(_backward, setup_context=_setup)
+op_parts.reverse_mode_only(filtered_logprob, _filtered_logprob_backward)

@@ -1,6 +1,8 @@
 """The model card of a trained model, and its way to the Hugging Face hub."""
 
+import html
 import importlib.metadata
+import json
 import logging
 import os
 import re
@@ -70,14 +72,15 @@ def model_card(
     batch_size: int = 0,
     metrics: Mapping[str, Any] | None = None,
     chat: bool = False,
+    tags: Sequence[str] | None = None,
     repo_id: str | None = None,
     dtype: str | None = None,
 ) -> str:
     """README.md of a trained model: what it is, how it was trained, what came out, how to use it.
 
     base_model, datasets: as given to `fastpo.train`; only those that are hub ids are named in the metadata. metrics:
-    `last_metrics` of the run. batch_size: pairs of one step over all devices. No licence is stated: that is
-    for whoever publishes the model.
+    `last_metrics` of the run. batch_size: pairs of one step over all devices. tags: of
+    the model; None: ours and the losses' names. No licence is stated: that is for whoever publishes the model.
     """
     base = base_model if _is_hub_id(base_model) else None
     data = [d for d in datasets if _is_hub_id(d)]
@@ -85,8 +88,8 @@ def model_card(
     head: dict[str, Any] = {"library_name": "peft" if adapter else "transformers", "pipeline_tag": "text-generation"}
     head["base_model"] = base
     head["datasets"] = data
-    head["model_name"] = name
-    head["tags"] = ["fastpo", "preference-optimization", *dict.fromkeys(t.name for t in terms)]
+    head["model_name"] = name if _HUB_ID.fullmatch(name) else None  # any other is a folder's, of this machine
+    head["tags"] = list(tags or ["fastpo", "preference-optimization", *dict.fromkeys(t.name for t in terms)])
     front = yaml.safe_dump({k: v for k, v in head.items() if v}, sort_keys=False, allow_unicode=True)
     kind = "An adapter for" if adapter else "A fine-tuned version of"
     origin = f"[{base}](https://huggingface.co/{base})" if base else "a model that is not on the hub"
@@ -94,7 +97,7 @@ def model_card(
     return "\n".join(
         [
             f"---\n{front}---\n{MARK}\n",
-            f"# {name}\n",
+            f"# {_text(name)}\n",
             f"{kind} {origin}, trained{of_data} with "
             f"{_enumerate([_term(t) for t in terms])} by fastpo {fastpo.__version__}.\n",
             "## Use\n",
@@ -133,7 +136,7 @@ def write_card(folder: str | Path, card: str) -> bool:
         if MARK not in text and not template:
             log.info("%s is yours and stays as it is", path)
             return False
-    path.write_text(card)
+    path.write_text(card, encoding="utf-8", errors="replace")
     return True
 
 
@@ -150,18 +153,19 @@ def _enumerate(parts: Sequence[str]) -> str:
 
 def _quick_start(where: str, adapter: bool, chat: bool) -> str:
     question = "What do you think of the sea?"
+    where = _python(where)
     prompt = f'[{{"role": "user", "content": "{question}"}}]' if chat else f'"{question}"'
     if not adapter:
         return (
             "from transformers import pipeline\n\n"
-            f'generate = pipeline("text-generation", model="{where}")\n'
+            f'generate = pipeline("text-generation", model={where})\n'
             f'print(generate({prompt}, max_new_tokens=128, return_full_text=False)[0]["generated_text"])'
         )
     lines = [
         "from peft import AutoPeftModelForCausalLM",
         "from transformers import AutoTokenizer\n",
-        f'model = AutoPeftModelForCausalLM.from_pretrained("{where}")',
-        f'tokenizer = AutoTokenizer.from_pretrained("{where}")',
+        f"model = AutoPeftModelForCausalLM.from_pretrained({where})",
+        f"tokenizer = AutoTokenizer.from_pretrained({where})",
     ]
     if chat:
         lines += [
@@ -189,7 +193,7 @@ def _training(
         table[f"loss: {term.name}"] = settings or "-"
     table |= {"rows of training data": rows, "steps": steps, "pairs per step": batch_size, "dtype": dtype}
     table |= {name: values[name] for name in _SETTINGS}
-    body = [f"| {k} | {_number(v)} |" for k, v in table.items() if v not in (None, 0, "")]
+    body = [f"| {_text(k)} | {_number(v)} |" for k, v in table.items() if v not in (None, 0, "")]
     return ["| setting | value |", "| --- | --- |", *body, "", "All settings are in `config.yaml`.\n"]
 
 
@@ -197,12 +201,22 @@ def _results(metrics: Mapping[str, Any]) -> list[str]:
     shown = {k: v for k, v in metrics.items() if isinstance(v, int | float) and k not in ("step", "epoch")}
     if not shown:
         return []
-    body = [f"| {k} | {_number(v)} |" for k, v in shown.items()]
+    body = [f"| {_text(k)} | {_number(v)} |" for k, v in shown.items()]
     return ["## Results\n", "| metric | value |", "| --- | --- |", *body, ""]
 
 
 def _number(value: Any) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else str(value).replace("|", "\\|")
+    return f"{value:.6g}" if isinstance(value, float) else _text(str(value))
+
+
+def _python(text: str) -> str:
+    """A string literal of Python (JSON's are), in which no HTML stands."""
+    return json.dumps(text, ensure_ascii=False).replace("<", "\\x3c").replace(">", "\\x3e")
+
+
+def _text(text: str) -> str:
+    """Text as it is in Markdown: no HTML, links, code, tables or headings come from a folder's or a data set's name."""
+    return re.sub(r"([\\`*\[\]|~])", r"\\\1", html.escape(" ".join(text.split())))
 
 
 def _is_hub_id(name: Any) -> bool:

@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fastpo import arrow
 from fastpo.errors import DataError
 from fastpo.rows import (
     BOUNDS,
@@ -21,6 +22,7 @@ from fastpo.rows import (
     NoPair,
     Row,
     Schema,
+    check_text,
     form_of,
     nearest,
     quoted,
@@ -75,10 +77,14 @@ def is_kway(columns: Collection[str], rows: Sequence[Mapping]) -> bool:
     if RESPONSES not in columns:
         return False
     both = [name for name in ("chosen", "rejected") if name in columns]
-    first = next((row[RESPONSES] for row in rows if row.get(RESPONSES)), None)
+    first = next((row[RESPONSES] for row in rows if _there(row.get(RESPONSES))), None)
     if both and isinstance(first, list | tuple) and isinstance(first[0], Mapping):
         raise DataError(f"the data have '{RESPONSES}' and {quoted(both)}: leave out one of them")
     return not both
+
+
+def _there(responses: Any) -> bool:
+    return responses is not None and (not hasattr(responses, "__len__") or len(responses) > 0)
 
 
 def read_schema(
@@ -94,20 +100,25 @@ def read_schema(
     def want(name: str) -> bool:
         return wanted is None or name in wanted
 
-    first = next((row for row in rows if row.get("prompt") is not None and row.get(RESPONSES)), None)
-    if first is None:
+    at, first = next(
+        ((k, row) for k, row in enumerate(rows) if row.get("prompt") is not None and _there(row.get(RESPONSES))),
+        (0, {}),
+    )
+    if not first:
         raise DataError(f"the first {len(rows)} rows have no '{RESPONSES}', or no prompt")
-    forms = {"prompt": form_of(first.get("prompt"), "prompt", 0)}
+    forms = {"prompt": form_of(first.get("prompt"), "prompt", at)}
+    if forms["prompt"] == "ids":
+        raise DataError(f"row {at}: rows with '{RESPONSES}' need a prompt of text or turns, not token ids")
     if forming.policy == "explicit" and PAIRS not in columns:
         raise DataError(f"pair_policy=explicit reads the column '{PAIRS}', missing from {quoted(columns)}")
-    given = {key for entry in _entries(first, 0) for key, value in entry.items() if value is not None}
+    given = {key for entry in _entries(first, at) for key, value in entry.items() if value is not None}
     rank = next((name for name in ("score", "win_prob") if name in given), None)
     if rank is None and forming.policy != "explicit":
         near = {name: nearest(name, given, 0.5) for name in ("score", "win_prob")}
         hint = next((f": rename '{close}' to '{name}'?" for name, close in near.items() if close), "")
         raise DataError(
-            f"pair_policy={forming.policy} compares responses by 'score' or 'win_prob', and those of row 0 have only "
-            f"{quoted(sorted(given))}{hint}"
+            f"pair_policy={forming.policy} compares responses by 'score' or 'win_prob', and those of row {at} have "
+            f"only {quoted(sorted(given))}{hint}"
         )
     read = [name for name, (_, stands_for) in _NUMBERS.items() if name in given and any(map(want, stands_for))]
     win_probs = "win_prob" in read
@@ -213,12 +224,15 @@ def _completion(entry: Mapping, what: str, schema: Schema) -> Any:
     if given == ["text"]:
         if not isinstance(value, str):
             raise DataError(f"{what}: 'text' must be a text, not a {type(value).__name__} (turns go in 'messages')")
+        check_text(value, what)
         return [{"role": "assistant", "content": value}] * bool(value) if schema.conversational else value
-    if isinstance(value, str) or form_of(value, "messages", 0) != "chat":
+    if not isinstance(value, list | tuple) or (value and not isinstance(value[0], Mapping)):
         raise DataError(f"{what}: 'messages' must be a list of turns, not a {type(value).__name__}")
+    if value and "role" not in value[0]:
+        raise DataError(f"{what}: the turns of 'messages' need 'role' and 'content', found {quoted(value[0])}")
     if not schema.conversational:
         raise DataError(f"{what} has 'messages' where the prompt is a text: give 'text', or the prompt as turns")
-    return list(value)
+    return list(arrow.without_nulls(value))
 
 
 def _number(entry: Mapping, name: str, what: str) -> float:

@@ -2,13 +2,15 @@
 
 A reference's log-probabilities are data (ref_policy.py), its logits are not: N x V numbers a micro-batch. So its hidden
 states are computed in every step, without gradients; that costs one more forward pass, and memory by what it is:
-`ref_model` its own weights; a new adapter nothing, for its reference is the base with the adapter off; anything else
-one copy of the trainable weights as training began, which change places with the policy's for the pass.
+`ref_model` its own weights; a new adapter nothing, for its reference is the base with the adapter off, but a copy of
+what of the base itself is trained with it (`bias="all"`); anything else one copy of the trainable weights as training
+began, which change places with the policy's for the pass.
 """
 
 import contextlib
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
@@ -16,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fastpo import ops, references
+from fastpo import adapters, ops, references
 from fastpo.config import TrainConfig
 from fastpo.errors import ConfigError, DataError
 from fastpo.losses import Term
@@ -94,7 +96,10 @@ def start(run: "Trainer", rows: list[int]) -> LiveReference:
             if vocabulary != other:
                 raise ConfigError(f"ref_model has {vocabulary} tokens and the model {other}: they have no KL")
         elif run.reference_is_base:
-            within = functools.partial(_adapter_off, policy.model)
+            base = {id(tensor) for tensor in adapters.base_tensors(policy.model).values()}
+            trained = {name: p for name, p in run.parameters.items() if id(p) in base}
+            whole = functools.partial(references.exchanging, run) if trained else contextlib.nullcontext
+            within = functools.partial(_adapter_off, policy.model, Exchange(trained), whole)
         else:
             whole = functools.partial(references.exchanging, run)
             within = functools.partial(Exchange(run.parameters).in_place, policy.model, whole)
@@ -113,12 +118,18 @@ def _refuse_shared(reference: nn.Module, trained: Mapping[str, nn.Parameter]) ->
 
 
 @contextlib.contextmanager
-def _adapter_off(model: Any) -> Iterator[None]:
-    """The base without its adapter; PEFT changes requires_grad on the way, which is put back."""
+def _adapter_off(
+    model: Any, trained: "Exchange", whole: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
+) -> Iterator[None]:
+    """The base without its adapter, and with its own weights as they were before training (`trained`, `whole` as in
+    Exchange.in_place); PEFT changes requires_grad on the way, which is put back."""
     flags = [(p, p.requires_grad) for p in model.parameters()]
     try:
-        with eval_mode(model), model.disable_adapter():
-            yield
+        with trained.in_place(model, whole), warnings.catch_warnings():
+            # PEFT warns that biases were trained, which is what the exchange is for.
+            warnings.filterwarnings("ignore", message="Careful, disabling adapter layers", category=UserWarning)
+            with model.disable_adapter():
+                yield
     finally:
         for p, flag in flags:
             if p.requires_grad != flag:

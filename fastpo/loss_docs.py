@@ -42,6 +42,8 @@ NOTES: dict[str, Note] = {
     "orpo": Note("supervised and preference training in one, without a reference",
                  "As TRL's experimental trainer and the authors: NLL over the prompt's tokens but the first and the chosen response, mean over tokens: over the whole step's, there over a micro-batch's. `disable_prompt_loss`, the authors' flag, leaves the prompt out. Liger's fused loss leaves the prompt out too unless given other targets, and does not keep p from 0."),
     "cpo": Note("no reference, good chosen responses: the NLL keeps their likelihood up", "As TRL's experimental trainer and ALMA; the NLL there is a mean over a micro-batch's tokens, here over the whole step's. Liger's fused loss has the same sigmoid term."),
+    "cpo_hinge": Note("scripts of TRL's CPO trainer with loss_type hinge; a push that ends at the margin 1/beta", "As TRL's, beside the NLL as in cpo; slic is the same with the margin `delta` and without the factor beta."),
+    "cpo_ipo": Note("scripts of TRL's CPO trainer with loss_type ipo; a margin of token means that is enough once reached", "As TRL's, beside the NLL as in cpo."),
     "cpo_simpo": Note("simpo that loses the chosen responses' likelihood", "The authors write gamma 5.4 at beta 10, which is the ratio 0.54."),
     "rpo": Note("dpo that loses the chosen responses' likelihood", "As TRL's `[sigmoid, sft]` with weights `[1, 0.005]`. Iterative RPO is `nll_reduction=seq_mean` with `rpo_alpha` 1.",
                 "That the paper means sums per sequence (`seq_sum`) was not read in it."),
@@ -53,6 +55,7 @@ NOTES: dict[str, Note] = {
     "nca_pair": Note("keeping the chosen likelihood up: its optimum is at beta a = ln 2", "As TRL and Liger."),
     "nca_rw": Note("K responses with rewards, and the likelihood of the best kept up", "The authors add 0.01 to the first response's score, which is not done here; temperature 1e-4 makes w one for the best. " + _LISTS),
     "infonca": Note("K responses with rewards; for two it is dpo", "The authors add 0.01 to the first response's score, which is not done here; temperature 1e-4 makes w one for the best. " + _LISTS),
+    "apo_zero_unpaired": Note("thumbs up and down instead of pairs, without an estimate of a KL: chosen responses that are better than what the model would say", "As TRL's KTO trainer: weighted by `desirable_weight` and `undesirable_weight` as kto is."),
     "kto": Note("thumbs up and down instead of pairs", "`kl` is the mean log-ratio of the step's prompts with completions of other prompts, the next in the data, over all ranks; TRL and Liger estimate it in the micro-batch, Liger without the two weights.",
                 "The rule to keep (desirable weight x count) / (undesirable weight x count) in [1, 4/3] was not read in a primary source."),
     "bco_pair": Note("pairs whose two sides should be judged apart", "TRL has `delta` 0, and its documentation prints dpo's formula; its code is this."),
@@ -211,8 +214,8 @@ Unpaired losses take one response a row, [S], and K-response losses [P, K], both
 In training `inpo` and `dno_reg` mix previous policy and reference into one number a response, so they cannot be summed
 with a loss that reads the reference alone.
 
-`kto` and `bco` train on rows of `prompt`, `completion` and `label` (true: desirable), or on pairs, each as two rows. What
-they and `aot` read of the whole step is exact for any cut into micro-batches and ranks. `bco` and `aot` pay a forward
+`kto`, `apo_zero_unpaired` and `bco` train on rows of `prompt`, `completion` and `label` (true: desirable), or on pairs,
+each as two rows. What `kto`, `bco` and `aot` read of the whole step is exact for any cut into micro-batches and ranks. `bco` and `aot` pay a forward
 pass more where a step has several micro-batches, `kto` one over its mismatched rows. An evaluation set counts as one step.
 """
 

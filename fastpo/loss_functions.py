@@ -103,8 +103,14 @@ def _per_token(x: Pairs, g: Tensor) -> Gradient:
     return g / x.chosen_len, -g / x.rejected_len
 
 
+def _at_most(z: Tensor, bound: float) -> Tensor:
+    """min(z, bound), whose derivative at the bound is that from below: autograd's of `clamp` there is 1 up to PyTorch
+    2.13 and 0 from 2.14 on. NaN stays NaN."""
+    return torch.where(z > bound, bound, z)
+
+
 def _exp(z: Tensor) -> Tensor:
-    return torch.exp(z.clamp(max=MAX_EXPONENT))
+    return torch.exp(_at_most(z, MAX_EXPONENT))
 
 
 def _d_exp(z: Tensor) -> Tensor:
@@ -480,7 +486,7 @@ def d_alphapo(x: Pairs, *, beta: float, alpha: float, gamma_beta_ratio: float) -
 
 
 def _alpha_reward(p: Tensor, alpha: float) -> Tensor:
-    return -torch.expm1((-alpha * p).clamp(max=MAX_EXPONENT)) / alpha if alpha else p
+    return -torch.expm1(_at_most(-alpha * p, MAX_EXPONENT)) / alpha if alpha else p
 
 
 def orpo(
@@ -512,12 +518,12 @@ def _log_odds_margin(x: Pairs) -> Tensor:
 
 
 def _log_odds(p: Tensor) -> Tensor:
-    p = p.clamp(max=_HIGHEST)
+    p = _at_most(p, _HIGHEST)
     return p - torch.where(p > -math.log(2), torch.log(-torch.expm1(p)), torch.log1p(-torch.exp(p)))
 
 
 def _d_log_odds(p: Tensor) -> Tensor:
-    return torch.where(p <= _HIGHEST, -1 / torch.expm1(p.clamp(max=_HIGHEST)), 0.0)
+    return torch.where(p <= _HIGHEST, -1 / torch.expm1(_at_most(p, _HIGHEST)), 0.0)
 
 
 def cpo(

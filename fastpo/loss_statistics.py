@@ -225,6 +225,27 @@ def _kto_terms(x: Pairs, beta: float, desirable: float, undesirable: float) -> t
     return weight, torch.where(x.label, u, -u)
 
 
+def apo_zero_unpaired(
+    x: Pairs, *, beta: float, desirable_weight: float = 1.0, undesirable_weight: float = 1.0
+) -> Tensor:
+    """lambda_D s(-beta a) if desirable, lambda_U s(beta a) if not. APO-zero, 2408.06266 eq. 7, of single responses.
+
+    Unpaired: log-probabilities, `ref_chosen_logps` and `label` are [S]. It is kto with z0 = 0: nothing of the step.
+    """
+    return kto(_without_kl(x), beta=beta, desirable_weight=desirable_weight, undesirable_weight=undesirable_weight)
+
+
+def d_apo_zero_unpaired(
+    x: Pairs, *, beta: float, desirable_weight: float = 1.0, undesirable_weight: float = 1.0
+) -> Gradient:
+    """c = -lambda_D beta s'(beta a) if desirable, lambda_U beta s'(beta a) if not."""
+    return d_kto(_without_kl(x), beta=beta, desirable_weight=desirable_weight, undesirable_weight=undesirable_weight)
+
+
+def _without_kl(x: Pairs) -> Pairs:
+    return x._replace(kl=x.chosen_logps.new_zeros(()))
+
+
 def bco(x: Pairs, *, beta: float) -> Tensor:
     """-log s(beta a - d) if desirable, -log s(-(beta a - d)) if not; d the running mean of beta a. BCO, 2404.04656.
 

@@ -5,8 +5,8 @@ function returns one loss a pair, [P], without weights or reduction, and is diff
 gradient in closed form. `LOSSES["simpo"](chosen, rejected, ...)` works without the trainer; arguments that a loss does
 not read are ignored, those that it needs and lacks are an error.
 
-The functions are in fastpo/loss_functions.py and fastpo/loss_statistics.py; docs/losses.md is made from both and this
-table by `python -m fastpo.losses > docs/losses.md`.
+The functions are in fastpo/loss_functions.py, loss_cpo.py and loss_statistics.py; docs/losses.md is made from them and
+this table by `python -m fastpo.losses > docs/losses.md`.
 """
 
 import difflib
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastpo import loss_cpo as c
 from fastpo import loss_functions as f
 from fastpo import loss_statistics as g
 from fastpo.errors import ConfigError
@@ -88,23 +89,25 @@ class Loss:
             return self.gradient(x, **hyper)
 
     def _arguments(
-        self, chosen: Tensor, rejected: Tensor | None = None, ref_chosen: Tensor | None = None,
-        ref_rejected: Tensor | None = None, *, win_prob: Tensor | None = None, **more: Any,
+        self, policy_chosen_logps: Tensor, policy_rejected_logps: Tensor | None = None,
+        ref_chosen_logps: Tensor | None = None, ref_rejected_logps: Tensor | None = None, *,
+        win_prob: Tensor | None = None, **more: Any,
     ) -> tuple[Pairs, dict[str, Any]]:  # fmt: skip
         statistics = {name: more.pop(name) for name in STATISTICS if name in more}
         if win_prob is not None and (self.pair_prob or statistics.get("win_prob_chosen") is None):
             statistics |= {"win_prob_chosen": win_prob, "win_prob_rejected": 1 - win_prob}
         elif self.pair_prob:
             raise ConfigError(f"{self.name} needs win_prob")
-        x = Pairs(chosen, rejected, ref_chosen, ref_rejected, **statistics)
+        x = Pairs(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, **statistics)
         hyper = self.hyper(**more)
         missing = [name for name in self.needed(hyper) if getattr(x, name) is None]
         if missing:
             missing = ["policy_rejected_logps" if name == "rejected_logps" else name for name in missing]
             raise ConfigError(f"{self.name} needs {' and '.join(missing)}")
         for name, value in x._asdict().items():
-            if isinstance(value, Tensor) and value.dim() and value.shape != chosen.shape:
-                raise ConfigError(f"{self.name}: {name} {list(value.shape)} must have the shape {list(chosen.shape)}")
+            if isinstance(value, Tensor) and value.dim() and value.shape != x.chosen_logps.shape:
+                shape = list(x.chosen_logps.shape)
+                raise ConfigError(f"{self.name}: {name} {list(value.shape)} must have the shape {shape}")
         return x, hyper
 
     def needed(self, hyper: Mapping[str, Any]) -> list[str]:
@@ -228,6 +231,10 @@ _TABLE = (
     Loss("cpo_simpo", f.cpo_simpo, f.d_cpo_simpo, "2405.14734",
          {"beta": 10.0, "gamma_beta_ratio": 0.54, "label_smoothing": 0.0, "cpo_alpha": 0.05, **_TOKEN_NLL},
          reference=False, length=True, nll="cpo_alpha"),
+    Loss("cpo_hinge", c.cpo_hinge, c.d_cpo_hinge, "2305.10425", {"beta": 0.1, "cpo_alpha": 1.0, **_TOKEN_NLL},
+         reference=False, nll="cpo_alpha"),
+    Loss("cpo_ipo", c.cpo_ipo, c.d_cpo_ipo, "2310.12036", {"beta": 0.1, "cpo_alpha": 1.0, **_TOKEN_NLL},
+         reference=False, length=True, nll="cpo_alpha"),
     Loss("rpo", f.rpo, f.d_rpo, "2405.16436", {"beta": 0.01, "rpo_alpha": 0.005, **_TOKEN_NLL}, nll="rpo_alpha"),
     Loss("dpop", f.dpop, f.d_dpop, "2402.13228", {"beta": 0.1, "dpop_lambda": 50.0}),
     Loss("rdpo", f.rdpo, f.d_rdpo, "2403.19159", {"beta": 0.1, "alpha": 0.01}, length=True),
@@ -240,6 +247,8 @@ _TABLE = (
          shape="lists"),
     Loss("kto", g.kto, g.d_kto, "2402.01306", {"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0},
          needs=("label", "kl"), shape="unpaired", of_step=KL),
+    Loss("apo_zero_unpaired", g.apo_zero_unpaired, g.d_apo_zero_unpaired, "2408.06266",
+         {"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0}, needs=("label",), shape="unpaired"),
     Loss("bco_pair", f.bco_pair, f.d_bco_pair, "2404.04656", {"beta": 0.01, "delta": 0.0}),
     Loss("bco", g.bco, g.d_bco, "2404.04656", {"beta": 0.01}, needs=("label", "reward_mean"), shape="unpaired",
          of_step=REWARD_MEAN),

@@ -20,6 +20,8 @@ from fastpo.prefetch import to_device
 # Names in PackedBatch.rows: of the head rows [N], and of the prompts' tokens [M].
 LOG_SUM_SQ, TOKEN_KL = "log_sum_sq", "token_kl"
 PROMPT_LOGP = "prompt_logp"
+ENTROPY, TOP1 = "entropy", "top1"  # of the head rows, where a log line asks for them
+TOKEN_SUMS = 4  # entropy, tokens, chosen tokens that are the likeliest, chosen tokens
 # Sums over pairs that every pair loss reports, in this order; of unpaired rows, the desirable ones are the chosen.
 PAIR_METRICS = ("chosen_logratios", "rejected_logratios", "accuracies", "logps/chosen", "logps/rejected", "chosen",
                 "rejected", "kl", "pairs")  # fmt: skip
@@ -140,6 +142,26 @@ def pair_metrics(x: Pairs, term: Term) -> Tensor:
     return torch.stack(sums).detach().sum(1)
 
 
+def token_sums(batch: PackedBatch) -> Tensor:
+    """Sums [TOKEN_SUMS] fp32 over the batch's response tokens, from what the forward pass left in `batch.rows`; the
+    chosen ones are those of every response that some pair prefers, of sft's rows all, of unpaired rows none."""
+    entropy, top1 = batch.rows[ENTROPY], batch.rows[TOP1]
+    lengths, n = batch.response_offsets.diff(), entropy.numel()
+    chosen = torch.zeros(len(lengths), device=entropy.device)
+    if batch.label is None:
+        chosen = chosen.index_fill(0, batch.pairs[:, 0].long(), 1.0) if len(batch.pairs) else chosen + 1.0
+    of_rows = torch.repeat_interleave(chosen, lengths, output_size=n)
+    tokens = entropy.new_full((), n)
+    return torch.stack([entropy.sum(), tokens, (of_rows * top1).sum(), of_rows.sum()]).float()
+
+
+def token_means(sums: Sequence[float]) -> dict[str, float]:
+    """TRL's keys from `token_sums`; without those that nothing counted towards."""
+    entropy, tokens, likeliest, chosen = sums
+    out = {"entropy": entropy / tokens} if tokens else {}
+    return {**out, "mean_token_accuracy": likeliest / chosen} if chosen else out
+
+
 def metric_means(sums: Sequence[float], terms: Sequence[Term]) -> dict[str, float]:
     """TRL's keys from the sums of PAIR_METRICS; without those that nothing counted towards."""
     chosen, rejected, accuracies, logps_chosen, logps_rejected, n_chosen, n_rejected, kl, pairs = sums
@@ -173,12 +195,14 @@ class Window:
         # steps that counted, loss, skipped in a row now and at most, skipped in all
         self.run = torch.zeros(5, device=device)
         self.tokens_at_flush = 0
-        self.is_paused = False
+        self.has_aux = self.is_paused = False
         self._reset()
 
     def _reset(self) -> None:
         self.sums = torch.zeros(2 + len(PAIR_METRICS), device=self.device)  # steps that counted, loss, pair metrics
         self.norm = torch.zeros((), device=self.device)
+        self.aux = torch.zeros((), device=self.device)  # the router's load-balancing loss, summed over steps
+        self.tokens = torch.zeros(TOKEN_SUMS, device=self.device)  # of the last step that looked at them
         self.dropped = torch.zeros(3, device=self.device)  # by grad_filter: rows, sum of their mass, the largest
         self.trunk_tokens = self.alone_tokens = self.micro_batches = 0
         self.flops.reset()
@@ -216,6 +240,11 @@ class Window:
         self.run[3] = torch.maximum(self.run[3], self.run[2])
         self.run[4] += skipped
 
+    def add_aux(self, aux: Tensor, finite: Tensor) -> None:
+        """One step's load-balancing loss, unweighted; a skipped step's does not count."""
+        self.has_aux = True
+        self.aux += torch.where(finite, aux.to(self.device), 0.0)
+
     def add_dropped(self, parts: Sequence[Tensor], world: Any) -> None:
         """One step's probability mass left out by `grad_filter`, of this process's rows. Every rank calls it."""
         of_ranks = torch.zeros(2 + world.size, device=self.device)
@@ -239,12 +268,14 @@ class Window:
             setattr(self, name, value.to(self.device) if isinstance(value, Tensor) else value)
         self.started = time.monotonic() - state["seconds"]
 
-    _STATE = ("run", "sums", "norm", "dropped", "tokens_at_flush", "trunk_tokens", "alone_tokens", "micro_batches")
+    _STATE = ("run", "sums", "norm", "aux", "dropped", "tokens", "tokens_at_flush", "trunk_tokens", "alone_tokens",
+              "micro_batches")  # fmt: skip
 
     def flush(self, learning_rate: float, num_tokens: int) -> dict[str, float]:
         """The log line: one host read, then a new window. Raises TrainingError after too many non-finite steps."""
-        numbers = [self.norm.reshape(1).to(self.device), self.dropped, self.run, self.sums]
-        norm, rows, dropped, largest, *values = torch.cat(numbers).tolist()
+        numbers = [self.norm.reshape(1).to(self.device), self.aux[None], self.dropped, self.tokens, self.run, self.sums]
+        norm, aux, rows, dropped, largest, *values = torch.cat(numbers).tolist()
+        of_tokens, values = values[:TOKEN_SUMS], values[TOKEN_SUMS:]
         self.run[3] = self.run[2]
         self._check(values[3])
         skipped = int(values[4])
@@ -256,6 +287,9 @@ class Window:
             out |= metric_means(metrics, self.pair_terms)
             if metrics[-1]:
                 out["pairs_per_second"] = metrics[-1] / seconds
+        if self.has_aux and steps:
+            out["aux_loss"] = aux / steps
+        out |= token_means(of_tokens)
         out["num_tokens"] = num_tokens
         out["tokens_per_second"] = (num_tokens - self.tokens_at_flush) / seconds
         out["packing_efficiency"] = self.trunk_tokens / max(1, self.micro_batches * self.max_tokens)
@@ -279,6 +313,14 @@ class Window:
                 "rate, or look at the data (max_nonfinite_steps sets the limit)"
             )
 
+    def skipped_last(self) -> bool:
+        """Whether the last step was skipped. Waits for the device."""
+        return bool(self.run[2] > 0)
+
+    def counted(self) -> bool:
+        """Whether any step of the run was not skipped. Waits for the device."""
+        return bool(self.run[0] > 0)
+
     def summary(self, seconds: float, steps: int, rows: int, num_tokens: int) -> dict[str, float]:
         """The run's last line, with the metrics of the window that no log line closed. Raises as `flush` does."""
         counted, loss, _, in_a_row, skipped = self.run.tolist()
@@ -287,6 +329,7 @@ class Window:
         unlogged = metric_means(metrics, self.pair_terms) if self.pair_terms and open_steps else {}
         return {
             **unlogged,
+            **token_means(self.tokens.tolist()),
             "train_loss": loss / counted if counted else float("nan"),
             "train_runtime": seconds,
             "train_samples_per_second": rows / seconds,

@@ -1,4 +1,5 @@
-"""The page docs/migrating-from-trl.md, made from the tables of fastpo/options.py."""
+"""The page docs/migrating-from-trl.md, made from the tables of fastpo/options.py and fastpo/trl_configs.py."""
+# ruff: noqa: E501  # one row a line: it reads as the table it is
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
@@ -7,6 +8,7 @@ from typing import Any
 from fastpo import options
 from fastpo.config import TrainConfig
 from fastpo.options import HONOURED, NO_EFFECT, REFUSED, RENAMED, Option
+from fastpo.trl_configs import CLASSES
 
 _TOP = """\
 # Moving from TRL, LLaMA-Factory or OpenRLHF
@@ -17,7 +19,9 @@ honoured, renamed, refused by an error that says what to do instead, or accepted
 ## In ten minutes
 
 **A Python script.** Replace the import, and `DPOTrainer(...)` with its `.train()` by one `fastpo.train(...)` of the
-same arguments; `DPOConfig` stays, or becomes a dict, a `TrainConfig` or keyword arguments.
+same arguments; `DPOConfig` stays, or becomes a dict, a `TrainConfig` or keyword arguments. So it is with `KTOTrainer`,
+`CPOTrainer` and `ORPOTrainer`: the class of `args` says the loss. A script that goes on with its trainer (evaluates
+other rows, saves elsewhere) takes the class `fastpo.Trainer(...)`, with the same arguments too.
 
 ```python
 from datasets import load_dataset
@@ -47,12 +51,15 @@ output_dir="out", beta=0.2)`. `tests/migration/` holds three scripts of TRL's do
 | of the trainer | here |
 | --- | --- |
 | `trainer.train(resume_from_checkpoint=...)` | `resume_from_checkpoint=...`, an option |
-| `trainer.evaluate()` | `eval_dataset=...` with `eval_strategy` or `eval_on_start`; numbers in `result.log_history` |
-| `trainer.save_model()` | done at the end, in `output_dir` (`save_final`); `result.model` is the model |
-| `trainer.push_to_hub()` | `push_to_hub=True` |
+| `trainer.evaluate()`, of other rows too | the same of a `fastpo.Trainer`; inside a run `eval_dataset=...` with `eval_strategy` or `eval_on_start` |
+| `trainer.save_model()` | done at the end, in `output_dir` (`save_final`); `result.model` is the model. Elsewhere: the same of a `fastpo.Trainer` |
+| `trainer.push_to_hub()` | `push_to_hub=True`, or the same of a `fastpo.Trainer` |
+| `trainer.model`, `.ref_model`, `.args`, `.state`, `.processing_class`, `.log_metrics()`, `.save_metrics()`, `.save_state()` | the same of a `fastpo.Trainer`. `ref_model` is the one given, or with `sync_ref_model` the moving one; else None, as the policy at its start is not kept |
+| `trainer.train_dataset`, `.eval_dataset` | rows as `prompt_ids`, `chosen_ids`, `rejected_ids` (`completion_ids`, `label`), of the rows kept |
 | `trainer.state.log_history` | `result.log_history`, and `output_dir/metrics.jsonl` |
 | `tokenizer=` | `processing_class=` |
-| `data_collator=`, `compute_metrics=` | refused: fastpo packs the rows, and its metrics are TRL's |
+| `compute_metrics=` | the same, called with `fastpo.evaluation.Evaluated`: the responses' log-probabilities and the reference's. What reads logits (`predictions`) is refused: nothing keeps them, and TRL deprecates them |
+| `data_collator=` | refused: fastpo packs the rows |
 
 **The command line.** `trl dpo` becomes `fastpo train`, with the same options and the same YAML files:
 
@@ -76,8 +83,29 @@ torchrun --nproc-per-node 8 script.py
 * A ragged last batch counts every pair alike; `sft` terms are means over the tokens of the whole step. Both agree with
   TRL wherever its micro-batches hold equally many pairs and tokens.
 * `label_smoothing` acts on `sigmoid` too (conservative DPO); TRL 1.16 ignores it there.
+* A mixture of experts' load-balancing loss is one loss over all tokens of the step; TRL takes the mean over its
+  micro-batches and ranks, which is the same where these are one. An evaluation set counts as one step. It goes with
+  every loss; TRL's CPO and ORPO add it only where the config has `output_router_logits`.
+* A checkpoint that its class would not load whole (weights that would start at random, tensors that would be gone once
+  it is saved) ends before step 1; TRL trains it. Heads that predict further tokens, which transformers leaves out, are
+  carried over into the saved folder.
+* Models of text and images train their language part on text rows; the rest is frozen and saved as it is. Logits are
+  the model's own: TRL's fused head scales those of Aya Vision and Cohere 2 Vision, which the models themselves do not.
 * A `DPOConfig` keeps TRL's defaults, so it saves every 500 steps; without one nothing is saved but the final model.
-* Rows that are too long, empty or odd are counted and reported, never dropped in silence.
+* Rows that are too long, empty or odd are counted and reported, never dropped in silence; TRL filters out pairs whose
+  prompt alone fills `max_length` without a word.
+* A prompt may be text beside messages as chosen and rejected.
+
+**What surprises on the way in**
+
+* Liger 0.8.5's SimPO adds the chosen answer's cross-entropy with weight 1 (`alpha`, `compute_nll_loss`) and takes gamma
+  outside beta: its `gamma` is `beta * gamma_beta_ratio` here, and its loss is `loss_type=[simpo, sft]`.
+* Liger 0.8.5's DPO takes `label_smoothing` and ignores it for `sigmoid`, as TRL does.
+* TRL's CPO and ORPO trainers put an end of sequence behind whatever does not end in one: behind conversations whose
+  template ends in its own end of turn, or in a newline, that is a second ending.
+* AlpacaEval 0.6.6's length feature is the baseline's length minus the model's, and its preferences go from 1 (the
+  baseline wins) to 2 (the model does), 0 and 1.5 being ties.
+* TRL's `sft` term is a mean over each micro-batch's tokens, so that accumulation changes it.
 """
 
 _ELSEWHERE = """\
@@ -127,6 +155,18 @@ def _options_table(table: Mapping[str, Option]) -> str:
     )
 
 
+def _classes() -> list[str]:
+    """The sections on the arguments of TRL's other trainers, given as `args`."""
+    parts = []
+    for name, (_, table) in CLASSES.items():
+        if table:
+            parts += [
+                f"## TRL's `{name}`\n\nGiven as `args`. What it shares with `DPOConfig` is in the first table.\n",
+                _options_table(table),
+            ]
+    return parts
+
+
 def page() -> str:
     """The whole page, as Markdown."""
     counts = {status: sum(o.status == status for o in options.OPTIONS.values()) for status in
@@ -147,9 +187,9 @@ def page() -> str:
         _table(("name", "here"), ((f"`{n}`", _here(n, o, {})) for n, o in options.EARLIER.items())),
         "### `trl dpo`: script and model options\n\nOn the command line and in the YAML file of `fastpo train`.\n",
         _options_table(options.SCRIPT),
-        "## TRL's `CPOConfig` (CPO, SimPO)\n\nBeyond the fields of the first table. `loss_type='simpo'` is SimPO here; "
-        "CPO's `sigmoid` is `cpo`; its `hinge` and `ipo`, without a reference, are not built.\n",
-        _table(("option", "here"), ((f"`{n}`", _here(n, o, {})) for n, o in options.CPO.items())),
+        *_classes(),
+        "### Their options by name\n\nIn a dict, a YAML file or as keyword arguments, where no class says the loss.\n",
+        _table(("option", "here"), ((f"`{n}`", _here(n, o, {})) for n, o in {**options.KTO, **options.CPO}.items())),
     ]  # fmt: skip
     for project, names in options.FOREIGN.items():
         more = ", there also as `--group.name`" if project == "OpenRLHF" else ""

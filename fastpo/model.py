@@ -7,26 +7,27 @@ T = packed tokens, N = head rows (completion tokens), D = hidden size, V = vocab
 """
 
 import contextlib
+import inspect
 import itertools
-import os
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from fastpo import adapters, attention, ops, rotary
-from fastpo.adapters import first_line
-from fastpo.errors import ConfigError, DeviceError, UnsupportedModelError
+from fastpo.errors import ConfigError, UnsupportedModelError
 from fastpo.layout import Layout, prompts_of_chains
+from fastpo.loading import load_model, load_tokenizer, resolve_device
 from fastpo.packing import PackedBatch
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+__all__ = ["DROPPED_MASS", "Head", "Policy", "load_model", "load_tokenizer", "resolve_device"]
 
+log = logging.getLogger("fastpo")
 
 DROPPED_MASS = "dropped_mass"  # name in PackedBatch.rows
 
@@ -64,7 +65,9 @@ class Policy:
         self.trunk = _trunk(self.causal_lm)
         self.softcap, self.logit_scale = _logit_rule(self.causal_lm)
         self.head()  # refuses here what it would refuse in the first step
-        _refuse_router_loss(self.causal_lm)
+        self.unpacked = attention.runs_unpacked()
+        if not self.unpacked and (why := _unpackable(self.causal_lm)):
+            self.unpack(why)
         self._originals: list[tuple[Any, str | None]] | None = None  # (config, implementation) while attached
         attention.register()
         adapters.settle_quantized(self.causal_lm)
@@ -79,6 +82,11 @@ class Policy:
         """The dtype of the head's weight: what the checkpoint was loaded in."""
         return self.head().weight.dtype
 
+    def unpack(self, why: str) -> None:
+        """From now on every response runs alone with its prompt, through the model's own layers; said in one line."""
+        self.unpacked = True
+        log.warning("%s: every response runs alone with its prompt, unpacked, which is slower", why)
+
     def head(self) -> Head:
         """The head's tensors, looked up anew: an adapter may hold a copy of its own, or be switched off."""
         module = _unwrap_head(self.causal_lm)
@@ -89,7 +97,7 @@ class Policy:
         if self._originals is None:
             raise RuntimeError("Policy.hidden needs packed attention: call it inside `with policy.attach():`")
         layout = Layout.from_chains(batch.cu_seqlens, batch.branches)
-        if attention.runs_unpacked():
+        if self.unpacked:
             return self._hidden_unpacked(batch.input_ids, layout)
         return self._trunk_forward(batch.input_ids, batch.position_ids, layout)
 
@@ -151,9 +159,9 @@ class Policy:
             return
         self._originals = attention_implementations(self.causal_lm)
         try:
-            if not attention.runs_unpacked():
+            if not self.unpacked:
                 switch_attention(self.causal_lm, attention.NAME)
-            with rotary.by_chain(self.trunk), attention.own_temperatures(self.trunk):
+            with rotary.by_chain(self.trunk), attention.own_temperatures(self.trunk, unpacked=self.unpacked):
                 yield self
         finally:
             restore_attention(self._originals)
@@ -187,7 +195,10 @@ class Policy:
     def _hidden_unpacked(self, input_ids: Tensor, layout: Layout) -> Tensor:
         """The same for a model that cannot be packed: chain by chain, a branch's each after its prompt."""
         if any(isinstance(module, FSDPModule) for module in self.trunk.modules()):
-            raise ConfigError("FASTPO_ATTENTION=own cannot run with sharded parameters: ranks differ in their forwards")
+            raise ConfigError(
+                f"{type(self.causal_lm).__name__} runs unpacked, which fsdp's sharded parameters cannot: ranks differ "
+                "in their forwards; leave fsdp out"
+            )
         prompts = prompts_of_chains(layout.cu_seqlens, layout.branches)
         parts = []
         for start, stop in itertools.pairwise(layout.cu_seqlens):
@@ -220,16 +231,19 @@ def _causal_lm(model: Any) -> PreTrainedModel:
             f"{name} has no output head; load it with AutoModelForCausalLM, or pass a ...ForCausalLM model"
         )
     text = config.get_text_config(decoder=True)
-    others = sorted(set(getattr(text, "layer_types", None) or ()) - _PACKABLE_LAYERS)
-    if (others or not inner._can_set_attn_implementation()) and not attention.runs_unpacked():
-        what = f"has {others[0]} layers" if others else "does not take custom attention"
-        raise UnsupportedModelError(
-            f"{name} ({config.model_type}) {what}, so its sequences cannot be packed: their tokens must meet in "
-            f"transformers' attention interface only; {attention.UNPACKED}"
-        )
     if not getattr(text, "is_causal", True):
         raise UnsupportedModelError(f"{name} is configured with is_causal=False; fastpo trains causal models")
     return inner
+
+
+def _unpackable(causal_lm: PreTrainedModel) -> str | None:
+    """Why the tokens of a model do not meet in transformers' attention interface alone, if they do not."""
+    name = f"{type(causal_lm).__name__} ({causal_lm.config.model_type})"
+    text = causal_lm.config.get_text_config(decoder=True)
+    others = sorted(set(getattr(text, "layer_types", None) or ()) - _PACKABLE_LAYERS)
+    if others:
+        return f"{name} has {others[0]} layers, in which packed sequences would meet"
+    return None if causal_lm._can_set_attn_implementation() else f"{name} does not take custom attention"
 
 
 def _trunk(causal_lm: PreTrainedModel) -> nn.Module:
@@ -259,13 +273,18 @@ def _unwrap_head(causal_lm: PreTrainedModel) -> Any:
     head = causal_lm.get_output_embeddings()
     while True:
         kind = type(head).__name__
+        if tying := _tied_by(causal_lm):
+            raise UnsupportedModelError(f"{name}: {tying}")
         if hasattr(head, "lora_A") or hasattr(head, "base_layer"):
             raise UnsupportedModelError(
                 f"{name}: the output head carries an adapter ({kind}), which fastpo does not apply; leave it out of "
                 "target_modules, or train it whole with modules_to_save"
             )
         if hasattr(head, "token_adapter"):
-            raise UnsupportedModelError(f"{name}: trainable_token_indices on the output head are not supported")
+            raise UnsupportedModelError(
+                f"{name}: trainable_token_indices reach the output head, which fastpo does not apply; name the "
+                "embeddings alone, of a model whose head is not tied to them, or train both whole with modules_to_save"
+            )
         if hasattr(head, "modules_to_save") and hasattr(head, "original_module"):
             adapters = [] if head.disable_adapters else [a for a in head.active_adapters if a in head.modules_to_save]
             head = head.modules_to_save[adapters[0]] if adapters else head.original_module
@@ -284,14 +303,30 @@ def _unwrap_head(causal_lm: PreTrainedModel) -> Any:
     return head
 
 
+def _tied_by(causal_lm: Any) -> str:
+    """What is wrong with an adapter on the embeddings that PEFT carries over to the head tied to them; else ""."""
+    head, embedding = causal_lm.get_output_embeddings(), causal_lm.get_input_embeddings()
+    configs = list(getattr(causal_lm, "peft_config", {}).values())
+    if not hasattr(head, "base_layer") or not any(getattr(c, "ensure_weight_tying", False) for c in configs):
+        return ""
+    if not hasattr(embedding, "base_layer"):
+        return ""
+    return (
+        "ensure_weight_tying carries the adapter on the embeddings over to the output head, which fastpo does not apply"
+        "; leave ensure_weight_tying or the embeddings out of peft_config, or train both whole with modules_to_save"
+    )
+
+
 def _logit_rule(causal_lm: PreTrainedModel) -> tuple[float | None, float]:
     """(softcap, scale) by which this family turns `hidden W^T + b` into logits; verify_policy checks it."""
     config = causal_lm.config.get_text_config(decoder=True)
-    softcap = next((c for f in _SOFTCAP_FIELDS if (c := getattr(config, f, None))), None)
+    # The text half of a model of text and images has the fields; some families' whole (Aya Vision) leaves them unread.
+    whole = config is not causal_lm.config and _source(type(causal_lm))
+    softcap = next((c for f in _SOFTCAP_FIELDS if (c := getattr(config, f, None)) and (not whole or f in whole)), None)
     scale = 1.0
     for field, divides in _SCALE_FIELDS.items():
         value = getattr(config, field, None)
-        if value is None:
+        if value is None or (whole and field not in whole):
             continue
         if not isinstance(value, int | float):
             raise UnsupportedModelError(f"{type(causal_lm).__name__}: {field}={value!r} is not a number")
@@ -300,14 +335,12 @@ def _logit_rule(causal_lm: PreTrainedModel) -> tuple[float | None, float]:
     return (None if softcap is None else float(softcap)), float(scale)
 
 
-def _refuse_router_loss(causal_lm: PreTrainedModel) -> None:
-    config = causal_lm.config.get_text_config(decoder=True)
-    coefficient = getattr(config, "router_aux_loss_coef", 0.0)
-    if getattr(config, "output_router_logits", False) and coefficient:
-        raise UnsupportedModelError(
-            f"{type(causal_lm).__name__} asks for a router loss (output_router_logits=True, router_aux_loss_coef="
-            f"{coefficient}), which fastpo does not compute; set model.config.output_router_logits = False"
-        )
+def _source(kind: type) -> str:
+    """The code of a class; empty where it has none to read."""
+    try:
+        return inspect.getsource(kind)
+    except (OSError, TypeError):
+        return ""
 
 
 def weights_eps(policy: Policy) -> float:
@@ -348,94 +381,3 @@ def restore_attention(implementations: list[tuple[Any, str | None]]) -> None:
     """What `attention_implementations` returned."""
     for config, implementation in implementations:
         config._attn_implementation_internal = implementation
-
-
-# ---- loading
-
-
-def load_model(
-    name_or_path: str | os.PathLike[str],
-    *,
-    dtype: str | torch.dtype | None = None,
-    device: torch.device | str | None = None,
-    use_cpu: bool = False,
-    attn_implementation: str | None = None,
-    trust_remote_code: bool = False,
-    revision: str | None = None,
-    quantization_config: object | None = None,
-    model_init_kwargs: dict[str, Any] | None = None,
-) -> PreTrainedModel:
-    """A causal language model by name or path, in the checkpoint's own dtype unless `dtype` says otherwise.
-
-    A trained adapter's folder or hub name gives its base with that adapter, trainable; `revision` is the adapter's.
-    `attn_implementation` is what the model runs outside fastpo (generation, the guard); inside, attention is packed.
-    """
-    kwargs = dict(model_init_kwargs or {})
-    dtype = dtype or kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None) or "auto"
-    kwargs.update(dtype=_parse_dtype(dtype), trust_remote_code=trust_remote_code)
-    given = dict(revision=revision, attn_implementation=attn_implementation, quantization_config=quantization_config)
-    kwargs.update({key: value for key, value in given.items() if value is not None})
-    where, of = os.fspath(name_or_path), ""
-    if adapter := adapters.saved_adapter(where, revision):
-        where, of = adapter.base_model_name_or_path, f", the base of the adapter {where!r}"
-        kwargs["revision"] = adapter.revision
-    target = resolve_device(device, use_cpu=use_cpu)
-    if quantization_config is not None and "device_map" not in kwargs:
-        kwargs["device_map"] = {"": target}
-    try:
-        model = AutoModelForCausalLM.from_pretrained(where, **kwargs)
-    except ImportError as error:
-        hint = "pip install 'fastpo[quant]'" if quantization_config is not None else first_line(error)
-        raise ConfigError(f"loading {where!r} needs a package that is not installed: {hint}") from error
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"cannot load the model {where!r}{of}: {first_line(error)}") from error
-    adapters.settle_quantized(model, just_loaded=True)
-    model = model if "device_map" in kwargs else model.to(target)
-    return model if adapter is None else adapters.continue_adapter(model, name_or_path, revision)
-
-
-def load_tokenizer(
-    name_or_path: str | os.PathLike[str], *, trust_remote_code: bool = False, revision: str | None = None
-) -> "PreTrainedTokenizerBase":
-    """The tokenizer that lies with the model; of an adapter saved without one, its base's."""
-    where = os.fspath(name_or_path)
-    if not where:
-        raise ConfigError("the model does not say where its tokenizer is: pass processing_class=")
-    try:
-        return AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code, revision=revision)
-    except (OSError, ValueError, KeyError) as error:
-        if adapter := adapters.saved_adapter(where, revision):
-            return load_tokenizer(adapter.base_model_name_or_path, trust_remote_code=trust_remote_code)
-        here = "" if os.path.isdir(where) else ", which is no folder here"
-        raise ConfigError(f"cannot load a tokenizer from {where!r}{here}: {first_line(error)}") from error
-
-
-def resolve_device(device: torch.device | str | None = None, *, use_cpu: bool = False) -> torch.device:
-    """The device asked for, or the accelerator that is there, or the CPU."""
-    if device is None:
-        if use_cpu or not torch.cuda.is_available():
-            return torch.device("cpu")
-        return torch.device("cuda", torch.cuda.current_device())
-    try:
-        device = torch.device(device)
-    except RuntimeError:
-        raise DeviceError(f"there is no device {device!r}; use cuda, cuda:0 or cpu") from None
-    if use_cpu and device.type != "cpu":
-        raise DeviceError(f"use_cpu is set, and device {device} too; leave one out")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise DeviceError(f"device {device} was asked for, but PyTorch sees no GPU; use_cpu=True trains on the CPU")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise DeviceError(f"device {device} was asked for, but there are {torch.cuda.device_count()} GPUs")
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
-    return device
-
-
-def _parse_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
-    if isinstance(dtype, torch.dtype) or dtype == "auto":
-        return dtype
-    short = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
-    parsed = getattr(torch, short.get(dtype, dtype.removeprefix("torch.")), None)
-    if not isinstance(parsed, torch.dtype) or not parsed.is_floating_point:
-        raise ConfigError(f"dtype={dtype!r}: expected 'auto', 'bfloat16', 'float16' or 'float32'")
-    return parsed

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch._library.autograd import make_autograd_impl
+from torch.autograd import forward_ad
 
 from fastpo.backends import IGNORE_INDEX
 from fastpo.errors import FastpoError
@@ -62,6 +66,38 @@ def gradients(
         for i, asked, g in zip(places, need, backward(grad, *ctx.saved_tensors, *ctx.options, need)):
             out[i] = g if asked else None
     return tuple(out)
+
+
+def reverse_mode_only(*ops: torch.library.CustomOpDef) -> None:
+    """Makes forward-mode derivatives, and reverse ones by torch.func, an OpError of these ops.
+
+    A custom op has no place for a forward formula. Without one PyTorch drops the tangents, under every torch.func
+    transform alike, and the derivative comes out as 0. So the op's own autograd kernel is called by one that looks at
+    the tangents first. Call it after `register_autograd`.
+    """
+    for op in ops:
+        kernel = make_autograd_impl(op._opoverload, op)
+
+        def checked(keyset: Any, *args: Any, kernel: Any = kernel, name: str = op._name, **kwargs: Any) -> Any:
+            tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+            if forward_ad._current_level >= 0 and any(_has_tangent(t) for t in tensors):
+                raise OpError(f"fastpo.{name}: forward-mode derivatives are not implemented; use backward()")
+            if any(t.requires_grad and torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors):
+                raise OpError(f"fastpo.{name}: torch.func.grad, vjp and jacrev are not implemented; use backward()")
+            return kernel(keyset, *args, **kwargs)
+
+        with warnings.catch_warnings():  # that a kernel is registered in the place of another
+            warnings.simplefilter("ignore", UserWarning)
+            op._lib.impl(op._name, checked, "Autograd", with_keyset=True)
+
+
+def detached(tensor: Tensor | None) -> Tensor | None:
+    """The tensor without a gradient, in reverse mode; a tangent stays with it, for the op to refuse."""
+    return tensor if tensor is None or forward_ad._current_level >= 0 else tensor.detach()
+
+
+def _has_tangent(tensor: Tensor) -> bool:
+    return forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def once_only(ctx: Any, *grads: Tensor) -> None:

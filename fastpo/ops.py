@@ -115,7 +115,7 @@ def log_sum_sq(
     One GEMM in tiles, nothing of size N x V is kept. Plain PyTorch on every device: no Triton kernel yet. OpError for
     shapes, dtypes or devices that do not fit.
     """
-    hidden, weight, bias = (None if t is None else t.detach() for t in _autocast(hidden, weight, bias))
+    hidden, weight, bias = map(op_parts.detached, _autocast(hidden, weight, bias))
     _check_softcap(softcap)
     target = hidden.new_zeros(hidden.shape[:1], dtype=torch.int64) if target is None else target
     _check(hidden, weight, target, bias, None, "torch")
@@ -144,9 +144,7 @@ def token_kl(
     alive. Plain PyTorch on every device: no Triton kernel yet. OpError for shapes, dtypes or devices that do not fit.
     """
     hidden, weight, bias = _autocast(hidden, weight, bias)
-    ref_hidden, ref_weight, ref_bias = (
-        None if t is None else t.detach() for t in _autocast(ref_hidden, ref_weight, ref_bias)
-    )
+    ref_hidden, ref_weight, ref_bias = map(op_parts.detached, _autocast(ref_hidden, ref_weight, ref_bias))
     _check_softcap(softcap)
     _check_softcap(ref_softcap)
     target = hidden.new_zeros(hidden.shape[:1], dtype=torch.int64) if target is None else target
@@ -569,7 +567,7 @@ def _(logp, rows, ref, ref_r, prev, prev_r, token_weight, drawn, offsets, pairs,
 
 def _setup_preference_loss(ctx, inputs, output) -> None:
     _, metrics, terms, dlogp, drows = output
-    ctx.mark_non_differentiable(metrics, terms, dlogp, drows)
+    ctx.mark_non_differentiable(metrics, terms)  # not dlogp and drows: a second derivative shall meet once_only
     ctx.set_materialize_grads(False)
     ctx.dtypes = [None if t is None else t.dtype for t in inputs[:2]]
     ctx.inputs = len(inputs)
@@ -585,3 +583,4 @@ def _backward_preference_loss(ctx, grad, *_):
 
 
 _preference_loss.register_autograd(_backward_preference_loss, setup_context=_setup_preference_loss)
+op_parts.reverse_mode_only(_linear_logprob, _linear_logprob_backward, _scaled, _preference_loss)

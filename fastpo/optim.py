@@ -5,7 +5,7 @@ import hashlib
 import inspect
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from fastpo.config import TrainConfig
 from fastpo.errors import ConfigError
 
 NARROW = (torch.bfloat16, torch.float16)
+MUON_KEEPS_MOMENTUM = tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) >= (2, 15)
 # Of fp32 copies during a step, and of a flat bucket of a reduction: large enough for full bandwidth, small beside what
 # a model of that size takes to train. A parameter is never cut: a larger one is a chunk of its own.
 CHUNK_BYTES = 256 << 20
@@ -367,7 +368,9 @@ def build_optimizer(model: nn.Module, config: TrainConfig, gradients: Gradients)
         others = [torch.optim.AdamW(rest, lr=lr, fused=True, **adam)] if rest else []
         # The rate is AdamW's for the other parameters, so it must mean the same for Muon's.
         rate = {} if "adjust_lr_fn" in (config.optim_args or "") else {"adjust_lr_fn": "match_rms_adamw"}
-        return Together([_construct(config, torch.optim.Muon, groups(matrices), lr=lr, **rate), *others])
+        muon = _construct(config, torch.optim.Muon, groups(matrices), lr=lr, **rate)
+        _refuse_lost_momentum(muon)
+        return Together([muon, *others])
     if optim in _BITSANDBYTES:
         bits, paged = _BITSANDBYTES[optim]
         # As in transformers, embeddings keep a state of 32 bits: few of their rows have a gradient, and large ones.
@@ -377,6 +380,15 @@ def build_optimizer(model: nn.Module, config: TrainConfig, gradients: Gradients)
         return _construct(config, _bitsandbytes_adamw(optim), both, lr=lr, optim_bits=bits, is_paged=paged, **adam)
     fused = True if optim == "adamw_torch_fused" else None
     return _construct(config, torch.optim.AdamW, groups(names), lr=lr, fused=fused, **adam)
+
+
+def check_given(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> None:
+    """ConfigError for an optimiser passed in that steps what is not trained, or steps it wrongly."""
+    known = {id(p) for p in parameters.values()}
+    if any(id(p) not in known for group in optimizer.param_groups for p in group["params"]):
+        raise ConfigError("the optimiser passed in holds parameters that this model does not train")
+    if isinstance(optimizer, torch.optim.Muon):
+        _refuse_lost_momentum(optimizer)
 
 
 def _construct(config: TrainConfig, cls: Any, groups: list[dict[str, Any]], **kwargs: Any) -> torch.optim.Optimizer:
@@ -400,10 +412,24 @@ def _construct(config: TrainConfig, cls: Any, groups: list[dict[str, Any]], **kw
             hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(free) or 'none'}"
             raise ConfigError(f"optim_args: {name!r} is no argument of {config.optim}; {hint}")
         extra[name] = _value(value)
+        if isinstance(extra[name], float) and not math.isfinite(extra[name]):
+            raise ConfigError(f"optim_args: {name} must be finite, not {value}")
     try:
         return cls(groups, **kwargs, **extra)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except Exception as error:  # its arguments are handed on, and fail in many ways
         raise ConfigError(f"optim={config.optim!r}, optim_args={config.optim_args!r}: {error}") from None
+
+
+def _refuse_lost_momentum(muon: torch.optim.Optimizer) -> None:
+    """ConfigError for Muon without nesterov on bf16 weights: until PyTorch 2.15, orthogonalising the update divides a
+    bf16 momentum by its norm in place (the update without nesterov is the momentum itself), and the average is lost."""
+    if MUON_KEEPS_MOMENTUM or all(group["nesterov"] for group in muon.param_groups):
+        return
+    if any(p.dtype == torch.bfloat16 for group in muon.param_groups for p in group["params"]):
+        raise ConfigError(
+            "optim='muon' with nesterov=false steps bf16 weights wrongly before PyTorch 2.15 (its momentum is scaled "
+            "in place): leave nesterov=false out, or keep fp32 copies (master_weights=fp32)"
+        )
 
 
 def _value(text: str) -> Any:
@@ -481,13 +507,18 @@ def build_scheduler(
     """transformers' schedule of that name over `steps` optimiser steps."""
     warmup = config.warmup_ratio or config.warmup_steps
     warmup = int(warmup) if warmup >= 1 else math.ceil(steps * warmup)
+    kwargs = config.lr_scheduler_kwargs or {}
+    what = f"lr_scheduler_type={config.lr_scheduler_type}, lr_scheduler_kwargs={kwargs}"
     try:
-        return get_scheduler(
+        scheduler = get_scheduler(
             config.lr_scheduler_type, optimizer, num_warmup_steps=warmup, num_training_steps=steps,
             scheduler_specific_kwargs=config.lr_scheduler_kwargs,
         )  # fmt: skip
-    except (TypeError, ValueError) as error:
-        given = config.lr_scheduler_kwargs or {}
-        raise ConfigError(
-            f"lr_scheduler_type={config.lr_scheduler_type}, lr_scheduler_kwargs={given}: {error}"
-        ) from None
+        places = {0, 1, warmup, (warmup + steps) // 2, steps - 1, steps}
+        factors = [float(rate(step)) for rate in getattr(scheduler, "lr_lambdas", [])[:1] for step in places]
+    except Exception as error:  # its arguments are handed on, and fail in many ways
+        raise ConfigError(f"{what}: {error}") from None
+    wrong = [factor for factor in factors if not 0 <= factor <= 1e6]
+    if wrong:
+        raise ConfigError(f"{what}: the learning rate would be {wrong[0]:g} times its peak")
+    return scheduler

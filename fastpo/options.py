@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastpo.errors import ConfigError
+from fastpo.bounds import plain
+from fastpo.errors import ConfigError, shown
 
 HONOURED, RENAMED, REFUSED, NO_EFFECT = "honoured", "renamed", "refused", "without meaning"
 
@@ -30,11 +31,21 @@ class Option:
 
     def harmless(self, value: Any) -> bool:
         """Whether a refused option's value leaves the training as it is."""
-        value = getattr(value, "value", value)
+        value = plain(value)
         return any(
-            value == other and isinstance(value, bool) == isinstance(other, bool)
+            not differ(value, other) and isinstance(value, bool) == isinstance(other, bool)
             for other in (None, self.default, *self.off)
         )
+
+
+def differ(value: Any, other: Any) -> bool:
+    """Whether two values are not equal; arrays, and what cannot be compared, differ from all but themselves."""
+    if value is other:
+        return False
+    try:
+        return not bool(value == other)
+    except Exception:  # an array's truth, a user's class
+        return True
 
 
 def _same(default: Any = None, note: str = "") -> Option:
@@ -122,8 +133,8 @@ OPTIONS: dict[str, Option] = {
     "eval_do_concat_batches": _any(_NO_PREDICTIONS, True),
     "eval_use_gather_object": _any(_NO_PREDICTIONS, False),
     "eval_accumulation_steps": _any(_NO_PREDICTIONS),
-    "include_for_metrics": _any("belongs to compute_metrics, which is refused", []),
-    "batch_eval_metrics": _any("belongs to compute_metrics, which is refused", False),
+    "include_for_metrics": _no("compute_metrics gets numbers of whole responses: fastpo.evaluation.Evaluated", []),
+    "batch_eval_metrics": _no("compute_metrics is called once an evaluation", False),
     "save_only_model": _same(False),
     "save_strategy": _same("steps", "a save_steps or save_total_limit that is given means steps; best: set load_best_model_at_end"),
     "save_steps": _same(500),
@@ -177,14 +188,14 @@ OPTIONS: dict[str, Option] = {
     "local_rank": _any("torchrun's environment says it", -1),
     "model_init_kwargs": _same(),
     "trust_remote_code": _same(False),
-    "router_aux_loss_coef": _no("the load-balancing loss of mixture-of-experts models is not added", None, (False, 0)),
+    "router_aux_loss_coef": _same(None, "None: the model's own, as in TRL; 0 switches it off. One loss over the whole step, where TRL takes the mean over its micro-batches and ranks: the same where these are one"),
     "disable_dropout": _same(True),
     "dataset_num_proc": _same(),
     "max_length": _same(1024, "a response that is cut gets no end-of-sequence; rows cut or dropped are counted"),
     "truncation_mode": _same("keep_start"),
     "padding_free": _any("fastpo is always padding-free", False),
     "pad_to_multiple_of": _any("nothing is padded", "auto"),
-    "precompute_ref_log_probs": _same(False, "the reference is always computed once, ahead, and cached: True and False train alike"),
+    "precompute_ref_log_probs": _same(False, "the reference is always computed once, ahead, and cached: True and False train alike. With False, Trainer.evaluate(rows) after training loads the model again by its name for it; with True it refuses, and so does a streamed dataset, as in TRL"),
     "precompute_ref_batch_size": _any("the reference pass is packed to max_tokens"),
     "loss_type": _same(["sigmoid"], "see the table of losses"),
     "loss_weights": _same(),
@@ -234,7 +245,7 @@ EARLIER: dict[str, Option] = {
     "tools": _no("put the tools into the rows, in a column `tools`"),
     "tokenizer": _no("pass it as processing_class"),
     "data_collator": _no("fastpo packs the rows itself"),
-    "compute_metrics": _no("the metrics are fastpo's; a callback's on_evaluate gets the model, sample_generations answers prompts"),
+    "compute_metrics": _no("an argument of fastpo.train and Trainer, no option: it is given each response's log-probabilities and its reference's, fastpo.evaluation.Evaluated; what reads logits is refused"),
     "preprocess_logits_for_metrics": _no("no logits are kept"),
     "model_init": _no("pass the model"),
     "optimizer_cls_and_kwargs": _no("pass optimizers=(optimizer, scheduler), or set optim and optim_args"),
@@ -242,12 +253,18 @@ EARLIER: dict[str, Option] = {
 
 # TRL's CPOConfig beyond DPOConfig (SimPO is its loss_type="simpo").
 CPO: dict[str, Option] = {
-    "cpo_alpha": _no("with loss_type=cpo set loss_kwargs={cpo_alpha: ...}; for SimPO " + _SFT_TERM.format("simpo", "cpo_alpha") + " (TRL's default is 1.0, the SimPO paper's 0)", None, (False, 0)),
+    "cpo_alpha": _no("with loss_type=cpo, cpo_hinge, cpo_ipo or cpo_simpo set loss_kwargs={cpo_alpha: ...} (TRL's default is 1.0, the SimPO paper's 0)", None, (False, 0)),
     "simpo_gamma": _no(_GAMMA),
     "alpha": _no("set loss_type=alphapo with loss_kwargs={alpha: ...}", 0.0),
     "max_completion_length": EARLIER["max_completion_length"],
     "generate_during_eval": EARLIER["generate_during_eval"],
     "is_encoder_decoder": EARLIER["is_encoder_decoder"],
+}
+
+# TRL's KTOConfig beyond DPOConfig.
+KTO: dict[str, Option] = {
+    "desirable_weight": _no("set loss_kwargs={desirable_weight: ...}", 1.0, (1,)),
+    "undesirable_weight": _no("set loss_kwargs={undesirable_weight: ...}", 1.0, (1,)),
 }
 
 # Options of `trl dpo` beyond DPOConfig (ScriptArguments, ModelConfig, DatasetMixtureConfig). `fastpo train` takes those
@@ -258,7 +275,7 @@ SCRIPT: dict[str, Option] = {
     "dataset_config": _same(),
     "dataset_train_split": _same("train"),
     "dataset_test_split": _same("test", "evaluated where eval_strategy is set and no eval_dataset is given, as in TRL"),
-    "dataset_streaming": _no("the data are shuffled and counted: they must be at hand", False),
+    "dataset_streaming": _no("pass load_dataset(..., streaming=True) to fastpo.train, with max_steps", False),
     "ignore_bias_buffers": _any("buffers are sent once, at the start, whatever their type", False),
     "model_revision": _to("model_init_kwargs", "main"),
     "dtype": _same("float32", "None: the checkpoint's own dtype, where TRL loads float32"),
@@ -278,8 +295,8 @@ SCRIPT: dict[str, Option] = {
     "bnb_4bit_quant_type": _to("quantization_config", "nf4"),
     "use_bnb_nested_quant": _to("quantization_config", False),
     "bnb_4bit_quant_storage": _to("quantization_config"),
-    "datasets": _no("mix the data sets with datasets.concatenate_datasets and pass train_dataset"),
-    "streaming": _no("the data are shuffled and counted: they must be at hand", False),
+    "datasets": _to("train_dataset"),
+    "streaming": _no("pass load_dataset(..., streaming=True) to fastpo.train, with max_steps", False),
     "test_split_size": _no("split the data with train_test_split and pass train_dataset and eval_dataset"),
 }
 
@@ -329,7 +346,7 @@ FOREIGN: dict[str, dict[str, str]] = {
     _OPENRLHF: {
         "pretrain": "model",
         "ref_pretrain": "ref_model",
-        "dataset_probs": "mix the data sets with datasets.interleave_datasets and pass train_dataset",
+        "dataset_probs": "train_dataset: [{path: ..., weight: ...}, ...]",
         "train_split": "dataset_train_split",
         "eval_split": "dataset_test_split",
         "prompt_key": "rename the column to prompt",
@@ -343,7 +360,7 @@ FOREIGN: dict[str, dict[str, str]] = {
         "micro_train_batch_size": _STEP,
         "ipo": "loss_type: ipo, with ipo_reduce: sum, which OpenRLHF means",
         "nll_loss_coef": _SFT_TERM.format("dpo", "nll_loss_coef"),
-        "aux_loss_coef": "the load-balancing loss of mixture-of-experts models is not added",
+        "aux_loss_coef": "router_aux_loss_coef: None is the model's own, 0 none",
         "l2": "weight_decay",
         "adam_betas": "adam_beta1 and adam_beta2",
         "max_norm": "max_grad_norm",
@@ -375,13 +392,15 @@ TRL_LOSSES: dict[str, str | None] = {
 
 
 def lookup(name: str) -> Option | None:
-    """The option of that name in DPOConfig, CPOConfig, `trl dpo`, or earlier versions; None where nobody has it."""
-    return next((table[name] for table in (OPTIONS, EARLIER, CPO, SCRIPT) if name in table), None)
+    """The option of that name in DPOConfig, CPOConfig, KTOConfig, `trl dpo`, or earlier versions; None where nobody has it."""
+    return next((table[name] for table in (OPTIONS, EARLIER, CPO, KTO, SCRIPT) if name in table), None)
 
 
 def all_names() -> list[str]:
     """Every name that is known in some way, for the nearest to a misspelt one."""
-    return list(dict.fromkeys([*OPTIONS, *EARLIER, *CPO, *SCRIPT, *(n for names in FOREIGN.values() for n in names)]))
+    return list(
+        dict.fromkeys([*OPTIONS, *EARLIER, *CPO, *KTO, *SCRIPT, *(n for names in FOREIGN.values() for n in names)])
+    )
 
 
 def check_options(values: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
@@ -393,28 +412,42 @@ def check_options(values: Mapping[str, Any], known: Collection[str]) -> dict[str
     out: dict[str, Any] = {}
     wrong: list[str] = []
     for given, value in values.items():
+        if not isinstance(given, str):
+            wrong.append(f"options have names, and {shown(given)} is none")
+            continue
         option = lookup(given)
         name = option.to if option is not None and option.status == RENAMED and option.to in known else given
         assert name is not None
         if given == "fsdp_config" or (name != given and value is None):
             continue
         if name in known:
-            if name in out and None not in (out[name], value) and out[name] != value:
-                wrong.append(f"{name} is set twice, under another name too: {out[name]!r} and {value!r}")
+            if name in out and out[name] is not None and value is not None and differ(out[name], value):
+                wrong.append(f"{name} is set twice, under another name too: {shown(out[name])} and {shown(value)}")
             out[name] = value
         elif option is None:
             wrong.append(_unknown(given, known))
         elif option.status == NO_EFFECT or option.harmless(value):
             continue
         elif option.status == REFUSED:
-            wrong.append(f"{given}={value!r} is not honoured by fastpo: {option.note}")
+            wrong.append(f"{given}={shown(value)} is not honoured by fastpo: {option.note}")
         elif option.to is not None:
             wrong.append(f"{given} belongs to the command line; fastpo.train takes {option.to}")
     if wrong:  # all at once: a file of another project has many
         raise ConfigError("; ".join(wrong))
-    if values.get("fsdp_config"):
+    nothing: tuple[Any, ...] = (None, "", False, {})
+    if all(differ(values.get("fsdp_config"), off) for off in nothing):
         _apply_fsdp_config(out, values["fsdp_config"])
     return out
+
+
+def without_meaning(values: Mapping[Any, Any]) -> list[str]:
+    """Names of the options that are set to something, and mean nothing here."""
+    found = {name: lookup(name) for name in values if isinstance(name, str)}
+    return [
+        name
+        for name, option in found.items()
+        if option is not None and option.status == NO_EFFECT and not option.harmless(values[name])
+    ]
 
 
 def _unknown(name: str, known: Collection[str]) -> str:
@@ -431,7 +464,7 @@ def _unknown(name: str, known: Collection[str]) -> str:
     near = (
         [_SHORT[name]] if name in _SHORT else difflib.get_close_matches(name, [*known, *all_names()], n=1, cutoff=0.5)
     )
-    return f"unknown option {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+    return f"unknown option {shown(name)}" + (f"; did you mean {near[0]!r}?" if near else "")
 
 
 # What people type for options whose names are too far from it to be found by likeness.
@@ -464,7 +497,7 @@ def fsdp_mode(value: Any) -> tuple[str, bool]:
         return modes[0], "offload" in words
     if not modes:
         return ("full_shard" if words else "no"), "offload" in words
-    raise ConfigError(f"fsdp must be no, full_shard or shard_grad_op, not {value!r}")
+    raise ConfigError(f"fsdp must be no, full_shard or shard_grad_op, not {shown(value)}")
 
 
 # Keys of fsdp_config that change nothing here; those of _FSDP_FIXED only at these values.
@@ -482,9 +515,9 @@ def _apply_fsdp_config(out: dict[str, Any], config: Any) -> None:
         try:
             config = json.loads(config if config.lstrip().startswith("{") else Path(config).read_text())
         except (OSError, ValueError) as error:
-            raise ConfigError(f"cannot read fsdp_config {config!r}: {' '.join(str(error).split())}") from None
+            raise ConfigError(f"cannot read fsdp_config {shown(config)}: {error}") from None
     if not isinstance(config, Mapping):
-        raise ConfigError(f"fsdp_config must be a mapping, not {config!r}")
+        raise ConfigError(f"fsdp_config must be a mapping, not {shown(config)}")
     mode, offload = fsdp_mode(out.get("fsdp"))
     if mode == "no":
         raise ConfigError("fsdp_config is given, but fsdp is off: set fsdp=full_shard")
@@ -500,9 +533,11 @@ def _apply_fsdp_config(out: dict[str, Any], config: Any) -> None:
                 out["gradient_checkpointing"] = True
         elif key in _FSDP_FIXED:
             if text not in [str(fixed).lower() for fixed in (None, *_FSDP_FIXED[key])]:
-                raise ConfigError(f"fsdp_config: {key}={value!r} is not honoured by fastpo, only {_FSDP_FIXED[key][0]}")
+                raise ConfigError(
+                    f"fsdp_config: {key}={shown(value)} is not honoured by fastpo, only {_FSDP_FIXED[key][0]}"
+                )
         elif key not in _FSDP_ANY:
-            raise ConfigError(f"fsdp_config: {key}={value!r} is not honoured by fastpo")
+            raise ConfigError(f"fsdp_config: {key}={shown(value)} is not honoured by fastpo")
     out["fsdp"] = mode
     if offload:
         out["fsdp_cpu_offload"] = True

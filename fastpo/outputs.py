@@ -1,5 +1,6 @@
 """What a run writes for people: metrics, samples, configuration; at the end the model, its card and the report."""
 
+import contextlib
 import json
 import logging
 import math
@@ -9,13 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from transformers import TrainerState
 
-from fastpo import adapters, checkpoint, env
+from fastpo import adapters, checkpoint, disks, env, hub, run_lock
 from fastpo.callbacks import plain_config
 from fastpo.config import TrainConfig
 from fastpo.errors import ConfigError
-from fastpo.hub import last_metrics, model_card, write_card
+from fastpo.hub import last_metrics, model_card
 from fastpo.report import write_report
 
 if TYPE_CHECKING:
@@ -36,8 +36,10 @@ def ensure_log_handler(quiet: bool) -> None:
 
 
 def check_folder(config: TrainConfig, resumes: bool) -> None:
-    """The output folder, made; one that holds another run is refused unless it is resumed."""
+    """The output folder, made; one that holds another run is refused unless it is resumed, and one in which a run lives
+    in any case."""
     folder = Path(config.output_dir)
+    run_lock.check(folder)
     names = ("metrics.jsonl", "config.yaml", "config.json", "adapter_config.json", "checkpoint-*")
     marks = [path.name for name in names for path in folder.glob(name)]
     if marks and not (config.overwrite_output_dir or resumes):
@@ -52,6 +54,13 @@ def check_folder(config: TrainConfig, resumes: bool) -> None:
         raise ConfigError(f"output_dir {str(folder)!r} cannot be written: {error.strerror}") from None
 
 
+def lines_of(run: "Trainer") -> tuple[disks.Lines, disks.Lines]:
+    """metrics.jsonl and samples.jsonl, as they are written while the run goes on."""
+    folder = run.output_dir
+    metrics = disks.Lines(folder / "metrics.jsonl", lambda: [_json_line(line) for line in run.state.log_history])
+    return metrics, disks.Lines(folder / "samples.jsonl")
+
+
 def start(run: "Trainer") -> None:
     """What marks the folder as this run's: its configuration, and the metrics up to where it starts."""
     if not run.world.main:
@@ -59,23 +68,47 @@ def start(run: "Trainer") -> None:
     checkpoint.clear_temporaries(run.output_dir)
     history, step = [], 0
     if run.resume is not None:
-        state = TrainerState.load_from_json(str(run.resume / "trainer_state.json"))
+        state = checkpoint.read_state(run.resume)
         history, step = state.log_history, state.global_step
-    _rewrite(run.output_dir / "metrics.jsonl", [_json_line(line) for line in history])
+    left = checkpoint.set_aside(run.output_dir, after=step if run.resume is not None else -1)
+    if left and run.resume is not None:
+        log.warning("checkpoints beyond step %d are left behind as %s", step, ", ".join(path.name for path in left))
     samples = run.output_dir / "samples.jsonl"
-    if samples.exists():
-        _rewrite(samples, [s for s in samples.read_text().splitlines(True) if _step(s) <= step])
-    if run.resume is None:
-        checkpoint.set_aside(run.output_dir)
-    inputs = {key: value for key, value in run.inputs.items() if value}  # what the command line needs to run it again
-    (run.output_dir / "config.yaml").write_text(yaml.safe_dump(inputs | plain_config(run.config), sort_keys=False))
+    try:
+        _rewrite(run.metrics_file.path, [_json_line(line) for line in history])
+        if samples.exists():
+            _rewrite(samples, [s for s in samples.read_text().splitlines(True) if _step(s) <= step])
+    except OSError as error:
+        log.error("metrics.jsonl could not be begun: %s", error.strerror)
+    _write_config(run)
+
+
+def _write_config(run: "Trainer") -> None:
+    """config.yaml: what the command line needs to run it again."""
+    inputs = {key: value for key, value in run.inputs.items() if value}
+    try:
+        text = yaml.safe_dump(inputs | plain_config(run.config), sort_keys=False)
+        (run.output_dir / "config.yaml").write_text(text)
+    except OSError as error:
+        log.error("config.yaml could not be written: %s", error.strerror)
+
+
+def ensure_folder(run: "Trainer") -> None:
+    """The output folder again, if somebody has removed it."""
+    if run.output_dir.is_dir():
+        return
+    log.error("output_dir %s was removed while the run goes on: it is made again", run.output_dir)
+    run.output_dir.mkdir(parents=True, exist_ok=True)
+    run.lock.again()
+    _write_config(run)
 
 
 def write_line(run: "Trainer", line: Mapping[str, Any]) -> None:
-    """Append to metrics.jsonl."""
+    """Append to metrics.jsonl: to be called once the line is in the state's history."""
     if run.world.main:
-        with open(run.output_dir / "metrics.jsonl", "a") as f:
-            f.write(_json_line(line))
+        with contextlib.suppress(OSError):  # where even the folder cannot be made, the line waits
+            ensure_folder(run)
+        run.metrics_file.add(_json_line(line))
 
 
 def say(metrics: Mapping[str, Any], step: int, steps: int) -> None:
@@ -91,15 +124,14 @@ def say(metrics: Mapping[str, Any], step: int, steps: int) -> None:
 def write_samples(run: "Trainer", samples: Sequence[Mapping[str, Any]]) -> None:
     """Append to samples.jsonl."""
     if run.world.main:
-        with open(run.output_dir / "samples.jsonl", "a") as f:
-            f.writelines(json.dumps({"step": run.state.global_step, **s}) + "\n" for s in samples)
+        run.samples_file.add(*(json.dumps({"step": run.state.global_step, **s}) + "\n" for s in samples))
 
 
 def finish(run: "Trainer", summary: dict[str, float]) -> None:
     """The trained model, its card and the report; then the hub."""
     config = run.config
     if config.save_final and run.world.main:
-        _write_card(run)
+        write_card(run)
         if config.save_merged:
             _save_merged(run)
     stopped = run.state.global_step < run.state.max_steps
@@ -121,22 +153,30 @@ def _save_merged(run: "Trainer") -> None:
             run.model, run.tokenizer, run.output_dir / "merged", run.config.max_shard_size,
             adapter_folder=run.output_dir if run.engine.sharded else None,
         )  # fmt: skip
-    except ConfigError as error:  # PEFT may refuse at this late hour; the adapter itself is saved
-        log.warning("no merged model: %s", error)
+    except Exception as error:  # PEFT may refuse at this late hour, a disk be full; the adapter itself is saved
+        log.warning("no merged model: %s", disks.cause(error))
 
 
-def _write_card(run: "Trainer") -> None:
+def write_card(run: "Trainer") -> None:
+    """README.md of the trained model; one that cannot be written costs nothing else."""
+    try:
+        hub.write_card(run.output_dir, _card(run))
+    except Exception as error:  # of the run nothing hangs on it
+        log.error("the model card could not be written: %s", disks.cause(error))
+
+
+def _card(run: "Trainer") -> str:
     history = run.state.log_history
     if run.config.load_best_model_at_end and run.state.best_global_step:  # what the model is, not where the run ended
         history = [line for line in history if line["step"] <= run.state.best_global_step]
-    card = model_card(
+    return model_card(
         run.config, run.terms, base_model=run.model_name or None, adapter=hasattr(run.model, "peft_config"),
         datasets=[run.dataset_name] if run.dataset_name else [], rows=len(run.examples),
         steps=run.state.global_step, batch_size=run.step_size, metrics=last_metrics(history),
         chat=bool(getattr(run.tokenizer, "chat_template", None)),
         repo_id=run.hub.repo_id if run.hub is not None else None, dtype=str(run.loaded_dtype).removeprefix("torch."),
+        tags=run.tags,
     )  # fmt: skip
-    write_card(run.output_dir, card)
 
 
 def report(run: "Trainer", summary: dict[str, float], outcome: str) -> None:
@@ -162,8 +202,8 @@ def report(run: "Trainer", summary: dict[str, float], outcome: str) -> None:
                    if run.state.best_model_checkpoint else {}),
             },
         )  # fmt: skip
-    except OSError as error:
-        log.warning("report.html could not be written: %s", error.strerror)
+    except Exception as error:  # of the run nothing hangs on it
+        log.warning("report.html could not be written: %s", disks.cause(error))
 
 
 def _json_line(line: Mapping[str, Any]) -> str:

@@ -53,8 +53,9 @@ class PackedBatch:
     its own copy of the prompt, the two are adjacent, and together they form one causal chain. A shared prompt forms one
     with its first response; each other response is a chain of its own, and together they are a branch of that prompt;
     one that a row before it in the tree has already is no segment, its head rows read the same positions again. The
-    last token of a response predicts nothing, so it never enters the trunk; the last of a prompt predicts the first of
-    each of its responses. Padding, if any, is last: chains of their own that no head row reads.
+    last token of a response predicts nothing, so it enters the trunk only where a router's loss counts it; the last of
+    a prompt predicts the first of each of its responses. Padding, if any, is last: chains of their own that no head row
+    reads.
     """
 
     input_ids: Tensor  # [T] int64
@@ -84,6 +85,7 @@ class PackedBatch:
     unique: bool  # every response is in exactly one pair; host
     padding: int = 0  # trunk tokens at the end that are no one's; host
     prompts: Prompts | None = None  # where a loss reads them
+    uses: Tensor | None = None  # [T] fp32: how many responses a token of the trunk is part of; where all of it is there
     drawn_rows: Tensor | None = None  # [K] int64: SamPO's draw, row_statistics.draw_rows
     rows: dict[str, Tensor] = field(default_factory=dict)  # further numbers per head row [N], from the forward pass
 
@@ -154,17 +156,17 @@ def tree_size(rows: Sequence[Example], share: bool) -> TreeSize:
     """Of rows that are one tree, or with `share` false of one row with a copy of its prompt for each response."""
     head_rows = sum(len(r) for e in rows for r in e.responses)
     if not share:
-        chains = [len(e.prompt_of(k)) + len(r) - 1 for e in rows for k, r in enumerate(e.responses)]
+        chains = [len(e.prompt_of(k)) + len(r) - 1 + e.whole for e in rows for k, r in enumerate(e.responses)]
         return TreeSize(sum(chains), head_rows, sum(n * (n + 1) // 2 for n in chains), 0)
     prompt = len(rows[0].prompt_ids)
-    lengths = {r.tobytes(): len(r) - 1 for e in rows for r in e.responses}.values()
+    lengths = {r.tobytes(): len(r) - 1 + e.whole for e in rows for r in e.responses}.values()
     pairs = prompt * (prompt + 1) // 2 + sum(n * (n + 1) // 2 + n * prompt for n in lengths)
     return TreeSize(prompt + sum(lengths), head_rows, pairs, int(len(lengths) > 1))
 
 
 def trunk_tokens(example: Example) -> int:
     """Tokens that the example puts through the trunk: its prompt once a response, or once where it is shared, and every
-    response but its last token."""
+    response, mostly but its last token."""
     return tree_size([example], example.share).tokens
 
 
@@ -229,7 +231,7 @@ def step_trees(examples: Sequence[Example], rows: Iterable[int], max_tokens: int
         seen: set[bytes] = set()
         tokens = head_rows = 0
         for i in group:
-            own = {r.tobytes(): len(r) - 1 for r in examples[i].responses}
+            own = {r.tobytes(): len(r) - 1 + examples[i].whole for r in examples[i].responses}
             more = sum(length for response, length in own.items() if response not in seen)
             more_rows = sum(map(len, examples[i].responses))
             if part and max(tokens + more, -(-(head_rows + more_rows) // 4)) > max_tokens:
@@ -354,7 +356,7 @@ def collate(
                 nll[-1] *= example.token_weights[k]
             if with_prompts and k in preferred:
                 prompts.add(first_response + k, trunk.root if share else trunk.size, prompt, preferred[k])
-            rows.append(trunk.add(prompt, response, share))
+            rows.append(trunk.add(prompt, response, share, example.whole))
             targets.append(response)
             num_tokens += len(prompt) + len(response)
             if ref_logps is not None:
@@ -395,6 +397,7 @@ def collate(
         unique=sorted(r for pair in pairs for r in pair) == list(range(n_responses)),
         padding=padding,
         prompts=prompts.packed(pairs) if with_prompts else None,
+        uses=trunk.uses() if all(examples[i].whole for i in indices) else None,
     )
 
 
@@ -410,7 +413,9 @@ class _Trunk:
         self.branches: list[Branch] = []
         self.size = 0  # tokens so far
         self.root = self.root_segment = self.after_first = 0  # of the tree's prompt; where its first response ends
-        self.placed: dict[bytes, np.ndarray] = {}  # by response of a shared prompt: what predicts its tokens
+        # By response of a shared prompt: what predicts its tokens, and where it begins.
+        self.placed: dict[bytes, tuple[np.ndarray, int]] = {}
+        self.parts: list[tuple[int, int]] = []  # of the trunk: each prompt and each response of each row
 
     def begin_row(self, opens: bool) -> None:
         """A row of data; `opens`: it begins a tree."""
@@ -418,22 +423,36 @@ class _Trunk:
             self.root, self.root_segment = self.size, len(self.seg_parents)
             self.placed.clear()
 
-    def add(self, prompt: np.ndarray, response: np.ndarray, share: bool) -> np.ndarray:
-        """A response, with its prompt unless that is shared and stands there; returns the positions that predict it."""
+    def add(self, prompt: np.ndarray, response: np.ndarray, share: bool, whole: bool = False) -> np.ndarray:
+        """A response, with its prompt unless that is shared and stands there; returns the positions that predict it.
+        `whole`: with its last token, which predicts nothing."""
         key = response.tobytes() if share else b""
-        if share and key in self.placed:
-            return self.placed[key]
-        start = self.size
-        if share and self.placed:
-            self._chain([response[:-1]], [self.root_segment], len(prompt))
-            rows = np.concatenate([[self.root + len(prompt) - 1], np.arange(start, self.size)])
+        tokens = response if whole else response[:-1]
+        if not (share and key in self.placed):
+            start = self.size
+            if share and self.placed:
+                self._chain([tokens], [self.root_segment], len(prompt))
+                last, first = self.root + len(prompt) - 1, start
+            else:
+                self._chain([prompt, tokens], [-1, len(self.seg_parents)], 0)
+                self.after_first = self.size
+                first = start + len(prompt)
+                last = first - 1
+            rows = np.concatenate([[last], np.arange(first, first + len(response) - 1)])
+            if share:
+                self.placed[key] = rows, first
         else:
-            self._chain([prompt, response[:-1]], [-1, len(self.seg_parents)], 0)
-            self.after_first = self.size
-            rows = np.arange(start + len(prompt) - 1, self.size)
-        if share:
-            self.placed[key] = rows
+            rows, first = self.placed[key]
+        prompt_stop = int(rows[0]) + 1
+        self.parts += [(prompt_stop - len(prompt), prompt_stop), (first, first + len(tokens))]
         return rows
+
+    def uses(self) -> Tensor:
+        """How many responses each token is part of; 0 for padding. -> [T] fp32"""
+        counts = np.zeros(self.size, np.float32)
+        for start, stop in self.parts:
+            counts[start:stop] += 1
+        return torch.from_numpy(counts)
 
     def _chain(self, segments: list[np.ndarray], parents: list[int], first_position: int) -> None:
         """Segments whose positions count on; one without tokens is none of attention's chains."""

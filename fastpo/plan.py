@@ -21,11 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastpo import backends, data, losses, ops, rows
+from fastpo import backends, data, losses, mixing, ops, row_layouts, rows, run_data, sources
 from fastpo.adapters import first_line
 from fastpo.config import TrainConfig
 from fastpo.data import Example
-from fastpo.errors import ConfigError, FastpoError, UnsupportedModelError
+from fastpo.errors import ConfigError, FastpoError, UnsupportedModelError, shown
 from fastpo.kway import Forming
 from fastpo.memory import MAX_TOKENS, log
 from fastpo.metrics import Flops
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from fastpo.trainer import Trainer
 
 GIB = 1 << 30
+MOST_BYTES = 1 << 60
 # Of the memory, left to the allocator's fragments, the vendor's workspaces and what else is not seen.
 HEADROOM = 0.08
 SIMULATED = (256, 512)  # tokens of the two fake runs
@@ -265,11 +266,14 @@ def _resident() -> int:
 
 def parse_bytes(text: str) -> int:
     """'80GiB', '80GB', '512M', '1e9' -> bytes."""
-    match = re.fullmatch(r"\s*([\d.]+(?:e\d+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
-    if not match or not float(match[1]):
-        raise ConfigError(f"memory must be a size such as 80GiB or 24GB, not {text!r}")
-    unit = 1024 if match[3] else 1000
-    nbytes = int(float(match[1]) * unit ** " KMGT".index(match[2].upper() or " "))
+    match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)(e\d\d?)?\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE | re.ASCII)
+    number = float(match[1] + (match[2] or "")) if match else 0.0
+    if not match or not number:
+        raise ConfigError(f"memory must be a size such as 80GiB or 24GB, not {shown(text)}")
+    unit = 1024 if match[4] else 1000
+    nbytes = int(number * unit ** " KMGT".index(match[3].upper() or " "))
+    if nbytes > MOST_BYTES:
+        raise ConfigError(f"memory={text.strip()} is more than any device has: such as 80GiB")
     if nbytes < 100_000:
         raise ConfigError(f"memory={text.strip()} is {nbytes:,} bytes: did you mean {match[1]}GiB?")
     return nbytes
@@ -320,7 +324,7 @@ def largest_max_tokens(run: "Trainer") -> int:
 def _ref_model_bytes(run: "Trainer") -> int:
     """Weights of a reference that is still to come into this process, or onto the device."""
     if isinstance(run.ref_model, str | os.PathLike):
-        return Blueprint.of_name(os.fspath(run.ref_model), run.config).weights
+        return Blueprint.of_name(os.fspath(run.ref_model), run.config, argument="ref_model").weights
     if isinstance(run.ref_model, nn.Module) and next(run.ref_model.parameters()).device != run.device:
         return sum(p.nbytes for p in run.ref_model.parameters())
     return 0
@@ -332,8 +336,10 @@ def _ref_model_bytes(run: "Trainer") -> int:
 def run(inputs: dict[str, Any], config: TrainConfig, memory: str | None, as_json: bool) -> int:
     """`fastpo plan`: prints the table. `inputs` and `config` as `fastpo.train` takes them."""
     given = parse_bytes(memory) if memory is not None else None
-    device = resolve_device(config.device, use_cpu=config.use_cpu) if given is None else None
-    device_type = device.type if device is not None else "cpu" if config.use_cpu or config.device == "cpu" else "cuda"
+    # With a size the device need not be here: one that is named is planned for as it is.
+    named = given is not None and config.device is not None and not config.use_cpu
+    device = None if named else resolve_device(config.device, use_cpu=config.use_cpu)
+    device_type = device.type if device is not None else _type_of(config.device)
     blueprint = Blueprint.of_name(inputs["model"], config, inputs.get("peft_config"), inputs.get("quantization_config"))
     examples = _examples(inputs, config) if inputs.get("train_dataset") else []
     share, longest, step = 1.0, 0, MOST_TOKENS
@@ -346,13 +352,14 @@ def run(inputs: dict[str, Any], config: TrainConfig, memory: str | None, as_json
         longest, step = sizes[0], sum(sizes[: config.step_size])
         share = min(1.0, sum(len(r) for e in examples for r in e.responses) / sum(sizes))
     autocast = config.bf16 if config.bf16 is not None else device_type == "cuda"
-    ref_model = Blueprint.of_name(inputs["ref_model"], config).weights if inputs.get("ref_model") else 0
+    ref_name = inputs.get("ref_model")
+    ref_model = Blueprint.of_name(ref_name, config, argument="ref_model").weights if ref_name else 0
     terms = [losses.LOSSES.get(name) for name in config.losses]
     live = any(t is not None and "chosen_kl" in t.needs for t in terms)
     found = estimate(blueprint, config, device_type, row_share=share, autocast=autocast, ref_model=ref_model, live=live)
     if given is not None:
         found.process = 0  # the size given is the run's
-    available = given if given is not None else device_memory(device) if device is not None else None
+    available = given if given is not None or device is None else device_memory(device)
     if available is None:
         raise ConfigError("the memory of this device is unknown: say --memory SIZE")
     room = available * (1 - HEADROOM)
@@ -361,22 +368,56 @@ def run(inputs: dict[str, Any], config: TrainConfig, memory: str | None, as_json
     if config.max_tokens == "auto":
         tokens = max(STEP_TOKENS, min(largest, step))  # as in training: no more than the largest step has
     if as_json:
-        print(json.dumps(_numbers(found, tokens, available, largest, longest)))
+        numbers = _numbers(found, tokens, available, largest, longest)
+        print(json.dumps(numbers | {"device": device_type, "max_tokens_from": _origin(config)}))
     else:
         print(_table(found, blueprint, config, tokens, available, largest, longest, bool(examples)))
     found.check_fixed(available, "the memory given" if given is not None else "this device has")
     return 0
 
 
+def _type_of(device: str | None) -> str:
+    """`cuda` or `cpu`, of a device that need not be here."""
+    try:
+        kind = torch.device(device or "cpu").type
+    except RuntimeError:
+        kind = ""
+    if kind not in MAX_TOKENS:
+        raise ConfigError(f"device {device!r} is not supported; use cuda or cpu")
+    return kind
+
+
+def _origin(config: TrainConfig) -> str:
+    return "default" if config.max_tokens is None else "auto" if config.max_tokens == "auto" else "option"
+
+
+def _assumed(config: TrainConfig, device_type: str) -> str:
+    """Where the number of tokens comes from, and whose it would be on another device."""
+    if _origin(config) == "option":
+        return ""
+    if _origin(config) == "auto":
+        return ", as max_tokens=auto takes"
+    names = {"cpu": "a CPU", "cuda": "a GPU"}
+    other = next(kind for kind in names if kind != device_type)
+    return f", the default on {names[device_type]} (on {names[other]} {MAX_TOKENS[other]:,}: --device {other})"
+
+
 def _examples(inputs: dict[str, Any], config: TrainConfig) -> list[Example]:
-    table = rows.load_rows(inputs["train_dataset"], split=config.dataset_train_split, config_name=config.dataset_config)
-    names = set(rows.column_names(table))
-    kind = "preference" if names & {"chosen", rows.RESPONSES} else "unpaired" if rows.LABEL in names else "sft"
     tokenizer = load_tokenizer(inputs["model"], trust_remote_code=config.trust_remote_code)
-    return data.prepare_examples(
-        table, tokenizer, kind=kind, max_length=config.max_length, truncation_mode=config.truncation_mode, columns=[],
-        invalid="drop", num_proc=config.dataset_num_proc, forming=Forming(config.pair_policy, config.pair_margin),
-    )[0]  # fmt: skip
+    given = inputs["train_dataset"]
+    examples: list[Example] = []
+    for part in mixing.parts_of(given) or [mixing.Part("", given)]:
+        table = run_data.open_table(part, config.dataset_train_split, config.dataset_config)
+        names, head = set(sources.column_names(table)), sources.head_rows(table)
+        kinds = ("unpaired", "preference") if names & {"label", "kto_tag"} else ("preference", "sft")
+        layout = row_layouts.find(names, head, kinds)
+        own = "preference" if names & {"chosen", rows.RESPONSES} else "unpaired" if rows.LABEL in names else "sft"
+        examples += data.prepare_examples(
+            table, tokenizer, kind=own if layout is None else layout.kind, max_length=config.max_length, columns=[],
+            truncation_mode=config.truncation_mode, invalid="drop", num_proc=config.dataset_num_proc,
+            forming=Forming(config.pair_policy, config.pair_margin), recognise=config.recognise_layouts,
+        )[0]  # fmt: skip
+    return examples
 
 
 def _numbers(found: Estimate, tokens: int, memory: int, largest: int, longest: int) -> dict[str, Any]:
@@ -426,7 +467,7 @@ def _table(
         *(_line(f"head, {r}", nbytes, f"{'in use' if r == regime else 'not in use'}; "
                 f"N {found.rows(tokens):,.0f} x V {found.vocabulary:,}") for r, nbytes in numbers["head"].items()),
         _line("peak of a step", found.step(tokens), "activations, head, gradients on their way: the worst moment"),
-        _line("total", found.total(tokens), f"at max_tokens={tokens}"),
+        _line("total", found.total(tokens), f"at max_tokens={tokens:,}{_assumed(config, found.device_type)}"),
         "",
         f"memory {gib(memory)}, of which {HEADROOM:.0%} are left free: "
         + (f"the largest max_tokens is {largest:,}" if largest else f"not even {STEP_TOKENS} tokens fit"),

@@ -1,6 +1,8 @@
 """What is done to a model around training: dropout off, checkpointing on, modes and devices put back as they were."""
 
 import contextlib
+import logging
+import math
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +21,8 @@ from fastpo.config import TrainConfig
 from fastpo.errors import ConfigError, DataError, UnsupportedModelError
 from fastpo.model import Policy
 
+log = logging.getLogger("fastpo")
+
 
 def set_numerics(config: TrainConfig) -> None:
     """PyTorch's global switches that the configuration names."""
@@ -35,6 +39,9 @@ def training_mode(policy: Policy, config: TrainConfig) -> Iterator[None]:
     was_training = model.training
     model.train()
     already = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+    if config.gradient_checkpointing and not getattr(policy.causal_lm, "supports_gradient_checkpointing", True):
+        log.warning("%s does not support gradient_checkpointing: off", type(policy.causal_lm).__name__)
+        already = True
     if config.gradient_checkpointing and not already:
         _checkpointing(policy.causal_lm, {"use_reentrant": False, **(config.gradient_checkpointing_kwargs or {})})
     try:
@@ -201,3 +208,8 @@ def check_ids(policy: Policy, examples: Sequence[data.Example], name: str) -> No
         raise DataError(
             f"the {name} data hold a row of {longest} tokens, the model has {min(learnt)} positions: set max_length"
         )
+
+
+def interval(value: float, total: int) -> int:
+    """Steps; below 1 a share of all steps, as in transformers."""
+    return max(1, math.ceil(value * total) if value < 1 else int(value))

@@ -29,6 +29,7 @@ import transformers
 from tokenizers import Regex, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel as Model
 from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import fastpo
 from fastpo.errors import ConfigError, TrainingError
@@ -145,6 +146,10 @@ def _generating(model: Model) -> Iterator[None]:
         model.train(training)
 
 
+# What transformers calls the keys and values of earlier tokens: renamed in 5.24.
+_CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+
+
 @torch.no_grad()
 def sample_answers(model: Model, tokenizer: Tokenizer, problems: Sequence[str], seed: int | None = None) -> list[str]:
     """An answer to each problem, sampled at temperature 1; greedy without a seed. One prompt length: no padding."""
@@ -156,8 +161,8 @@ def sample_answers(model: Model, tokenizer: Tokenizer, problems: Sequence[str], 
             tokens = torch.tensor(tokenizer(prompts)["input_ids"])  # [B, prompt], then [B, 1]
             cache, columns = None, []
             for _ in range(ANSWER_TOKENS):
-                out = model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
-                cache, logits = out.past_key_values, out.logits[:, -1].float()
+                out = model(input_ids=tokens, use_cache=True, logits_to_keep=1, **{_CACHE: cache})
+                cache, logits = out[_CACHE], out.logits[:, -1].float()
                 if generator is None:
                     tokens = logits.argmax(-1, keepdim=True)
                 else:

@@ -1,8 +1,11 @@
 """The reference as data: token log-probabilities computed once, kept on disk, shared by all runs that can use them.
 
-The key of an entry is what it depends on: the token ids of prompt and response, and a fingerprint of the model
-(weights, configuration, compute dtype, device type). Another beta, learning rate, loss or normalisation finds the same
-entry; another tokenizer, `max_length`, dtype or weight does not.
+The key of an entry is what it depends on: the token ids of prompt and response, a fingerprint of the model (weights,
+configuration, compute dtype, device type), and a digest of what else it computes with (function_state.py). Another
+beta, learning rate, loss or normalisation finds the same entry; another tokenizer, `max_length`, dtype or weight does
+not. A key cannot hold everything that decides a number, so of every earlier pass whose entries are found a few rows are
+computed again and compared: a pass that disagrees with the live model is dropped, files and all. An entry carries a
+checksum; one that is damaged, not finite or of another length than its response is computed again too.
 """
 
 import contextlib
@@ -12,6 +15,7 @@ import logging
 import os
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -20,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import nn
 
@@ -34,7 +38,7 @@ log = logging.getLogger("fastpo")
 # Entries are written in shards, so that a pass that is cut short loses at most this many seconds of work.
 SHARD_SECONDS = 60.0
 # A change here, or in how log-probabilities are computed, makes every older entry invalid.
-CACHE_VERSION = 3
+CACHE_VERSION = 4
 
 TokenLogps = list[list[np.ndarray]]  # per example, per response, fp32 [len]
 
@@ -58,8 +62,7 @@ def model_fingerprint(model: nn.Module, *, without_adapter: bool = False) -> str
     digest = hashlib.blake2b(digest_size=16)
     config = getattr(model, "config", None)
     if config is not None:
-        described = {k: v for k, v in config.to_dict().items() if k not in _CONFIG_WITHOUT_EFFECT}
-        digest.update(json.dumps(described, sort_keys=True, default=str).encode())
+        digest.update(described_config(config).encode())
     if not without_adapter and hasattr(model, "peft_config"):
         peft: Any = model
         settings = {name: c.to_dict() for name, c in peft.peft_config.items()}
@@ -69,11 +72,17 @@ def model_fingerprint(model: nn.Module, *, without_adapter: bool = False) -> str
     return digest.hexdigest()
 
 
+def described_config(config: Any) -> str:
+    """A model's configuration without what decides no number, as JSON."""
+    described = {k: v for k, v in config.to_dict().items() if k not in _CONFIG_WITHOUT_EFFECT}
+    return json.dumps(described, sort_keys=True, default=str)
+
+
 def _tensors_digest(tensors: Mapping[str, torch.Tensor]) -> bytes:
     digest = hashlib.blake2b(digest_size=16)
     names = sorted(tensors)
     with ThreadPoolExecutor(max_workers=4) as pool:
-        for name, part in zip(names, pool.map(lambda n: _tensor_digest(tensors[n]), names), strict=True):
+        for name, part in zip(names, pool.map(lambda n: tensor_digest(tensors[n]), names), strict=True):
             digest.update(name.encode() + part)
     return digest.digest()
 
@@ -102,12 +111,13 @@ _CONFIG_WITHOUT_EFFECT = {"_name_or_path", "use_cache", "transformers_version", 
                           "bos_token_id", "eos_token_id", "pad_token_id", "task_specific_params"}  # fmt: skip
 
 
-def _tensor_digest(tensor: torch.Tensor) -> bytes:
+def tensor_digest(tensor: torch.Tensor) -> bytes:
+    """16 bytes that stand for a tensor's dtype, shape and values, and the scales of a quantised one."""
     data = tensor.detach().cpu().contiguous()
     # A quantised weight is nothing without its scales, which are attributes and not buffers.
     state = getattr(tensor, "quant_state", None)
     scales = state.as_dict() if state is not None else {"SCB": getattr(tensor, "SCB", None)}
-    parts = [_tensor_digest(v) if isinstance(v, torch.Tensor) else repr(v).encode() for _, v in sorted(scales.items())]
+    parts = [tensor_digest(v) if isinstance(v, torch.Tensor) else repr(v).encode() for _, v in sorted(scales.items())]
     header = hashlib.blake2b(
         f"{data.dtype}{tuple(data.shape)}".encode() + b"".join(parts), digest_size=32
     ).digest()  # fmt: skip
@@ -125,57 +135,166 @@ def response_key(prompt_ids: np.ndarray, response_ids: np.ndarray) -> bytes:
 
 
 class RefCache:
-    """Token log-probabilities of one model, by response. `folder=None` keeps them in memory only."""
+    """Token log-probabilities of one model, by response. `folder=None` keeps them in memory only.
+
+    A file of the folder is what one pass wrote, of one model as it was then; `found` are entries of such passes, to be
+    believed only when the live model agrees with the pass.
+    """
 
     def __init__(self, key: str, folder: Path | None):
         self.folder = folder / "ref_logps" / key if folder is not None else None
-        self.entries: dict[bytes, np.ndarray] = {}
+        self.entries: dict[bytes, np.ndarray] = {}  # this run's own, and those of passes that were compared
+        self.found: dict[bytes, tuple[str, np.ndarray]] = {}  # of passes that were not: the pass, its number
+        self.shards: dict[str, list[Path]] = {}  # by pass
+        self.agreed: set[str] = set()  # passes that the live model agrees with
         self.fresh: dict[bytes, np.ndarray] = {}
-        if self.folder is not None and self.folder.is_dir():
-            for shard in sorted(self.folder.glob("*.safetensors")):
-                self.read(shard)
+        self.odd_length = False  # whether an entry was found that is not as long as its response
+        self.own_pass = uuid.uuid4().hex
+        damage: list[str] = []
+        for shard in self._files():
+            try:
+                entries, of_pass, problem = read_entries(shard)
+            except OSError as error:
+                damage.append(f"{shard.name}: {error}")
+                continue
+            if problem:
+                damage.append(f"{shard.name}: {problem}")
+                self._mend(shard, entries, of_pass)
+            self.found |= {key: (of_pass, logp) for key, logp in entries.items()}
+            self.shards.setdefault(of_pass, []).append(shard)
+        if damage:
+            log.warning(
+                "reference cache: %d file%s in %s damaged (%s); what they lack is computed again",
+                len(damage), "s" if len(damage) > 1 else "", self.folder, damage[0],
+            )  # fmt: skip
 
-    def read(self, shard: Path) -> None:
-        """Take in the entries of a file that `flush` or `write_entries` wrote."""
+    def _files(self) -> list[Path]:
         try:
-            with safe_open(shard, framework="numpy") as f:
-                keys, offsets, logp = f.get_tensor("keys"), f.get_tensor("offsets"), f.get_tensor("logp")
-        except Exception as error:  # a damaged shard costs its entries, not the run
-            log.warning("reference cache: %s cannot be read (%s); its entries are computed again", shard, error)
-            return
-        for i, key in enumerate(keys):
-            self.entries[key.tobytes()] = logp[offsets[i] : offsets[i + 1]]
+            return [f for f in sorted(self.folder.glob("*.safetensors")) if f.is_file()] if self.folder else []
+        except OSError:  # a folder that may not be read
+            return []
 
-    def get(self, key: bytes) -> np.ndarray | None:
-        return self.entries.get(key)
+    def _mend(self, shard: Path, entries: Mapping[bytes, np.ndarray], of_pass: str) -> None:
+        """Leave in a file what is good of it, so that its damage is spoken of once."""
+        with contextlib.suppress(OSError, SafetensorError):
+            if entries:
+                self._write(entries, shard, of_pass)
+            else:
+                shard.unlink()
+
+    def read(self, file: Path) -> None:
+        """Take in a run's own log-probabilities, as they lie in its checkpoints; they need no comparison."""
+        try:
+            entries, _, problem = read_entries(file, needs_sums=False)  # a checkpoint's manifest has hashes
+        except OSError as error:
+            entries, problem = {}, str(error)
+        if problem:
+            log.warning("%s is damaged (%s); what it lacks is computed again", file, problem)
+        self.entries |= entries
+
+    def get(self, key: bytes, length: int) -> tuple[str | None, np.ndarray] | None:
+        """(the pass that it is from, or None for one that needs no comparison; log-probabilities [length])."""
+        if (logp := self.entries.get(key)) is not None and len(logp) == length:
+            return None, logp
+        of_pass, logp = self.found.get(key, ("", None))
+        if logp is None:
+            return None
+        if len(logp) != length:
+            if not self.odd_length:
+                log.warning(
+                    "reference cache: entries under %s are not as long as their responses; they are computed again",
+                    self.folder,
+                )
+            self.odd_length = True
+            return None
+        return None if of_pass in self.agreed else of_pass, logp
 
     def put(self, key: bytes, logp: np.ndarray) -> None:
-        self.entries[key] = self.fresh[key] = logp
+        self.entries[key] = logp
+        if np.isfinite(logp).all():
+            self.fresh[key] = logp
+
+    def drop(self, passes: Iterable[str]) -> None:
+        """Forget what these passes computed, and remove it, so that nobody finds it again."""
+        gone = set(passes)
+        self.found = {key: entry for key, entry in self.found.items() if entry[0] not in gone}
+        for shard in [shard for of_pass in gone for shard in self.shards.pop(of_pass, [])]:
+            with contextlib.suppress(OSError):
+                shard.unlink(missing_ok=True)
 
     def flush(self) -> None:
-        """Write the new entries as one shard, beside and then renamed, so that a shard is whole or absent."""
+        """Write the new entries as one file. A folder that cannot be written costs the keeping, not the run."""
         if self.folder is None or not self.fresh:
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(dir=self.folder, suffix=".tmp")
-            os.close(handle)
-            write_entries(self.fresh, Path(temporary))
-            os.replace(temporary, self.folder / f"{time.time_ns():020d}-{os.getpid()}.safetensors")
-        except OSError as error:
+            shard = self.folder / f"{time.time_ns():020d}-{os.getpid()}.safetensors"
+            self._write(self.fresh, shard, self.own_pass)
+        except (OSError, SafetensorError) as error:
             log.warning("reference cache: cannot write to %s (%s); kept in memory for this run", self.folder, error)
+            self.folder = None
         self.fresh = {}
 
+    def _write(self, entries: Mapping[bytes, np.ndarray], shard: Path, of_pass: str) -> None:
+        """Beside and then renamed, so that a file is whole or absent."""
+        handle, name = tempfile.mkstemp(dir=shard.parent, suffix=".tmp")
+        os.close(handle)
+        try:
+            write_entries(entries, Path(name), of_pass)
+            os.replace(name, shard)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(name)
+            raise
 
-def write_entries(entries: Mapping[bytes, np.ndarray], path: Path) -> None:
-    """Log-probabilities [len] by response key, as one safetensors file."""
-    lengths = [len(v) for v in entries.values()]
+
+def write_entries(entries: Mapping[bytes, np.ndarray], path: Path, of_pass: str = "") -> None:
+    """Log-probabilities [len] by response key, as one safetensors file with a checksum for each."""
+    values = [np.ascontiguousarray(v, np.float32) for v in entries.values()]
+    sums = b"".join(_checksum(key, logp) for key, logp in zip(entries, values, strict=True))
     tensors: dict[str, np.ndarray] = {
         "keys": np.frombuffer(b"".join(entries), np.uint8).reshape(-1, 16),
-        "offsets": np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-        "logp": np.concatenate(list(entries.values())).astype(np.float32),
+        "offsets": np.cumsum([0, *map(len, values)]).astype(np.int64),
+        "logp": np.concatenate([np.empty(0, np.float32), *values]),
+        "sums": np.frombuffer(sums, np.uint8).reshape(-1, 8),
     }
-    save_file(tensors, path)
+    save_file(tensors, path, metadata={"pass": of_pass})
+
+
+def read_entries(path: Path, needs_sums: bool = True) -> tuple[dict[bytes, np.ndarray], str, str]:
+    """(the good entries of a file that `write_entries` wrote, the pass that wrote it, what is wrong with others or "").
+
+    OSError where the file cannot be read, which says nothing of what is in it. `needs_sums=False`: the checksums may be
+    missing, as they are in files of older versions.
+    """
+    with open(path, "rb"):  # safetensors gives a missing file and a damaged one the same error
+        pass
+    try:
+        with safe_open(path, framework="numpy") as f:
+            keys, offsets, logp = (f.get_tensor(name) for name in ("keys", "offsets", "logp"))
+            has_sums = needs_sums or "sums" in f.keys()  # noqa: SIM118 -- no mapping
+            sums = f.get_tensor("sums") if has_sums else np.zeros((len(keys), 8), np.uint8)
+            of_pass = (f.metadata() or {}).get("pass", "")
+    except Exception as error:  # whatever it makes of damaged bytes
+        return {}, "", str(error) or type(error).__name__
+    n = len(keys)
+    shapes = (keys.shape, offsets.shape, sums.shape, logp.ndim) == ((n, 16), (n + 1,), (n, 8), 1)
+    dtypes = [t.dtype for t in (keys, offsets, logp, sums)] == [np.uint8, np.int64, np.float32, np.uint8]
+    if not (shapes and dtypes and offsets[0] == 0 and offsets[-1] == len(logp) and (np.diff(offsets) >= 0).all()):
+        return {}, of_pass, "its tensors do not fit together"
+    entries, bad = {}, 0
+    for key, checksum, a, b in zip(keys, sums, offsets.tolist(), offsets[1:].tolist(), strict=False):
+        values = logp[a:b]
+        written = not has_sums or _checksum(key.tobytes(), values) == checksum.tobytes()
+        if written and np.isfinite(values).all():
+            entries[key.tobytes()] = values
+        else:
+            bad += 1
+    return entries, of_pass, f"{bad} of {n} entries are not what was written" if bad else ""
+
+
+def _checksum(key: bytes, logp: np.ndarray) -> bytes:
+    return hashlib.blake2b(np.ascontiguousarray(logp).data, digest_size=8, key=key).digest()
 
 
 def reference_logps(
@@ -189,27 +308,34 @@ def reference_logps(
     world: World | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
     passes: Callable[..., Iterator[Any]] = lambda parts, examples, work: map(work, parts),
+    nudged: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
 ) -> TokenLogps:
     """Token log-probabilities of every response of `examples[i]` for i in `needed`; other rows stay empty lists.
 
     `compute_logp(batch) -> [N]` runs the reference without gradients; only what rank 0's `cache` lacks is computed,
     shared between the ranks, and kept by rank 0. `passes` calls the work on each micro-batch: memory.Budget's splits.
+    Inside `nudged()` the model computes with its embeddings moved by one rounding, which says how far packing may move
+    a log-probability: a pass of the cache that is further off than that on the rows compared is computed anew.
     """
     world = world or World(torch.device("cpu"))
     needed = list(needed)
     out: TokenLogps = [[] for _ in examples]
 
-    def look_up() -> dict[int, list[np.ndarray]]:
-        found = {}
-        for i in needed:
-            keys = [response_key(examples[i].prompt_of(k), r) for k, r in enumerate(examples[i].responses)]
-            entries = [cache.get(key) for key in keys]
-            if all(entry is not None for entry in entries):
-                found[i] = entries
-        return found
+    def work(rows: list[int]) -> dict[int, list[np.ndarray]]:
+        return _of_batch(examples, rows, compute_logp, token_bucket)
 
-    for i, entries in world.first(look_up).items():
-        out[i] = entries
+    def check(rows: list[int]) -> dict[int, list[np.ndarray]]:
+        return _compute(examples, rows, compute_logp, token_bucket)
+
+    rows = world.first(lambda: _rows_to_compare(examples, needed, cache))
+    if rows:  # every rank computes all of them: sharded ranks run together, and they are a few
+        parts = pass_batches(examples, rows, max_tokens)
+        live = {i: logps for part in passes(parts, examples, check) for i, logps in part.items()}
+        with nudged():
+            moved = {i: logps for part in passes(parts, examples, check) for i, logps in part.items()}
+        world.first(lambda: _compare(examples, cache, live, moved))
+    for i, entries in world.first(lambda: {j: e for j in needed if (e := _cached(examples[j], cache))}).items():
+        out[i] = [logp for _, logp in entries]
     missing = [i for i in needed if not out[i]]
     batches = pass_batches(examples, missing, max_tokens)
     last_flush = time.monotonic()
@@ -221,8 +347,7 @@ def reference_logps(
         # Every rank runs as many, for the sharded ones run together; one that has no more repeats its first.
         mine = round_[world.rank :: world.size] or round_[:1]
         mine += mine[:1] * (-(-len(round_) // world.size) - len(mine))
-        parts = passes(mine, examples, lambda rows: _of_batch(examples, rows, compute_logp, token_bucket))
-        computed = {i: logps for part in parts for i, logps in part.items()}
+        computed = {i: logps for part in passes(mine, examples, work) for i, logps in part.items()}
         for part in world.gather(computed):
             for i, logps in part.items():
                 out[i] = logps
@@ -238,10 +363,77 @@ def reference_logps(
     return out
 
 
+def _cached(example: Example, cache: RefCache) -> list[tuple[str | None, np.ndarray]] | None:
+    """Of every response, the pass it is from and its log-probabilities; None where one is missing."""
+    entries = []
+    for k, response in enumerate(example.responses):
+        entry = cache.get(response_key(example.prompt_of(k), response), len(response))
+        if entry is None:
+            return None
+        entries.append(entry)
+    return entries
+
+
+def _rows_to_compare(examples: Sequence[Example], needed: Sequence[int], cache: RefCache) -> list[int]:
+    """A few rows of every earlier pass that is found and was not compared yet: its shortest, middle and longest."""
+    of_pass: dict[str, list[int]] = {}
+    for i in needed:
+        for name in {name for name, _ in _cached(examples[i], cache) or () if name is not None}:
+            of_pass.setdefault(name, []).append(i)
+    rows: set[int] = set()
+    for found in of_pass.values():
+        found.sort(key=lambda i: (len(examples[i].prompt_ids) + sum(map(len, examples[i].responses)), i))
+        rows |= {found[0], found[len(found) // 2], found[-1]}
+    return sorted(rows)
+
+
+def _compare(
+    examples: Sequence[Example],
+    cache: RefCache,
+    live: Mapping[int, list[np.ndarray]],
+    moved: Mapping[int, list[np.ndarray]],
+) -> None:
+    """Accept the passes that the live model agrees with on the rows computed, and drop the others from the cache."""
+    gaps: dict[str, list[np.ndarray]] = {}
+    for i in live:
+        for (name, logp), now, nudge in zip(_cached(examples[i], cache) or (), live[i], moved[i], strict=False):
+            if name is not None:
+                gaps.setdefault(name, []).append(np.stack([np.abs(logp - now), np.abs(nudge - now), np.abs(now)]))
+    wrong, worst = [], (0.0, 0.0)
+    for name, parts in gaps.items():
+        gap, noise, size = np.concatenate(parts, 1).mean(1, dtype=np.float64)
+        allowed = NOISE * noise + 1e-6 * max(1.0, size)
+        if gap <= allowed:  # not so for NaN
+            cache.agreed.add(name)
+        else:
+            wrong.append(name)
+            worst = max(worst, (float(gap), float(allowed)))
+    if wrong:
+        log.warning(
+            "reference cache: entries under %s were computed by another function of the same weights (token "
+            "log-probabilities differ by %.2g on average, allowed %.2g): dropped, and computed anew",
+            cache.folder, *worst,
+        )  # fmt: skip
+        cache.drop(wrong)
+
+
+# How far a pass may be off on average, in units of what one rounding of the embeddings does. Packing alone moved
+# log-probabilities by 0.07 to 0.7 of that (verify.py); other machines' matrix multiplies add their order of sums.
+NOISE = 6.0
 ROUND = 8  # micro-batches that a rank computes between two exchanges
 
 
 def _of_batch(
+    examples: Sequence[Example],
+    rows: Sequence[int],
+    compute_logp: Callable[[PackedBatch], torch.Tensor],
+    token_bucket: int | None,
+) -> dict[int, list[np.ndarray]]:
+    """A micro-batch of rows that no cache has."""
+    return _compute(examples, rows, compute_logp, token_bucket)
+
+
+def _compute(
     examples: Sequence[Example],
     rows: Sequence[int],
     compute_logp: Callable[[PackedBatch], torch.Tensor],

@@ -21,7 +21,9 @@ from tqdm.auto import tqdm
 from fastpo import checkpoint, data, rows
 from fastpo.distributed import Engine, shard
 from fastpo.errors import ConfigError, DataError
-from fastpo.model import Policy, load_model
+from fastpo.function_state import function_digest
+from fastpo.loading import load_model
+from fastpo.model import Policy, weights_eps
 from fastpo.packing import PackedBatch
 from fastpo.prepare import check_ids, eval_mode, on_device
 from fastpo.ref_policy import (
@@ -35,6 +37,7 @@ from fastpo.ref_policy import (
     write_entries,
 )
 from fastpo.row_statistics import TOKEN_KL, needs_reference_tokens
+from fastpo.step_plan import StepPlan
 from fastpo.stepwide import TRAIN_MISMATCHED
 
 if TYPE_CHECKING:
@@ -70,7 +73,7 @@ def check_previous(run: "Trainer", prev_model: Any) -> None:
         raise ConfigError(f"sync_ref_model moves the reference, and {names} mixes it with the previous policy once")
 
 
-def attach(run: "Trainer", plan: list[tuple[int, list[int]]]) -> None:
+def attach(run: "Trainer", plan: StepPlan) -> None:
     """Fill `run.ref` with token log-probabilities for every data set, or leave None where none is needed."""
     run.ref = {"train": None, **dict.fromkeys(run.eval_sets)}
     if run.world.main and run.resume is None:
@@ -114,7 +117,10 @@ def _given(run: "Trainer", role: Role, sets: Sets) -> set[str]:
             raise DataError(f"{columns} is missing in some rows of the {name} data")
         if any(has) and examples[0].token_weights is not None:
             columns = " and ".join(rows.RESPONSE_COLUMNS[role.columns])
-            raise DataError(f"{columns} are sums, which chosen_token_weights cannot weigh: pass {role.model} instead")
+            raise DataError(
+                f"{columns} are sums, which neither chosen_token_weights nor turns that are not trained on can weigh: "
+                f"pass {role.model} instead, or assistant_only_loss=false where they are of all turns"
+            )
         of_tokens = next((t.name for t in run.pair_terms if needs_reference_tokens(t.loss)), None)
         if of_tokens is not None and any(has):
             columns = " and ".join(rows.RESPONSE_COLUMNS[role.columns])
@@ -126,7 +132,7 @@ def _given(run: "Trainer", role: Role, sets: Sets) -> set[str]:
     return found
 
 
-def _logps(run: "Trainer", plan: list[tuple[int, list[int]]], role: Role, sets: Sets) -> dict[str, TokenLogps]:
+def _logps(run: "Trainer", plan: StepPlan, role: Role, sets: Sets) -> dict[str, TokenLogps]:
     """The role's token log-probabilities for `sets`, computed, cached, and kept beside the run."""
     if not sets:
         return {}
@@ -138,9 +144,9 @@ def _logps(run: "Trainer", plan: list[tuple[int, list[int]]], role: Role, sets: 
         elif run.reference_is_base:
             # A new adapter's reference is the base model; one that was trained before is its own, as in TRL.
             stack.enter_context(run.policy.model.disable_adapter())  # type: ignore[operator]
-        cache = _cache(run, role, fingerprint)
-        out = _pass(run, engine, cache, sets, {row for _, step in plan for row in step}, role.name)
-    if getattr(run, role.model) is not None:
+        cache = _cache(run, role, engine.policy, fingerprint)
+        out = _pass(run, engine, cache, sets, plan.visited(), role.name)
+    if getattr(run, role.model) is not None and run.config.fsdp != "no":
         # Its log-probabilities are all that training needs of it; FSDP's modules hold each other.
         setattr(run, role.model, None)
         engine = None
@@ -148,6 +154,69 @@ def _logps(run: "Trainer", plan: list[tuple[int, list[int]]], role: Role, sets: 
     if run.world.main:
         _keep(run, role, sets, out)
     return out
+
+
+def check_other_rows(run: "Trainer") -> None:
+    """ConfigError where rows that a run did not begin with can get no reference now."""
+    names = "+".join(run.config.losses)
+    if not run.uses_reference:
+        return
+    if run.kappa is not None or TOKEN_KL in run.row_statistics:
+        raise ConfigError(f"evaluate() takes no rows with {names}: pass them to the trainer, as eval_dataset")
+    again = run.model_given_by_name and not run.config.precompute_ref_log_probs
+    moved = run.state.global_step > 0 and not (run.reference_is_base or run.config.sync_ref_model)
+    if moved and run.ref_model is None and not again:
+        way = "or set precompute_ref_log_probs=False, so that it is loaded again, " if run.model_given_by_name else ""
+        raise ConfigError(
+            "Cannot compute reference log-probs for a dataset passed to evaluate() after training: the reference was "
+            f"the policy at its start, which is gone; pass the rows as eval_dataset, {way}or pass ref_model"
+        )
+
+
+def of_other_rows(run: "Trainer", sets: Sets) -> dict[str, Any]:
+    """Token log-probabilities of the reference for sets outside of training, and for their mismatched rows; None where
+    the loss reads none. The policy is its own reference before training; after it, it is loaded again by its name.
+    """
+    none = dict.fromkeys(sets)
+    if not run.uses_reference or not sets:
+        return none
+    check_other_rows(run)
+    sets = {**sets, **run.stepwide.reference_sets(sets)}
+    given = _given(run, REF, sets)
+    sets = {name: examples for name, examples in sets.items() if name not in given}
+    if run.config.sync_ref_model:
+        assert run.moving is not None
+        with run.moving.in_place(lambda: exchanging(run)):
+            return none | _pass(run, run.engine, RefCache("", None), sets, set())
+    with contextlib.ExitStack() as stack:
+        engine, fingerprint = run.engine, run.fingerprint
+        if run.ref_model is not None:
+            engine, fingerprint = load(run, REF, sets, stack)
+        elif run.reference_is_base:
+            stack.enter_context(run.policy.model.disable_adapter())  # type: ignore[operator]
+        elif run.state.global_step > 0:
+            engine = _as_it_began(run, stack)
+        cache = RefCache(_key(run, fingerprint), cache_folder()) if run.world.main else RefCache("", None)
+        return none | _pass(run, engine, cache, sets, set())
+
+
+def _as_it_began(run: "Trainer", stack: contextlib.ExitStack) -> Engine:
+    """The policy loaded again by its name, if that still gives the weights that the run began with."""
+    config = run.config
+    home = torch.device("cpu") if config.fsdp != "no" else run.device
+    model = load_model(run.model_name, dtype=config.dtype, device=home, trust_remote_code=config.trust_remote_code,
+                       model_init_kwargs=config.model_init_kwargs)  # fmt: skip
+    if run.world.first(lambda: model_fingerprint(model)) != run.fingerprint:
+        raise ConfigError(
+            f"Cannot compute reference log-probs for a dataset passed to evaluate(): {run.model_name!r} is no longer "
+            "what the run began with; pass the rows as eval_dataset, or ref_model"
+        )
+    policy = Policy(model)
+    if config.fsdp != "no":
+        model.requires_grad_(False)
+        stack.enter_context(eval_mode(model))
+        return shard(policy, config, run.world, run.autocast_dtype)
+    return Engine(policy)
 
 
 def mix(
@@ -176,17 +245,21 @@ def of_batch(logps: TokenLogps, batch: PackedBatch) -> torch.Tensor:
 
 def sets_of(run: "Trainer") -> Sets:
     # A callback may ask for an evaluation that the options do not.
-    evaluates = run.config.eval_strategy != "no" or run.config.eval_on_start or bool(run.callbacks.user)
+    evaluates = run.config.eval_strategy != "no" or run.config.eval_on_start or bool(run.callbacks.user) or run.stays
     sets = {"train": run.examples, **(run.eval_sets if evaluates else {})}
     return {**sets, **run.stepwide.reference_sets(sets)}
 
 
-def _cache(run: "Trainer", role: Role, fingerprint: str) -> RefCache:
+def _cache(run: "Trainer", role: Role, policy: Policy, fingerprint: str) -> RefCache:
     """The cache of this policy on rank 0; of a resumed run, its checkpoint's own log-probabilities first."""
-    key = _key(run, fingerprint)
     run.other_reference = not is_as_begun(run, role, fingerprint)
     # The model is not as the run began, or ref_model another: what it computes now would not fit what is there.
-    cache = RefCache(key, cache_folder()) if run.world.main and not run.other_reference else RefCache("", None)
+    if run.world.main and not run.other_reference:
+        is_base = getattr(run, role.model) is None and run.reference_is_base
+        state = function_digest(policy.model, without_adapter=is_base)
+        cache = RefCache(cache_key(_key(run, fingerprint), state), cache_folder())
+    else:
+        cache = RefCache("", None)
     if run.resume is not None and (run.resume / role.file).exists():
         cache.read(run.resume / role.file)
     return cache
@@ -255,11 +328,28 @@ def _pass(
             out[name] = reference_logps(
                 examples, rows, cache, compute,
                 max_tokens=run.max_tokens, token_bucket=run.config.token_bucket, world=run.world, progress=progress,
-                passes=run.budget.passes,
+                passes=run.budget.passes, nudged=lambda: _nudged(policy, run.autocast_dtype),
             )  # fmt: skip
             for bar in bars:
                 bar.close()
     return out
+
+
+@contextlib.contextmanager
+def _nudged(policy: Policy, autocast_dtype: torch.dtype | None) -> Iterator[None]:
+    """Inside, every embedding is one spacing of the working precision off, up and down in turn."""
+    eps = max(weights_eps(policy), torch.finfo(autocast_dtype).eps if autocast_dtype is not None else 0.0)
+
+    def move(module: nn.Module, inputs: Any, out: torch.Tensor) -> torch.Tensor:
+        sign = torch.ones_like(out)
+        sign[..., ::2] = -1
+        return out * (1 + eps * sign)
+
+    handle = policy.causal_lm.get_input_embeddings().register_forward_hook(move)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _keep(run: "Trainer", role: Role, sets: Sets, out: dict[str, TokenLogps]) -> None:
@@ -278,11 +368,11 @@ def _keep(run: "Trainer", role: Role, sets: Sets, out: dict[str, TokenLogps]) ->
         log.warning("the %s's log-probabilities could not be written beside the run: %s", role.name, error)
 
 
-def move(run: "Trainer", plan: list[tuple[int, list[int]]], start: int) -> None:
+def move(run: "Trainer", plan: StepPlan, start: int) -> None:
     """A moving reference's log-probabilities for the steps of the plan until it moves again."""
     assert run.moving is not None
     run.reference_start = start
-    visited = {row for _, step in plan[start : start + run.moving.every] for row in step}
+    visited = plan.visited(start, start + run.moving.every)
     with run.moving.in_place(lambda: exchanging(run)):
         run.ref |= _pass(run, run.engine, RefCache("", None), sets_of(run), visited)
 

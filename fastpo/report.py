@@ -177,6 +177,10 @@ COUNTS = {
     "doubled_specials": "rows with a doubled BOS or EOS removed",
     "own_endings": "responses with an ending of their own",
     "repeated_prompts": "rows whose responses repeat the prompt",
+    "repeated_turns": "rows whose responses repeated the prompt's turns",
+    "continued": "rows whose responses continue the prompt's last turn",
+    "masked_rows": "rows with turns of others in their responses",
+    "masked_tokens": "tokens of these, not trained on",
 }
 
 

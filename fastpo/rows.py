@@ -1,44 +1,46 @@
-"""Where rows come from, and what each must hold: loading, the form of the columns, and the checks of every row.
+"""What rows must hold: the form of the columns, and the checks of every row.
 
 Text columns (`prompt`, `chosen`, `rejected`, `completion`) are texts or conversations (turns with `role` and
 `content`). The first row decides, as in TRL, and a row that differs is an error.
 """
 
-import difflib
-import gzip
+import datetime
 import json
 import math
 import numbers
-import os
-import re
-import sys
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from fastpo.errors import DataError
+from fastpo import arrow
+from fastpo.errors import DataError, nearest, quoted
+from fastpo.errors import one_line as one_line
+from fastpo.sources import check_path as check_path
+from fastpo.sources import column_names as column_names
+from fastpo.sources import load_rows as load_rows
 
-_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 COMPLETIONS = {"preference": ("chosen", "rejected"), "sft": ("completion",), "unpaired": ("completion",)}
 LABEL = "label"  # of unpaired rows: whether the completion is desirable
 RESPONSES = "responses"  # of rows with K responses: their entries (fastpo/kway.py)
 GREEDY = "greedy"  # the reference's greedy response, beside the pair or the responses
-_FORM_NAMES = {"text": "a text", "chat": "a conversation"}
+_FORM_NAMES = {"text": "a text", "chat": "a conversation", "ids": "a list of token ids"}
 
+# No number of a row is larger: losses are computed in fp32, which ends at 3e38, and the norm of a gradient squares what
+# a weight or a score multiplies. A billion leaves room for that, and no log-probability, score or weight needs more.
+MOST = 1e9
 # Optional columns of preference rows: lowest and highest value. A sum of log-probabilities may round to just above 0.
 BOUNDS = {
-    "weight": (0.0, math.inf),
+    "weight": (0.0, MOST),
     "win_prob": (0.0, 1.0),
     "win_prob_chosen": (0.0, 1.0),
     "win_prob_rejected": (0.0, 1.0),
-    "chosen_score": (-math.inf, math.inf),
-    "rejected_score": (-math.inf, math.inf),
-    "ref_chosen_logps": (-math.inf, 1e-3),
-    "ref_rejected_logps": (-math.inf, 1e-3),
-    "ref_greedy_logps": (-math.inf, 1e-3),
-    "prev_chosen_logps": (-math.inf, 1e-3),
-    "prev_rejected_logps": (-math.inf, 1e-3),
+    "chosen_score": (-MOST, MOST),
+    "rejected_score": (-MOST, MOST),
+    "ref_chosen_logps": (-MOST, 1e-3),
+    "ref_rejected_logps": (-MOST, 1e-3),
+    "ref_greedy_logps": (-MOST, 1e-3),
+    "prev_chosen_logps": (-MOST, 1e-3),
+    "prev_rejected_logps": (-MOST, 1e-3),
 }
 PAIR_COLUMNS = ("weight", "win_prob", "win_prob_chosen", "win_prob_rejected")
 RESPONSE_COLUMNS = {
@@ -47,107 +49,9 @@ RESPONSE_COLUMNS = {
     "prev_logps": ("prev_chosen_logps", "prev_rejected_logps"),
 }
 TOKEN_COLUMNS = ("chosen_token_weights", "rejected_token_weights")  # a list each, one number a token
+SFT_WEIGHTS = "token_weights"  # the same of sft rows that are token ids, which a layout's conversion writes
+PASSED = (*BOUNDS, *TOKEN_COLUMNS, GREEDY, "tools", "chat_template_kwargs")  # through a layout's conversion as they are
 _TOGETHER = (*RESPONSE_COLUMNS.values(), ("win_prob_chosen", "win_prob_rejected"), TOKEN_COLUMNS)
-
-
-def load_rows(dataset: Any, *, split: str | None = None, config_name: str | None = None) -> Any:
-    """A `datasets.Dataset` or a list of dicts from either, a path, or a hub id (`split` defaults to train there)."""
-    if isinstance(dataset, str | os.PathLike):
-        return _load_path(os.fspath(dataset), split, config_name)
-    hf = sys.modules.get("datasets")  # an object of that library means that it is imported
-    if hf is not None:
-        if isinstance(dataset, hf.Dataset):
-            return dataset
-        if isinstance(dataset, hf.DatasetDict):
-            if split in dataset:
-                return dataset[split]
-            raise DataError(f"a DatasetDict with the splits {quoted(dataset)}: pass one of them, as dataset['...']")
-        if isinstance(dataset, hf.IterableDataset | hf.IterableDatasetDict):
-            raise DataError("streamed datasets are not supported: pass a Dataset, or list(dataset.take(n))")
-    if isinstance(dataset, list | tuple):
-        for number, row in enumerate(dataset):
-            if not isinstance(row, Mapping):
-                raise DataError(f"row {number} is a {type(row).__name__}, not a dict of columns")
-        return list(dataset)
-    raise DataError(
-        f"cannot read rows from a {type(dataset).__name__}: pass a datasets.Dataset, a list of dicts, a path "
-        f"({', '.join(_SUFFIXES)}) or a hub id"
-    )
-
-
-def check_path(name: str | os.PathLike[str]) -> str | None:
-    """The suffix of a file of rows that is there, None for a folder or hub id; DataError where it is none of them."""
-    name = os.fspath(name)
-    path = Path(name).expanduser()
-    suffix = next((s for s in sorted(_SUFFIXES, key=len, reverse=True) if name.endswith(s)), None)
-    if path.is_file():
-        if suffix is None:
-            raise DataError(f"{name}: unknown kind of file, expected one of {', '.join(_SUFFIXES)}")
-        return suffix
-    if suffix is not None:
-        raise DataError(f"no such file: {name}")
-    if not path.is_dir() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
-        raise DataError(f"neither a file nor the id of a hub dataset: {name}")
-    return None
-
-
-def _load_path(name: str, split: str | None, config_name: str | None) -> Any:
-    path = Path(name).expanduser()
-    if suffix := check_path(name):
-        return _load_parquet(path) if suffix == ".parquet" else _load_json(path)
-    try:
-        import datasets
-    except ImportError:
-        raise DataError(f"loading '{name}' needs the package datasets: pip install 'fastpo[data]'") from None
-    try:
-        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-            loaded = datasets.load_from_disk(str(path))
-            if isinstance(loaded, datasets.DatasetDict):
-                split = split or "train"
-        else:
-            loaded = datasets.load_dataset(str(path) if path.is_dir() else name, config_name)
-            split = split or "train"
-    except Exception as error:  # the library raises a dozen kinds: no network, no such id, no such configuration, ...
-        raise DataError(f"cannot load the dataset '{name}': {one_line(error)}") from error
-    if split is not None and isinstance(loaded, datasets.DatasetDict) and split not in loaded:
-        raise DataError(f"the dataset '{name}' has no split '{split}'; its splits are {quoted(loaded)}")
-    return load_rows(loaded, split=split)
-
-
-def _load_json(path: Path) -> list[dict]:
-    """One object a line, or one list of objects."""
-    raw = path.read_bytes()
-    if path.suffix == ".gz":
-        raw = gzip.decompress(raw)
-    text = raw.decode("utf-8-sig")
-    if ".jsonl" not in path.name:
-        try:
-            rows = json.loads(text)
-            if isinstance(rows, list):
-                return load_rows(rows)
-            if "\n" in text.strip():
-                raise DataError(f"{path}: expected a list of objects, or one object a line")
-        except json.JSONDecodeError as error:
-            if not text.lstrip().startswith("{"):  # many files called .json hold one object a line
-                raise DataError(f"{path}: {error}") from None
-    rows = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise DataError(f"{path}, line {number}: {error.msg} at column {error.colno}") from None
-            if not isinstance(rows[-1], dict):
-                raise DataError(f"{path}, line {number}: expected an object, found a {type(rows[-1]).__name__}")
-    return rows
-
-
-def _load_parquet(path: Path) -> list[dict]:
-    try:
-        import pyarrow.parquet
-    except ImportError:
-        raise DataError(f"reading {path.name} needs the package pyarrow: pip install 'fastpo[data]'") from None
-    return pyarrow.parquet.read_table(path).to_pylist()
 
 
 class InvalidRow(Exception):
@@ -198,6 +102,13 @@ class Schema:
     numbers: tuple[str, ...]  # optional columns that are read
     token_weights: bool = False  # whether TOKEN_COLUMNS are read
     kway: "KWay | None" = None  # how rows of K responses are read
+    apart: bool = False  # pairs are two unpaired rows each
+    language: bool = False  # every token is trained, the first one apart: the prompt is empty
+
+    @property
+    def token_ids(self) -> bool:
+        """Whether rows are token ids, which no tokenizer sees."""
+        return "ids" in self.forms.values()
 
     @property
     def completions(self) -> tuple[str, ...]:
@@ -215,17 +126,6 @@ class KWay:
     numbers: tuple[str, ...]  # read of every response
     win_probs: bool  # whether a loss reads the win probabilities too
     greedy: bool  # whether the reference's greedy response is read
-
-
-def column_names(rows: Any) -> list[str]:
-    """Names of the columns; for a list of dicts all that occur in any row."""
-    if not isinstance(rows, list):
-        return list(rows.column_names)
-    names: dict[str, None] = {}
-    for row in rows:
-        if row.keys() - names.keys():
-            names.update(dict.fromkeys(row))
-    return list(names)
 
 
 def read_schema(columns: list[str], rows: list[Mapping], kind: str, wanted: Collection[str] | None) -> Schema:
@@ -255,8 +155,8 @@ def read_schema(columns: list[str], rows: list[Mapping], kind: str, wanted: Coll
                 raise DataError(f"the column '{given[0]}' needs '{lacking}' beside it")
 
     texts = [name for name in ("prompt", *COMPLETIONS[kind], *((GREEDY,) if greedy else ())) if name in columns]
-    first = next((row for row in rows if all(row.get(name) is not None for name in texts)), rows[0])
-    forms = {name: form_of(first.get(name), name, 0) for name in texts}
+    at, first = first_whole(rows, texts)
+    forms = {name: form_of(first.get(name), name, at) for name in texts}
     explicit = "prompt" in columns
     if kind == "preference" and forms.get("prompt") == "text" and forms["chosen"] == "chat":
         # A common layout: the prompt's text in its own column, and whole conversations that contain it as a turn.
@@ -264,16 +164,41 @@ def read_schema(columns: list[str], rows: list[Mapping], kind: str, wanted: Coll
         explicit = False
     if len(set(forms.values())) > 1:
         found = ", ".join(f"'{name}' is {_FORM_NAMES[form]}" for name, form in forms.items())
-        raise DataError(f"the columns must all be texts or all be conversations: {found}")
+        raise DataError(f"row {at}: the columns must all be texts or all be conversations: {found}")
+    if kind == "preference" and not explicit and "chat" not in forms.values():
+        _refuse_apart(columns, rows)
     optional = BOUNDS if kind == "preference" else ()
     numbers_read = tuple(name for name in optional if name in columns and (wanted is None or name in wanted))
     weighs = kind == "preference" and TOKEN_COLUMNS[0] in columns and (wanted is None or TOKEN_COLUMNS[0] in wanted)
     return Schema(kind, "chat" in forms.values(), explicit, forms, numbers_read, weighs)
 
 
+def _refuse_apart(columns: Sequence[str], rows: Sequence[Mapping]) -> None:
+    """DataError where pairs of texts begin with nothing in common and another column of text may be their prompt."""
+    pairs = [(r["chosen"], r["rejected"]) for r in rows[:100]
+             if isinstance(r.get("chosen"), str) and isinstance(r.get("rejected"), str)]  # fmt: skip
+    apart = sum(common_length(a, b) <= min(len(a), len(b)) // 10 for a, b in pairs if a != b)
+    others = [name for name in columns if name not in (*PASSED, "chosen", "rejected")
+              and any(isinstance(row.get(name), str) and row[name] for row in rows[:100])]  # fmt: skip
+    if others and 2 * apart > len(pairs):
+        raise DataError(
+            f"'chosen' and 'rejected' do not begin with the same prompt, and there is no column 'prompt': if it is in "
+            f"{' or '.join(f'{name!r}' for name in others)}, dataset.rename_column({others[0]!r}, 'prompt'); if there "
+            f"is none, dataset.remove_columns({others!r})"
+        )
+
+
+def first_whole(rows: Sequence[Mapping], names: Sequence[str]) -> tuple[int, Mapping]:
+    """The first row that has all of `names`, and its number; the first of all where there is none."""
+    for number, row in enumerate(rows):
+        if all(row.get(name) is not None for name in names):
+            return number, row
+    return 0, rows[0] if rows else {}
+
+
 def refuse_images(columns: Collection[str]) -> None:
-    """DataError for columns of images."""
-    for name in ("image", "images"):
+    """DataError for columns of images, video or sound."""
+    for name in ("image", "images", "video", "videos", "audio", "audios"):
         if name in columns:
             raise DataError(f"the column '{name}' is not supported: fastpo trains on text only")
 
@@ -283,7 +208,7 @@ def _missing_column(name: str, required: Sequence[str], columns: list[str], kind
     others = [column for column in columns if column not in required]
     close = nearest(name, others, 0.6)
     if close:
-        return f"{message}: did you mean '{close}'? Rename it to '{name}'"
+        return f"{message}: did you mean '{close}'? Rename it to '{name}': dataset.rename_column({close!r}, {name!r})"
     if kind == "unpaired" and RESPONSES in columns:
         return f"{message}: rows of K responses are for losses of pairs and lists"
     if kind == "sft" and "chosen" in columns:
@@ -300,12 +225,28 @@ def form_of(value: Any, name: str, number: int) -> str:
     if isinstance(value, list | tuple):
         if not value or (isinstance(value[0], Mapping) and "role" in value[0]):
             return "chat"
+        if isinstance(value[0], int) and not isinstance(value[0], bool):
+            return "ids"
         if isinstance(value[0], Mapping):
             raise DataError(
                 f"row {number}: the turns of '{name}' need the keys 'role' and 'content', found {quoted(value[0])}"
             )
     found = f"a list of {type(value[0]).__name__}" if isinstance(value, list | tuple) else f"a {type(value).__name__}"
-    raise DataError(f"row {number}: column '{name}' must be a text or a list of turns, found {found}")
+    message = f"row {number}: column '{name}' must be a text or a list of turns, found {found}"
+    if isinstance(value, numbers.Number | datetime.date | datetime.time | datetime.timedelta):
+        if isinstance(value, numbers.Number):
+            message += (
+                f" ({_shortened(value)}): the column holds numbers. Where `datasets` made them of a CSV's texts, "
+                f"load it with features=datasets.Features({{'{name}': datasets.Value('string'), ...}}); else write "
+                f"them as texts: dataset.cast_column('{name}', datasets.Value('string'))"
+            )
+        else:
+            message += (
+                f" ({_shortened(value)}): the column holds dates or times. Where `datasets` made them of a JSON file's "
+                "texts, pass the file's path itself, whose texts stay as they are (with features= or a cast "
+                "'2024-01-02' becomes '2024-01-02 00:00:00')"
+            )
+    raise DataError(message)
 
 
 def parse_row(raw: Mapping, number: int, schema: Schema) -> Row:
@@ -315,7 +256,7 @@ def parse_row(raw: Mapping, number: int, schema: Schema) -> Row:
     for name, completion in zip(schema.completions, completions, strict=True):
         if says_nothing(completion):
             raise InvalidRow("empty completion", f"row {number}: '{name}' is empty")
-    if schema.kind == "preference" and completions[0] == completions[1]:
+    if schema.kind == "preference" and not schema.apart and completions[0] == completions[1]:
         raise InvalidRow("identical pair", f"row {number}: 'chosen' and 'rejected' are identical")
     if schema.explicit_prompt:
         prompt = values["prompt"]
@@ -324,11 +265,15 @@ def parse_row(raw: Mapping, number: int, schema: Schema) -> Row:
     if schema.conversational and not prompt:
         hint = "" if schema.explicit_prompt else ": chosen and rejected share no turns, so give it as a list of turns"
         raise InvalidRow("empty prompt", f"row {number}: the prompt is empty{hint}")
+    if schema.token_ids:
+        _check_ids(values, number)
     found = {name: _number(raw, name, number) for name in schema.numbers}
     weights = tuple(_token_weights(raw, name, number) for name in TOKEN_COLUMNS) if schema.token_weights else ()
     row = Row(number, prompt, tuple(completions), template_kwargs(raw, number), token_weights=weights)
     if schema.kind == "unpaired":
         return row._replace(response_columns={LABEL: [_label(raw, number)]})
+    if schema.kind == "sft" and schema.token_ids and raw.get(SFT_WEIGHTS) is not None:
+        return row._replace(token_weights=(_token_weights(raw, SFT_WEIGHTS, number),))
     if schema.kind != "preference":
         return row
     of_responses = {name: [found[column] for column in pair] for name, pair in RESPONSE_COLUMNS.items()
@@ -363,14 +308,26 @@ def read_texts(raw: Mapping, number: int, forms: Mapping[str, str]) -> dict[str,
             raise DataError(f"row {number} has no column '{name}'{hint}")
         if raw[name] is None:
             raise InvalidRow(f"'{name}' is None", f"row {number}: column '{name}' is None")
-        form = form_of(raw[name], name, number)
+        values[name] = arrow.without_nulls(raw[name])
+        form = form_of(values[name], name, number)
         if form != forms[name]:
             raise DataError(
                 f"row {number}: column '{name}' is {_FORM_NAMES[form]}, where it is {_FORM_NAMES[forms[name]]} in the "
                 "rows before"
             )
-        values[name] = raw[name]
+        if form == "text":
+            check_text(values[name], f"row {number}: column '{name}'")
     return values
+
+
+def check_text(text: str, what: str) -> None:
+    """InvalidRow for a text that no tokenizer takes: with half of a surrogate pair, as from JSON's \\ud83d."""
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            message = f"{what} is not valid Unicode: a lone surrogate {text[error.start]!r} at character {error.start}"
+            raise InvalidRow("not valid Unicode", message) from None
 
 
 def extract_prompt(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
@@ -400,25 +357,34 @@ def common_length(a: Sequence, b: Sequence) -> int:
 
 
 def says_nothing(completion: Any) -> bool:
-    if isinstance(completion, str):
+    if isinstance(completion, str) or (completion and isinstance(completion[0], int)):
         return not completion
     turns = [turn for turn in completion if isinstance(turn, Mapping)]
-    return not any(value for turn in turns for key, value in turn.items() if key != "role")
+    given = [value for turn in turns for key, value in turn.items() if key != "role" and value is not None]
+    return not any(value or not isinstance(value, str | list | tuple | Mapping | int | float) for value in given)
+
+
+def _check_ids(values: Mapping[str, Any], number: int) -> None:
+    for name, ids in values.items():
+        wrong = [i for i in ids if not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < 2**31]
+        if wrong:
+            message = f"row {number}: '{name}' has {_shortened(wrong[0])}, which is no token id"
+            raise InvalidRow("bad token ids", message)
 
 
 def _token_weights(raw: Mapping, name: str, number: int) -> list[float]:
     value = raw.get(name)
     if isinstance(value, Sequence) and not isinstance(value, str):
         real = all(isinstance(w, numbers.Real) and not isinstance(w, bool) for w in value)
-        if real and all(0 <= w < math.inf for w in value) and any(value):
+        if real and all(0 <= w <= MOST for w in value) and any(value):
             return [float(w) for w in value]
-    expected = "a list of finite numbers from 0 on, not all 0"
+    expected = f"a list of numbers from 0 to {MOST:g}, not all 0"
     raise InvalidRow(f"bad '{name}'", f"row {number}: column '{name}' must be {expected}, not {_shortened(value)}")
 
 
 def _label(raw: Mapping, number: int) -> float:
     value = raw.get(LABEL)
-    if value not in (True, False):
+    if not isinstance(value, numbers.Real) or value not in (True, False):
         raise InvalidRow(
             f"bad '{LABEL}'", f"row {number}: column '{LABEL}' must be true or false, not {_shortened(value)}"
         )
@@ -426,7 +392,10 @@ def _label(raw: Mapping, number: int) -> float:
 
 
 def _shortened(value: Any) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # more digits than Python writes
+        return f"a {type(value).__name__} of thousands of digits"
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
@@ -437,16 +406,17 @@ def _number(raw: Mapping, name: str, number: int) -> float:
 def read_number(value: Any, bounds: tuple[float, float], name: str, what: str) -> float:
     """A finite number within bounds as a float, or InvalidRow that counts as bad `name` and says `what`."""
     low, high = bounds
-    if isinstance(value, numbers.Real) and not isinstance(value, bool):
-        value = float(value)
-        if math.isfinite(value) and low <= value <= high:
-            return value
-    if math.isfinite(low) and math.isfinite(high):
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if real and low <= value <= high:  # compared before it is a float, which integers of 400 digits are none of
+        return float(value)
+    if abs(low) < MOST and high < MOST and high != 1e-3:
         expected = f"a number from {low:g} to {high:g}"
-    elif math.isfinite(low):
-        expected = f"a finite number, at least {low:g}"
     else:
-        expected = "a finite number" + ", at most 0 (a sum of log-probabilities)" * math.isfinite(high)
+        expected = (
+            "a finite number" + ", at least 0" * (low == 0) + ", at most 0 (a sum of log-probabilities)" * (high < 1)
+        )
+        if real and abs(value) > MOST and value not in (math.inf, -math.inf):
+            expected += f" and within {MOST:g}, past which fp32 overflows in a step"
     raise InvalidRow(f"bad '{name}'", f"{what} is {_shortened(value)}, expected {expected}")
 
 
@@ -457,26 +427,10 @@ def template_kwargs(raw: Mapping, number: int) -> dict:
             tools = json.loads(tools)
         except json.JSONDecodeError as error:
             raise DataError(f"row {number}: column 'tools' is not JSON: {error}") from None
+    else:
+        tools = arrow.without_nulls(tools)
     if tools is not None and not isinstance(tools, list):
         raise DataError(f"row {number}: column 'tools' must be a list, or a list as JSON text")
     if kwargs is not None and not isinstance(kwargs, Mapping):
         raise DataError(f"row {number}: column 'chat_template_kwargs' must be a dict, found a {type(kwargs).__name__}")
-    return {"tools": tools, **(kwargs or {})}
-
-
-def nearest(name: str, candidates: Iterable[str], cutoff: float) -> str | None:
-    """The candidate that `name` most probably stands for: the same words in another order, or else its spelling."""
-    by_lower = {candidate.lower(): candidate for candidate in candidates}
-    for lower, candidate in by_lower.items():
-        if sorted(lower.split("_")) == sorted(name.lower().split("_")):
-            return candidate
-    close = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=cutoff)
-    return by_lower[close[0]] if close else None
-
-
-def quoted(names: Iterable[str]) -> str:
-    return ", ".join(f"'{name}'" for name in names)
-
-
-def one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return {"tools": tools, **arrow.without_nulls(kwargs or {})}

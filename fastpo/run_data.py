@@ -4,10 +4,13 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from fastpo import data, rows
-from fastpo.errors import ConfigError
+from fastpo import data, mixing, rotary, row_layouts, rows, sources
+from fastpo.config import TrainConfig
+from fastpo.errors import ConfigError, DataError
 from fastpo.metrics import PAIR_METRICS, metric_means
-from fastpo.packing import repeated_prompts, sequence_tokens, trunk_tokens
+from fastpo.packing import repeated_prompts, sequence_tokens, set_sharing, sharing_mode, trunk_tokens
+from fastpo.prepare import check_ids
+from fastpo.row_statistics import needs_reference_tokens
 
 if TYPE_CHECKING:
     from fastpo.trainer import Trainer
@@ -15,9 +18,24 @@ if TYPE_CHECKING:
 log = logging.getLogger("fastpo")
 
 
+def check_precomputed(config: TrainConfig, *datasets: Any) -> None:
+    """ConfigError where the options ask for the reference of a whole data set whose end nobody knows."""
+    streamed = [d for d in datasets for d in (d.values() if isinstance(d, Mapping) else [d])
+                if type(d).__module__.startswith("datasets.") and type(d).__name__.startswith("Iterable")]  # fmt: skip
+    if config.precompute_ref_log_probs and streamed:
+        raise ConfigError(
+            "precompute_ref_log_probs=True is not supported with IterableDataset, whose end nobody knows: leave it "
+            "out, and the reference of the rows that are read is computed ahead all the same"
+        )
+
+
 def prepare(run: "Trainer", dataset: Any, split: str, name: str) -> list[data.Example]:
     """Rows to token ids, on rank 0 for all: the others would only do the same work again."""
-    examples, report = run.world.first(lambda: _examples(run, dataset, split))
+    examples, report = run.world.first(lambda: _examples(run, dataset, split, name))
+    if report.streamed and run.config.train_sampling_strategy != "sequential":
+        run.config.train_sampling_strategy = "sequential"
+        log.info("the data are streamed: %d rows were read, and are trained in their order "
+                 "(train_sampling_strategy=sequential)", report.rows)  # fmt: skip
     run.data_reports[name] = report
     log.info("%s data: %s", name, report.summary())
     if name == "train":
@@ -26,27 +44,71 @@ def prepare(run: "Trainer", dataset: Any, split: str, name: str) -> list[data.Ex
     return examples
 
 
-def _examples(run: "Trainer", dataset: Any, split: str) -> tuple[list[data.Example], data.DataReport]:
+def _examples(run: "Trainer", dataset: Any, split: str, name: str) -> tuple[list[data.Example], data.DataReport]:
+    """The examples of one data set, or of a mixture of several."""
+    parts = mixing.parts_of(dataset)
+    if parts is None:
+        return _of_one(run, mixing.Part("", dataset), split, name)
+    prepared = []
+    for part in parts:
+        try:
+            prepared.append(_of_one(run, part, split, name))
+        except DataError as error:
+            raise DataError(f"{part.label}: {error}") from error
+    seed = run.config.seed if run.config.data_seed is None else run.config.data_seed
+    return mixing.mix(parts, prepared, seed, _columns(run))
+
+
+def _of_one(run: "Trainer", part: mixing.Part, split: str, name: str) -> tuple[list[data.Example], data.DataReport]:
     config = run.config
-    table = rows.load_rows(dataset, split=split, config_name=config.dataset_config)
-    names = rows.column_names(table)
-    unpaired = any(t.loss.shape == "unpaired" for t in run.pair_terms)
-    kway = rows.RESPONSES in names and "completion" not in names
-    kind = "preference" if run.pair_terms or "chosen" in names or kway else "sft"
-    if unpaired and ({"completion", rows.LABEL} <= set(names) or "chosen" not in names):  # else pairs, labelled
-        kind = "unpaired"
+    table = open_table(part, split, config.dataset_config)
+    losses = "sft" if not run.pair_terms else "pairs"
+    if any(t.loss.shape == "unpaired" for t in run.pair_terms):
+        losses = "unpaired"
+    kind = row_layouts.kind_of(sources.column_names(table), sources.head_rows(table), losses)
+    limit = None
+    if isinstance(table, sources.Stream) and name == "train":
+        limit = _stream_limit(table, config, run.world.size, mixed=bool(part.label))
     examples, report = data.prepare_examples(
         table, run.tokenizer, kind=kind, max_length=config.max_length, truncation_mode=config.truncation_mode,
         columns=_columns(run), invalid=config.invalid_rows, num_proc=config.dataset_num_proc, forming=run.forming,
+        recognise=config.recognise_layouts, limit=limit, assistant_only=config.assistant_only_loss,
+        apart=losses == "unpaired" and kind == "preference",
     )  # fmt: skip
+    placed = [t.name for t in run.pair_terms if needs_reference_tokens(t.loss)]
+    if placed and report.masked_rows:
+        raise DataError(
+            f"{placed[0]} takes tokens by their number, and in {report.masked_rows} rows the responses have turns that "
+            "are not trained on: set assistant_only_loss=false, or leave those rows out"
+        )
     for term in run.pair_terms:
         data.require_columns(examples, term.loss.columns, term.name, report.columns)
-    if not unpaired or kind != "preference":
-        return examples, report
-    if any("weight" in e.pair_columns for e in examples):
+    if losses == "unpaired" and kind == "preference" and "weight" in report.columns:
         log.warning("the column 'weight' is not used: %s takes each response of a pair as a row of its own",
                     run.pair_terms[0].name)  # fmt: skip
-    return data.unpair(examples), report
+    return examples, report
+
+
+def open_table(part: mixing.Part, split: str, config_name: str | None) -> Any:
+    """The rows of a data set, with the columns that the mixture says."""
+    table = sources.load_rows(part.dataset, split=part.split or split, config_name=part.config_name or config_name,
+                              **part.options)  # fmt: skip
+    return mixing.select_columns(table, part)
+
+
+def _stream_limit(table: sources.Stream, config: "TrainConfig", processes: int, mixed: bool) -> int | None:
+    """How many rows a run reads of what can be read once: those of max_steps, or all of what has an end."""
+    if mixed:
+        if table.endless:
+            raise ConfigError("a streamed data set cannot be part of a mixture, whose shares need its size: pass a "
+                              "Dataset, or list(dataset.take(n))")  # fmt: skip
+        return None
+    if config.max_steps > 0:
+        return config.max_steps * config.step_size * processes
+    if table.endless:
+        raise ConfigError("a streamed train_dataset is read as far as the run needs, and only max_steps says how far: "
+                          "set max_steps, or pass a Dataset, or list(dataset.take(n))")  # fmt: skip
+    return None
 
 
 def _columns(run: "Trainer") -> list[str]:
@@ -73,6 +135,15 @@ def prepare_eval(run: "Trainer", eval_dataset: Any) -> dict[str, list[data.Examp
     if isinstance(eval_dataset, Mapping):
         return {f"eval_{k}": prepare(run, v, split, f"eval {k}") for k, v in eval_dataset.items()}
     return {"eval": prepare(run, eval_dataset, split, "eval")}
+
+
+def place(run: "Trainer", sets: Mapping[str, list[data.Example]]) -> None:
+    """What a run must know of sets that it did not begin with: ids, shared prompts, mismatched rows."""
+    for name, examples in sets.items():
+        check_ids(run.policy, examples, name)
+        set_sharing(examples, sharing_mode(run.config.share_prompts, run.device.type), run.trunk_cost)
+        rotary.unshare(run.policy.trunk, examples)
+    run.stepwide.prepare(dict(sets))
 
 
 def reported(run: "Trainer", examples: Sequence[data.Example]) -> list[str]:

@@ -10,11 +10,15 @@ from torch import nn
 from transformers import GenerationConfig
 
 from fastpo.data import Example
-from fastpo.errors import ConfigError
+from fastpo.errors import ConfigError, shown
+from fastpo.memory import is_out_of_memory
 
 MAX_NEW_TOKENS = 128
 # What generate() takes too, and what the samples set themselves.
 _OWN = {"inputs", "input_ids", "attention_mask", "streamer", "return_dict_in_generate", "num_return_sequences"}
+
+# Numbers of tokens and beams that no device answers with in time.
+_COUNTS, _MOST = ("max_new_tokens", "max_length", "num_beams", "num_beam_groups"), 1_000_000
 
 
 def check_generation_kwargs(kwargs: dict[str, Any] | None) -> None:
@@ -25,7 +29,15 @@ def check_generation_kwargs(kwargs: dict[str, Any] | None) -> None:
             raise ConfigError(f"generation_kwargs: {name} is set by the samples; leave it out")
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-            raise ConfigError(f"generation_kwargs: generate() has no {name!r}" + _did_you_mean(near))
+            raise ConfigError(f"generation_kwargs: generate() has no {shown(name)}" + _did_you_mean(near))
+    for name in _COUNTS:
+        value = (kwargs or {}).get(name, 1)
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= _MOST:
+            raise ConfigError(f"generation_kwargs: {name} must be from 1 to {_MOST:,}, not {shown(value)}")
+    try:
+        GenerationConfig(**kwargs or {}).validate()
+    except Exception as error:
+        raise ConfigError(f"generation_kwargs: {error}") from error
 
 
 def _did_you_mean(near: list[str]) -> str:
@@ -64,7 +76,9 @@ def generate_samples(
                 settings.max_new_tokens = max(1, min(kwargs.get("max_new_tokens", MAX_NEW_TOKENS), room))
             try:
                 tokens = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings)
-            except (ValueError, TypeError, ArithmeticError) as error:
+            except Exception as error:
+                if is_out_of_memory(error):
+                    raise
                 raise ConfigError(f"generation_kwargs: {' '.join(str(error).split())}") from error
             answer = tokens[0, ids.shape[1] :].tolist()
             out.append(

@@ -1,30 +1,29 @@
 """What of a run is saved, and how a run goes on from it: the trainer's side of checkpoint.py."""
 
-import contextlib
 import json
 import logging
 import os
 import random
 import shutil
-import signal
-import threading
 import time
 import uuid
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.utils import logging as logging_utils
 
-from fastpo import __version__, checkpoint
+from fastpo import __version__, checkpoint, disks, endings, model_files, outputs, state_files
 from fastpo.callbacks import note_saved, plain_config
-from fastpo.checkpoint import PREVIOUS, REFERENCE, as_sharded
+from fastpo.checkpoint import PREVIOUS, REFERENCE
 from fastpo.distributed import full_state, local
-from fastpo.errors import ConfigError, TrainingError
+from fastpo.errors import ConfigError, FastpoError, TrainingError
+from fastpo.memory import is_out_of_memory, release
+from fastpo.packing import collate
 from fastpo.ref_policy import adapter_settings, frozen_fingerprint, model_fingerprint
+from fastpo.state_files import as_sharded
 
 if TYPE_CHECKING:
     from fastpo.trainer import Trainer
@@ -56,8 +55,14 @@ def identify(run: "Trainer") -> tuple[str, dict[str, Any]]:
     if run.resume is None:
         return fingerprint, identity
     folder = run.resume
-    saved = json.loads((folder / "run.json").read_text())
-    for remark in checkpoint.check_run(folder, saved, identity, run.model_given_by_name):
+    try:
+        saved = json.loads((folder / "run.json").read_text())
+        remarks = checkpoint.check_run(folder, saved, identity, run.model_given_by_name)
+    except FastpoError:
+        raise
+    except Exception as error:  # another hand's JSON
+        raise TrainingError(checkpoint.unreadable(folder, error)) from error
+    for remark in remarks:
         log.warning("resumed from %s: %s", folder.name, remark)
     # The run is what it was begun as: a model in memory may have been trained since.
     return fingerprint, identity | {
@@ -65,48 +70,76 @@ def identify(run: "Trainer") -> tuple[str, dict[str, Any]]:
     }
 
 
+# ---- before the first step
+
+
+def prepare(run: "Trainer") -> None:
+    """What the saved model stops at; and all that saving needs, tried on rank 0 while there is nothing to lose."""
+    changed = endings.align(run.model, run.tokenizer, run.examples)
+    if changed:
+        log.info(
+            "as the data and the tokenizer end: %s", ", ".join(f"{name}={value}" for name, value in changed.items())
+        )
+    config = run.config
+    if not (config.save_final or config.save_strategy != "no"):
+        return
+    run.world.first(
+        lambda: model_files.try_to_write(
+            run.model, run.tokenizer, run.output_dir, config.max_shard_size, run.parameters
+        )
+    )
+
+
 # ---- saving
 
 
-def save_checkpoint(run: "Trainer") -> Path | None:
-    """Write `checkpoint-N`; a disk that is full costs the checkpoint, not the run, and None is returned."""
+def save_checkpoint(run: "Trainer", unsure: bool = False) -> Path | None:
+    """Write `checkpoint-N`; what fails costs the checkpoint, not the run, and None is returned.
+
+    Weights that are no numbers are no checkpoint: TrainingError. Signals wait until it is written.
+    """
     folder = run.output_dir / f"checkpoint-{run.state.global_step}"
+    temporary = folder.parent / f"{checkpoint.TEMPORARY}{folder.name}"
     world = run.world
     best_before = run.state.best_model_checkpoint
-    try:
-        with run.window.paused():
-            note_saved(run.state, folder)
-            _write(run, folder)
-    except Exception as error:
-        run.state.best_model_checkpoint = best_before
-        if not _is_disk_error(error):
-            raise
+    with run.signals.whole():
+        check_finite(run, unsure)
+        try:
+            with run.window.paused():
+                note_saved(run.state, folder)
+                world.first(lambda: outputs.ensure_folder(run))
+                _write(run, folder, temporary)
+        except BaseException as error:
+            run.state.best_model_checkpoint = best_before
+            if world.main:
+                shutil.rmtree(temporary, ignore_errors=True)
+            if isinstance(error, FastpoError) or not isinstance(error, Exception):
+                raise
+            if world.main:
+                last = checkpoint.checkpoints(run.output_dir)
+                log.error(
+                    "%s could not be written: %s; %s%s", folder.name, disks.cause(error),
+                    "" if run.signals.ending else "training goes on, ",
+                    f"the last checkpoint is {last[-1].name}" if last else "without a checkpoint so far",
+                )  # fmt: skip
+            return None
+        run.saved_step = run.state.global_step
         if world.main:
-            shutil.rmtree(folder.parent / f"{checkpoint.TEMPORARY}{folder.name}", ignore_errors=True)
-            last = checkpoint.checkpoints(run.output_dir)
-            log.error(
-                "%s could not be written: %s; training goes on, %s", folder.name, _cause(error),
-                f"the last checkpoint is {last[-1].name}" if last else "without a checkpoint so far",
-            )  # fmt: skip
-        return None
-    run.saved_step = run.state.global_step
-    if world.main:
-        best = [Path(run.state.best_model_checkpoint)] if run.state.best_model_checkpoint else []
-        checkpoint.prune(run.output_dir, run.config.save_total_limit, run.identity["run_id"], keep=[folder, *best])
-        if run.hub is not None:
-            run.hub.push_checkpoint(folder, run.state.global_step)
+            best = [Path(run.state.best_model_checkpoint)] if run.state.best_model_checkpoint else []
+            checkpoint.prune(run.output_dir, run.config.save_total_limit, run.identity["run_id"], keep=[folder, *best])
+            if run.hub is not None:
+                run.hub.push_checkpoint(folder, run.state.global_step)
     run.callbacks.call("on_save")
     return folder
 
 
-def _write(run: "Trainer", folder: Path) -> None:
+def _write(run: "Trainer", folder: Path, temporary: Path) -> None:
     """In stages that every rank ends before any begins the next, so that all know of a failure."""
     world, sharded = run.world, run.engine.sharded
-    temporary = folder.parent / f"{checkpoint.TEMPORARY}{folder.name}"
     world.all_do(lambda: checkpoint.make_temporary(temporary) if world.main else None)
     if not run.config.save_only_model:
         tensors, plain = _state(run)
-        world.all_do(lambda: checkpoint.save_tensors(temporary / "state", tensors, world, sharded))
+        world.all_do(lambda: state_files.save_tensors(temporary / "state", tensors, world, sharded))
         world.all_do(lambda: torch.save(run.rng or rng_state(), temporary / f"rng-{world.rank}.pt"))
         if world.main:
             run.callbacks.export()
@@ -115,7 +148,8 @@ def _write(run: "Trainer", folder: Path) -> None:
     def write() -> None:
         if not world.main:
             return
-        _write_model(run, temporary, weights)
+        with run.policy.detached():
+            model_files.write(run.model, run.tokenizer, temporary, run.config.max_shard_size, weights)
         (temporary / "run.json").write_text(json.dumps(run.identity, indent=1))
         if not run.config.save_only_model:
             torch.save(plain, temporary / "trainer.pt")
@@ -128,8 +162,66 @@ def _write(run: "Trainer", folder: Path) -> None:
     world.all_do(write)
 
 
+def check_finite(run: "Trainer", unsure: bool = False) -> None:
+    """TrainingError where the weights hold what is no number, or give none to a few ordinary rows.
+
+    The latter is asked only after a step that was skipped, or if `unsure`: finite weights of 1e30 are as lost as NaN.
+    """
+    bad = state_files.first_nonfinite({name: local(p) for name, p in run.parameters.items()})
+    bad = next((name for name in run.world.gather(bad) if name is not None), None)
+    what = None
+    if bad is not None:
+        what = f"the weights are not finite (first {bad})"
+    elif (unsure or run.window.skipped_last()) and not all(run.world.gather(_gives_numbers(run))):
+        what = "the weights are finite, but what they give to ordinary rows is not: they are lost"
+    if what is None:
+        return
+    last = checkpoint.checkpoints(run.output_dir)
+    raise TrainingError(
+        f"after step {run.state.global_step} {what}: nothing mends that, so the run ends and this state is not saved; "
+        "lower the learning rate, or look at the data"
+        + (f"; {last[-1].name} is the last good checkpoint" if last else "")
+    )
+
+
+def _gives_numbers(run: "Trainer") -> bool:
+    """Whether log-probabilities of a few rows, the shortest, are finite, and the gradients of their mean. Every rank
+    calls it; sharded ones leave out the gradients, which FSDP would reduce."""
+    rows = sorted(range(len(run.examples)), key=lambda i: run._tokens[i])[:4]
+    batch = collate(run.examples, rows).to(run.device)
+    try:
+        with run.autocast(), torch.set_grad_enabled(not run.engine.sharded):
+            logp = run.engine(lambda: run.policy.logp(batch))
+        assert isinstance(logp, Tensor)
+        if run.engine.sharded or not bool(logp.isfinite().all()):
+            return bool(logp.isfinite().all())
+        of_each = torch.autograd.grad(logp.mean(), list(run.parameters.values()), allow_unused=True)
+        found = dict(zip(run.parameters, of_each, strict=True))
+        return state_files.first_nonfinite({name: g for name, g in found.items() if g is not None}) is None
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        release(run.device)
+        return True  # a device that is full says nothing about the weights
+
+
+def check_trained(run: "Trainer") -> None:
+    """TrainingError at the end of a run that has trained nothing, or ends in what is no number."""
+    if run.state.global_step == 0:
+        return
+    check_finite(run)
+    if not run.window.counted():
+        raise TrainingError(
+            f"all {run.state.global_step} steps had a non-finite loss or gradient and were skipped: nothing was "
+            "trained; lower the learning rate, or look at the data"
+        )
+
+
 def save_model(run: "Trainer", folder: Path) -> None:
-    """Model and tokenizer as `from_pretrained` reads them, written beside and then moved into `folder`."""
+    """Model and tokenizer as `from_pretrained` reads them, written beside and then moved into `folder`.
+
+    Where that fails the weights are left as plain safetensors, and the TrainingError says where and how to load them.
+    """
     world = run.world
     temporary = run.output_dir / f"{checkpoint.TEMPORARY}model"
     weights = _whole_weights(run)
@@ -137,8 +229,10 @@ def save_model(run: "Trainer", folder: Path) -> None:
     def write() -> None:
         if not world.main:
             return
+        outputs.ensure_folder(run)
         checkpoint.make_temporary(temporary)
-        _write_model(run, temporary, weights)
+        with run.policy.detached():
+            model_files.write(run.model, run.tokenizer, temporary, run.config.max_shard_size, weights)
         new = {file.name for file in temporary.iterdir()}
         for pattern in _OF_A_MODEL:  # of another run: from_pretrained might read it in place of this one's
             for stale in folder.glob(pattern):
@@ -148,17 +242,31 @@ def save_model(run: "Trainer", folder: Path) -> None:
             os.replace(file, folder / file.name)
         temporary.rmdir()
 
-    try:
-        world.all_do(write)
-    except Exception as error:
-        if not _is_disk_error(error):
-            raise
-        shutil.rmtree(temporary, ignore_errors=True)
-        last = checkpoint.checkpoints(run.output_dir)
-        raise TrainingError(
-            f"the trained model could not be written to {str(folder)!r}: {_cause(error)}"
-            + (f"; {last[-1]} holds step {last[-1].name.partition('-')[2]}" if last else "")
-        ) from error
+    def save() -> None:
+        try:
+            write()
+        except Exception as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            last = checkpoint.checkpoints(run.output_dir)
+            saved = f"; {last[-1]} holds step {last[-1].name.partition('-')[2]}" if last else ""
+            where = _leave_weights(run, weights)
+            raise TrainingError(
+                f"the trained model could not be written to {str(folder)!r}: {disks.cause(error)}{saved}{where}"
+            ) from error
+
+    with run.signals.whole():
+        world.all_do(save)
+
+
+def _leave_weights(run: "Trainer", weights: dict[str, Tensor] | None) -> str:
+    """The trained weights as plain safetensors, on rank 0; returns what is to be said of them."""
+    only = set(run.parameters) if hasattr(run.model, "peft_config") else set()
+    with run.policy.detached():
+        found = model_files.rescue(run.model, run.output_dir, only, weights)
+    if found is None:
+        return "; nor could its weights be written anywhere else"
+    run.rescued = True
+    return f"; its weights are in {found[0]}: {found[1]} loads them into the model"
 
 
 _OF_A_MODEL = (
@@ -169,35 +277,43 @@ _OF_A_MODEL = (
 )
 
 
+def rescue(run: "Trainer", error: BaseException) -> None:
+    """A crash, Ctrl-C or SIGTERM loses nothing: the last finished step is saved, and can be resumed.
+
+    Not with several processes, which do not stop at the same step: there the last checkpoint stands. Signals that come
+    now wait for ever: the run is being ended, and a save that was begun is finished.
+    """
+    run.signals.ending = True
+    step = run.state.global_step
+    if not (step in (0, run.saved_step) or run.updating or run.world.several):
+        try:
+            _rescue_step(run, error)
+        except BaseException as failure:  # whatever it is, the error that ended the run is the one to raise
+            log.warning("the run could not be saved after the failure: %s", disks.cause(failure))
+    outputs.report(run, {}, f"failed: {type(error).__name__}: {error}")
+
+
+def _rescue_step(run: "Trainer", error: BaseException) -> None:
+    step = run.state.global_step
+    try:
+        folder = save_checkpoint(run, unsure=isinstance(error, TrainingError))
+    except TrainingError as lost:
+        if str(lost) != str(error):
+            log.warning("step %d is not saved: %s", step, lost)
+        return
+    if folder is not None:
+        how = "" if run.config.save_only_model else " (resume_from_checkpoint=true goes on)"
+        log.warning("stopped at step %d; %s holds it%s", step, folder, how)
+    elif not getattr(run, "rescued", False):
+        log.warning("stopped at step %d, without a checkpoint%s", step, _leave_weights(run, None))
+
+
 def _whole_weights(run: "Trainer") -> dict[str, Tensor] | None:
     """Of a sharded model, what is to be written, gathered on rank 0 in the dtypes it was loaded in; else None."""
     if not run.engine.sharded:
         return None
     names = set(run.parameters) if hasattr(run.model, "peft_config") else None
     return full_state(run.model, run.world, run.saved_dtypes, names)
-
-
-def _write_model(run: "Trainer", folder: Path, weights: dict[str, Tensor] | None) -> None:
-    # A copy of the dict: transformers takes the tensors out as it writes them.
-    given: dict[str, Any] = {} if weights is None else {"state_dict": dict(weights)}
-    if not hasattr(run.model, "peft_config"):
-        given["max_shard_size"] = run.config.max_shard_size
-    bars = logging_utils.is_progress_bar_enabled()
-    logging_utils.disable_progress_bar()  # transformers draws one for every save
-    try:
-        with run.policy.detached():
-            run.model.save_pretrained(folder, **given)
-    finally:
-        if bars:
-            logging_utils.enable_progress_bar()
-    if weights is not None and (folder / "config.json").exists():
-        # transformers writes the shards' dtype; the weights are in the one that they were loaded in.
-        config = json.loads((folder / "config.json").read_text())
-        dtypes = {str(t.dtype).removeprefix("torch.") for t in weights.values() if t.is_floating_point()}
-        if len(dtypes) == 1:
-            (folder / "config.json").write_text(json.dumps({**config, "dtype": dtypes.pop()}, indent=2) + "\n")
-    (folder / "README.md").unlink(missing_ok=True)  # PEFT's template of a card; ours is written at the end
-    run.tokenizer.save_pretrained(folder)
 
 
 def _link(source: Path, target: Path) -> None:
@@ -236,16 +352,27 @@ def _state(run: "Trainer") -> tuple[dict[str, Tensor], dict[str, Any]]:
         "flags": {f: getattr(run.callbacks.control, f) for f in _FLAGS} if run.todo else {},
         "reference_start": run.reference_start, "rows_done": run.rows_done, "elapsed": time.monotonic() - run.started,
     }  # fmt: skip
-    return tensors | of_optimizer, plain
+    tensors |= of_optimizer
+    return tensors, plain | {"tensors": state_files.describe(tensors)}
 
 
 # ---- resuming
 
 
 def restore(run: "Trainer", folder: Path) -> None:
-    """Put a checkpoint's state into a run that is built and has not begun."""
-    tensors = load_weights(run, folder)
+    """Put a checkpoint's state into a run that is built and has not begun; TrainingError where it is not one's."""
+    try:
+        _restore(run, folder)
+    except FastpoError:
+        raise
+    except Exception as error:  # its hashes are right and its content is not: another hand's
+        raise TrainingError(checkpoint.unreadable(folder, error)) from error
+    log.info("resumed from %s: step %d of %d", folder, run.state.global_step, run.state.max_steps)
+
+
+def _restore(run: "Trainer", folder: Path) -> None:
     plain = torch.load(folder / "trainer.pt", weights_only=True, map_location="cpu")
+    tensors = load_weights(run, folder, plain["tensors"])
     stepped = {name: run.gradients.stepped(p) for name, p in run.parameters.items()}
     checkpoint.restore_optimizer(run.optimizer, tensors, plain["optimizer"], stepped)
     if len(run.optimizer.param_groups) != len(plain["param_groups"]):
@@ -276,12 +403,11 @@ def restore(run: "Trainer", folder: Path) -> None:
         set_rng_state(torch.load(rng, weights_only=True, map_location="cpu"))
     elif not run.config.disable_dropout:
         log.warning("%s has no random state of rank %d: its dropout starts anew", folder.name, run.world.rank)
-    log.info("resumed from %s: step %d of %d", folder, run.state.global_step, run.state.max_steps)
 
 
-def load_weights(run: "Trainer", folder: Path) -> dict[str, Tensor]:
-    """The checkpoint's weights into the model; returns all of its tensors."""
-    tensors = checkpoint.load_tensors(folder / "state", run.parameters, run.engine.sharded)
+def load_weights(run: "Trainer", folder: Path, expected: dict[str, list[Any]] | None = None) -> dict[str, Tensor]:
+    """The checkpoint's weights into the model; returns all of its tensors, which are as `expected`."""
+    tensors = state_files.load_tensors(folder / "state", run.parameters, expected)
     masters = run.gradients.state_dict()
     with torch.no_grad():
         for name, p in run.parameters.items():
@@ -326,64 +452,6 @@ def set_rng_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-@contextlib.contextmanager
-def terminable(run: "Trainer") -> Iterator[None]:
-    """SIGTERM, as schedulers send it before they kill, stops one process as Ctrl-C does: what is done is saved."""
-    ours = (
-        not run.world.several
-        and threading.current_thread() is threading.main_thread()
-        and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    )
-    if not ours:
-        yield
-        return
-
-    def stop(number: int, frame: Any) -> None:
-        if run.updating or run.writing:  # a step takes effect whole, and a line is written once: try again then
-            signal.setitimer(signal.ITIMER_REAL, 0.05)
-        else:
-            raise SystemExit(128 + signal.SIGTERM)
-
-    alarm = signal.signal(signal.SIGALRM, stop)
-    signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGALRM, alarm)
-
-
-@contextlib.contextmanager
-def whole(run: "Trainer") -> Iterator[None]:
-    """Inside, SIGTERM waits: a log line and the note that it is written go together."""
-    run.writing = True
-    try:
-        yield
-    finally:
-        run.writing = False
-
-
-# ---- disks
-
-_FULL = ("no space left", "disk quota", "file too large", "read-only file system", "input/output error",
-         "failed writing", "unexpected pos")  # fmt: skip  # the last two are torch.save's words for a short write
-
-
-def _is_disk_error(error: BaseException) -> bool:
-    return isinstance(_root(error), OSError) or any(words in _cause(error).lower() for words in _FULL)
-
-
-def _root(error: BaseException) -> BaseException:
-    """The OSError that an error came from, if one did: PyTorch and safetensors raise others in its place."""
-    link: BaseException | None = error
-    while link is not None:
-        if isinstance(link, OSError):
-            return link
-        link = link.__cause__ or link.__context__
-    return error
-
-
-def _cause(error: BaseException) -> str:
-    root = _root(error)
-    return (root.strerror if isinstance(root, OSError) and root.strerror else " ".join(str(root).split()))[:200]
+def whole(run: "Trainer") -> AbstractContextManager[None]:
+    """Inside, signals wait: a log line and the note that it is written go together."""
+    return run.signals.whole()

@@ -36,6 +36,7 @@ class Statistics:
     pair_at: dict[int, int] = field(default_factory=dict)  # row -> place of its first pair in what follows
     coefficients: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # term -> dL/dlw, dL/dll, each [P]
     means: dict[str, Tensor] = field(default_factory=dict)  # term -> mean loss of the step's pairs, []
+    router: Tensor | None = None  # [2 E + 1]: router_loss.py's sums, where the step is several micro-batches
 
     def of_term(self, x: Pairs, term: Term) -> Pairs:
         """`x` with what the term's loss reads of the step."""
@@ -93,8 +94,13 @@ class StepWide:
             if self.reads_kl:
                 self.mismatched[name] = data.mismatched(examples, self.run.config.max_length)
         for term in self.run.pair_terms:
-            if term.name == "kto":
+            if "label" in term.loss.needs and "desirable_weight" in term.hyper and "train" in sets:
                 _check_balance(term, sets["train"])
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Leave out the mismatched rows of sets that are behind."""
+        for name in names:
+            self.mismatched.pop(name, None)
 
     def reference_sets(self, sets: dict[str, list[data.Example]]) -> dict[str, list[data.Example]]:
         """The mismatched rows of `sets`, which the reference must score too."""
@@ -124,6 +130,17 @@ class StepWide:
         if self.reads_rows:
             parts = self.first_pass(share, rounds, self.run.examples, self.run.ref["train"], idle)
             self.of_rows(stats, parts, self.run.examples, train=True)
+        run = self.run
+        if run.router is not None:
+            router = run.router
+
+            def sums(part: list[int]) -> Tensor:
+                with run.autocast():
+                    return router.trunk_pass(run.engine, run.batch(run.examples, part, run.ref["train"]))
+
+            mine = run.budget.passes(share, run.examples, sums)
+            more = (sums(idle) for _ in range(rounds - len(share)))
+            stats.router = router.look_ahead(mine, more, run.world)
 
     def first_pass(
         self, share: Sequence[list[int]], rounds: int, examples: Sequence[data.Example], ref: Any, idle: list[int],
@@ -194,12 +211,12 @@ def _check_balance(term: Term, examples: Sequence[data.Example]) -> None:
     desirable = sum(e.response_columns["label"][0] for e in examples)
     undesirable = len(examples) - desirable
     if not desirable or not undesirable:
-        log.warning("kto: all rows are %s", "desirable" if desirable else "undesirable")
+        log.warning("%s: all rows are %s", term.name, "desirable" if desirable else "undesirable")
         return
     ratio = term.hyper["desirable_weight"] * desirable / (term.hyper["undesirable_weight"] * undesirable)
     if not 0.999 <= ratio <= 1.335:
         log.warning(
-            "kto: desirable_weight x %d rows is %.3g of undesirable_weight x %d rows; its authors advise 1 to 4/3: "
+            "%s: desirable_weight x %d rows is %.3g of undesirable_weight x %d rows; KTO's authors advise 1 to 4/3: "
             "undesirable_weight=%.3g would give 1",
-            desirable, ratio, undesirable, ratio * term.hyper["undesirable_weight"],
+            term.name, desirable, ratio, undesirable, ratio * term.hyper["undesirable_weight"],
         )  # fmt: skip

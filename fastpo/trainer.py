@@ -13,7 +13,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,58 +28,62 @@ from fastpo import (
     checkpoint,
     data,
     evaluation,
+    face,
+    inputs,
     live_reference,
     losses,
+    mixing,
+    model_files,
     outputs,
     references,
     rotary,
+    router_loss,
     rows,
     run_data,
     saving,
+    start_checks,
 )
 from fastpo.callbacks import Callbacks, check_best
 from fastpo.config import TrainConfig
-from fastpo.distributed import Engine, World, shard
-from fastpo.errors import ConfigError, DataError, TrainingError
+from fastpo.distributed import Engine, World, shard, uses_bf16
+from fastpo.errors import ConfigError, TrainingError
 from fastpo.guardrails import Guardrails
 from fastpo.hub import Hub
 from fastpo.kway import Forming
-from fastpo.losses import SFT
+from fastpo.loading import freeze_towers, load_model, load_tokenizer
 from fastpo.memory import Budget, resolve_max_tokens
 from fastpo.metrics import (
     PAIR_METRICS,
     PROMPT_LOGP,
+    TOKEN_SUMS,
     Flops,
     Window,
-    fused_pair_loss,
-    has_kernel,
-    nll_sum,
     pair_inputs,
-    pair_metrics,
+    token_sums,
 )
-from fastpo.model import DROPPED_MASS, Policy, load_model, load_tokenizer
+from fastpo.model import DROPPED_MASS, Policy
 from fastpo.noise import check_quiet, disable_dropout
-from fastpo.optim import Gradients, build_optimizer, build_scheduler
+from fastpo.objective import Objective
+from fastpo.optim import Gradients, build_optimizer, build_scheduler, check_given
 from fastpo.packing import (
     PackedBatch,
     TrunkCost,
     collate,
-    epoch_order,
-    epoch_steps,
     loss_count,
-    nll_count,
     sequence_tokens,
     set_sharing,
     sharing_mode,
     step_batches,
     trunk_tokens,
 )
-from fastpo.prepare import check_ids, check_offloading, set_numerics, training_mode
+from fastpo.prepare import check_ids, interval, set_numerics, training_mode
 from fastpo.ref_policy import MovingReference, cache_folder
 from fastpo.row_statistics import EVALUATION, TOKEN_KL, TRAIN, draw_rows, observer, row_statistics
-from fastpo.samples import check_generation_kwargs
+from fastpo.run_lock import RunLock
+from fastpo.signals import Signals
+from fastpo.step_plan import StepPlan
 from fastpo.stepwide import Statistics, StepWide
-from fastpo.verify import guard_rows, verify_policy
+from fastpo.verify import guard_rows, verify_or_unpack
 
 log = logging.getLogger("fastpo")
 
@@ -108,6 +112,7 @@ def train(
     quantization_config: Any = None,
     callbacks: Sequence[Any] | None = None,
     optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
+    compute_metrics: Callable[[Any], Mapping[str, float]] | None = None,
     **overrides: Any,
 ) -> TrainResult:
     """Preference-train a causal language model, as TRL's `DPOTrainer(...).train()` with the same arguments.
@@ -119,25 +124,35 @@ def train(
     of names to several. ref_model: a model in memory, or a name or path, such as an earlier checkpoint. prev_model: the
     same for the previous policy of inpo and dno_reg; without it (and without the columns `prev_chosen_logps`,
     `prev_rejected_logps`) that is the policy as it is at the call, as in their papers' first iteration.
-    args: a `TrainConfig`, a dict, a YAML path or a TRL `DPOConfig`; `overrides` go on top.
+    args: a `TrainConfig`, a dict, a YAML path or a TRL `DPOConfig` (`KTOConfig`, `CPOConfig`, `ORPOConfig`);
+    `overrides` go on top. compute_metrics: called at every evaluation with an `evaluation.Evaluated`, returns further
+    metrics of it.
     Under torchrun every process calls it alike. Raises fastpo.errors.FastpoError with one line for whatever a user can
     mend.
     """
-    return Trainer(
+    run = Trainer(
         model, train_dataset, ref_model=ref_model, prev_model=prev_model, args=args, eval_dataset=eval_dataset,
         processing_class=processing_class, peft_config=peft_config, quantization_config=quantization_config,
-        callbacks=callbacks, optimizers=optimizers, **overrides,
-    ).train()  # fmt: skip
+        callbacks=callbacks, optimizers=optimizers, compute_metrics=compute_metrics, **overrides,
+    )  # fmt: skip
+    run.stays = False
+    return run.train()
 
 
-class Trainer:
-    """One run. `train` is its public face; its parts are methods, and functions of it in run_data.py, evaluation.py,
-    references.py, saving.py and outputs.py, so that each can be read, and tested, alone."""
+class Trainer(face.Face):
+    """One run, with the arguments of `train`: for scripts that evaluate, save or look at it before and after `train()`.
+
+    Its parts are methods, and functions of it in run_data.py, evaluation.py, references.py, saving.py, outputs.py and
+    face.py, so that each can be read, and tested, alone.
+    """
+
+    _tag_names = ("fastpo", "preference-optimization")  # of the model and its card; the losses' names follow
+    stays = True  # whether `evaluate` may be called after training: the evaluation sets need their reference by then
 
     def __init__(
         self,
         model: Any,
-        train_dataset: Any,
+        train_dataset: Any = None,
         *,
         ref_model: Any = None,
         prev_model: Any = None,
@@ -148,18 +163,29 @@ class Trainer:
         quantization_config: Any = None,
         callbacks: Sequence[Any] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
+        compute_metrics: Callable[[Any], Mapping[str, float]] | None = None,
         **overrides: Any,
     ):
         self.config = config = TrainConfig.build(args, **overrides)
+        if train_dataset is None:
+            raise ConfigError("`train_dataset` is required: a datasets.Dataset, a list of dicts, a path or a hub id")
+        run_data.check_precomputed(config, train_dataset, eval_dataset)
+        self.compute_metrics = compute_metrics
         self.world = world = World.start(config)
         outputs.ensure_log_handler(quiet=not world.main)
         set_numerics(config)
         self.device = world.device
         self._resolve_losses(ref_model, prev_model)
-        check_generation_kwargs(config.generation_kwargs)
-        check_offloading(config, self.device)
-        build_scheduler(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0), config, steps=100)  # its errors, early
+        start_checks.check_options(config, self.device)
+        inputs.check(processing_class, callbacks, optimizers, eval_dataset)
+        peft_config, quantization_config = (
+            inputs.peft_config(peft_config),
+            inputs.quantization_config(quantization_config),
+        )
+        model_files.check_shard_size(config.max_shard_size)
         self.output_dir = Path(config.output_dir)
+        self.lock = RunLock(self.output_dir)
+        self.metrics_file, self.samples_file = outputs.lines_of(self)
         self.resume, remarks = world.first(lambda: checkpoint.find(self.output_dir, config.resume_from_checkpoint))
         for remark in remarks:
             log.warning("%s", remark)
@@ -178,17 +204,19 @@ class Trainer:
         self.data_reports: dict[str, data.DataReport] = {}
         self.examples = run_data.prepare(self, train_dataset, config.dataset_train_split, "train")
         self.eval_sets = run_data.prepare_eval(self, eval_dataset)
+        self.plan = StepPlan(config, len(self.examples), world.size)
         self.stepwide = StepWide(self)
         self.stepwide.prepare({"train": self.examples, **self.eval_sets})
-        check_best(config, {k: ["loss", *run_data.reported(self, examples)] for k, examples in self.eval_sets.items()})
+        if compute_metrics is None:  # else nobody knows yet what evaluations report
+            check_best(config, {k: ["loss", *run_data.reported(self, e)] for k, e in self.eval_sets.items()})
         self.hub = Hub(config) if config.push_to_hub and world.main else None
 
         self._take_model(model, peft_config, quantization_config)
         if config.grad_filter and self.device.type == "cuda":
             log.warning("grad_filter runs plain PyTorch operations on a GPU, unmeasured: compare tokens_per_second")
-        self.autocast_dtype = torch.bfloat16 if _use_bf16(config, self.device) else None
+        self.autocast_dtype = torch.bfloat16 if uses_bf16(config, self.device) else None
         self._size_micro_batches()
-        self.optimizer, self.scheduler = optimizers or (None, None)
+        self.optimizer, self.scheduler = (None, None) if optimizers is None else optimizers
         if self.optimizer is not None and config.fsdp != "no":
             raise ConfigError("fsdp splits the parameters, so an optimiser made before does not fit: set optim instead")
         self.num_tokens = 0
@@ -207,7 +235,8 @@ class Trainer:
             f_alpha_divergence_coef=config.f_alpha_divergence_coef, ld_alpha=config.ld_alpha,
             use_weighting=config.use_weighting,
         )  # fmt: skip
-        self.pair_terms = [t for t in self.terms if t.loss is not None]
+        self.objective = Objective(self.terms)
+        self.pair_terms = self.objective.pair_terms
         self.uses_reference = any(t.loss.reference for t in self.pair_terms)
         if config.sync_ref_model and not self.uses_reference:
             raise ConfigError(f"sync_ref_model moves a reference, and {'+'.join(config.losses)} has none")
@@ -215,7 +244,6 @@ class Trainer:
             raise ConfigError("sync_ref_model starts from the policy: leave ref_model out, or sync_ref_model")
         if ref_model is not None and not self.uses_reference:
             raise ConfigError(f"ref_model is given, and {'+'.join(config.losses)} has no reference: leave it out")
-        self.sft_terms = [t for t in self.terms if t.name == SFT]
         self.reads_prompts = any(t.reads_prompt for t in self.terms)
         self.kappa = next((t.hyper["kappa"] for t in self.pair_terms if t.loss.previous), None)
         lists = [t.name for t in self.pair_terms if t.loss.shape == "lists"]
@@ -228,19 +256,26 @@ class Trainer:
         if TOKEN_KL in self.row_statistics:
             live_reference.check(config, self.pair_terms)
         self.live: live_reference.LiveReference | None = None
+        self.watch_tokens = False  # whether a forward pass looks at its tokens' distributions
 
     def _note_inputs(self, model: Any, train_dataset: Any, eval_dataset: Any) -> None:
         """Names and paths of what the run is made from, for its files; a path that is not there ends it here."""
-        name = os.fspath(model) if isinstance(model, str | os.PathLike) else None
+        name = inputs.model_name("model", model)
+        if isinstance(model, nn.Module) and self.ref_model is model:
+            raise ConfigError("ref_model is the model that is trained: leave it out for its weights at the start")
+        for argument in ("ref_model", "prev_model"):
+            if (given := getattr(self, argument)) is not None:
+                setattr(self, argument, inputs.model_name(argument, given) or given)
         self.model_name = name or getattr(getattr(model, "config", None), "_name_or_path", "") or ""
         self.model_given_by_name = name is not None
         self.dataset_name = train_dataset if isinstance(train_dataset, str) else None
-        paths = {"model": model, "train_dataset": train_dataset, "eval_dataset": eval_dataset,
+        paths = {"model": name, "train_dataset": train_dataset, "eval_dataset": eval_dataset,
                  "ref_model": self.ref_model, "prev_model": self.prev_model}  # fmt: skip
         self.inputs: dict[str, Any] = {k: os.fspath(v) for k, v in paths.items() if isinstance(v, str | os.PathLike)}
         evaluated = eval_dataset if isinstance(eval_dataset, Mapping) else {"": eval_dataset}
-        named = [d for d in (train_dataset, *evaluated.values()) if isinstance(d, str | os.PathLike)]
+        named = [path for d in (train_dataset, *evaluated.values()) for path in mixing.paths_of(d)]
         self.world.first(lambda: [rows.check_path(dataset) for dataset in named])  # before the hub is asked for a model
+        self.inputs |= mixing.described(train_dataset)
         if isinstance(eval_dataset, Mapping) and all(isinstance(v, str | os.PathLike) for v in eval_dataset.values()):
             self.inputs["eval_dataset"] = {name: os.fspath(v) for name, v in eval_dataset.items()}
 
@@ -275,14 +310,22 @@ class Trainer:
         if config.disable_dropout:
             disable_dropout(model)
         self.model = self.callbacks.model = model
+        self.tags = face.add_tags(model, [*self._tag_names, *dict.fromkeys(t.name for t in self.terms)])
         self.policy = Policy(model)
+        freeze_towers(model)
         self.engine = Engine(self.policy)
         for set_name, examples in {"train": self.examples, **self.eval_sets}.items():
             check_ids(self.policy, examples, set_name)
+        self.router = router_loss.of_run(self.policy, config, (self.examples, *self.eval_sets.values()))
         # PiSSA and its like take part of the base away, so that the base with the adapter off is another model.
         self.reference_is_base = self.new_adapter and not adapters.rewrites_base(peft_config)
         self.start_is_known = config.disable_dropout and adapters.starts_at_base(peft_config)
         self.starts_at_reference = self.ref_model is None and self.start_is_known
+        self.is_ready = self.in_loop = False
+        self.moving: MovingReference | None = None
+        if config.sync_ref_model and config.fsdp == "no":  # else when its shards are there
+            self.moving = self._moving_reference({n: p for n, p in model.named_parameters() if p.requires_grad})
+            self.ref_model = face.moving_reference(model, self.moving)
 
     def _size_micro_batches(self) -> None:
         """Which rows share their prompt, and how many tokens a micro-batch holds."""
@@ -308,24 +351,6 @@ class Trainer:
         """Pairs of an optimiser step, over all processes."""
         return self.config.step_size * self.world.size
 
-    def _plan(self) -> list[tuple[int, list[int]]]:
-        """(epoch, rows) of every optimiser step of the run, over all processes."""
-        config, n = self.config, len(self.examples)
-        steps: list[tuple[int, list[int]]] = []
-        seed = config.seed if config.data_seed is None else config.data_seed
-        batch, accumulation = config.per_device_train_batch_size * self.world.size, config.gradient_accumulation_steps
-        epoch = 0
-        while True:
-            order = epoch_order(n, seed=seed, epoch=epoch, strategy=config.train_sampling_strategy)
-            of_epoch = epoch_steps(order, batch, accumulation, config.dataloader_drop_last)
-            if not of_epoch:
-                raise DataError(f"{n} rows do not fill one batch of {batch} (dataloader_drop_last)")
-            total = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * len(of_epoch))
-            steps += [(epoch, rows) for rows in of_epoch]
-            if len(steps) >= total:
-                return steps[:total]
-            epoch += 1
-
     # ------------------------------------------------------------- forward
 
     def logp(self, engine: Engine, batch: PackedBatch, statistics: bool = True) -> Tensor:
@@ -334,7 +359,8 @@ class Trainer:
         prompts = statistics and batch.prompts is not None
         config = self.config
         options: dict[str, Any] = {"memory_budget": config.logits_memory_budget, "grad_filter": config.grad_filter}
-        with self.autocast():
+        router = self.router if engine is self.engine else None
+        with self.autocast(), router.collecting(batch) if router is not None else contextlib.nullcontext():
             logp = engine(lambda: engine.policy.logp(batch, observe=observe, prompts=prompts, **options))
         assert isinstance(logp, Tensor)
         if prompts:
@@ -356,56 +382,18 @@ class Trainer:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.autocast_dtype)
 
-    def objective(
-        self, logp: Tensor, batch: PackedBatch, stats: Statistics, pair_count: int, nlls: Sequence[float]
-    ) -> tuple[Tensor, Tensor]:
-        """This micro-batch's share of the step's loss, and its metrics [len(PAIR_METRICS)], both on the device.
-        `pair_count` and `nlls`: what the whole step's losses, and each sft term, are means over."""
-        total = logp.new_zeros(())
-        metrics = logp.new_zeros(len(PAIR_METRICS))
-        for term, count in zip(self.sft_terms, nlls, strict=True):
-            nll = nll_sum(logp, batch, term.hyper["nll_reduction"], term.reads_prompt)
-            total = total + term.weight / (count or 1) * nll
-        if self.pair_terms:
-            share, metrics = self._pair_loss(logp, batch, stats)
-            total = total + share / pair_count
-        return total, metrics
-
-    def nll_counts(self, examples: Iterable[data.Example]) -> list[float]:
-        """What each sft term is a mean over, of these examples."""
-        rows = list(examples)
-        return [sum(nll_count(e, t.hyper["nll_reduction"], t.reads_prompt) for e in rows) for t in self.sft_terms]
-
-    def _pair_loss(self, logp: Tensor, batch: PackedBatch, stats: Statistics) -> tuple[Tensor, Tensor]:
-        """sum over terms and pairs of weight * loss, and the metrics as sums over pairs."""
-        total, metrics, x = logp.new_zeros(()), None, None
-        for term in self.pair_terms:
-            if has_kernel(term, logp, batch):
-                share, of_launch = fused_pair_loss(term, logp, batch)
-                metrics = of_launch if term is self.pair_terms[0] else metrics
-            else:
-                x = pair_inputs(logp, batch) if x is None else x
-                if term.loss.of_step == losses.ORDER:
-                    share = stats.ordered_loss(x, term, batch)
-                else:
-                    of_each = stats.loss(term, x, logp, batch)
-                    share = (of_each if batch.label is not None else batch.pair_weight * of_each).sum()
-            total = total + term.weight * share
-        if metrics is None:
-            metrics = pair_metrics(x._replace(kl=stats.kl), self.pair_terms[0])
-        return total, metrics
-
     # ---------------------------------------------------------------- train
 
     def train(self) -> TrainResult:
         """Run all steps, evaluate and save as configured, return the result."""
-        finished = False
+        finished, self.in_loop = False, True
         try:
+            self.world.first(self.lock.take)
             result = self._train()
             finished = True
             return result
         finally:
-            World.failed = not finished
+            World.failed, self.in_loop = not finished, False
             if self.live is not None:
                 self.live.close()
             if hasattr(self, "gradients"):  # its hooks would take the next run's gradients from a model in memory
@@ -413,26 +401,17 @@ class Trainer:
             self.callbacks.close(failed=not finished)
             if self.hub is not None:
                 self.hub.close()
+            self.lock.release()
 
     def _train(self) -> TrainResult:
         config = self.config
-        plan = self._plan()
-        run_data.say_sharing(self)
-        self._tokens = [trunk_tokens(e) for e in self.examples]
-        self.parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-        if not self.parameters:
-            raise ConfigError(
-                "no parameter of the model requires a gradient (an adapter is loaded with is_trainable=True)"
-            )
-        self.fingerprint, self.identity = saving.identify(self)
+        plan = self.plan
+        self.ready()
         if self.resume is not None:
-            self.callbacks.restore(TrainerState.load_from_json(str(self.resume / "trainer_state.json")))
+            self.callbacks.restore(checkpoint.read_state(self.resume))
         self.callbacks.start_trackers()
-        self._distribute()
-        self.moving: MovingReference | None = None
-        if config.sync_ref_model:
-            self.moving = MovingReference(self.parameters, config.ref_model_mixup_alpha, config.ref_model_sync_steps)
-        self.verify(self.engine, plan[0][1])
+        start_checks.say_without_effect(self, len(plan))
+        start_checks.try_samples(self)
         references.attach(self, plan)
         if TOKEN_KL in self.row_statistics:
             self.live = live_reference.start(self, plan[0][1])
@@ -449,7 +428,8 @@ class Trainer:
         self.elapsed, self.rows_done = 0.0, 0  # seconds of training before this process; rows so far
         self.saved_step = -1  # of the last whole checkpoint of this run
         self.updating = False  # whether the weights are between two steps, or not the policy's
-        self.writing = False  # whether a log line is being written
+        self.signals = Signals(busy=lambda: self.updating)
+        self.rescued = False  # whether a save that failed has left the weights alone
         self.rng: dict[str, Any] | None = None  # inside a step, the random states at its beginning
         self.reference_start = 0  # step of the plan from which a moving reference stands still
         self.seen = 0  # rows of the epoch
@@ -462,6 +442,28 @@ class Trainer:
             summary = self._loop(plan, bar)
         outputs.finish(self, summary)
         return TrainResult(self.model, self.state.log_history, summary, self.state, self.guards.warnings)
+
+    def ready(self) -> None:
+        """Once: the model as it starts, identified, held as this run's processes hold it, and verified."""
+        if self.is_ready:
+            return
+        run_data.say_sharing(self)
+        self._tokens = [trunk_tokens(e) for e in self.examples]
+        self.parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        if not self.parameters:
+            raise ConfigError(
+                "no parameter of the model requires a gradient (an adapter is loaded with is_trainable=True)"
+            )
+        saving.prepare(self)
+        self.fingerprint, self.identity = saving.identify(self)
+        self._distribute()
+        if self.config.sync_ref_model and self.moving is None:
+            self.moving = self._moving_reference(self.parameters)
+        self.verify(self.engine, self.plan[0][1])
+        self.is_ready = True
+
+    def _moving_reference(self, parameters: dict[str, nn.Parameter]) -> MovingReference:
+        return MovingReference(parameters, self.config.ref_model_mixup_alpha, self.config.ref_model_sync_steps)
 
     def _distribute(self) -> None:
         """The model as this run's processes hold it."""
@@ -485,9 +487,7 @@ class Trainer:
             group=self.world.group, sharded=self.engine.sharded,
         )  # fmt: skip
         if not self.own_optimizer:
-            known = {id(p) for p in self.parameters.values()}
-            if any(id(p) not in known for group in self.optimizer.param_groups for p in group["params"]):
-                raise ConfigError("the optimiser passed in holds parameters that this model does not train")
+            check_given(self.optimizer, self.parameters)
         if self.optimizer is None:
             self.optimizer = build_optimizer(self.model, config, self.gradients)
         if self.scheduler is None:
@@ -495,18 +495,18 @@ class Trainer:
         self.callbacks.optimizer, self.callbacks.scheduler = self.optimizer, self.scheduler
         state = self.state
         state.max_steps, state.num_train_epochs = steps, math.ceil(config.num_train_epochs)
-        state.logging_steps = _interval(config.logging_steps, steps)
-        state.eval_steps = _interval(config.eval_steps or config.logging_steps, steps)
-        state.save_steps = _interval(config.save_steps, steps)
+        state.logging_steps = interval(config.logging_steps, steps)
+        state.eval_steps = interval(config.eval_steps or config.logging_steps, steps)
+        state.save_steps = interval(config.save_steps, steps)
         state.train_batch_size = config.per_device_train_batch_size
 
-    def _loop(self, plan: list[tuple[int, list[int]]], bar: tqdm) -> dict[str, float]:
+    def _loop(self, plan: StepPlan, bar: tqdm) -> dict[str, float]:
         """The steps of the plan from `self.cursor` on, and the trained model's files. Returns the summary."""
         config, call = self.config, self.callbacks.call
         self.started = time.monotonic() - self.elapsed
         if self.cursor >= len(plan):
             log.info("nothing is left to train: step %d of %d", self.state.global_step, len(plan))
-        with saving.terminable(self):
+        with self.signals.taken(not self.world.several):
             try:
                 call("on_train_begin")
                 if config.eval_on_start and self.resume is None:
@@ -522,6 +522,7 @@ class Trainer:
                         call("on_epoch_begin")
                     self.rng = saving.rng_state()
                     call("on_step_begin")
+                    self.watch_tokens = config.token_metrics and self._logs_next(last_of_epoch, len(plan))
                     learning_rate = self._step(rows)
                     self.rows_done += len(rows)
                     self.cursor += 1
@@ -532,13 +533,15 @@ class Trainer:
                         self.reference_start = self.cursor
                     self._mark_due("steps", at_end=self.cursor == len(plan))
                     self.todo = {"stage": 0, "learning_rate": learning_rate, "epoch": epoch, "last": last_of_epoch}
-                    self.updating, self.rng = False, None
+                    self.rng, self.updating = None, False
+                    self.signals.check()
                     bar.update()
                     if moved:
                         references.move(self, plan, self.cursor)
                     self._settle(plan, bar)
                 seconds = time.monotonic() - self.started
                 summary = self.window.summary(seconds, self.state.global_step, self.rows_done, self.num_tokens)
+                saving.check_trained(self)
                 if config.load_best_model_at_end:
                     self.updating = True  # the weights are no longer the last step's
                     saving.load_best(self)
@@ -547,11 +550,19 @@ class Trainer:
                 self.log(summary)
                 call("on_train_end")
             except BaseException as error:
-                self._rescue(error)
+                saving.rescue(self, error)
                 raise
             finally:
                 self.gradients.close()
         return summary
+
+    def _logs_next(self, last_of_epoch: bool, steps: int) -> bool:
+        """Whether the step at hand is logged, or the run's last."""
+        config, step = self.config, self.state.global_step + 1
+        if config.logging_strategy == "steps" and step % self.state.logging_steps == 0:
+            return True
+        first = config.logging_first_step and step == 1
+        return first or (config.logging_strategy == "epoch" and last_of_epoch) or self.cursor + 1 == steps
 
     def _mark_due(self, strategy: str, at_end: bool = False) -> None:
         """Set the control flags of what is due after this step, or after this epoch; callbacks may change them."""
@@ -571,7 +582,7 @@ class Trainer:
             at_end and config.save_strategy == strategy
         )
 
-    def _settle(self, plan: list[tuple[int, list[int]]], bar: tqdm | None = None) -> None:
+    def _settle(self, plan: StepPlan, bar: tqdm | None = None) -> None:
         """What follows a step, in transformers' order: on_step_end, log, evaluate, on_epoch_end, log, evaluate; and
         save last, so that a resumed run misses nothing. A run that was cut short in here goes on with that stage.
         """
@@ -631,8 +642,13 @@ class Trainer:
         if self.stepwide.reads_mean:
             self.stepwide.commit(bool(finite))
         self.window.add(loss[0], metrics, norm, finite)
+        if self.router is not None:
+            self.window.add_aux(self.world.sum_(self.router.total), finite)
         if self.config.grad_filter:
             self.window.add_dropped(self.dropped, self.world)
+        if self.watch_tokens:
+            self.window.tokens = self.world.sum_(self.of_tokens)
+            self.watch_tokens = False
         for batch in self.done:  # here, so that a step cut short leaves no trace in the counters
             self.window.trunk(batch)
         self.num_tokens += sum(sequence_tokens(self.examples[i]) for i in rows)
@@ -669,10 +685,13 @@ class Trainer:
         """The micro-batches of this process, one after another; also what is wrong with the start, if it is looked at.
         Nothing is exchanged between processes here, but by sharded ones."""
         pair_count = sum(loss_count(self.examples[i]) for i in rows)
-        nlls = self.nll_counts(self.examples[i] for i in rows)
+        nlls = self.objective.nll_counts(self.examples[i] for i in rows)
         step_loss = torch.zeros((), device=self.device)
         step_metrics = torch.zeros(len(PAIR_METRICS), device=self.device)
         self.done, self.dropped, wrong = [], [], None
+        self.of_tokens = torch.zeros(TOKEN_SUMS, device=self.device)
+        if self.router is not None:
+            self.router.begin()
         at_once = not self.world.several and len(self.share) == 1
         if not (self.world.several or at_once):
             self.stepwide.look_ahead(stats, self.share, self.rounds, idle_rows)
@@ -688,11 +707,15 @@ class Trainer:
             if self.stepwide.reads_rows and at_once:
                 self.stepwide.of_rows(stats, [(batch, logp)], self.examples, train=True)
             loss, metrics = self.objective(logp, batch, stats, pair_count, nlls)
+            if self.router is not None:
+                loss = loss + self.router.share(batch, stats.router)
             if check_start:
                 wrong = wrong or self._wrong_start(logp.detach(), batch)
             loss.backward()
             if self.config.grad_filter:
                 self.dropped.append(batch.rows[DROPPED_MASS])
+            if self.watch_tokens:
+                self.of_tokens += token_sums(batch)
             batch.rows.clear()  # the step's batches are counted at its end: their graphs need not live until then
             step_loss += loss.detach()
             step_metrics += metrics
@@ -708,7 +731,10 @@ class Trainer:
         everything = itertools.chain(self.examples, *self.eval_sets.values())
         chosen = guard_rows(engine.policy, [self.examples[i] for i in rows], everything)
         with self.autocast(), torch.no_grad():
-            engine(lambda: verify_policy(engine.policy, chosen))
+            engine(lambda: verify_or_unpack(engine.policy, chosen))
+            if self.router is not None and engine is self.engine:
+                low_precision = self.autocast_dtype is not None or self.policy.low_precision
+                self.router = engine(lambda: self.router.verify(chosen, low_precision))
             if self.config.disable_dropout and engine is self.engine:
                 engine(lambda: check_quiet(engine.policy, chosen[:1]))
 
@@ -769,30 +795,3 @@ class Trainer:
     def bar(self, **kwargs: Any) -> tqdm:
         quiet = self.config.disable_tqdm or not self.world.main or not sys.stderr.isatty()
         return tqdm(disable=quiet, file=sys.stderr, dynamic_ncols=True, **kwargs)
-
-    def _rescue(self, error: BaseException) -> None:
-        """A crash, Ctrl-C or SIGTERM loses nothing: the last finished step is saved, and can be resumed.
-
-        Not with several processes, which do not stop at the same step: there the last checkpoint stands.
-        """
-        outputs.report(self, {}, f"failed: {type(error).__name__}: {error}")
-        step = self.state.global_step
-        if step in (0, self.saved_step) or self.updating or self.world.several:
-            return
-        try:
-            if folder := saving.save_checkpoint(self):
-                how = "" if self.config.save_only_model else " (resume_from_checkpoint=true goes on)"
-                log.warning("stopped at step %d; %s holds it%s", step, folder, how)
-        except Exception as failure:
-            log.warning("the run could not be saved after the failure: %s", failure)
-
-
-def _use_bf16(config: TrainConfig, device: torch.device) -> bool:
-    if config.bf16 is not None:
-        return config.bf16
-    return device.type == "cuda" and torch.cuda.is_bf16_supported()
-
-
-def _interval(value: float, total: int) -> int:
-    """Steps; below 1 a share of all steps, as in transformers."""
-    return max(1, math.ceil(value * total) if value < 1 else int(value))

@@ -17,8 +17,9 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fastpo import attention, ops, rotary
+from fastpo.adapters import first_line
 from fastpo.data import Example
-from fastpo.errors import UnsupportedModelError
+from fastpo.errors import ConfigError, FastpoError, UnsupportedModelError
 from fastpo.layout import Layout, prompts_of_chains
 from fastpo.model import Policy, attention_implementations, restore_attention, switch_attention, weights_eps
 from fastpo.packing import PackedBatch, collate
@@ -60,7 +61,7 @@ def verify_policy(policy: Policy, examples: Sequence[Example], tolerance: float 
             noise = _Noise(tolerance, tolerance, few=0.0)
         try:
             with policy.attach():
-                if not attention.runs_unpacked():
+                if not policy.unpacked:
                     _check_attention_pattern(policy, device)
                 batch = collate(examples, range(len(examples)))
                 _check_batch(policy, batch, examples)
@@ -75,6 +76,37 @@ def verify_policy(policy: Policy, examples: Sequence[Example], tolerance: float 
         if difference is not None:
             raise UnsupportedModelError(_cause(policy, examples, own, noise, difference, device))
         _compare_pairs(type(policy.causal_lm).__name__, packed, batch, examples, own, noise)
+
+
+def verify_or_unpack(policy: Policy, examples: Sequence[Example]) -> None:
+    """`verify_policy`; a model that is wrong or cannot run when packed, and right when every response runs alone, runs
+    so from here on (recurrent layers that its config does not name, masks of its own). Else the first error stands.
+    """
+    try:
+        verify_policy(policy, examples)
+    except UnsupportedModelError as error:
+        _unpack(policy, examples, error)
+    except FastpoError:
+        raise
+    except (TypeError, ValueError, AttributeError) as error:
+        config = policy.causal_lm.config
+        if config.get_text_config(decoder=True) is config and not hasattr(config, "vision_config"):
+            raise
+        name = type(policy.causal_lm).__name__
+        raise UnsupportedModelError(f"{name} cannot run on rows of text alone: {first_line(error)}") from error
+
+
+def _unpack(policy: Policy, examples: Sequence[Example], error: UnsupportedModelError) -> None:
+    """Go on unpacked where that is right, else raise `error`."""
+    if policy.unpacked:
+        raise error
+    policy.unpacked = True
+    try:
+        verify_policy(policy, examples)
+    except (UnsupportedModelError, ConfigError):  # ConfigError: fsdp, which cannot run unpacked
+        policy.unpacked = False
+        raise error from None
+    policy.unpack(str(error).partition(f"; {attention.UNPACKED}")[0].partition(f" ({attention.UNPACKED})")[0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,7 +299,7 @@ def _check_batch(policy: Policy, batch: PackedBatch, examples: Sequence[Example]
             if not right:
                 raise UnsupportedModelError(
                     f"{type(policy.causal_lm).__name__}: response {k} of row {number} is not in the packed batch as in "
-                    "the data (tokens, order or positions): rows are packed wrongly; please report this"
+                    "the data (tokens, order or positions): rows are paired or packed wrongly; please report this"
                 )
 
 

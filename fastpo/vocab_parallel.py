@@ -425,3 +425,4 @@ def _backward(ctx, grad, *_):
 
 _vocab_parallel_logprob.register_autograd(_backward, setup_context=_setup)
 _vocab_parallel_backward.register_autograd(op_parts.once_only)
+op_parts.reverse_mode_only(_vocab_parallel_logprob, _vocab_parallel_backward)

@@ -21,14 +21,16 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+from transformers import AttentionInterface, AutoConfig
 
 from fastpo import adapters, attention
 from fastpo.adapters import first_line
 from fastpo.config import TrainConfig
 from fastpo.data import Example
 from fastpo.errors import ConfigError
-from fastpo.model import Policy, _parse_dtype
+from fastpo.inputs import model_name
+from fastpo.loading import empty_model, freeze_towers, loading_dtype
+from fastpo.model import Policy
 from fastpo.optim import NARROW, Gradients
 from fastpo.packing import collate
 from fastpo.prepare import training_mode
@@ -162,39 +164,41 @@ class Blueprint:
         return cls(Policy(fake), mode, nbytes_of([*model.parameters(), *model.buffers()]))
 
     @classmethod
-    def of_name(cls, name: str, config: TrainConfig, peft_config: Any = None, quantization: Any = None) -> "Blueprint":
+    def of_name(
+        cls, name: str, config: TrainConfig, peft_config: Any = None, quantization: Any = None, argument: str = "model"
+    ) -> "Blueprint":  # fmt: skip
         """Of a model by name or path, from its configuration alone."""
         kwargs = {**(config.model_init_kwargs or {}), "trust_remote_code": config.trust_remote_code}
-        where = name
+        where = name = model_name(argument, name) or name
         if adapter := adapters.saved_adapter(name):
             if peft_config is not None:
                 raise ConfigError("peft_config is given, but the model has an adapter already")
             where, peft_config = adapter.base_model_name_or_path, adapter
+            where = model_name(f"the base of the adapter {name!r}", where) or where
             peft_config.inference_mode = False
-        dtype = config.dtype or kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None) or "auto"
+        parsed = loading_dtype(config.dtype, kwargs)
         for of_loading in ("attn_implementation", "device_map", "low_cpu_mem_usage", "max_memory"):
             kwargs.pop(of_loading, None)
         try:
             of_model = AutoConfig.from_pretrained(where, **kwargs)
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # a configuration may be wrong in any way
             raise ConfigError(f"{where!r} is no model that can be planned: {first_line(error)}") from error
-        parsed = _parse_dtype(dtype)
         if not isinstance(parsed, torch.dtype):
             parsed = getattr(of_model, "dtype", None) or torch.float32
         quantization = quantization or getattr(of_model, "quantization_config", None)
         if hasattr(of_model, "quantization_config"):
             del of_model.quantization_config
         mode = FakeTensorMode(allow_non_fake_inputs=True)
-        return cls._build(mode, of_model, parsed, peft_config, quantization, config.trust_remote_code)
+        return cls._build(mode, of_model, parsed, peft_config, quantization, config.trust_remote_code, where)
 
     @classmethod
     def _build(
         cls, mode: FakeTensorMode, of_model: Any, dtype: torch.dtype, peft_config: Any, quantization: Any,
-        trust_remote_code: bool = False,
+        trust_remote_code: bool = False, where: str = "",
     ) -> "Blueprint":  # fmt: skip
         try:
             with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(of_model, dtype=dtype, trust_remote_code=trust_remote_code)
+                model = empty_model(of_model, dtype, where, trust_remote_code)
         except (ValueError, ImportError) as error:
             raise ConfigError(f"no causal language model of {of_model.model_type!r}: {first_line(error)}") from error
         weights = nbytes_of([*model.parameters(), *model.buffers()])
@@ -213,6 +217,7 @@ class Blueprint:
             with torch.device("meta"):
                 model = adapters.with_adapter(model, peft_config)
         weights += nbytes_of([*model.parameters(), *model.buffers()]) - before
+        freeze_towers(model)
         _without_memory(model, mode)
         return cls(Policy(model), mode, weights, scratch, kind)
 
@@ -281,6 +286,8 @@ def simulate(blueprint: Blueprint, config: TrainConfig, tokens: int, row_share: 
     """A micro-batch of `tokens`, every gradient being there already, as in all micro-batches but a step's first."""
     policy, mode = blueprint.policy, blueprint.mode
     model = policy.model
+    if policy.unpacked:
+        raise ConfigError(f"{type(policy.causal_lm).__name__} runs unpacked, which cannot be planned: set max_tokens")
     plain = dataclasses.replace(config, activation_offloading=False)
     per_chain = max(1, round(CHAIN * row_share))
     prompt = np.ones(max(1, CHAIN + 1 - per_chain), np.int32)

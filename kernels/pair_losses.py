@@ -237,6 +237,14 @@ def _cpo_simpo(
     return _with_nll(_simpo(beta, gamma_beta_ratio, label_smoothing), cpo_alpha, nll_reduction)
 
 
+def _cpo_hinge(beta: float, cpo_alpha: float = 0.0, nll_reduction: str = "seq_sum") -> Recipe | None:
+    return _with_nll(Recipe("hinge", reference="none", scale=beta, offset=1.0), cpo_alpha, nll_reduction)
+
+
+def _cpo_ipo(beta: float, cpo_alpha: float = 0.0, nll_reduction: str = "seq_sum") -> Recipe | None:
+    return _with_nll(Recipe("square", "means", reference="none", offset=0.5 / beta), cpo_alpha, nll_reduction)
+
+
 def _rpo(beta: float, rpo_alpha: float = 0.0, nll_reduction: str = "seq_sum") -> Recipe | None:
     return _with_nll(_dpo(beta), rpo_alpha, nll_reduction)
 
@@ -256,6 +264,7 @@ def _orpo(
 RECIPES: dict[str, Callable[..., Recipe | None]] = {
     "dpo": _dpo, "cdpo": _cdpo, "robust": _robust, "dpo_soft": _dpo_soft, "ipo": _ipo, "hinge": _one_minus("hinge"),
     "slic": _slic, "sigmoid_norm": _sigmoid_norm, "simpo": _simpo, "orpo": _orpo, "cpo": _cpo, "cpo_simpo": _cpo_simpo,
+    "cpo_hinge": _cpo_hinge, "cpo_ipo": _cpo_ipo,
     "rpo": _rpo, "dpop": _dpop, "rdpo": _rdpo, "exo_pair": _exo_pair, "nca_pair": _of_beta_delta("nca"),
     "bco_pair": _bco_pair, "apo_zero": _of_beta_delta("apo_zero"), "apo_down": _of_beta_delta("apo_down"),
     "discopop": _discopop, "wpo": _wpo, "ld_dpo": _ld_dpo, "sampo": _sampo, "tdpo1": _tdpo1, "tdpo2": _tdpo2,

@@ -1,6 +1,10 @@
-"""Runs killed with SIGKILL at random moments, resumed, and compared with an unbroken run bit for bit.
+"""Runs stopped by signals at random moments, resumed, and compared with an unbroken run bit for bit.
 
     python tests/kill_runs.py --kills 30 --seed 0 [--modes full lora 8bit ...] [--json out.json]
+    python tests/kill_runs.py --signals 30 --seed 0 ...
+
+`--kills`: SIGKILL. `--signals`: SIGINT and SIGTERM, half of them doubled, some within a save: a run of one process must
+end by the signal, with its last finished step in a checkpoint that is whole.
 
 Every run is a process of its own, forked from this one, which has everything imported and nothing computed: a start
 costs a tenth of a second, so that thirty kills take a minute. A third of the kills wait for a save to be under way.
@@ -30,6 +34,7 @@ import torch  # noqa: E402
 import fastpo  # noqa: E402
 import fastpo.trainer  # noqa: E402,F401  # before the fork
 from conftest import Toy  # noqa: E402
+from fastpo import checkpoint  # noqa: E402
 
 TIMES = ("runtime", "per_second", "peak_memory_gb")
 LORA = dict(r=4, lora_alpha=8, lora_dropout=0.1, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
@@ -96,6 +101,8 @@ def fork(ranks: int, folder: Path, work: Callable[[], None]) -> list[int]:
                                   MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))  # fmt: skip
             work()
             code = 0
+        except SystemExit as stop:
+            code = stop.code
         except BaseException:
             traceback.print_exc()
         finally:
@@ -137,6 +144,41 @@ def kill(pids: list[int], folder: Path, rng: random.Random, seconds: float, in_s
     return "in a save" if caught else "between"
 
 
+def interrupt(pids: list[int], folder: Path, rng: random.Random, seconds: float, in_save: bool) -> tuple[str, str]:
+    """SIGINT or SIGTERM, perhaps twice; (what was sent, what is wrong with how the run ended, if anything is)."""
+    output = folder / "run"
+    deadline = time.monotonic() + rng.uniform(0.1, 0.9) * seconds
+    while time.monotonic() < deadline or (in_save and not any(output.glob(".saving-checkpoint-*"))):
+        if os.waitpid(pids[0], os.WNOHANG)[0]:
+            return "ended before", ""
+        time.sleep(0.001)
+    caught = "in a save" if any(output.glob(".saving-checkpoint-*")) else "between"
+    numbers = [rng.choice((signal.SIGINT, signal.SIGTERM)) for _ in range(rng.choice((1, 2)))]
+    begun = (output / "metrics.jsonl").exists() and (output / "metrics.jsonl").stat().st_size > 0
+    for i, number in enumerate(numbers):
+        if i:
+            time.sleep(rng.choice((0, 0.001, 0.01, 0.05)))
+        for pid in rng.sample(pids, len(pids)):
+            os.kill(pid, number)
+    said = f"{'+'.join(n.name[3:] for n in numbers)} {caught}"
+    for pid in pids:
+        status = os.waitpid(pid, 0)[1]
+        expected = {1} if numbers[0] == signal.SIGINT else {1, 143}
+        if os.WIFEXITED(status) and os.WEXITSTATUS(status) not in {0, *expected}:
+            return said, f"exit status {os.WEXITSTATUS(status)}"
+    if len(pids) > 1 or not begun:
+        return said, ""
+    found = checkpoint.checkpoints(output)
+    wrong = next((f"{p.name}: {w}" for p in found if (w := checkpoint.damage(p)) is not None), "")
+    if not wrong and any(output.glob(".saving-*")):
+        wrong = f"left: {[p.name for p in output.glob('.saving-*')]}"
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    reached = max((line["step"] for line in lines), default=0)
+    if not wrong and reached > (checkpoint.step_of(found[-1]) if found else 0):
+        wrong = f"step {reached} was finished, and the last checkpoint is {found[-1].name if found else 'none'}"
+    return said, wrong
+
+
 def same(a: Path, b: Path) -> tuple[bool, str]:
     x, y = (torch.load(p / "weights.pt", weights_only=True) for p in (a, b))
     differ = [n for n in x["weights"] if not torch.equal(x["weights"][n], y["weights"][n])]
@@ -149,6 +191,7 @@ def same(a: Path, b: Path) -> tuple[bool, str]:
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--signals", type=int, default=0, help="this many instead of kills")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=list(MODES))
     parser.add_argument("--json", type=Path)
@@ -158,7 +201,7 @@ def main() -> int:
     home = Path(tempfile.mkdtemp(prefix="fastpo-kills-"))
     records = []
     unbroken: dict[str, tuple[Path, float]] = {}
-    for number in range(args.kills):
+    for number in range(args.signals or args.kills):
         mode = args.modes[number % len(args.modes)]
         if mode not in unbroken:
             folder = home / f"{mode}-unbroken"
@@ -169,18 +212,22 @@ def main() -> int:
         whole, seconds = unbroken[mode]
         folder = home / f"{mode}-{number}"
         folder.mkdir()
-        moments = []
-        for _ in range(rng.choice((1, 1, 2))):  # a run may be killed again after it was resumed
-            moments.append(kill(start(mode, folder), folder, rng, seconds, in_save=number % 3 == 0))
+        moments, wrongs = [], []
+        for _ in range(rng.choice((1, 1, 2))):  # a run may be stopped again after it was resumed
+            stop = interrupt if args.signals else kill
+            moment = stop(start(mode, folder), folder, rng, seconds, in_save=number % 3 == 0)
+            moments.append(moment if isinstance(moment, str) else moment[0])
+            wrongs += [] if isinstance(moment, str) or not moment[1] else [moment[1]]
         steps = sorted(int(p.name.partition("-")[2]) for p in (folder / "run").glob("checkpoint-*"))
         wait(start(mode, folder), folder)
         ok, why = same(whole, folder)
+        ok, why = ok and not wrongs, "; ".join([why, *wrongs]).strip("; ")
         records.append({"mode": mode, "killed": moments, "resumed_from": steps[-1] if steps else 0, "same": ok})
         outcome = "the same bits" if ok else f"DIFFERENT: {why}"
         start_step = steps[-1] if steps else 0
-        print(f"{number + 1:3d} {mode:11s} killed {', '.join(moments):24s} resumed at {start_step:2d}: {outcome}")
-    good, saves = sum(r["same"] for r in records), sum("in a save" in r["killed"] for r in records)
-    print(f"{good} of {len(records)} killed runs ended with the unbroken run's bits; {saves} were killed in a save")
+        print(f"{number + 1:3d} {mode:11s} stopped {', '.join(moments):24s} resumed at {start_step:2d}: {outcome}")
+    good, saves = sum(r["same"] for r in records), sum(any("in a save" in k for k in r["killed"]) for r in records)
+    print(f"{good} of {len(records)} stopped runs ended with the unbroken run's bits; {saves} were stopped in a save")
     if args.json:
         about = {"seed": args.seed, "torch": torch.__version__, "fastpo": fastpo.__version__, "records": records}
         args.json.write_text(json.dumps(about, indent=1) + "\n")

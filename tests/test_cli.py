@@ -506,6 +506,25 @@ def test_env_reports_this_machine(capsys):
     assert torch.__version__ in text and "backends" in text and "cache" in text
 
 
+@pytest.mark.parametrize(
+    "version", ["2.13.0+cpu", "2.14.1+cu130", "2.16.0.dev20261101+rocm7.1", "2.13.0a0+git1", "odd"]
+)
+def test_env_takes_any_version(monkeypatch, version):
+    """A wheel of PyPI's has no local version in its metadata, and torch itself has one."""
+    import torch
+
+    from fastpo import env
+
+    def broken(name):
+        raise KeyError("Version")
+
+    monkeypatch.setattr(torch, "__version__", version)
+    monkeypatch.setattr(env.metadata, "version", broken)
+    report = env.collect()
+    assert report["packages"]["torch"] == version and "cannot be read" in report["packages"]["numpy"]
+    assert version in env.format_text(report)
+
+
 # --- a real run
 
 

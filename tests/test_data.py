@@ -359,7 +359,7 @@ def test_invalid_conversations(columns, message):
         ({**PAIR, "chosen_score": 1.0}, {}, "'chosen_score' needs 'rejected_score'"),
         ({**PAIR, "win_prob_rejected": 1.0}, {}, "'win_prob_rejected' needs 'win_prob_chosen'"),
         ({**PAIR, "images": []}, {}, "'images' is not supported"),
-        ({**PAIR, "prompt": CHAT["prompt"]}, {}, "'prompt' is a conversation, 'chosen' is a text"),
+        ({**PAIR, "rejected": CHAT["rejected"]}, {}, "'prompt' is a text, 'chosen' is a text, 'rejected' is a conv"),
         ({**PAIR, "chosen": 3}, {}, "row 0: column 'chosen' must be a text or a list of turns, found a int"),
         ({**PAIR, "chosen": ["blue"]}, {}, "found a list of str"),
         ({**PAIR, "chosen": [{"from": "gpt", "value": "x"}]}, {}, "need the keys 'role' and 'content', found 'from'"),

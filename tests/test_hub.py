@@ -333,3 +333,19 @@ def test_a_run_without_a_token_does_not_begin(train, tmp_path):
     with pytest.raises(ConfigError, match="needs a token of the hub"):
         train(Api(["whoami"]))
     assert not (tmp_path / "my-model" / "metrics.jsonl").exists()
+
+
+def test_names_of_folders_and_data_sets_are_text_in_the_card(tmp_path):
+    """Neither HTML, nor Markdown, nor Python comes from them."""
+    import ast
+
+    folder = tmp_path / 'c"); print("M") ; ("<b id=x>`[a](b)`\n# d'
+    config = TrainConfig.build({"output_dir": str(folder)})
+    terms = resolve_terms(["dpo"])
+    for adapter in (False, True):
+        text = model_card(config, terms, adapter=adapter, metrics={"eval_<b id=x>|_loss": 1.0}, chat=True)
+        assert "<b" not in text and text.count("\n# ") == 1 and "model_name" not in text
+        code = text.split("```python\n")[1].split("\n```")[0]
+        constants = [n.value for n in ast.walk(ast.parse(code)) if isinstance(n, ast.Constant)]
+        assert folder.name in constants and 'print("M")' not in text
+        assert "eval_&lt;b id=x&gt;\\|_loss" in text

@@ -13,7 +13,6 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -530,9 +529,11 @@ VARIANTS = {
     "fdpo": [{"f_divergence_type": k} for k in ("reverse_kl", "forward_kl", "alpha_divergence")],
     "alphapo": [{"alpha": 0.0}, {"alpha": -0.5}], "discopop": [{"beta": 0.5, "discopop_tau": 0.7}],
     "slic": [{"lambda_coef": 0.0}], "orpo": [{"nll_coef": 0.0}], "cpo": [{"nll_reduction": "seq_mean"}],
+    "cpo_hinge": [{"cpo_alpha": 0.0}],
 }  # fmt: skip
 BY_SEQUENCE = {
     "slic": {"nll_reduction": "seq_sum"}, "cpo": {"nll_reduction": "seq_sum", "label_smoothing": 0.1},
+    "cpo_hinge": {"nll_reduction": "seq_sum"}, "cpo_ipo": {"nll_reduction": "seq_mean"},
     "cpo_simpo": {"nll_reduction": "seq_mean"}, "rpo": {"nll_reduction": "seq_mean", "rpo_alpha": 1.0},
     "orpo": {"nll_reduction": "seq_mean", "disable_prompt_loss": True},
 }  # fmt: skip
@@ -864,9 +865,9 @@ TRAINED = [name for name, loss in POINTWISE.items() if loss.trainable]
 
 @pytest.mark.parametrize("layout", ["classic", "k-way"])
 def test_the_trainer_takes_the_kernel(layout, monkeypatch):
-    """Trainer._pair_loss by the kernel and by the table: total, metrics and gradient of every trainable loss; K-way
+    """Objective.of_pairs by the kernel and by the table: total, metrics and gradient of every trainable loss; K-way
     pairs have token weights."""
-    trainer = pytest.importorskip("fastpo.trainer")
+    objective = pytest.importorskip("fastpo.objective")
     examples = []
     for k in range(2):
         lengths = [4 + k, 2, 6][: 2 if layout == "classic" else 3]
@@ -901,9 +902,8 @@ def test_the_trainer_takes_the_kernel(layout, monkeypatch):
             batch.drawn_rows = draw_rows(examples, range(2), 0, 1, 0)
             batch = batch.to(torch.device(DEVICE))
             batch.rows = {key: values.to(DEVICE) for key, values in batch.rows.items()}
-            monkeypatch.setattr(trainer, "has_kernel", takes if kernel else lambda *_: False)
-            run = SimpleNamespace(pair_terms=terms)
-            total, metrics = trainer.Trainer._pair_loss(run, leaves[0].to(DEVICE), batch, Statistics())
+            monkeypatch.setattr(objective, "has_kernel", takes if kernel else lambda *_: False)
+            total, metrics = objective.Objective(terms).of_pairs(leaves[0].to(DEVICE), batch, Statistics())
             total.backward()
             results.append([total.detach(), metrics, *(leaf.grad for leaf in leaves if leaf.grad is not None)])
         for table, kernel in zip(*results, strict=True):

@@ -20,6 +20,8 @@ VARIANTS = {
     "simpo": [{"label_smoothing": 0.1}], "slic": [{"nll_reduction": r} for r in ("seq_mean", "seq_sum")],
     "orpo": [{"disable_prompt_loss": True}, {"nll_coef": 0.0}, {"nll_reduction": "seq_mean"}],
     "cpo": [{"label_smoothing": 0.1, "cpo_alpha": 0.3}, {"nll_reduction": "seq_sum"}],
+    "cpo_hinge": [{"nll_reduction": "seq_sum"}], "cpo_ipo": [{"nll_reduction": "seq_mean", "cpo_alpha": 0.3}],
+    "apo_zero_unpaired": [{"desirable_weight": 1.3, "undesirable_weight": 0.7}],
     "cpo_simpo": [{"label_smoothing": 0.1, "nll_reduction": "seq_mean"}], "rpo": [{"rpo_alpha": 1.0}],
     "kto": [{"desirable_weight": 1.3, "undesirable_weight": 0.7}], "bco_pair": [{"delta": 0.4}],
     "aot": [{"label_smoothing": 0.1}], "aot_unpaired": [{"label_smoothing": 0.1}], "wpo": [{"clamp_weight": False}],
@@ -84,6 +86,63 @@ def test_coefficients_are_autograds(name, hyper, seed, scale):
     assert torch.isfinite(losses).all()
     for c, grad in zip(coefficients(name, x, **hyper), expected, strict=True):
         torch.testing.assert_close(c, grad, rtol=1e-9, atol=1e-12)
+
+
+# Hyper-parameters, and the log-probabilities of chosen and rejected that lie on a loss's kink or bound, to the bit;
+# those of the reference are 0, and lengths 1.
+AT_BOUNDS = {
+    "hinge": ({"beta": 0.5}, -2.0, -4.0), "gpo_hinge": ({"beta": 0.5}, -2.0, -4.0),
+    "slic": ({"delta": 2.0}, -4.0, -6.0),
+    "gpo_tquad": ({"beta": 0.5}, -2.0, -4.0), "dpop": ({}, 0.0, -4.0), "gpo_exp": ({"beta": 0.5}, -164.0, -4.0),
+    "fdpo-forward": ({"beta": 0.5, "f_divergence_type": "forward_kl"}, -80.0, -4.0),
+    "fdpo-alpha": ({"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.5}, -160.0, -4.0),
+    "alphapo": ({"alpha": 0.5}, -160.0, -4.0),
+    "orpo-chosen": ({"nll_coef": 0.0}, -1e-6, -4.0), "orpo-rejected": ({"nll_coef": 0.0}, -4.0, -1e-6),
+    "kto": ({}, -2.0, None), "wpo": ({}, -2.0, -4.0), "discopop": ({"discopop_tau": 1.0}, -800.0, 0.0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", AT_BOUNDS)
+def test_coefficients_are_autograds_at_the_bounds(case):
+    """And to either side of them: the derivative at the bound is one of the two."""
+    name = case.split("-")[0]
+    hyper, *where = AT_BOUNDS[case]
+    sides = [k for k in ("chosen_logps", "rejected_logps") if k in inputs(name)]
+
+    def of(*logps):
+        x = inputs(name)
+        x |= {k: torch.zeros_like(v) for k, v in x.items() if k.endswith("logps") or k.endswith("_sum_sq")}
+        x |= {k: torch.ones_like(x[k]) for k in ("chosen_len", "rejected_len")}
+        x |= {k: torch.full_like(x[k], v) for k, v in zip(sides, logps, strict=False)}
+        x |= {"kl": torch.tensor(0.0, dtype=torch.float64)}
+        if name == "wpo":  # its weight is e^0, where it is cut off
+            x |= {f"{s}_log_sum_sq": x[f"{s}_logps"] for s in ("chosen", "rejected")}
+        _, expected = autograd(name, x, **hyper)
+        for c, grad in zip(coefficients(name, x, **hyper), expected, strict=True):
+            torch.testing.assert_close(c, grad, rtol=1e-12, atol=0)
+        return expected
+
+    at = of(*where)
+    if name in ("kto", "wpo", "discopop"):
+        return
+    apart = [of(*(None if v is None else v * factor for v in where)) for factor in (1 - 1e-9, 1 + 1e-9)]
+    jumps = [not torch.allclose(a, b, rtol=1e-3) for a, b in zip(*apart, strict=True)]
+    assert any(jumps) != (name in ("gpo_tquad", "dpop")), "the case lies on a bound"
+    for grad, low, high in zip(at, *apart, strict=True):
+        assert torch.allclose(grad, low, rtol=1e-3) or torch.allclose(grad, high, rtol=1e-3)
+
+
+def test_coefficients_take_the_calls_own_keywords():
+    x = inputs("dpo")
+    names = {"policy_chosen_logps": "chosen_logps", "policy_rejected_logps": "rejected_logps"}
+    given = {k: x[names.get(k, k)] for k in (*names, "ref_chosen_logps", "ref_rejected_logps")}
+    got, expected = LOSSES["dpo"].coefficients(**given, beta=0.3), coefficients("dpo", x, beta=0.3)
+    for c, other in zip(got, expected, strict=True):
+        assert torch.equal(c, other)
+    with pytest.raises(ConfigError, match="dpo needs ref_rejected_logps"):
+        LOSSES["dpo"].coefficients(x["chosen_logps"], x["rejected_logps"], ref_chosen_logps=x["ref_chosen_logps"])
+    with pytest.raises(ConfigError, match="ref_chosen_logps.*must have the shape"):
+        LOSSES["dpo"].coefficients(**given | {"ref_chosen_logps": torch.zeros(2)})
 
 
 @pytest.mark.parametrize("name, hyper", CASES, ids=IDS)
@@ -174,6 +233,8 @@ FORMULAS = {
     "orpo": _orpo,
     "cpo": lambda v: -ls(0.1 * (v.lw - v.ll)) - v.lw / v.nw.mean(),
     "cpo_simpo": lambda v: -ls(10 * (v.lw / v.nw - v.ll / v.nl) - 5.4) - 0.05 * v.lw / v.nw.mean(),
+    "cpo_hinge": lambda v: (1 - 0.1 * (v.lw - v.ll)).clamp(min=0) - v.lw / v.nw.mean(),
+    "cpo_ipo": lambda v: (v.lw / v.nw - v.ll / v.nl - 5) ** 2 - v.lw / v.nw.mean(),
     "rpo": lambda v: -ls(0.01 * v.d) - 0.005 * v.lw / v.nw.mean(),
     "dpop": lambda v: -ls(0.1 * (v.d - 50 * (v.rw - v.lw).clamp(min=0))),
     "rdpo": lambda v: -ls(0.1 * v.d + 0.01 * (v.nw - v.nl)),
@@ -186,6 +247,7 @@ FORMULAS = {
     "kto": _kto,
     "bco_pair": lambda v: -ls(0.01 * v.a) - ls(-0.01 * v.b),
     "bco": _bco,
+    "apo_zero_unpaired": lambda v: torch.where(v.label, 1 - s(0.1 * v.a), s(0.1 * v.a)),
     "apo_zero": lambda v: 1 - s(0.1 * v.a) + s(0.1 * v.b),
     "apo_down": lambda v: s(0.1 * v.a) + 1 - s(0.1 * v.d),
     "aot": lambda v: -ls(0.01 * (rank(v.lw - v.ll) - rank(v.rw - v.rl))),
@@ -244,9 +306,10 @@ def test_formulas(name):
 
 
 def test_every_name_of_the_specification():
-    names = """dpo cdpo robust dpo_soft ipo hinge slic sigmoid_norm simpo orpo cpo cpo_simpo rpo dpop rdpo exo_pair
-        exo_rw nca_pair nca_rw infonca kto bco_pair bco apo_zero apo_down aot aot_unpaired discopop wpo ld_dpo sampo
-        tdpo1 tdpo2 fdpo alphapo sppo sppo_single sppo_hard dno dno_prct dno_reg inpo online_ipo ipo_md selm
+    names = """dpo cdpo robust dpo_soft ipo hinge slic sigmoid_norm simpo orpo cpo cpo_simpo cpo_hinge cpo_ipo
+        rpo dpop rdpo exo_pair exo_rw nca_pair nca_rw infonca kto bco_pair bco apo_zero apo_zero_unpaired apo_down aot
+        aot_unpaired discopop wpo ld_dpo sampo tdpo1 tdpo2
+        fdpo alphapo sppo sppo_single sppo_hard dno dno_prct dno_reg inpo online_ipo ipo_md selm
         xpo""".split()
     assert {n for n in LOSSES if not n.startswith("gpo_")} == set(names)
     assert sum(n.startswith("gpo_") for n in LOSSES) == 6

@@ -78,6 +78,7 @@ LIKE_DPO = (
 START = {
     **dict.fromkeys(LIKE_DPO, lambda v: LN2),
     **dict.fromkeys(("aot", "aot_unpaired", "bco"), lambda v: LN2), "kto": lambda v: 0.5,
+    "apo_zero_unpaired": lambda v: 0.5,
     "ipo": lambda v: 25.0, "hinge": lambda v: 1.0, "gpo_hinge": lambda v: 1.0, "gpo_exp": lambda v: 1.0,
     "gpo_sq": lambda v: 1.0, "gpo_tquad": lambda v: 1.0, "gpo_savage": lambda v: 0.25,
     "rdpo": lambda v: torch.log(1 + torch.exp(-0.01 * (v.nw - v.nl))).mean(),
@@ -88,6 +89,8 @@ START = {
     "discopop": lambda v: 0.5 * LN2 + 0.5,
     "rpo": lambda v: LN2 - 0.005 * v.lw.sum() / v.nw.sum(),
     "cpo": lambda v: -torch.log(s(0.1 * (v.lw - v.ll))).mean() - v.lw.sum() / v.nw.sum(),
+    "cpo_hinge": lambda v: (1 - 0.1 * (v.lw - v.ll)).clamp(min=0).mean() - v.lw.sum() / v.nw.sum(),
+    "cpo_ipo": lambda v: ((v.lw / v.nw - v.ll / v.nl - 5) ** 2).mean() - v.lw.sum() / v.nw.sum(),
     "slic": lambda v: (1 - v.lw + v.ll).clamp(min=0).mean() - 0.1 * v.lw.sum() / v.nw.sum(),
     "simpo": lambda v: -torch.log(s(2 * (v.lw / v.nw - v.ll / v.nl) - 1)).mean(),
     "cpo_simpo": lambda v: (
@@ -105,7 +108,7 @@ START = {
 
 @pytest.mark.parametrize("name", TRAINABLE)
 def test_three_steps(toy, run, name):
-    result = run(loss_type=name)
+    result = run(loss_type=name, per_device_train_batch_size=32)  # all rows, of each response apart too
     losses = [line["loss"] for line in result.log_history if "loss" in line]
     assert len(losses) == 3 and all(map(math.isfinite, losses))
     assert losses[0] == pytest.approx(float(START[name](sums(toy, rows_with_probabilities(toy)))), rel=2e-5)
@@ -233,7 +236,7 @@ def test_token_weights_that_cannot_be(toy, run):
         ({"rejected_token_weights": [-1.0]}, "must be a list of finite numbers from 0 on"),
         ({"rejected_token_weights": "1"}, "must be a list of finite numbers"),
         ({"rejected_token_weights": [math.nan]}, "must be a list of finite numbers"),
-        ({"ref_chosen_logps": -1.0, "ref_rejected_logps": -1.0}, "are sums, which chosen_token_weights cannot weigh"),
+        ({"ref_chosen_logps": -1.0, "ref_rejected_logps": -1.0}, "are sums, which neither chosen_token_weights nor"),
     ]  # fmt: skip
     for change, message in cases:
         every = [row | change for row in rows] if "ref_chosen_logps" in change else [rows[0] | change, *rows[1:]]
@@ -323,9 +326,9 @@ def test_win_probabilities_that_contradict_each_other(toy, run):
 
 
 def test_the_kernel_takes_what_it_knows_and_the_table_the_rest(monkeypatch):
-    """The choice in Trainer._pair_loss, without a GPU: a stand-in for the fused path notes what it is asked for.
+    """The choice in Objective.of_pairs, without a GPU: a stand-in for the fused path notes what it is asked for.
     tests/test_kernels_interpreter.py compares the two paths."""
-    from fastpo import metrics, trainer
+    from fastpo import metrics, objective
     from fastpo.losses import Pairs
     from fastpo.stepwide import Statistics
 
@@ -337,9 +340,9 @@ def test_the_kernel_takes_what_it_knows_and_the_table_the_rest(monkeypatch):
 
     x = Pairs(*(torch.full((2,), -float(k), requires_grad=k < 3) for k in range(1, 5)))
     given = []
-    monkeypatch.setattr(trainer, "fused_pair_loss", fused)
+    monkeypatch.setattr(objective, "fused_pair_loss", fused)
     monkeypatch.setattr(metrics.ops, "available_backends", lambda: ["triton", "torch"])
-    monkeypatch.setattr(trainer, "pair_inputs", lambda logp, batch: given.append(batch) or x)
+    monkeypatch.setattr(objective, "pair_inputs", lambda logp, batch: given.append(batch) or x)
 
     class OnGpu:
         """What the method asks of the log-probabilities."""
@@ -356,7 +359,7 @@ def test_the_kernel_takes_what_it_knows_and_the_table_the_rest(monkeypatch):
     for terms in (taken, [left], [*taken, left], [left, *taken]):
         asked.clear()
         given.clear()
-        total, sums = trainer.Trainer._pair_loss(SimpleNamespace(pair_terms=terms), OnGpu(), batch, Statistics())
+        total, sums = objective.Objective(terms).of_pairs(OnGpu(), batch, Statistics())
         assert asked == [t.name for t in terms if t is not left] and len(given) == (left in terms)
         assert (sums == 7).all().item() == (terms[0] is not left), "the metrics are the first term's"
         expected = left.loss.fn(x, **left.hyper).sum().item() if left in terms else 0.0

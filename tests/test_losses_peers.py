@@ -149,12 +149,16 @@ def test_every_loss_of_trl_is_compared():
 CPO = [
     ("sigmoid", {}, "cpo", {"cpo_alpha": 0.0}),
     ("sigmoid", {"label_smoothing": 0.1}, "cpo", {"cpo_alpha": 0.0, "label_smoothing": 0.1}),
+    ("hinge", {}, "cpo_hinge", {"cpo_alpha": 0.0}),
+    ("ipo", {}, "cpo_ipo", {"cpo_alpha": 0.0}),
     ("simpo", {"simpo_gamma": 0.5}, "simpo", {"gamma_beta_ratio": 0.25}),
     ("simpo", {"simpo_gamma": 0.1, "alpha": 0.25}, "alphapo", {"alpha": 0.25, "gamma_beta_ratio": 0.05}),
 ]
 
 
-@pytest.mark.parametrize("loss_type, options, name, hyper", CPO, ids=["cpo", "cpo-smoothed", "simpo", "alphapo"])
+@pytest.mark.parametrize(
+    "loss_type, options, name, hyper", CPO, ids=["cpo", "cpo-smoothed", "hinge", "ipo", "simpo", "alphapo"]
+)
 def test_trl_cpo_trainer(loss_type, options, name, hyper):
     pytest.importorskip("trl")
     with warnings.catch_warnings():
@@ -165,7 +169,7 @@ def test_trl_cpo_trainer(loss_type, options, name, hyper):
         loss_type=loss_type, alpha=0.0, beta=2.0, label_smoothing=0.0, simpo_gamma=0.0, accelerator=ACCELERATOR
     )
     stand_in = SimpleNamespace(**{**given, **options})
-    by = b.lengths if loss_type == "simpo" else 1  # TRL averages where the loss is SimPO
+    by = b.lengths if loss_type in ("simpo", "ipo") else 1  # where TRL averages
 
     def theirs(logp):
         return CPOTrainer.cpo_loss(stand_in, *(logp.sum(1) / by).chunk(2))[0].mean()
@@ -188,24 +192,24 @@ def test_trl_orpo_trainer():
     compare(theirs, lambda logp: ours("orpo", b, logp, nll_coef=0.0, disable_prompt_loss=True), b, rtol=2e-6)
 
 
-def test_trl_kto_trainer():
+@pytest.mark.parametrize("loss_type", ["kto", "apo_zero_unpaired"])
+def test_trl_kto_trainer(loss_type):
     trl = pytest.importorskip("trl")
     b = batch()
     label = torch.arange(2 * P) % 3 != 0
     kl_logps, ref_kl = torch.linspace(-3, 1, 2 * P).double(), torch.linspace(-4, -1, 2 * P).double()
     stand_in = SimpleNamespace(
-        accelerator=ACCELERATOR, aux_loss_enabled=False, precompute_ref_logps=True, calculate_KL=True, _tp_size=1,
-        _total_train_tokens=0, _metrics={"train": defaultdict(list)}, model=TRAINING, beta=0.1, loss_type="kto",
-        desirable_weight=1.2, undesirable_weight=0.9, _compute_kl_logps=lambda *_: kl_logps,
+        accelerator=ACCELERATOR, aux_loss_enabled=False, precompute_ref_logps=True, calculate_KL=loss_type == "kto",
+        _tp_size=1, _total_train_tokens=0, _metrics={"train": defaultdict(list)}, model=TRAINING, beta=0.1,
+        loss_type=loss_type, desirable_weight=1.2, undesirable_weight=0.9, _compute_kl_logps=lambda *_: kl_logps,
     )  # fmt: skip
     rows = {"input_ids": b.mask, "attention_mask": b.mask, "completion_mask": b.mask, "label": label,
             "ref_logps": b.ref.sum(1), "ref_KL_logps": ref_kl}  # fmt: skip
-    weights = {"desirable_weight": 1.2, "undesirable_weight": 0.9}
+    own = {"desirable_weight": 1.2, "undesirable_weight": 0.9}
+    own |= {"kl": (kl_logps - ref_kl).mean()} if loss_type == "kto" else {}
     compare(
         lambda logp: trl.KTOTrainer._compute_loss(stand_in, model(b, logp), rows, False),
-        lambda logp: LOSSES["kto"](
-            logp.sum(1), None, b.ref.sum(1), label=label, kl=(kl_logps - ref_kl).mean(), **weights
-        ).mean(),
+        lambda logp: LOSSES[loss_type](logp.sum(1), None, b.ref.sum(1), label=label, **own).mean(),
         b,
     )
 

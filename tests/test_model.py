@@ -413,20 +413,10 @@ def test_real_family_with_a_head_of_two_modules_is_refused() -> None:
         verify_policy(Policy(model), make_examples())
 
 
-@pytest.mark.parametrize(
-    ("name", "kwargs", "message"),
-    [
-        ("Bloom", {"n_layer": 1, "n_head": 2}, "does not take custom attention"),
-        ("Mamba", {"state_size": 4}, r"has \w+ layers|does not take custom attention"),
-        ("Qwen3Next", {"head_dim": 8, "num_experts": 2}, "linear_attention"),
-        ("T5", {"d_model": 16, "d_ff": 16, "num_layers": 1, "num_heads": 2, "d_kv": 8}, "encoder-decoder"),
-    ],
-)
-def test_family_that_cannot_be_packed_is_refused(name: str, kwargs: dict, message: str) -> None:
-    config = getattr(transformers, f"{name}Config")(**{**_SIZES, **kwargs})
-    auto = transformers.AutoModelForSeq2SeqLM if name == "T5" else AutoModelForCausalLM
-    with pytest.raises(UnsupportedModelError, match=message):
-        Policy(auto.from_config(config))
+def test_encoder_decoder_is_refused() -> None:
+    config = transformers.T5Config(**{**_SIZES, "d_model": 16, "d_ff": 16, "num_layers": 1, "num_heads": 2, "d_kv": 8})
+    with pytest.raises(UnsupportedModelError, match="encoder-decoder"):
+        Policy(transformers.AutoModelForSeq2SeqLM.from_config(config))
 
 
 @pytest.mark.parametrize(
@@ -465,12 +455,6 @@ def test_headless_and_foreign_models_are_refused() -> None:
         Policy(transformers.LlamaModel(LlamaConfig(**_SIZES)))
     with pytest.raises(UnsupportedModelError, match="not a transformers causal language model"):
         Policy(torch.nn.Linear(2, 2))
-
-
-def test_router_loss_is_refused() -> None:
-    with pytest.raises(UnsupportedModelError, match="output_router_logits"):
-        Policy(make_model("qwen3_moe", output_router_logits=True))
-    Policy(make_model("qwen3_moe", output_router_logits=True, router_aux_loss_coef=0.0))
 
 
 # ---- the guard itself

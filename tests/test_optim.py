@@ -402,6 +402,32 @@ def test_muon_refuses_what_it_is_not_for():
         build_optimizer(model, TrainConfig(optim="muon"), Gradients(trained, master_weights="fp32", seed=0))
 
 
+@pytest.mark.parametrize("masters", ["none", "stochastic", "fp32"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_muon_keeps_its_momentum_or_is_refused(dtype, masters):
+    """Without nesterov, PyTorch before 2.15 normalises a bf16 momentum in place: the average of gradients is lost."""
+    model = tiny().to(dtype)
+    gradients = Gradients(dict(model.named_parameters()), master_weights=masters, seed=0)
+    config = TrainConfig(optim="muon", optim_args="nesterov=false")
+    if dtype == torch.bfloat16 and masters == "none" and not optim.MUON_KEEPS_MOMENTUM:
+        with pytest.raises(ConfigError, match="nesterov=false steps bf16 weights wrongly before PyTorch 2.15"):
+            build_optimizer(model, config, gradients)
+        given = torch.optim.Muon([model.hidden.weight], nesterov=False)
+        with pytest.raises(ConfigError, match="steps bf16 weights wrongly"):
+            optim.check_given(given, dict(model.named_parameters()))
+        build_optimizer(model, TrainConfig(optim="muon"), gradients)
+        return
+    optimizer = build_optimizer(model, config, gradients)
+    stepped = gradients.stepped(model.hidden.weight)
+    mean = torch.zeros(WIDTH, WIDTH)
+    for k in range(3):
+        stepped.data = stepped.data.clone()  # of a stand-in: it has memory during a step alone
+        stepped.grad = torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(k)).to(stepped.dtype)
+        mean.lerp_(stepped.grad.float(), 0.05)
+        optimizer.step()
+    assert (optimizer.state[stepped]["momentum_buffer"].float() - mean).abs().max() < 1e-2 * mean.abs().max()
+
+
 def test_eight_bits_of_state_but_not_for_embeddings():
     needs("adamw_8bit")
     model, plain = tiny(), tiny()

@@ -310,8 +310,9 @@ def test_plan_needs_no_weights(toy, folder, tmp_path, capsys):
 
 
 def test_the_table(folder, capsys):
-    assert cli.main(["plan", "--model", str(folder), "--memory", "80GiB"]) == 0
+    assert cli.main(["plan", "--model", str(folder), "--memory", "80GiB", "--use-cpu"]) == 0
     text = capsys.readouterr().out
+    assert "at max_tokens=2,048, the default on a CPU (on a GPU 16,384: --device cuda)" in text
     for name in ("weights", "gradients", "fp32 master copies", "optimiser state", "reference", "activations",
                  "head, kept", "head, sliced", "peak of a step", "total", "the largest max_tokens is"):  # fmt: skip
         assert name in text
@@ -321,6 +322,15 @@ def test_the_table(folder, capsys):
     "options, words",
     [
         ({"--model": "nowhere/at-all"}, "is no model that can be planned"),
+        ({"--model": "./nowhere/at-all"}, "model: no such folder: './nowhere/at-all'"),
+        ({"--model": "/"}, "model: the folder '/' holds no model, which has a config.json"),
+        ({"--ref-model": "./nowhere"}, "ref_model: no such folder: './nowhere'"),
+        ({"--device": "cuda:x"}, "device 'cuda:x' is not supported; use cuda or cpu"),
+        ({"--device": "mps"}, "device 'mps' is not supported; use cuda or cpu"),
+        ({"--memory": "nanGiB"}, "memory must be a size such as 80GiB"),
+        ({"--memory": "1..2GiB"}, "memory must be a size such as 80GiB"),
+        ({"--memory": "24Gib per GPU"}, "memory must be a size such as 80GiB"),
+        ({"--memory": "1e99GiB"}, "is more than any device has"),
         ({"--memory": "4MB"}, "the weights take 4"),
         ({"--memory": "15MB"}, "the weights, gradients and optimiser state take 18"),
         ({"--memory": "plenty"}, "memory must be a size such as 80GiB"),
@@ -338,6 +348,21 @@ def test_plans_that_cannot_be_made(folder, capsys, options, words):
     assert cli.main(["plan", *argv]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert words in error and "Traceback" not in error
+
+
+def test_which_max_tokens_is_assumed(folder, capsys):
+    """The default of the device that training would use here, or of the one that is named; and it is said."""
+    given = ("--model", folder, "--memory", "80GiB")
+    found = {device: planned(capsys, *given, "--device", device) for device in ("cpu", "cuda")}
+    assert {device: f["max_tokens"] for device, f in found.items()} == {"cpu": 2048, "cuda": 16384}
+    assert all(f["device"] == device and f["max_tokens_from"] == "default" for device, f in found.items())
+    here = planned(capsys, "--model", folder, "--memory", "80GiB")
+    assert here == found["cuda" if torch.cuda.is_available() else "cpu"]
+    for value in ("512", "auto"):
+        said = planned(capsys, "--model", folder, "--memory", "80GiB", "--use-cpu", "--max-tokens", value)
+        assert said["max_tokens_from"] == {"512": "option", "auto": "auto"}[value]
+    assert cli.main(["plan", "--model", str(folder), "--memory", "80GiB", "--device", "cuda"]) == 0
+    assert "at max_tokens=16,384, the default on a GPU (on a CPU 2,048: --device cpu)" in capsys.readouterr().out
 
 
 def test_sizes():

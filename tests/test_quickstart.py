@@ -125,6 +125,12 @@ def test_sampling_is_deterministic_by_seed(model, tokenizer):
     assert quickstart.sample_answers(model, tokenizer, problems) == greedy != first
 
 
+def test_sampling_warns_of_nothing(model, tokenizer, caplog, recwarn):
+    """transformers 5.24 calls the key-value cache by another name, and says so."""
+    quickstart.sample_answers(model, tokenizer, ["738492"])
+    assert not caplog.text and not recwarn.list
+
+
 def test_greedy_answers_equal_generate(model, tokenizer):
     problems = quickstart.draw_problems(random.Random(0), 8)[0]
     ids = torch.tensor(tokenizer([quickstart.prompt_of(p) for p in problems])["input_ids"])

@@ -324,7 +324,7 @@ def flip(path):
 DAMAGE = {
     "missing": ("trainer.pt", lambda p: p.unlink(), "trainer.pt is missing"),
     "truncated": ("model.safetensors", truncate, "model.safetensors has .* bytes instead of"),
-    "flipped": ("state/__0_0.distcp", flip, "state/__0_0.distcp has changed"),
+    "flipped": ("state/rank-00000.safetensors", flip, "state/rank-00000.safetensors has changed"),
     "no manifest": ("manifest.json", lambda p: p.unlink(), "manifest.json is missing"),
     "garbled": ("manifest.json", lambda p: p.write_text("{"), "manifest.json cannot be read"),
 }
@@ -578,3 +578,28 @@ def test_a_moving_reference_needs_a_loss_with_one(run):
         run(loss_type="simpo", sync_ref_model=True)
     with pytest.raises(DataError, match="does not fill|do not fill"):
         run(dataloader_drop_last=True, per_device_train_batch_size=50)
+
+
+def test_damaged_checkpoints_are_resumed_refused_or_passed_over(repo_root, tmp_path):
+    """A sample of `python tests/damage_runs.py --count 500`."""
+    out = tmp_path / "damage.json"
+    done = subprocess.run(
+        [sys.executable, str(repo_root / "tests" / "damage_runs.py"), "--count", "25", "--seed", "3",
+         "--json", str(out)],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    outcomes = json.loads(out.read_text())["outcomes"]
+    assert sum(outcomes.values()) == 25 and outcomes["refused"] and outcomes["the same bits"]
+
+
+@pytest.mark.slow
+def test_runs_stopped_by_signals_keep_the_last_finished_step(repo_root, tmp_path):
+    """Single and double ones, between and within saves."""
+    out = tmp_path / "signals.json"
+    done = subprocess.run(
+        [sys.executable, str(repo_root / "tests" / "kill_runs.py"), "--signals", "16", "--json", str(out)],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert all(r["same"] for r in json.loads(out.read_text())["records"])

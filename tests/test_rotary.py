@@ -171,7 +171,7 @@ def test_the_guard_finds_what_llama4_needs(what: str, monkeypatch: pytest.Monkey
     from fastpo import attention
 
     policy = Policy(make_llama4())
-    wrong = (lambda trunk: contextlib.nullcontext()) if what == "own_temperatures" else (lambda module: None)
+    wrong = (lambda trunk, **kwargs: contextlib.nullcontext()) if what == "own_temperatures" else (lambda module: None)
     monkeypatch.setattr(attention, what, wrong)
     with pytest.raises(UnsupportedModelError, match="packed together|masked by 8 tokens"):
         verify_policy(policy, examples(*MIXED))

@@ -128,8 +128,8 @@ def test_steps_of_plain_pytorch(toy, run, loss):
 
 def test_pairs_become_unpaired_rows(toy, run):
     rows = toy.rows(6)
-    flat = [{"prompt": r["prompt"], "completion": r[k], "label": int(k == "chosen")} for r in rows
-            for k in ("chosen", "rejected")]  # fmt: skip
+    flat = [{"prompt": r["prompt"], "completion": r[k], "label": int(k == "chosen")}
+            for k in ("chosen", "rejected") for r in rows]  # in TRL's order  # fmt: skip
     one, two = (
         run(r, name, loss_type="kto", train_sampling_strategy="sequential") for r, name in ((rows, "a"), (flat, "b"))
     )
@@ -147,7 +147,7 @@ def test_the_mean_reward_goes_on_after_a_resume(toy, run):
     assert logged(resumed, "loss") == logged(whole, "loss")
 
 
-def test_a_kl_of_other_prompts(toy):
+def test_a_kl_of_other_prompts(toy, caplog):
     tokenizer = toy.tokenizer()
     rows = [
         {"prompt": p, "completion": f" w{i}", "label": True} for i, p in enumerate(["w1 w2", "w1 w2", "w3", "w4 w5"])
@@ -161,8 +161,12 @@ def test_a_kl_of_other_prompts(toy):
         [3],
     ]  # w2, w2, w3, w0, cut to 3 with their prompts
     assert all(a.prompt_ids is b.prompt_ids for a, b in zip(found, examples, strict=True))
-    with pytest.raises(DataError, match="all rows have the same prompt"):
-        data.mismatched(examples[:2], None)
+    with caplog.at_level("WARNING", logger="fastpo.data"):
+        found = data.mismatched(examples[:2], None)
+    assert "all rows have the same prompt" in caplog.text
+    assert [e.responses[0].tolist() for e in found] == [examples[k].responses[0].tolist() for k in (1, 0)]
+    with pytest.raises(DataError, match="there is only one"):
+        data.mismatched(examples[:1], None)
 
 
 def test_rows_sorted_by_prompt_are_no_quadratic_work(monkeypatch):
