@@ -300,7 +300,7 @@ def _check_batch(policy: Policy, batch: PackedBatch, examples: Sequence[Example]
             if not right:
                 raise UnsupportedModelError(
                     f"{type(policy.causal_lm).__name__}: response {k} of row {number} is not in the packed batch as in "
-                    "the data (tokens, order or positions): rows are packed wrongly; please report this"
+                    "the data (tokens, order or positions): rows are paired or packed wrongly; please report this"
                 )
 
 
@@ -380,7 +380,8 @@ def _by_own_trunk(policy: Policy, examples: Sequence[Example], device: torch.dev
     states: list[Tensor] = []
     out = []
     trunks = {policy.trunk}
-    if isinstance(decoder := policy.causal_lm.get_decoder(), PreTrainedModel):
+    decoder = policy.causal_lm.get_decoder()
+    if isinstance(decoder, PreTrainedModel) and decoder is not policy.causal_lm:
         trunks.add(decoder)  # OPT runs its decoder without the model around it
     handles = [trunk.register_forward_hook(lambda _m, _i, out: states.append(out[0])) for trunk in trunks]
     try:

@@ -1,76 +1,99 @@
-"""disable_dropout means no noise: what modules hold, what they read from the configuration, and what no name tells."""
+"""disable_dropout means no noise, and what is still random in train mode is named before the first step."""
 
-import numpy as np
+import copy
+import importlib.util
+from pathlib import Path
+
 import pytest
 import torch
 import transformers
-from torch import nn
 
-from fastpo.data import Example
 from fastpo.errors import ConfigError
 from fastpo.model import Policy
 from fastpo.noise import check_quiet, disable_dropout
 
-SIZES = dict(vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-             num_key_value_heads=2, pad_token_id=0, max_position_embeddings=64)  # fmt: skip
+_spec = importlib.util.spec_from_file_location("fastpo_test_model", Path(__file__).with_name("test_model.py"))
+families = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(families)
+EXAMPLES = families.make_examples()[:2]
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 NOISY = {
-    "mixtral": ("Mixtral", dict(num_local_experts=4, router_jitter_noise=0.3)),
-    "phimoe": ("Phimoe", dict(num_local_experts=4)),  # its own default: router_jitter_noise 0.01
-    "starcoder2": ("Starcoder2", dict(residual_dropout=0.2, embedding_dropout=0.2, attention_dropout=0.2)),
-    "falcon": (
-        "Falcon",
-        dict(new_decoder_architecture=True, num_kv_heads=2, hidden_dropout=0.3, attention_dropout=0.2),
-    ),
-    "opt": ("OPT", dict(ffn_dim=48, word_embed_proj_dim=32, dropout=0.2, layerdrop=0.5)),
-    "gpt2": ("GPT2", dict(n_embd=32, n_layer=2, n_head=4, n_positions=64, resid_pdrop=0.2, embd_pdrop=0.2)),
-}
+    "mixtral": ("Mixtral", {**EXPERTS, "router_jitter_noise": 0.3}),
+    "phimoe": ("Phimoe", {**EXPERTS, "router_jitter_noise": 0.4}),  # draws experts; this says among which, also in eval
+    "phimoe_input": ("Phimoe", {**EXPERTS, "input_jitter_noise": 0.3}),
+    "gpt2": ("GPT2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}),
+    "opt": ("OPT", {"ffn_dim": 48, "word_embed_proj_dim": 32, "layerdrop": 0.5}),
+    "falcon": ("Falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "hidden_dropout": 0.3}),
+    "gpt_neo": ("GPTNeo", {"attention_dropout": 0.3, "num_layers": 2, "attention_types": [[["global"], 2]]}),
+}  # fmt: skip
+UNPACKED = {"falcon", "gpt_neo"}
 
 
-def make_model(name: str) -> nn.Module:
-    family, options = NOISY[name]
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**{**SIZES, **options})
-    return transformers.AutoModelForCausalLM.from_config(config)
-
-
-def examples() -> list[Example]:
-    rng = np.random.default_rng(0)
-    ids = [rng.integers(3, 60, n).astype(np.int32) for n in (9, 12, 14)]
-    return [Example(prompt_ids=ids[0], responses=ids[1:], pairs=[(0, 1)])]
+def make(name: str, **overrides: object) -> transformers.PreTrainedModel:
+    family, kwargs = NOISY[name]
+    config = getattr(transformers, f"{family}Config")(**{**families._SIZES, **kwargs, **overrides})
+    torch.manual_seed(1)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    return model
 
 
 @pytest.mark.parametrize("name", NOISY)
-def test_noise_by_every_name_is_off_and_the_config_is_saved_as_it_was(name, tmp_path):
-    model = make_model(name)
-    before = model.config.to_dict()
-    policy = Policy(model)
-    with pytest.raises(ConfigError, match="random in train mode though disable_dropout is on"):
-        check_quiet(policy, examples())
+def test_noise_is_off(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    if name in UNPACKED:
+        monkeypatch.setenv("FASTPO_ATTENTION", "own")
+    model = make(name)
+    rows = EXAMPLES * 4  # enough tokens that some expert is another
+    before, config = families.own_logps(model.eval(), EXAMPLES), model.config.to_dict()
+    with pytest.raises(ConfigError, match="random in train mode though disable_dropout is on.*first behind"):
+        check_quiet(Policy(model), rows)
     disable_dropout(model)
-    check_quiet(policy, examples())
+    check_quiet(Policy(model), EXAMPLES)
+    check_quiet(Policy(copy.deepcopy(model)), EXAMPLES)
+    assert torch.equal(families.own_logps(model.train(), EXAMPLES), families.own_logps(model.train(), EXAMPLES))
+    assert torch.equal(families.own_logps(model.eval(), EXAMPLES), before)  # a threshold is no noise
     model.save_pretrained(tmp_path)
-    saved = transformers.AutoConfig.from_pretrained(tmp_path).to_dict()
-    noise = {k for k, v in before.items() if isinstance(v, float) and ("drop" in k or "jitter" in k)}
-    assert noise and {k: saved[k] for k in noise} == {k: before[k] for k in noise}
+    assert model.config.to_dict().items() >= {k: v for k, v in config.items() if "drop" in k or "jitter" in k}.items()
+    saved = type(model.config).from_pretrained(tmp_path).to_dict()
+    assert {k: v for k, v in saved.items() if "drop" in k or "jitter" in k} == {
+        k: v for k, v in config.items() if "drop" in k or "jitter" in k
+    }
 
 
-def test_noise_that_no_name_tells_is_found_and_placed():
-    class Shaken(nn.Module):
-        def __init__(self, inner: nn.Module):
+def test_unknown_noise_is_named_and_leaves_no_trace() -> None:
+    class Noisy(torch.nn.Module):
+        def __init__(self, inner: torch.nn.Module) -> None:
             super().__init__()
             self.inner = inner
 
-        def forward(self, x):
-            return self.inner(x) + 0.01 * torch.randn_like(x) * self.training
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inner(x) * (1 + 0.01 * torch.rand(())) if self.training else self.inner(x)
 
-    model = make_model("mixtral")
+    model = families.make_model("llama")
     disable_dropout(model)
-    model.model.layers[1].post_attention_layernorm = Shaken(model.model.layers[1].post_attention_layernorm)
-    before = torch.random.get_rng_state()
-    with pytest.raises(ConfigError, match=r"first behind model\.layers\.1\.post_attention_layernorm \(Shaken\)"):
-        check_quiet(Policy(model), examples())
-    assert torch.equal(torch.random.get_rng_state(), before)
-    assert model.training is False or all(m.training == model.training for m in model.modules())
+    policy = Policy(model)
+    check_quiet(policy, EXAMPLES)
+    model.model.layers[1].mlp = Noisy(model.model.layers[1].mlp)
+    modes, state = [m.training for m in model.modules()], torch.random.get_rng_state()
+    with pytest.raises(ConfigError, match=r"first behind model\.layers\.1\.mlp \(Noisy\).*disable_dropout=False"):
+        check_quiet(policy, EXAMPLES)
+    assert [m.training for m in model.modules()] == modes
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_packed_attention_reaches_a_quiet_configuration() -> None:
+    """Persimmon's layers read their dropout from the configuration, and their attention's name from the same one."""
+    config = transformers.PersimmonConfig(**families._SIZES, attention_dropout=0.3, hidden_dropout=0.3)
+    torch.manual_seed(1)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    disable_dropout(model)
+    assert model.model.layers[0].self_attn.config.attention_dropout == 0.0
+    assert model.config.attention_dropout == 0.3
+    model.set_attn_implementation("eager")
+    assert model.model.layers[0].self_attn.config._attn_implementation == "eager"
 
 
 def test_a_run_with_noise_ends_before_its_first_step_and_goes_with_the_option_off(toy, sgd_run, monkeypatch):
