@@ -8,10 +8,12 @@ Whatever a model asks for that is not computed exactly here is refused. docs/att
 T = packed tokens, C = chains, H = query heads, G = key and value heads (H a multiple of G), L = tokens of one chain.
 """
 
+import contextlib
 import functools
 import importlib.util
 import inspect
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -70,6 +72,10 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Causal attention within each chain of `fastpo_layout` -> ([1, T, H, Dv], None)."""
     _refuse_what_is_not_computed(module, query, key, attention_mask, fastpo_layout, kwargs)
+    if getattr(module, _TEMPERATURE, False):
+        query = _tempered(module, query, fastpo_layout)
+    if (chunk := chunk_of(module)) is not None:
+        fastpo_layout = fastpo_layout.chunked(chunk)
     dtype = _compute_dtype(query, value)
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -88,6 +94,42 @@ def packed_attention(
     else:
         out = _varlen_attention(backend, query, key, value, fastpo_layout, scale, dropout, window, softcap)
     return out, None
+
+
+def chunk_of(module: nn.Module) -> int | None:
+    """Tokens of a chunk, in a layer whose tokens see their own chunk only: Llama 4 says so in its mask alone."""
+    config, layer = getattr(module, "config", None), getattr(module, "layer_idx", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None or layer is None or layer >= len(kinds) or kinds[layer] != "chunked_attention":
+        return None
+    return getattr(config, "attention_chunk_size", None)
+
+
+_TEMPERATURE = "fastpo_temperature"  # attribute of attention layers whose queries are scaled here
+
+
+@contextlib.contextmanager
+def own_temperatures(trunk: nn.Module, packed: bool) -> Iterator[None]:
+    """Llama 4 scales the queries of its layers without rotary embedding by their place in the row that it is given;
+    inside the block that is done here, by their place in the chain. Nothing where rows are not `packed`."""
+    layers = [m for m in trunk.modules() if getattr(m, "attn_temperature_tuning", False) and hasattr(m, "floor_scale")]
+    layers = [m for m in layers if packed and not getattr(m, "use_rope", False)]
+    for layer in layers:
+        setattr(layer, _TEMPERATURE, layer.attn_temperature_tuning)
+        layer.attn_temperature_tuning = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.attn_temperature_tuning = getattr(layer, _TEMPERATURE)
+            delattr(layer, _TEMPERATURE)
+
+
+def _tempered(module: Any, query: Tensor, layout: Layout) -> Tensor:
+    """Queries [1, H, T, D] by the formula of the model."""
+    positions = layout.positions(query.device).float()
+    scales = torch.log1p(torch.floor((positions + 1.0) / module.floor_scale)) * module.attn_scale + 1.0
+    return (query * scales[:, None]).to(query.dtype)
 
 
 def _token_major(x: Tensor) -> Tensor:

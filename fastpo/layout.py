@@ -4,6 +4,7 @@ T = packed tokens, C = chains, B = branches. A chain is a run of tokens that att
 branch attend to the prompt of another chain as well.
 """
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Self
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastpo.errors import UnsupportedModelError
 from fastpo.packing import Branch
 from fastpo.prefetch import to_device
 
@@ -63,6 +65,38 @@ class Layout:
     @property
     def longest_chain(self) -> int:
         return max(self.lengths)
+
+    def positions(self, device: torch.device) -> Tensor:
+        """Where each token [T] is in its sequence, prompt included; int64 on `device`."""
+        key = ("positions", device)
+        if key not in self._tables:
+            prompts = prompts_of_chains(self.cu_seqlens, self.branches)
+            before = [b - a for a, b in (prompts.get(start, (0, 0)) for start in self.cu_seqlens[:-1])]
+            parts = [np.arange(n, n + length) for n, length in zip(before, self.lengths, strict=True)]
+            (self._tables[key],) = _to_device([np.concatenate(parts)], device)
+        return self._tables[key]
+
+    def chunked(self, size: int) -> "Layout":
+        """The layout in which a token sees only those of its own chunk: positions [k size, (k + 1) size).
+
+        UnsupportedModelError where a shared prompt and its responses do not fit in one.
+        """
+        if self.max_seqlen <= size:
+            return self
+        key = ("chunked", size)
+        if key not in self._tables:
+            prompts = prompts_of_chains(self.cu_seqlens, self.branches)
+            boundaries = [0]
+            for start, stop in itertools.pairwise(self.cu_seqlens):
+                first, end = prompts.get(start, (0, 0))
+                if end > first and end - first + stop - start > size:
+                    raise UnsupportedModelError(
+                        f"a prompt is shared by responses that go beyond the attention's chunk of {size} tokens: pass "
+                        "share_prompts=never"
+                    )
+                boundaries += [*range(start + size, stop, size), stop]
+            self._tables[key] = Layout.from_chains(tuple(boundaries), self.branches)
+        return self._tables[key]
 
     def varlen_tables(self, device: torch.device) -> VarlenTables:
         """On `device`, copied there once and without a synchronisation; a model may span devices."""

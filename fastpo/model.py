@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
-from fastpo import adapters, attention, ops
+from fastpo import adapters, attention, ops, rotary
 from fastpo.errors import ConfigError, UnsupportedModelError
 from fastpo.layout import Layout, prompts_of_chains
 from fastpo.loading import load_model, load_tokenizer, resolve_device
@@ -97,9 +97,11 @@ class Policy:
         if self._originals is None:
             raise RuntimeError("Policy.hidden needs packed attention: call it inside `with policy.attach():`")
         layout = Layout.from_chains(batch.cu_seqlens, batch.branches)
-        if self.unpacked:
-            return self._hidden_unpacked(batch.input_ids, layout)
-        return self._trunk_forward(batch.input_ids, batch.position_ids, layout)
+        # The last token of a response, which a router's loss alone sends through the trunk, is part of a row's length.
+        with rotary.forward_of(None if self.unpacked else layout, missing=int(batch.uses is None)):
+            if self.unpacked:
+                return self._hidden_unpacked(batch.input_ids, layout)
+            return self._trunk_forward(batch.input_ids, batch.position_ids, layout)
 
     def head_rows(self, batch: PackedBatch, prompts: bool = False) -> tuple[Tensor, Head]:
         """(hidden states [N, D] of the positions that predict a target, in the head's dtype and on its device; head);
@@ -161,7 +163,8 @@ class Policy:
         try:
             if not self.unpacked:
                 switch_attention(self.causal_lm, attention.NAME)
-            yield self
+            with rotary.by_chain(self.trunk), attention.own_temperatures(self.trunk, packed=not self.unpacked):
+                yield self
         finally:
             restore_attention(self._originals)
             self._originals = None
@@ -246,15 +249,26 @@ def _unpackable(causal_lm: PreTrainedModel) -> str | None:
 
 def _trunk(causal_lm: PreTrainedModel) -> nn.Module:
     """The module from token ids to the last hidden states: all but the head, and of a multimodal model the text."""
-    trunk = getattr(causal_lm, causal_lm.base_model_prefix, None)
-    if causal_lm.config.get_text_config(decoder=True) is not causal_lm.config:
-        trunk = causal_lm.get_decoder()
-    if trunk is None or trunk is causal_lm:
+    composite = causal_lm.config.get_text_config(decoder=True) is not causal_lm.config
+    trunk = causal_lm.get_decoder() if composite else _below(causal_lm)
+    while isinstance(trunk, PreTrainedModel) and trunk.get_output_embeddings() is not None:
+        trunk = _below(trunk)  # a decoder that is itself a causal model
+    if trunk is None:
         raise UnsupportedModelError(
             f"{type(causal_lm).__name__} has no trunk apart from its head (base_model_prefix "
             f"'{causal_lm.base_model_prefix}'); fastpo cannot run the head on completion tokens only"
         )
     return trunk
+
+
+def _below(model: PreTrainedModel) -> nn.Module | None:
+    """The model around which `model` puts its head, if there is one."""
+    inner = getattr(model, model.base_model_prefix, None)
+    if inner is None and (inner := model.get_decoder()) is model:
+        # Llama 4's text model has the prefix of its multimodal one.
+        children = [module for module in model.children() if isinstance(module, PreTrainedModel)]
+        inner = children[0] if len(children) == 1 else None
+    return inner
 
 
 def _name_of(causal_lm: PreTrainedModel, module: nn.Module) -> str:

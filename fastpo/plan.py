@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastpo import backends, data, losses, mixing, ops, row_layouts, rows, run_data, sources
+from fastpo import backends, data, losses, mixing, ops, rotary, row_layouts, rows, run_data, sources
 from fastpo.adapters import first_line
 from fastpo.config import TrainConfig
 from fastpo.data import Example
@@ -30,9 +30,9 @@ from fastpo.kway import Forming
 from fastpo.memory import MAX_TOKENS, log
 from fastpo.metrics import Flops
 from fastpo.model import load_tokenizer, resolve_device
+from fastpo.noise import disable_dropout
 from fastpo.optim import NARROW
 from fastpo.packing import TrunkCost, set_sharing, sharing_mode, trunk_tokens
-from fastpo.prepare import disable_dropout
 from fastpo.row_statistics import TOKEN_KL
 from fastpo.weightless import Blueprint, simulate
 
@@ -348,6 +348,7 @@ def run(inputs: dict[str, Any], config: TrainConfig, memory: str | None, as_json
         with blueprint.mode:
             cost = TrunkCost.of(Flops(blueprint.policy, cpu), cpu)
         set_sharing(examples, sharing_mode(config.share_prompts, device_type), cost)
+        rotary.unshare(blueprint.policy.trunk, examples)
         sizes = sorted(map(trunk_tokens, examples), reverse=True)
         longest, step = sizes[0], sum(sizes[: config.step_size])
         share = min(1.0, sum(len(r) for e in examples for r in e.responses) / sum(sizes))

@@ -32,16 +32,6 @@ def set_numerics(config: TrainConfig) -> None:
         enable_full_determinism(config.seed)
 
 
-def disable_dropout(model: nn.Module) -> None:
-    """Every dropout probability to zero: the modules', and those that attention layers keep as a number."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name, value in vars(module).items():  # attention_dropout, residual_dropout, resid_pdrop, layerdrop, ...
-            if isinstance(value, float) and ("drop" in name):
-                setattr(module, name, 0.0)
-
-
 @contextlib.contextmanager
 def training_mode(policy: Policy, config: TrainConfig) -> Iterator[None]:
     """The model as training needs it: packed attention, train mode, checkpointing; put back afterwards."""

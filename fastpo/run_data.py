@@ -4,7 +4,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from fastpo import data, mixing, row_layouts, rows, sources
+from fastpo import data, mixing, rotary, row_layouts, rows, sources
 from fastpo.config import TrainConfig
 from fastpo.errors import ConfigError, DataError
 from fastpo.metrics import PAIR_METRICS, metric_means
@@ -142,6 +142,7 @@ def place(run: "Trainer", sets: Mapping[str, list[data.Example]]) -> None:
     for name, examples in sets.items():
         check_ids(run.policy, examples, name)
         set_sharing(examples, sharing_mode(run.config.share_prompts, run.device.type), run.trunk_cost)
+        rotary.unshare(run.policy.trunk, examples)
     run.stepwide.prepare(dict(sets))
 
 

@@ -36,6 +36,7 @@ from fastpo import (
     model_files,
     outputs,
     references,
+    rotary,
     router_loss,
     rows,
     run_data,
@@ -61,6 +62,7 @@ from fastpo.metrics import (
     token_sums,
 )
 from fastpo.model import DROPPED_MASS, Policy
+from fastpo.noise import check_quiet, disable_dropout
 from fastpo.objective import Objective
 from fastpo.optim import Gradients, build_optimizer, build_scheduler, check_given
 from fastpo.packing import (
@@ -74,7 +76,7 @@ from fastpo.packing import (
     step_batches,
     trunk_tokens,
 )
-from fastpo.prepare import check_ids, disable_dropout, interval, set_numerics, training_mode
+from fastpo.prepare import check_ids, interval, set_numerics, training_mode
 from fastpo.ref_policy import MovingReference, cache_folder
 from fastpo.row_statistics import EVALUATION, TOKEN_KL, TRAIN, draw_rows, observer, row_statistics
 from fastpo.run_lock import RunLock
@@ -331,6 +333,7 @@ class Trainer(face.Face):
         self.trunk_cost = TrunkCost.of(Flops(self.policy, self.device), self.device)
         for examples in (self.examples, *self.eval_sets.values()):  # before max_tokens=auto counts their tokens
             set_sharing(examples, sharing_mode(config.share_prompts, self.device.type), self.trunk_cost)
+            rotary.unshare(self.policy.trunk, examples)
         self.max_tokens = resolve_max_tokens(self)
         if config.token_bucket and self.max_tokens % config.token_bucket:
             nearest = max(1, self.max_tokens // config.token_bucket) * config.token_bucket
@@ -729,9 +732,11 @@ class Trainer(face.Face):
         chosen = guard_rows(engine.policy, [self.examples[i] for i in rows], everything)
         with self.autocast(), torch.no_grad():
             engine(lambda: verify_or_unpack(engine.policy, chosen))
-            if self.router is not None and engine is self.engine:
+            if engine is self.engine and self.router is not None:
                 low_precision = self.autocast_dtype is not None or self.policy.low_precision
                 self.router = engine(lambda: self.router.verify(chosen, low_precision))
+            if engine is self.engine and self.config.disable_dropout:
+                engine(lambda: check_quiet(engine.policy, chosen[:1]))
 
     def _wrong_start(self, logp: Tensor, batch: PackedBatch) -> str | None:
         """A policy that starts as its reference must reproduce the losses' closed form, to the dtype's error."""
@@ -748,8 +753,8 @@ class Trainer(face.Face):
         got, expected = ([round(stats.loss(t, *v, batch).mean().item(), 4) for t in self.pair_terms] for v in both)
         return (
             f"the policy should start at its reference, but its token log-probabilities differ by {gap:.2g} on average "
-            f"(allowed {allowed:.2g}; loss {got} instead of {expected}): is the model random in train mode, or did "
-            f"{cache_folder()} outlive a change of the model's code?"
+            f"(allowed {allowed:.2g}; loss {got} instead of {expected}): did {cache_folder()} outlive a change of the "
+            "model's code?"
         )
 
     def _warn(self, warnings: Sequence[Any]) -> None:

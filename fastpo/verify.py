@@ -16,7 +16,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from fastpo import attention, ops
+from fastpo import attention, ops, rotary
 from fastpo.adapters import first_line
 from fastpo.data import Example
 from fastpo.errors import ConfigError, FastpoError, UnsupportedModelError
@@ -214,8 +214,10 @@ def _own_row(model: nn.Module, row: Tensor, response_length: int) -> tuple[Tenso
     """(log-probabilities [n] fp64 of the row's last tokens, n <= 256 of the response; the magnitude of what they are
     the difference of)."""
     count = min(response_length, _COMPARED)
-    keep = {"logits_to_keep": count} if _keeps_logits(model) else {}  # the head on the response alone
-    logits = model(input_ids=row[None, :-1], use_cache=False, **keep).logits[0, -count:]
+    # The head on the response alone. The last token predicts nothing, and is part of the row's length.
+    keep = {"logits_to_keep": count + 1} if _keeps_logits(model) else {}
+    rotary.fresh(model)
+    logits = model(input_ids=row[None], use_cache=False, **keep).logits[0, -count - 1 : -1]
     logps, scales = [], []
     at_once = max(1, (1 << 24) // logits.shape[-1])  # 128 MiB in fp64
     for part, target in zip(logits.split(at_once), row[-count:].split(at_once), strict=True):
@@ -298,7 +300,7 @@ def _check_batch(policy: Policy, batch: PackedBatch, examples: Sequence[Example]
             if not right:
                 raise UnsupportedModelError(
                     f"{type(policy.causal_lm).__name__}: response {k} of row {number} is not in the packed batch as in "
-                    "the data (tokens, order or positions): rows are packed wrongly; please report this"
+                    "the data (tokens, order or positions): rows are paired or packed wrongly; please report this"
                 )
 
 
@@ -377,7 +379,10 @@ def _by_own_trunk(policy: Policy, examples: Sequence[Example], device: torch.dev
     it."""
     states: list[Tensor] = []
     out = []
-    trunks = {policy.trunk, policy.causal_lm.get_decoder()}  # OPT runs its decoder without the model around it
+    trunks = {policy.trunk}
+    decoder = policy.causal_lm.get_decoder()
+    if isinstance(decoder, PreTrainedModel) and decoder is not policy.causal_lm:
+        trunks.add(decoder)  # OPT runs its decoder without the model around it
     handles = [trunk.register_forward_hook(lambda _m, _i, out: states.append(out[0])) for trunk in trunks]
     try:
         for example in examples:
@@ -388,7 +393,7 @@ def _by_own_trunk(policy: Policy, examples: Sequence[Example], device: torch.dev
                     return None
                 count = min(len(response), _COMPARED)
                 head = policy.head()
-                hidden = policy.for_head(states[-1][0, -count:], head)
+                hidden = policy.for_head(states[-1][0, -count - 1 : -1], head)
                 logp = ops.linear_logprob(
                     hidden, head.weight, row[-count:].to(hidden.device), head.bias,
                     softcap=head.softcap, logit_scale=head.logit_scale,
@@ -436,6 +441,9 @@ def _check_attention_pattern(policy: Policy, device: torch.device) -> None:
     def layer(module, query, key, value, attention_mask=None, *args, **kwargs):  # noqa: ANN001, ANN002, ANN003, ANN202
         window = kwargs.get("sliding_window") or _FAR
         masked = window if attention_mask is None else int(attention_mask.flatten()[0])
+        chunk = attention.chunk_of(module)
+        if chunk is not None and masked == (2 * _FAR - 1) % chunk + 1:
+            window = masked  # packed attention cuts the chains at the chunks' ends
         if min(window, _FAR) != masked:
             told = "no window" if window >= _FAR else f"a window of {window}"
             wrong.add(f"{type(module).__name__} is told of {told} but masked {_described(masked)}")

@@ -576,7 +576,7 @@ def test_dropout_by_other_names_is_disabled(toy, run):
     """StarCoder2 keeps its residual and embedding dropout as numbers on its layers."""
     from transformers import Starcoder2Config, Starcoder2ForCausalLM
 
-    from fastpo.prepare import disable_dropout
+    from fastpo.noise import disable_dropout
 
     def model(p):
         torch.manual_seed(0)
