@@ -51,7 +51,7 @@ from fastpo.guardrails import Guardrails
 from fastpo.hub import Hub
 from fastpo.kway import Forming
 from fastpo.loading import freeze_towers, load_model, load_tokenizer
-from fastpo.memory import Budget, resolve_max_tokens
+from fastpo.memory import Budget, is_out_of_memory, resolve_max_tokens
 from fastpo.metrics import (
     PAIR_METRICS,
     PROMPT_LOGP,
@@ -223,6 +223,9 @@ class Trainer(face.Face):
         self.ref: dict[str, Any] = {}
         self.start: Any = None  # the start's own log-probabilities, where `ref` is a mixture of them and others
         self.other_reference = False  # whether a resumed run's reference is not the one that it began with
+        self.updating = False  # whether the weights are between two steps, or not the policy's
+        self.signals = Signals(busy=lambda: self.updating)
+        self.rescued = False  # whether a save that failed has left the weights alone
         self.callbacks.call("on_init_end")
 
     def _resolve_losses(self, ref_model: Any, prev_model: Any) -> None:
@@ -389,8 +392,7 @@ class Trainer(face.Face):
         finished, self.in_loop = False, True
         try:
             self.world.first(self.lock.take)
-            result = self._train()
-            finished = True
+            result, finished = self._train(), True
             return result
         finally:
             World.failed, self.in_loop = not finished, False
@@ -404,8 +406,7 @@ class Trainer(face.Face):
             self.lock.release()
 
     def _train(self) -> TrainResult:
-        config = self.config
-        plan = self.plan
+        config, plan = self.config, self.plan
         self.ready()
         if self.resume is not None:
             self.callbacks.restore(checkpoint.read_state(self.resume))
@@ -427,9 +428,6 @@ class Trainer(face.Face):
         self.cursor = 0  # steps of the plan that are behind
         self.elapsed, self.rows_done = 0.0, 0  # seconds of training before this process; rows so far
         self.saved_step = -1  # of the last whole checkpoint of this run
-        self.updating = False  # whether the weights are between two steps, or not the policy's
-        self.signals = Signals(busy=lambda: self.updating)
-        self.rescued = False  # whether a save that failed has left the weights alone
         self.rng: dict[str, Any] | None = None  # inside a step, the random states at its beginning
         self.reference_start = 0  # step of the plan from which a moving reference stands still
         self.seen = 0  # rows of the epoch
@@ -731,12 +729,21 @@ class Trainer(face.Face):
         everything = itertools.chain(self.examples, *self.eval_sets.values())
         chosen = guard_rows(engine.policy, [self.examples[i] for i in rows], everything)
         with self.autocast(), torch.no_grad():
-            engine(lambda: verify_or_unpack(engine.policy, chosen))
+            try:
+                engine(lambda: verify_or_unpack(engine.policy, chosen))
+            except Exception as error:
+                chosen = chosen[:1]  # as training goes on in smaller micro-batches
+                if not is_out_of_memory(error):
+                    raise
+                engine(lambda: verify_or_unpack(engine.policy, chosen))
             if engine is self.engine and self.router is not None:
-                low_precision = self.autocast_dtype is not None or self.policy.low_precision
-                self.router = engine(lambda: self.router.verify(chosen, low_precision))
+                self.router = engine(lambda: self.router.verify(chosen, self._low_precision))
             if engine is self.engine and self.config.disable_dropout:
                 engine(lambda: check_quiet(engine.policy, chosen[:1]))
+
+    @property
+    def _low_precision(self) -> bool:
+        return self.autocast_dtype is not None or self.policy.low_precision
 
     def _wrong_start(self, logp: Tensor, batch: PackedBatch) -> str | None:
         """A policy that starts as its reference must reproduce the losses' closed form, to the dtype's error."""
@@ -744,8 +751,7 @@ class Trainer(face.Face):
         if start_logp is None:
             return None
         gap = (logp - start_logp).abs().mean().item()
-        low_precision = self.autocast_dtype is not None or self.policy.low_precision
-        allowed = 0.1 if low_precision else 1e-4 * max(1.0, logp.abs().mean().item())
+        allowed = 0.1 if self._low_precision else 1e-4 * max(1.0, logp.abs().mean().item())
         if gap <= allowed:
             return None
         zero = logp.new_zeros(())  # what a step's statistics are at the start

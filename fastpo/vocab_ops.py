@@ -231,4 +231,4 @@ def _backward_token_kl(ctx, grad, *_):
 
 token_kl_op.register_autograd(_backward_token_kl, setup_context=_setup_token_kl)
 _token_kl_backward.register_autograd(op_parts.once_only)
-op_parts.reverse_mode_only(log_sum_sq_op, token_kl_op, _token_kl_backward)
+op_parts.reverse_mode_only(log_sum_sq_op, entropy_top1_op, token_kl_op, _token_kl_backward)

@@ -121,7 +121,7 @@ def test_adapter(kind: str, tied: bool, tmp_path) -> None:
 
     shake(model)
     if kind == "tokens" and tied:
-        with pytest.raises(UnsupportedModelError, match="trainable_token_indices on the output head"):
+        with pytest.raises(UnsupportedModelError, match="trainable_token_indices reach the output head"):
             Policy(model)
         return
     policy = Policy(model)

@@ -379,7 +379,7 @@ def test_unknown_yaml_key_names_the_nearest(trained, tmp_path, capsys):
         (["train", *INPUTS, "--load_in_4bit", "--load_in_8bit"], ["load_in_4bit", "load_in_8bit"]),
         (["train", *INPUTS, "--use_bnb_nested_quant"], ["use_bnb_nested_quant", "load_in_4bit"]),
         (["train", *INPUTS, "--lora_r", "8", "9"], ["unexpected", "9"]),
-        (["train", *INPUTS, "--dataset_streaming"], ["dataset_streaming", "shuffled"]),
+        (["train", *INPUTS, "--dataset_streaming"], ["dataset_streaming", "with max_steps"]),
         (["train", *INPUTS, "--deepspeed", "zero3.json"], ["deepspeed", "fsdp"]),
         (["train", *INPUTS, "--model.beta", "0.1"], ["model.beta", "OpenRLHF", "here it is beta"]),
         (["train", *INPUTS, "--pref_beta", "0.1"], ["pref_beta", "LLaMA-Factory", "here it is beta"]),

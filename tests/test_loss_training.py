@@ -233,9 +233,9 @@ def test_token_weights_that_cannot_be(toy, run):
     cases = [
         ({"chosen_token_weights": [1.0]}, r"row 0: 'chosen_token_weights' has 1 numbers and the response \d+ tokens"),
         ({"chosen_token_weights": [0, 0]}, "row 0: .*'chosen_token_weights' must be a list of .* not all 0, not"),
-        ({"rejected_token_weights": [-1.0]}, "must be a list of finite numbers from 0 on"),
-        ({"rejected_token_weights": "1"}, "must be a list of finite numbers"),
-        ({"rejected_token_weights": [math.nan]}, "must be a list of finite numbers"),
+        ({"rejected_token_weights": [-1.0]}, "must be a list of numbers from 0 to 1e.09, not all 0"),
+        ({"rejected_token_weights": "1"}, "must be a list of numbers from 0"),
+        ({"rejected_token_weights": [math.nan]}, "must be a list of numbers from 0"),
         ({"ref_chosen_logps": -1.0, "ref_rejected_logps": -1.0}, "are sums, which neither chosen_token_weights nor"),
     ]  # fmt: skip
     for change, message in cases:
