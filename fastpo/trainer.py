@@ -215,6 +215,7 @@ class Trainer(face.Face):
         if config.grad_filter and self.device.type == "cuda":
             log.warning("grad_filter runs plain PyTorch operations on a GPU, unmeasured: compare tokens_per_second")
         self.autocast_dtype = torch.bfloat16 if uses_bf16(config, self.device) else None
+        self.low_precision = self.autocast_dtype is not None or self.policy.low_precision
         self._size_micro_batches()
         self.optimizer, self.scheduler = (None, None) if optimizers is None else optimizers
         if self.optimizer is not None and config.fsdp != "no":
@@ -737,13 +738,9 @@ class Trainer(face.Face):
                     raise
                 engine(lambda: verify_or_unpack(engine.policy, chosen))
             if engine is self.engine and self.router is not None:
-                self.router = engine(lambda: self.router.verify(chosen, self._low_precision))
+                self.router = engine(lambda: self.router.verify(chosen, self.low_precision))
             if engine is self.engine and self.config.disable_dropout:
                 engine(lambda: check_quiet(engine.policy, chosen[:1]))
-
-    @property
-    def _low_precision(self) -> bool:
-        return self.autocast_dtype is not None or self.policy.low_precision
 
     def _wrong_start(self, logp: Tensor, batch: PackedBatch) -> str | None:
         """A policy that starts as its reference must reproduce the losses' closed form, to the dtype's error."""
@@ -751,7 +748,7 @@ class Trainer(face.Face):
         if start_logp is None:
             return None
         gap = (logp - start_logp).abs().mean().item()
-        allowed = 0.1 if self._low_precision else 1e-4 * max(1.0, logp.abs().mean().item())
+        allowed = 0.1 if self.low_precision else 1e-4 * max(1.0, logp.abs().mean().item())
         if gap <= allowed:
             return None
         zero = logp.new_zeros(())  # what a step's statistics are at the start
