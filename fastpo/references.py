@@ -196,8 +196,7 @@ def of_other_rows(run: "Trainer", sets: Sets) -> dict[str, Any]:
             stack.enter_context(run.policy.model.disable_adapter())  # type: ignore[operator]
         elif run.state.global_step > 0:
             engine = _as_it_began(run, stack)
-        cache = RefCache(_key(run, fingerprint), cache_folder()) if run.world.main else RefCache("", None)
-        return none | _pass(run, engine, cache, sets, set())
+        return none | _pass(run, engine, _open(run, REF, engine.policy, fingerprint), sets, set())
 
 
 def _as_it_began(run: "Trainer", stack: contextlib.ExitStack) -> Engine:
@@ -254,15 +253,19 @@ def _cache(run: "Trainer", role: Role, policy: Policy, fingerprint: str) -> RefC
     """The cache of this policy on rank 0; of a resumed run, its checkpoint's own log-probabilities first."""
     run.other_reference = not is_as_begun(run, role, fingerprint)
     # The model is not as the run began, or ref_model another: what it computes now would not fit what is there.
-    if run.world.main and not run.other_reference:
-        is_base = getattr(run, role.model) is None and run.reference_is_base
-        state = function_digest(policy.model, without_adapter=is_base)
-        cache = RefCache(cache_key(_key(run, fingerprint), state), cache_folder())
-    else:
-        cache = RefCache("", None)
+    cache = RefCache("", None) if run.other_reference else _open(run, role, policy, fingerprint)
     if run.resume is not None and (run.resume / role.file).exists():
         cache.read(run.resume / role.file)
     return cache
+
+
+def _open(run: "Trainer", role: Role, policy: Policy, fingerprint: str) -> RefCache:
+    """The cache on disk of what this policy computes; in memory only on ranks other than 0, which look nothing up."""
+    if not run.world.main:
+        return RefCache("", None)
+    is_base = getattr(run, role.model) is None and run.reference_is_base
+    state = function_digest(policy.model, without_adapter=is_base)
+    return RefCache(cache_key(_key(run, fingerprint), state), cache_folder())
 
 
 def _key(run: "Trainer", fingerprint: str) -> str:
