@@ -321,7 +321,8 @@ class Trainer(face.Face):
         self.reference_is_base = self.new_adapter and not adapters.rewrites_base(peft_config)
         self.start_is_known = config.disable_dropout and adapters.starts_at_base(peft_config)
         self.starts_at_reference = self.ref_model is None and self.start_is_known
-        self.is_ready = self.in_loop = False
+        self.is_ready = self.in_loop = self.updating = False
+        self.signals = Signals(busy=lambda: self.updating)
         self.moving: MovingReference | None = None
         if config.sync_ref_model and config.fsdp == "no":  # else when its shards are there
             self.moving = self._moving_reference({n: p for n, p in model.named_parameters() if p.requires_grad})
@@ -428,7 +429,6 @@ class Trainer(face.Face):
         self.elapsed, self.rows_done = 0.0, 0  # seconds of training before this process; rows so far
         self.saved_step = -1  # of the last whole checkpoint of this run
         self.updating = False  # whether the weights are between two steps, or not the policy's
-        self.signals = Signals(busy=lambda: self.updating)
         self.rescued = False  # whether a save that failed has left the weights alone
         self.rng: dict[str, Any] | None = None  # inside a step, the random states at its beginning
         self.reference_start = 0  # step of the plan from which a moving reference stands still
