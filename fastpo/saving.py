@@ -223,7 +223,7 @@ def save_model(run: "Trainer", folder: Path) -> None:
     Where that fails the weights are left as plain safetensors, and the TrainingError says where and how to load them.
     """
     world = run.world
-    temporary = run.output_dir / f"{checkpoint.TEMPORARY}model"
+    temporary = folder / f"{checkpoint.TEMPORARY}model"  # there, so that its files can be moved
     weights = _whole_weights(run)
 
     def write() -> None:

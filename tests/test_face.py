@@ -115,6 +115,7 @@ def test_moving_reference(trainer, toy):
     """`ref_model` is the reference that moves, as it is; rows are compared with it."""
     rows = toy.rows(4, seed=3)
     run = trainer(sync_ref_model=True, ref_model_sync_steps=1, ref_model_mixup_alpha=1.0)
+    assert run.evaluate(rows)["eval_loss"] == pytest.approx(math.log(2), rel=1e-6)
     before = {n: p.clone() for n, p in run.ref_model.named_parameters()}
     policy = dict(run.model.named_parameters())
     assert all(torch.equal(before[n], p) and p is not run.ref_model.get_parameter(n) for n, p in policy.items())

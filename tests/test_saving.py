@@ -241,8 +241,8 @@ def test_card_report_and_configuration_cost_no_run(run, tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    for name in ("write_card", "write_report", "_rewrite"):
-        monkeypatch.setattr(f"fastpo.outputs.{name}", full)
+    for name in ("hub.write_card", "outputs.write_report", "outputs._rewrite"):
+        monkeypatch.setattr(f"fastpo.{name}", full)
     monkeypatch.setattr("fastpo.outputs.yaml.safe_dump", full)
     assert run(report=True).state.global_step == 6 and (tmp_path / "run" / "model.safetensors").exists()
 
