@@ -9,6 +9,7 @@ import torch
 from torch.nn.functional import logsigmoid
 
 import fastpo
+from fastpo import references
 from fastpo.errors import ConfigError, DataError, DeviceError, FastpoError, TrainingError, UnsupportedModelError
 
 LR = 1e-2
@@ -242,7 +243,7 @@ def test_the_reference_is_the_policy_in_memory(toy, run):
 
 def test_the_reference_pass_is_shared_by_a_sweep(toy, run, monkeypatch):
     calls = []
-    real = fastpo.references.reference_logps
+    real = references.reference_logps
     monkeypatch.setattr(
         "fastpo.references.reference_logps",
         lambda examples, needed, cache, compute, **kw: real(
@@ -253,7 +254,8 @@ def test_the_reference_pass_is_shared_by_a_sweep(toy, run, monkeypatch):
     run(rows=rows, beta=0.1, max_tokens=64)
     first = len(calls)
     run(rows=rows, beta=0.5, learning_rate=1e-4, loss_type="ipo", max_tokens=64)
-    assert first > 6 and len(calls) <= first + 3  # three rows of an earlier pass are compared with the live model
+    # Three rows of the earlier pass are compared with the live model, and with it as rounding moves it.
+    assert first > 12 and len(calls) <= first + 6
     first = len(calls)
     run(rows=rows, max_length=12, invalid_rows="drop")
     assert len(calls) > first
