@@ -33,8 +33,8 @@ _WITHOUT_EFFECT = {
     "_keys_to_ignore_on_load_unexpected", "_keys_to_ignore_on_save", "_no_split_modules", "_pp_plan",
     "_require_grads_hook", "_require_grads_hooks", "_skip_keys_device_placement", "_tp_plan", "_use_kernels",
     "_weight_conversions", "all_tied_weights_keys", "fastpo_left_out", "fastpo_source", "generation_config",
-    "gradient_checkpointing", "hf_device_map", "hf_quantizer", "kernel_config", "loss_type", "max_seq_len_cached", "model_tags", "name_or_path",
-    "peft_config", "warnings_issued",
+    "gradient_checkpointing", "hf_device_map", "hf_quantizer", "kernel_config", "loss_type", "max_seq_len_cached",
+    "model_tags", "name_or_path", "peft_config", "warnings_issued",
 }  # fmt: skip
 _VERSIONED = ("torch.", "transformers.", "peft.")  # packages whose code their version stands for
 _DEPTH, _LENGTH = 5, 1000  # how far into an attribute, and how many items of a container
