@@ -2,10 +2,12 @@
 
 import copy
 import inspect
+import random
 import re
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
@@ -98,6 +100,7 @@ def check_quiet(policy: Policy, examples: Sequence[Example]) -> None:
         if isinstance(out, Tensor) and out.is_floating_point():
             traces[-1].append((names[module], out.detach().double().sum()))
 
+    states = random.getstate(), np.random.get_state()  # fork_rng knows PyTorch's alone
     model.train()
     handles = [m.register_forward_hook(note) for m in policy.trunk.modules() if m in names]
     runs: list[Tensor] = []
@@ -109,6 +112,8 @@ def check_quiet(policy: Policy, examples: Sequence[Example]) -> None:
                 torch.manual_seed(seed)
                 runs.append(policy.logp(batch).double())
     finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
         for handle in handles:
             handle.remove()
         for module, training in modes:

@@ -4,6 +4,7 @@ import copy
 import importlib.util
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -69,7 +70,11 @@ def test_unknown_noise_is_named_and_leaves_no_trace() -> None:
             self.inner = inner
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.inner(x) * (1 + 0.01 * torch.rand(())) if self.training else self.inner(x)
+            return (
+                self.inner(x) * (1 + 0.01 * torch.rand(()) + 0.01 * np.random.rand())
+                if self.training
+                else self.inner(x)
+            )
 
     model = families.make_model("llama")
     disable_dropout(model)
@@ -77,10 +82,12 @@ def test_unknown_noise_is_named_and_leaves_no_trace() -> None:
     check_quiet(policy, EXAMPLES)
     model.model.layers[1].mlp = Noisy(model.model.layers[1].mlp)
     modes, state = [m.training for m in model.modules()], torch.random.get_rng_state()
+    drawn = np.random.get_state()[2]
     with pytest.raises(ConfigError, match=r"first behind model\.layers\.1\.mlp \(Noisy\).*disable_dropout=False"):
         check_quiet(policy, EXAMPLES)
     assert [m.training for m in model.modules()] == modes
     assert torch.equal(torch.random.get_rng_state(), state)
+    assert np.random.get_state()[2] == drawn
     assert not any(m._forward_hooks for m in model.modules())
 
 
