@@ -108,6 +108,16 @@ def poison_empty(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
 
 
+@pytest.fixture
+def any_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of a weight that overflows in fp32 are taken: the shortest way to a step that is not finite."""
+    import math
+
+    from fastpo import rows
+
+    monkeypatch.setitem(rows.BOUNDS, "weight", (0.0, math.inf))
+
+
 class Toy:
     """A tiny vocabulary of words, random Llama models over it, and seeded rows: what trainer tests are made of."""
 

@@ -138,7 +138,9 @@ NASTY = "<script>alert('x')</script> & \"q\" </script> @BODY@ @TITLE@ \ud800"
 
 
 def test_everything_from_outside_is_escaped(tmp_path):
-    config = TrainConfig(run_name=NASTY, output_dir=NASTY, lr_scheduler_kwargs={NASTY: NASTY})
+    config = TrainConfig()  # which would refuse half of a character
+    config.run_name = config.output_dir = NASTY
+    config.lr_scheduler_kwargs = {NASTY: NASTY}
     _, plain = write(tmp_path)
     html, page = write(
         tmp_path, title=NASTY, config=config, log_history=[*history(), train_line(60, 0.4, **{NASTY: 1.0})],

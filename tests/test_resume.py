@@ -244,7 +244,7 @@ def test_a_resumed_run_that_fails_at_once_saves_nothing(run, monkeypatch):
     assert not written
 
 
-def test_a_run_that_non_finite_steps_ended_goes_on(toy, run, tmp_path):
+def test_a_run_that_non_finite_steps_ended_goes_on(toy, run, tmp_path, any_weight):
     """The count begins anew: else the first finite step after the resume would end the run again."""
     rows = [{**r, "weight": 3e38 if i in (2, 3) else 1.0} for i, r in enumerate(toy.rows(8))]
     options = dict(rows=rows, per_device_train_batch_size=1, train_sampling_strategy="sequential", save_strategy="no",

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, load_model
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 import fastpo
-from fastpo import checkpoint, disks, endings, model_files, state_files
+from fastpo import bounds, checkpoint, disks, endings, model_files, state_files
 from fastpo.data import Example
 from fastpo.errors import ConfigError, FastpoError, TrainingError
 
@@ -281,7 +281,8 @@ def test_a_checkpoint_of_no_numbers_is_passed_over(run, tmp_path, caplog):
     assert (tmp_path / "run" / "checkpoint-6.old").exists()
 
 
-def test_a_short_run_that_ends_in_no_numbers_is_an_error(toy, run, tmp_path):
+def test_a_short_run_that_ends_in_no_numbers_is_an_error(toy, run, tmp_path, any_weight, monkeypatch):
+    monkeypatch.setitem(bounds.RANGES, "learning_rate", bounds.Range(0, 1e38))
     with pytest.raises(TrainingError, match="what they give to ordinary rows is not"):
         run(max_steps=3, learning_rate=1e30)
     assert names(tmp_path / "run") == [] and not (tmp_path / "run" / "model.safetensors").exists()

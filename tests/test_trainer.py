@@ -379,7 +379,7 @@ def test_an_interrupted_run_saves_its_weights(run, tmp_path):
     assert torch.equal(weights(saved), weights(run(max_steps=2, lr_scheduler_type="constant").model))
 
 
-def test_non_finite_steps_are_skipped_counted_and_stop_the_run(toy, run):
+def test_non_finite_steps_are_skipped_counted_and_stop_the_run(toy, run, any_weight):
     rows = [{**r, "weight": math.inf if i == 2 else 1.0} for i, r in enumerate(toy.rows(8))]
     rows = [{**r, "weight": 3e38} if math.isinf(r["weight"]) else r for r in rows]  # overflows in fp32
     options = dict(
@@ -472,7 +472,7 @@ def test_only_this_runs_checkpoints_are_pruned(run, tmp_path):
     ]
 
 
-def test_a_run_that_ends_inside_a_window_still_reports_and_still_stops(toy, run):
+def test_a_run_that_ends_inside_a_window_still_reports_and_still_stops(toy, run, any_weight):
     result = run(logging_steps=100)
     assert 0 <= result.metrics["rewards/accuracies"] <= 1 and result.metrics["train_loss"] > 0
     rows = [{**r, "weight": 3e38} for r in toy.rows(8)]
