@@ -53,7 +53,7 @@ def _read_from_config(module: nn.Module) -> set[str]:
     found: set[str] = set()
     if config is None or type(module).__module__.startswith("torch."):
         return found
-    noisy = {n for n, v in vars(config).items() if isinstance(v, float) and v and _NAMES.search(n)}
+    noisy = {n for n, v in getattr(config, "__dict__", {}).items() if isinstance(v, float) and v and _NAMES.search(n)}
     for name, method in vars(type(module)).items() if noisy else ():
         if not inspect.isfunction(method) or name == "__init__":
             continue

@@ -62,7 +62,7 @@ def test_another_base_is_still_refused(toy, train, tmp_path):
     [
         (dict(LORA, trainable_token_indices=[5, 6]), "trainable_token_indices reach the output head"),
         (dict(r=4, target_modules=["embed_tokens"], ensure_weight_tying=True), "leave ensure_weight_tying or the emb"),
-        (dict(r=4, target_modules=["lm_head"]), "leave it out of target_modules"),
+        (dict(r=4, target_modules=["lm_head"]), "leave lm_head out of target_modules"),
     ],
 )
 def test_what_reaches_a_tied_head_is_refused_with_the_way_out(toy, train, config, message):

@@ -190,7 +190,7 @@ def test_own_log_probabilities_are_those_of_fp64() -> None:
     row = torch.as_tensor(np.concatenate([make_examples()[0].prompt_ids, make_examples()[0].responses[1]])).long()
     with torch.no_grad():
         logp, _ = module._own_row(model, row, 7)
-        logits = model(row[None, :-1]).logits[0, -7:].double()
+        logits = model(row[None]).logits[0, -8:-1].double()
     want = logits.log_softmax(-1).gather(-1, row[-7:, None]).squeeze(-1)
     assert logp.dtype == torch.float64
     torch.testing.assert_close(logp, want, rtol=0, atol=1e-12)

@@ -858,6 +858,7 @@ PREFERENCE_BACKENDS = [
 # With the NLL of some by sequence, as every backend has it.
 BY_SEQUENCE = {
     "slic": {"nll_reduction": "seq_sum"}, "cpo": {"nll_reduction": "seq_mean"}, "rpo": {"nll_reduction": "seq_mean"},
+    "cpo_hinge": {"nll_reduction": "seq_sum"}, "cpo_ipo": {"nll_reduction": "seq_mean"},
     "cpo_simpo": {"nll_reduction": "seq_sum"}, "orpo": {"nll_reduction": "seq_mean", "disable_prompt_loss": True},
 }  # fmt: skip
 

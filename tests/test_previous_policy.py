@@ -234,7 +234,7 @@ def test_mistakes(toy, run):
         ({"loss_type": "sppo_hard", "loss_kwargs": None, "prev_model": other}, "pass it as ref_model, its only"),
         ({"loss_type": "simpo", "loss_kwargs": None, "prev_model": other}, "simpo mixes no previous .* leave it out"),
         ({"sync_ref_model": True}, "sync_ref_model moves the reference, and inpo mixes it"),
-        ({"prev_model": 3}, "prev_model must be a model, or its name or path, not 3"),
+        ({"prev_model": 3}, "prev_model must be a model, or the name or path of one, not 3"),
         ({"loss_type": ["dpo", "inpo"]}, "dpo reads the reference alone and inpo its mixture .* cannot be mixed"),
         ({"loss_kwargs": {"kappa": -0.1}}, r"inpo: kappa must be in \[0, 1\], not -0.1"),
         ({"rows": [row | {"prev_chosen_logps": -1.0} for row in rows]}, "'prev_chosen_logps' needs 'prev_rejected_lo"),

@@ -321,9 +321,12 @@ def test_what_is_refused(toy, run):
         live_reference.check(TrainConfig(fsdp="full_shard"), resolve_terms(["dpo", "tdpo2"]))
     with pytest.raises(ConfigError, match="ref_model has 120 tokens and the model 100"):
         run(loss_type="tdpo2", ref_model=toy.model(vocab_size=120))
-    model = toy.model()
-    with pytest.raises(ConfigError, match="ref_model shares weights with the model"):
+    model, sharing = toy.model(), toy.model()
+    with pytest.raises(ConfigError, match="ref_model is the model that is trained"):
         run(loss_type="tdpo2", model=model, ref_model=model)
+    sharing.lm_head.weight = model.lm_head.weight
+    with pytest.raises(ConfigError, match="ref_model shares weights with the model"):
+        run(loss_type="tdpo2", model=model, ref_model=sharing)
     assert losses(run(loss_type="sampo", sync_ref_model=True, ref_model_sync_steps=2))[-1] < math.log(2)
 
 

@@ -201,8 +201,8 @@ def test_mixtures_and_balance(toy, run, caplog):
     [
         (lambda t: unpaired_rows(t), {"loss_type": "dpo"}, "rows with 'completion' are for loss_type='kto' or 'bco'"),
         (lambda t: unpaired_rows(t), {"loss_type": ["kto", "dpo"]}, "kto takes unpaired rows and dpo pairs"),
-        (lambda t: [r | {"label": "good"} for r in unpaired_rows(t)], {"loss_type": "kto"},
-         "must be true or false, not 'good'"),
+        (lambda t: [r | {"label": "perhaps"} for r in unpaired_rows(t)], {"loss_type": "kto"},
+         "must be true or false, not 'perhaps'"),
         (lambda t: [{"prompt": "w1", "completion": "w2"}] * 3, {"loss_type": "bco"}, "unpaired rows need the columns"),
         (lambda t: [r | {"weight": 2.0} for r in t.rows(4)], {"loss_type": "aot"}, "leave the column weight out"),
         (lambda t: t.rows(4), {"loss_type": "aot", "disable_dropout": False}, "dropout must be off: disable_dropout"),

@@ -496,7 +496,7 @@ def test_the_reference_model_is_guarded_and_left_as_it_came(toy, run):
     assert ref.training and ref.config._attn_implementation == "sdpa" and next(ref.parameters()).device.type == "cpu"
     with pytest.raises(ConfigError, match="cannot load the model 'no/such'"):
         run(rest={"ref_model": "no/such"})
-    with pytest.raises(ConfigError, match="ref_model must be a model, or its name or path"):
+    with pytest.raises(ConfigError, match="ref_model must be a model, or the name or path of one"):
         run(rest={"ref_model": 3})
 
 
