@@ -12,6 +12,7 @@ missing here, or differs, fails.
 What has no recipe stays in Python, for it is no function of one pair's own numbers:
   exo_rw, nca_rw, infonca    lists of K responses
   kto, bco                   unpaired responses, and a mean over the whole step
+  apo_zero_unpaired          unpaired responses
   aot, aot_unpaired          the order of the whole step's margins
   selm, xpo                  a third response, which gets a gradient too
   NLL by token_mean          divides by the mean length over all pairs: the trainer makes it a term of its own
