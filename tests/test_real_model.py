@@ -157,7 +157,7 @@ def test_evaluation_with_the_best_checkpoint(train, rows, tmp_path):
                 for group in optimizer.param_groups:
                     group["lr"] = 1e-2
 
-    result = train(eval_dataset=None, rest={"eval_dataset": rows[:2], "callbacks": [Spoil()]}, max_steps=2,
+    result = train(rest={"eval_dataset": rows[:2], "callbacks": [Spoil()]}, max_steps=2,
                    eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1,
                    load_best_model_at_end=True)  # fmt: skip
     evaluated = [line["eval_loss"] for line in result.log_history if "eval_loss" in line]
