@@ -23,49 +23,14 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, TrainerState, set_seed
 
-from fastpo import (
-    adapters,
-    checkpoint,
-    data,
-    evaluation,
-    face,
-    inputs,
-    live_reference,
-    losses,
-    mixing,
-    model_files,
-    outputs,
-    references,
-    rotary,
-    router_loss,
-    rows,
-    run_data,
-    saving,
-    start_checks,
-)
-from fastpo.callbacks import Callbacks, check_best
-from fastpo.config import TrainConfig
-from fastpo.distributed import Engine, World, shard, uses_bf16
-from fastpo.errors import ConfigError, TrainingError
-from fastpo.guardrails import Guardrails
-from fastpo.hub import Hub
-from fastpo.kway import Forming
-from fastpo.loading import freeze_towers, load_model, load_tokenizer
-from fastpo.memory import Budget, is_out_of_memory, resolve_max_tokens
-from fastpo.metrics import (
-    PAIR_METRICS,
-    PROMPT_LOGP,
-    TOKEN_SUMS,
-    Flops,
-    Window,
-    pair_inputs,
-    token_sums,
-)
-from fastpo.model import DROPPED_MASS, Policy
-from fastpo.noise import check_quiet, disable_dropout
-from fastpo.objective import Objective
-from fastpo.optim import Gradients, build_optimizer, build_scheduler, check_given
-from fastpo.packing import (
+from fastpo import face
+from fastpo.checkpoints import checkpoint, model_files, saving
+from fastpo.checkpoints.run_lock import RunLock
+from fastpo.config.train_config import TrainConfig
+from fastpo.data import mixing, rows
+from fastpo.data import prepare as data
+from fastpo.data.kway import Forming
+from fastpo.data.packing import (
     PackedBatch,
     TrunkCost,
     collate,
@@ -76,14 +41,39 @@ from fastpo.packing import (
     step_batches,
     trunk_tokens,
 )
-from fastpo.prepare import check_ids, interval, set_numerics, training_mode
-from fastpo.ref_policy import MovingReference, cache_folder
-from fastpo.row_statistics import EVALUATION, TOKEN_KL, TRAIN, draw_rows, observer, row_statistics
-from fastpo.run_lock import RunLock
-from fastpo.signals import Signals
-from fastpo.step_plan import StepPlan
-from fastpo.stepwide import Statistics, StepWide
-from fastpo.verify import guard_rows, verify_or_unpack
+from fastpo.errors import ConfigError, TrainingError
+from fastpo.losses import table as losses
+from fastpo.models import adapters, rotary
+from fastpo.models.loading import freeze_towers, load_model, load_tokenizer
+from fastpo.models.modes import check_ids, interval, set_numerics, training_mode
+from fastpo.models.noise import check_quiet, disable_dropout
+from fastpo.models.policy import DROPPED_MASS, Policy
+from fastpo.models.verify import guard_rows, verify_or_unpack
+from fastpo.reference import live as live_reference
+from fastpo.reference import sources as references
+from fastpo.reference.cache import MovingReference, cache_folder
+from fastpo.report import outputs
+from fastpo.report.callbacks import Callbacks, check_best
+from fastpo.report.hub import Hub
+from fastpo.training import evaluation, inputs, router_loss, run_data, start_checks
+from fastpo.training.distributed import Engine, World, shard, uses_bf16
+from fastpo.training.guardrails import Guardrails
+from fastpo.training.memory import Budget, is_out_of_memory, resolve_max_tokens
+from fastpo.training.metrics import (
+    PAIR_METRICS,
+    PROMPT_LOGP,
+    TOKEN_SUMS,
+    Flops,
+    Window,
+    pair_inputs,
+    token_sums,
+)
+from fastpo.training.objective import Objective
+from fastpo.training.optim import Gradients, build_optimizer, build_scheduler, check_given
+from fastpo.training.row_statistics import EVALUATION, TOKEN_KL, TRAIN, draw_rows, observer, row_statistics
+from fastpo.training.signals import Signals
+from fastpo.training.step_plan import StepPlan
+from fastpo.training.stepwide import Statistics, StepWide
 
 log = logging.getLogger("fastpo")
 
@@ -142,8 +132,8 @@ def train(
 class Trainer(face.Face):
     """One run, with the arguments of `train`: for scripts that evaluate, save or look at it before and after `train()`.
 
-    Its parts are methods, and functions of it in run_data.py, evaluation.py, references.py, saving.py, outputs.py and
-    face.py, so that each can be read, and tested, alone.
+    Its parts are methods, and functions of it in training/run_data.py, training/evaluation.py, reference/sources.py,
+    checkpoints/saving.py, report/outputs.py and face.py, so that each can be read, and tested, alone.
     """
 
     _tag_names = ("fastpo", "preference-optimization")  # of the model and its card; the losses' names follow
