@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
+from fastpo import ops
 from fastpo.data.packing import PackedBatch
 from fastpo.errors import ConfigError, UnsupportedModelError
 from fastpo.models import adapters, attention, rotary
 from fastpo.models.layout import Layout, prompts_of_chains
 from fastpo.models.loading import load_model, load_tokenizer, resolve_device
-from fastpo.ops import head as ops
 
 __all__ = ["DROPPED_MASS", "Head", "Policy", "load_model", "load_tokenizer", "resolve_device"]
 

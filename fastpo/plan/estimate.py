@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastpo import ops
 from fastpo.config.train_config import TrainConfig
 from fastpo.data import layouts as row_layouts
 from fastpo.data import mixing, rows, sources
@@ -35,7 +36,6 @@ from fastpo.models.adapters import first_line
 from fastpo.models.noise import disable_dropout
 from fastpo.models.policy import load_tokenizer, resolve_device
 from fastpo.ops import backends
-from fastpo.ops import head as ops
 from fastpo.plan.weightless import Blueprint, simulate
 from fastpo.training import run_data
 from fastpo.training.memory import MAX_TOKENS, log

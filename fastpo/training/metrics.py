@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastpo import ops
 from fastpo.data.packing import PackedBatch
 from fastpo.data.prefetch import to_device
 from fastpo.errors import TrainingError
 from fastpo.kernels import reference
 from fastpo.losses.table import KL, Pairs, Term, segment_sum
-from fastpo.ops import head as ops
 
 # Names in PackedBatch.rows: of the head rows [N], and of the prompts' tokens [M].
 LOG_SUM_SQ, TOKEN_KL = "log_sum_sq", "token_kl"
