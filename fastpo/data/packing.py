@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastpo.data.example import Example
 from fastpo.data.packer import pack_all, pack_step
 from fastpo.data.prefetch import to_device
-from fastpo.data.prepare import Example
 
 if TYPE_CHECKING:
     from fastpo.training.metrics import Flops

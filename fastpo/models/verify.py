@@ -17,8 +17,8 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fastpo import ops
+from fastpo.data import Example
 from fastpo.data.packing import PackedBatch, collate
-from fastpo.data.prepare import Example
 from fastpo.errors import ConfigError, FastpoError, UnsupportedModelError
 from fastpo.models import attention, rotary
 from fastpo.models.adapters import first_line

@@ -23,12 +23,11 @@ from torch import Tensor, nn
 
 from fastpo import ops
 from fastpo.config.train_config import TrainConfig
+from fastpo.data import Example, mixing, rows, sources
 from fastpo.data import layouts as row_layouts
-from fastpo.data import mixing, rows, sources
 from fastpo.data import prepare as data
 from fastpo.data.kway import Forming
 from fastpo.data.packing import TrunkCost, set_sharing, sharing_mode, trunk_tokens
-from fastpo.data.prepare import Example
 from fastpo.errors import ConfigError, FastpoError, UnsupportedModelError, shown
 from fastpo.losses import table as losses
 from fastpo.models import rotary

@@ -24,8 +24,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AutoConfig
 
 from fastpo.config.train_config import TrainConfig
+from fastpo.data import Example
 from fastpo.data.packing import collate
-from fastpo.data.prepare import Example
 from fastpo.errors import ConfigError
 from fastpo.models import adapters, attention
 from fastpo.models.adapters import first_line

@@ -11,8 +11,7 @@ import fastpo
 from fastpo.data import prepare as data
 from fastpo.data.kway import Forming
 from fastpo.data.packing import collate
-from fastpo.data.prepare import DataError
-from fastpo.errors import ConfigError, TrainingError
+from fastpo.errors import ConfigError, DataError, TrainingError
 
 LISTS = ["exo_rw", "infonca", "nca_rw"]
 

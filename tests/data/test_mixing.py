@@ -7,8 +7,7 @@ import pytest
 import yaml
 
 import fastpo
-from fastpo.data import mixing
-from fastpo.data.prepare import prepare_examples
+from fastpo.data import mixing, prepare_examples
 from fastpo.errors import ConfigError, DataError
 
 

@@ -9,8 +9,8 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from fastpo.data import Example
 from fastpo.data.packing import collate
-from fastpo.data.prepare import Example
 from fastpo.errors import ConfigError, DeviceError, UnsupportedModelError
 from fastpo.models.policy import Policy, load_model, load_tokenizer, resolve_device
 from fastpo.models.verify import verify_policy

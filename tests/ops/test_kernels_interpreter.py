@@ -26,8 +26,8 @@ if not INTERPRET and not torch.cuda.is_available():
 
 import fastpo  # noqa: E402
 from fastpo import ops  # noqa: E402
+from fastpo.data import Example  # noqa: E402
 from fastpo.data.packing import collate  # noqa: E402
-from fastpo.data.prepare import Example  # noqa: E402
 from fastpo.kernels import fused, logprob, pair_losses, preference, reference  # noqa: E402
 from fastpo.losses.table import LOSSES, resolve_terms  # noqa: E402
 from fastpo.ops import chips  # noqa: E402

@@ -115,8 +115,8 @@ def gradients(model, batch, config) -> tuple[dict, int]:
 
 @pytest.fixture
 def batch(toy):
+    from fastpo.data import Example
     from fastpo.data.packing import collate
-    from fastpo.data.prepare import Example
 
     generator = torch.Generator().manual_seed(0)
     ids = [torch.randint(3, 100, (40,), generator=generator, dtype=torch.int32).numpy() for _ in range(12)]

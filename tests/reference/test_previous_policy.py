@@ -11,8 +11,8 @@ import torch
 from torch.nn.functional import logsigmoid
 
 import fastpo
-from fastpo.data.prepare import DataError, Example
-from fastpo.errors import ConfigError, TrainingError
+from fastpo.data import Example
+from fastpo.errors import ConfigError, DataError, TrainingError
 from fastpo.losses.table import resolve_terms
 from fastpo.reference import sources as references
 

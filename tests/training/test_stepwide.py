@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from fastpo.data import prepare as data
-from fastpo.data.prepare import DataError
-from fastpo.errors import ConfigError
+from fastpo.errors import ConfigError, DataError
 
 WIDE = ["kto", "bco", "aot", "aot_unpaired"]
 
