@@ -32,13 +32,13 @@ from fastpo.errors import ConfigError, FastpoError, UnsupportedModelError, shown
 from fastpo.losses import table as losses
 from fastpo.models import rotary
 from fastpo.models.adapters import first_line
+from fastpo.models.flops import Flops
 from fastpo.models.noise import disable_dropout
 from fastpo.models.policy import load_tokenizer, resolve_device
 from fastpo.ops import backends
 from fastpo.plan.weightless import Blueprint, simulate
 from fastpo.training import run_data
 from fastpo.training.memory import MAX_TOKENS, log
-from fastpo.training.metrics import Flops
 from fastpo.training.optim import NARROW
 from fastpo.training.row_statistics import TOKEN_KL
 
