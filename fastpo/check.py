@@ -21,7 +21,7 @@ from fastpo import ops
 from fastpo.errors import DeviceError
 from fastpo.kernels import reference
 from fastpo.losses.table import LOSSES
-from fastpo.models.policy import resolve_device
+from fastpo.models.loading import resolve_device
 
 REGIMES = ("none", "frozen", "kept", "sliced")
 SOFTCAPPED: dict[str, Any] = {"softcap": 20.0, "logit_scale": 0.5}

@@ -44,10 +44,11 @@ from fastpo.data.packing import (
 from fastpo.errors import ConfigError, TrainingError
 from fastpo.losses import table as losses
 from fastpo.models import adapters, rotary
-from fastpo.models.loading import freeze_towers, load_model, load_tokenizer
+from fastpo.models.loading import load_model, load_tokenizer
 from fastpo.models.modes import check_ids, interval, set_numerics, training_mode
 from fastpo.models.noise import check_quiet, disable_dropout
 from fastpo.models.policy import DROPPED_MASS, Policy
+from fastpo.models.trunk import freeze_towers
 from fastpo.models.verify import guard_rows, verify_or_unpack
 from fastpo.reference import live as live_reference
 from fastpo.reference import sources as references

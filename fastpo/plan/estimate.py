@@ -33,8 +33,8 @@ from fastpo.losses import table as losses
 from fastpo.models import rotary
 from fastpo.models.adapters import first_line
 from fastpo.models.flops import Flops
+from fastpo.models.loading import load_tokenizer, resolve_device
 from fastpo.models.noise import disable_dropout
-from fastpo.models.policy import load_tokenizer, resolve_device
 from fastpo.ops import backends
 from fastpo.plan.weightless import Blueprint, simulate
 from fastpo.training import run_data

@@ -29,9 +29,10 @@ from fastpo.data.packing import collate
 from fastpo.errors import ConfigError
 from fastpo.models import adapters, attention
 from fastpo.models.adapters import first_line
-from fastpo.models.loading import empty_model, freeze_towers, loading_dtype
+from fastpo.models.loading import empty_model, loading_dtype
 from fastpo.models.modes import training_mode
 from fastpo.models.policy import Policy
+from fastpo.models.trunk import freeze_towers
 from fastpo.training.inputs import model_name
 from fastpo.training.optim import NARROW, Gradients
 

@@ -377,7 +377,7 @@ def test_quantised_and_saved_adapters(toy, folder, tmp_path, capsys):
     """A 4-bit base's weights as bitsandbytes has them, and a trained adapter's folder in place of a model."""
     peft = pytest.importorskip("peft")
     pytest.importorskip("bitsandbytes")
-    from fastpo.models.policy import load_model
+    from fastpo.models.loading import load_model
 
     toy.model(**SIZES).to(torch.bfloat16).save_pretrained(folder)
     found = planned(capsys, "--model", folder, "--memory", "1GiB", "--use-cpu", "--use-peft", "--load-in-4bit")
