@@ -453,7 +453,7 @@ def test_eight_real_responses(shared_data):
 
 
 def test_the_command_reads_k_responses(toy, tmp_path):
-    from fastpo.cli import command_line as cli
+    from fastpo import cli
 
     toy.model().save_pretrained(tmp_path / "model")
     toy.tokenizer().save_pretrained(tmp_path / "model")

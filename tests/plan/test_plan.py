@@ -8,7 +8,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import fastpo
-from fastpo.cli import command_line as cli
+from fastpo import cli
 from fastpo.config.train_config import TrainConfig
 from fastpo.data.packing import trunk_tokens
 from fastpo.errors import ConfigError

@@ -215,7 +215,7 @@ def test_bad_input(toy, run, rows, options, message):
 
 
 def test_the_command_reads_unpaired_rows(toy, tmp_path):
-    from fastpo.cli import command_line as cli
+    from fastpo import cli
 
     toy.model().save_pretrained(tmp_path / "model")
     toy.tokenizer().save_pretrained(tmp_path / "model")
