@@ -12,7 +12,6 @@ import logging
 import math
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,6 +69,7 @@ from fastpo.training.metrics import (
 )
 from fastpo.training.objective import Objective
 from fastpo.training.optim import Gradients, build_optimizer, build_scheduler, check_given
+from fastpo.training.progress import Progress
 from fastpo.training.row_statistics import EVALUATION, TOKEN_KL, TRAIN, draw_rows, observer, row_statistics
 from fastpo.training.signals import Signals
 from fastpo.training.step_plan import StepPlan
@@ -210,12 +210,11 @@ class Trainer(face.Face):
         self.optimizer, self.scheduler = (None, None) if optimizers is None else optimizers
         if self.optimizer is not None and config.fsdp != "no":
             raise ConfigError("fsdp splits the parameters, so an optimiser made before does not fit: set optim instead")
-        self.num_tokens = 0
+        self.progress = Progress()
         self.ref: dict[str, Any] = {}
         self.start: Any = None  # the start's own log-probabilities, where `ref` is a mixture of them and others
         self.other_reference = False  # whether a resumed run's reference is not the one that it began with
-        self.updating = False  # whether the weights are between two steps, or not the policy's
-        self.signals = Signals(busy=lambda: self.updating)
+        self.signals = Signals(busy=lambda: self.progress.updating)
         self.rescued = False  # whether a save that failed has left the weights alone
         self.callbacks.call("on_init_end")
 
@@ -398,6 +397,7 @@ class Trainer(face.Face):
 
     def _train(self) -> TrainResult:
         config, plan = self.config, self.plan
+        self.progress = Progress(num_tokens=self.progress.num_tokens)  # of this call: a second one begins anew
         self.ready()
         if self.resume is not None:
             self.callbacks.restore(checkpoint.read_state(self.resume))
@@ -415,19 +415,15 @@ class Trainer(face.Face):
             pairs_per_step=self.step_size, parameters=sum(p.numel() for p in self.model.parameters()),
             optimizer_given=not self.own_optimizer,
         )  # fmt: skip
-        self.todo: dict[str, Any] = {}  # between a step and its checkpoint: what _settle needs
-        self.cursor = 0  # steps of the plan that are behind
-        self.elapsed, self.rows_done = 0.0, 0  # seconds of training before this process; rows so far
-        self.saved_step = -1  # of the last whole checkpoint of this run
-        self.rng: dict[str, Any] | None = None  # inside a step, the random states at its beginning
-        self.reference_start = 0  # step of the plan from which a moving reference stands still
-        self.seen = 0  # rows of the epoch
         if self.resume is not None:
             saving.restore(self, self.resume)
         self._warn(self.guards.at_start(self.data_reports))
         if self.moving is not None:
-            references.move(self, plan, self.reference_start)
-        with self.bar(desc="train", total=len(plan), initial=self.cursor) as bar, training_mode(self.policy, config):
+            references.move(self, plan, self.progress.reference_start)
+        with (
+            self.bar(desc="train", total=len(plan), initial=self.progress.cursor) as bar,
+            training_mode(self.policy, config),
+        ):
             summary = self._loop(plan, bar)
         outputs.finish(self, summary)
         return TrainResult(self.model, self.state.log_history, summary, self.state, self.guards.warnings)
@@ -490,10 +486,10 @@ class Trainer(face.Face):
         state.train_batch_size = config.per_device_train_batch_size
 
     def _loop(self, plan: StepPlan, bar: tqdm) -> dict[str, float]:
-        """The steps of the plan from `self.cursor` on, and the trained model's files. Returns the summary."""
+        """The steps of the plan from `self.progress.cursor` on, and the trained model's files. Returns the summary."""
         config, call = self.config, self.callbacks.call
-        self.started = time.monotonic() - self.elapsed
-        if self.cursor >= len(plan):
+        self.progress.start()
+        if self.progress.cursor >= len(plan):
             log.info("nothing is left to train: step %d of %d", self.state.global_step, len(plan))
         with self.signals.taken(not self.world.several):
             try:
@@ -501,38 +497,45 @@ class Trainer(face.Face):
                 if config.eval_on_start and self.resume is None:
                     evaluation.evaluate_all(self)
                 self.callbacks.agree(self.world.group)
-                if self.todo:
+                if self.progress.todo:
                     self._settle(plan)
-                while self.cursor < len(plan) and not self.callbacks.control.should_training_stop:
-                    epoch, rows = plan[self.cursor]
-                    last_of_epoch = self.cursor + 1 == len(plan) or plan[self.cursor + 1][0] != epoch
-                    if self.cursor == 0 or plan[self.cursor - 1][0] != epoch:
-                        self.seen = 0
+                while self.progress.cursor < len(plan) and not self.callbacks.control.should_training_stop:
+                    epoch, rows = plan[self.progress.cursor]
+                    last_of_epoch = self.progress.cursor + 1 == len(plan) or plan[self.progress.cursor + 1][0] != epoch
+                    if self.progress.cursor == 0 or plan[self.progress.cursor - 1][0] != epoch:
+                        self.progress.seen = 0
                         call("on_epoch_begin")
-                    self.rng = saving.rng_state()
+                    self.progress.rng = saving.rng_state()
                     call("on_step_begin")
                     self.watch_tokens = config.token_metrics and self._logs_next(last_of_epoch, len(plan))
                     learning_rate = self._step(rows)
-                    self.rows_done += len(rows)
-                    self.cursor += 1
-                    self.seen += len(rows)
+                    self.progress.rows_done += len(rows)
+                    self.progress.cursor += 1
+                    self.progress.seen += len(rows)
                     self.state.epoch = self._epoch(epoch)
                     moved = self.moving is not None and self.state.global_step % self.moving.every == 0
                     if moved:
-                        self.reference_start = self.cursor
-                    self._mark_due("steps", at_end=self.cursor == len(plan))
-                    self.todo = {"stage": 0, "learning_rate": learning_rate, "epoch": epoch, "last": last_of_epoch}
-                    self.rng, self.updating = None, False
+                        self.progress.reference_start = self.progress.cursor
+                    self._mark_due("steps", at_end=self.progress.cursor == len(plan))
+                    self.progress.todo = {
+                        "stage": 0,
+                        "learning_rate": learning_rate,
+                        "epoch": epoch,
+                        "last": last_of_epoch,
+                    }
+                    self.progress.rng, self.progress.updating = None, False
                     self.signals.check()
                     bar.update()
                     if moved:
-                        references.move(self, plan, self.cursor)
+                        references.move(self, plan, self.progress.cursor)
                     self._settle(plan, bar)
-                seconds = time.monotonic() - self.started
-                summary = self.window.summary(seconds, self.state.global_step, self.rows_done, self.num_tokens)
+                seconds = self.progress.seconds()
+                summary = self.window.summary(
+                    seconds, self.state.global_step, self.progress.rows_done, self.progress.num_tokens
+                )
                 saving.check_trained(self)
                 if config.load_best_model_at_end:
-                    self.updating = True  # the weights are no longer the last step's
+                    self.progress.updating = True  # the weights are no longer the last step's
                     saving.load_best(self)
                 if config.save_final:
                     saving.save_model(self, self.output_dir)
@@ -551,7 +554,7 @@ class Trainer(face.Face):
         if config.logging_strategy == "steps" and step % self.state.logging_steps == 0:
             return True
         first = config.logging_first_step and step == 1
-        return first or (config.logging_strategy == "epoch" and last_of_epoch) or self.cursor + 1 == steps
+        return first or (config.logging_strategy == "epoch" and last_of_epoch) or self.progress.cursor + 1 == steps
 
     def _mark_due(self, strategy: str, at_end: bool = False) -> None:
         """Set the control flags of what is due after this step, or after this epoch; callbacks may change them."""
@@ -575,16 +578,16 @@ class Trainer(face.Face):
         """What follows a step, in transformers' order: on_step_end, log, evaluate, on_epoch_end, log, evaluate; and
         save last, so that a resumed run misses nothing. A run that was cut short in here goes on with that stage.
         """
-        todo, control = self.todo, lambda: self.callbacks.control
+        todo, control = self.progress.todo, lambda: self.callbacks.control
         if todo["stage"] == 0:
             self.callbacks.call("on_step_end")
             self.callbacks.agree(self.world.group)
             if control().should_epoch_stop:
                 todo["last"] = True
-                while self.cursor < len(plan) and plan[self.cursor][0] == todo["epoch"]:
-                    self.cursor += 1
+                while self.progress.cursor < len(plan) and plan[self.progress.cursor][0] == todo["epoch"]:
+                    self.progress.cursor += 1
                 if self.moving is not None:
-                    references.move(self, plan, self.cursor)
+                    references.move(self, plan, self.progress.cursor)
             todo["stage"] = 1
         if todo["stage"] == 1:
             self._log_and_evaluate(bar)
@@ -596,16 +599,16 @@ class Trainer(face.Face):
                 self.callbacks.agree(self.world.group)
             todo["stage"] = 3
         self._log_and_evaluate(bar)
-        self.todo = {}
+        self.progress.todo = {}
         if control().should_save:
             saving.save_checkpoint(self)
             self.callbacks.agree(self.world.group)
 
     def _log_and_evaluate(self, bar: tqdm | None) -> None:
-        if self.callbacks.control.should_log and not self.todo.get("logged"):
+        if self.callbacks.control.should_log and not self.progress.todo.get("logged"):
             with saving.whole(self):
-                metrics = self.window.flush(self.todo["learning_rate"], self.num_tokens)
-                self.todo["logged"] = True
+                metrics = self.window.flush(self.progress.todo["learning_rate"], self.progress.num_tokens)
+                self.progress.todo["logged"] = True
                 self.log(metrics, bar)
             self.callbacks.agree(self.world.group)
         if self.callbacks.control.should_evaluate:
@@ -624,7 +627,7 @@ class Trainer(face.Face):
         norm = self.gradients.clip_(self.config.max_grad_norm)
         finite = torch.isfinite(norm).to(loss.device) & torch.isfinite(loss[0])
         self.callbacks.call("on_pre_optimizer_step")
-        self.updating = True
+        self.progress.updating = True
         self.gradients.step_(self.optimizer, finite)
         self.callbacks.call("on_optimizer_step")
         self.scheduler.step()
@@ -640,7 +643,7 @@ class Trainer(face.Face):
             self.watch_tokens = False
         for batch in self.done:  # here, so that a step cut short leaves no trace in the counters
             self.window.trunk(batch)
-        self.num_tokens += sum(sequence_tokens(self.examples[i]) for i in rows)
+        self.progress.num_tokens += sum(sequence_tokens(self.examples[i]) for i in rows)
         self.state.global_step += 1
         if self.moving is not None and self.state.global_step % self.moving.every == 0:
             self.moving.move_()
@@ -761,7 +764,7 @@ class Trainer(face.Face):
         size = self.config.per_device_train_batch_size * self.world.size
         n = len(self.examples)
         batches = n // size if self.config.dataloader_drop_last else math.ceil(n / size)
-        return epoch + math.ceil(self.seen / size) / batches
+        return epoch + math.ceil(self.progress.seen / size) / batches
 
     def log(self, metrics: dict[str, float], bar: tqdm | None = None) -> None:
         line = {**metrics, "epoch": round(self.state.epoch or 0.0, 4), "step": self.state.global_step}

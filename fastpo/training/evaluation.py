@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 def evaluate_all(run: "Trainer") -> bool:
     """Evaluates and logs every set; returns whether the result is the best so far. What a run cut short had done is not
     done again."""
-    done = run.todo.setdefault("evaluated", {})
+    done = run.progress.todo.setdefault("evaluated", {})
     with run.window.paused():
         for name, examples in run.eval_sets.items():
             if name not in done:
@@ -42,7 +42,7 @@ def evaluate_all(run: "Trainer") -> bool:
             _sample(run)
     for metrics in done.values():
         run.callbacks.call("on_evaluate", metrics={**metrics, "epoch": run.state.epoch})
-    del run.todo["evaluated"]
+    del run.progress.todo["evaluated"]
     if run.state.global_step == 0:
         return False  # as in transformers: what a run begins with is not its best
     return best(run.state, {k: v for metrics in done.values() for k, v in metrics.items()}, run.config)
