@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import random
 import shutil
 import uuid
 from contextlib import AbstractContextManager
@@ -25,6 +24,7 @@ from fastpo.report import disks, outputs
 from fastpo.report.callbacks import note_saved, plain_config
 from fastpo.training.distributed import full_state, local
 from fastpo.training.memory import is_out_of_memory, release
+from fastpo.training.random_state import rng_state, set_rng_state
 
 if TYPE_CHECKING:
     from fastpo.trainer import Trainer
@@ -428,27 +428,6 @@ def load_best(run: "Trainer") -> None:
             return
         load_weights(run, Path(best))
         log.info("the best checkpoint is %s (%.4g): its weights are the final model", best, run.state.best_metric)
-
-
-def rng_state() -> dict[str, Any]:
-    """Every random state of this process, of types that torch.load reads without pickle."""
-    kind, keys, *rest = np.random.get_state(legacy=True)
-    return {
-        "python": random.getstate(),
-        "numpy": (kind, torch.from_numpy(np.asarray(keys, np.int64)), *rest),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
-    }
-
-
-def set_rng_state(state: dict[str, Any]) -> None:
-    """What `rng_state` returned."""
-    random.setstate(state["python"])
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
 
 
 def whole(run: "Trainer") -> AbstractContextManager[None]:
