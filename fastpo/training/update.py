@@ -42,8 +42,8 @@ class Update:
         return float(self.scheduler.get_last_lr()[0])
 
     def norm(self, loss: Tensor) -> tuple[Tensor, Tensor]:
-        """Clips the step's gradients; (their norm before, whether it and the loss are finite), both [] on the
-        device.""" norm = self.gradients.clip_(self.max_grad_norm)
+        """Clips the gradients; (their norm before, whether it and the loss are finite), both [] on the device."""
+        norm = self.gradients.clip_(self.max_grad_norm)
         return norm, torch.isfinite(norm).to(loss.device) & torch.isfinite(loss)
 
     def step(self, finite: Tensor, then: Callable[[], object]) -> None:
