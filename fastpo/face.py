@@ -1,6 +1,7 @@
 """What a script reads of a trainer, before a run and after it, under the names of transformers' Trainer."""
 
 import abc
+import contextlib
 import copy
 import json
 import logging
@@ -13,10 +14,16 @@ from torch import nn
 
 from fastpo.checkpoints import saving
 from fastpo.data.prepare import Example
+from fastpo.errors import ConfigError
+from fastpo.reference import sources as references
 from fastpo.reference.cache import MovingReference
 from fastpo.report import outputs
 from fastpo.report.hub import Hub
-from fastpo.training import evaluation
+from fastpo.training import run_data
+from fastpo.training.evaluation import Evaluation
+from fastpo.training.micro_batches import MicroBatches
+from fastpo.training.run_data import DataSets
+from fastpo.training.stepwide import StepWide
 
 log = logging.getLogger("fastpo")
 
@@ -95,6 +102,9 @@ def write_metrics(folder: Path, split: str, metrics: Mapping[str, Any], combined
         os.replace(temporary, path)
 
 
+_GIVEN = "rows given to "  # what the name of a set given to `evaluate` begins with inside a run; `eval` follows
+
+
 class Face(abc.ABC):
     """The methods and attributes; `fastpo.trainer.Trainer` has them."""
 
@@ -106,6 +116,12 @@ class Face(abc.ABC):
     world: Any
     config: Any
     hub: Hub | None
+    in_loop: bool
+    data: DataSets
+    batches: MicroBatches
+    stepwide: StepWide
+    evaluation: Evaluation
+    ref: dict[str, Any]
 
     @property
     def processing_class(self) -> Any:
@@ -139,8 +155,51 @@ class Face(abc.ABC):
         Before or after `train()`; logged, and given to on_evaluate. After it, given rows need a reference that is still
         there: an adapter's base, a ref_model, or a model given by name. `ignore_keys` is accepted and has no meaning.
         """
+        if self.in_loop:
+            raise ConfigError("evaluate() within a run: set control.should_evaluate in the callback, or eval_strategy")
+        self.ready()
+        if eval_dataset is None and not self.eval_sets:
+            raise ConfigError("evaluate() needs rows: pass them, or an eval_dataset to the trainer")
+        metrics: dict[str, float] = {}
+        with self._sets(eval_dataset) as sets:
+            for name, examples in sets.items():
+                shown = metric_key_prefix + name.removeprefix(_GIVEN).removeprefix("eval")
+                metrics |= self.evaluation(examples, self.ref.get, name, shown)
+        state = self.callbacks.state
+        line = {**metrics, "epoch": round(state.epoch or 0.0, 4), "step": state.global_step}
+        state.log_history.append(line)
+        self.callbacks.log(metrics)
+        self.callbacks.call("on_evaluate", metrics={**metrics, "epoch": state.epoch})
+        return metrics
+
+    @contextlib.contextmanager
+    def _sets(self, dataset: Any) -> Iterator[dict[str, list[Example]]]:
+        """The sets to evaluate, with their reference in `self.ref`; that of rows given only inside."""
         run: Any = self
-        return evaluation.evaluate_now(run, eval_dataset, metric_key_prefix)
+        if dataset is None:
+            sets = self.eval_sets
+            missing = {name: examples for name, examples in sets.items() if self.ref.get(name) is None}
+            self.ref |= references.of_other_rows(run, missing)
+            yield sets
+            return
+        references.check_other_rows(run)
+        run_data.check_precomputed(self.config, dataset)
+        if isinstance(dataset, Mapping):
+            given = {f"{_GIVEN}eval_{name}": rows for name, rows in dataset.items()}
+        else:
+            given = {f"{_GIVEN}eval": dataset}
+        split = self.config.dataset_test_split
+        sets = {name: self.data.prepare(rows, split, name) for name, rows in given.items()}
+        for name, examples in sets.items():
+            self.batches.place(name, examples)
+        self.stepwide.prepare(sets)
+        before = dict(self.ref)
+        try:
+            self.ref |= references.of_other_rows(run, sets)
+            yield sets
+        finally:
+            self.ref = before
+            self.stepwide.forget(sets)
 
     def save_model(self, output_dir: str | os.PathLike | None = None) -> None:
         """Model and tokenizer as they are now, as `from_pretrained` reads them. Every rank calls it."""

@@ -3,9 +3,7 @@
 import json
 import logging
 import os
-import random
 import shutil
-import time
 import uuid
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -26,6 +24,7 @@ from fastpo.report import disks, outputs
 from fastpo.report.callbacks import note_saved, plain_config
 from fastpo.training.distributed import full_state, local
 from fastpo.training.memory import is_out_of_memory, release
+from fastpo.training.random_state import rng_state, set_rng_state
 
 if TYPE_CHECKING:
     from fastpo.trainer import Trainer
@@ -125,7 +124,7 @@ def save_checkpoint(run: "Trainer", unsure: bool = False) -> Path | None:
                     f"the last checkpoint is {last[-1].name}" if last else "without a checkpoint so far",
                 )  # fmt: skip
             return None
-        run.saved_step = run.state.global_step
+        run.progress.saved_step = run.state.global_step
         if world.main:
             best = [Path(run.state.best_model_checkpoint)] if run.state.best_model_checkpoint else []
             checkpoint.prune(run.output_dir, run.config.save_total_limit, run.identity["run_id"], keep=[folder, *best])
@@ -142,7 +141,7 @@ def _write(run: "Trainer", folder: Path, temporary: Path) -> None:
     if not run.config.save_only_model:
         tensors, plain = _state(run)
         world.all_do(lambda: state_files.save_tensors(temporary / "state", tensors, world, sharded))
-        world.all_do(lambda: torch.save(run.rng or rng_state(), temporary / f"rng-{world.rank}.pt"))
+        world.all_do(lambda: torch.save(run.progress.rng or rng_state(), temporary / f"rng-{world.rank}.pt"))
         if world.main:
             run.callbacks.export()
     weights = _whole_weights(run)
@@ -287,7 +286,7 @@ def rescue(run: "Trainer", error: BaseException) -> None:
     """
     run.signals.ending = True
     step = run.state.global_step
-    if not (step in (0, run.saved_step) or run.updating or run.world.several):
+    if not (step in (0, run.progress.saved_step) or run.progress.updating or run.world.several):
         try:
             _rescue_step(run, error)
         except BaseException as failure:  # whatever it is, the error that ended the run is the one to raise
@@ -350,9 +349,8 @@ def _state(run: "Trainer") -> tuple[dict[str, Tensor], dict[str, Any]]:
         "window": run.window.state_dict(), "stepwide": run.stepwide.state_dict(),
         "budget": run.budget.state_dict(),
         "guards": json.dumps(run.guards.state_dict()),
-        "num_tokens": run.num_tokens, "cursor": run.cursor, "seen": run.seen, "todo": dict(run.todo),
-        "flags": {f: getattr(run.callbacks.control, f) for f in _FLAGS} if run.todo else {},
-        "reference_start": run.reference_start, "rows_done": run.rows_done, "elapsed": time.monotonic() - run.started,
+        **run.progress.state_dict(),
+        "flags": {f: getattr(run.callbacks.control, f) for f in _FLAGS} if run.progress.todo else {},
     }  # fmt: skip
     tensors |= of_optimizer
     return tensors, plain | {"tensors": state_files.describe(tensors)}
@@ -389,14 +387,13 @@ def _restore(run: "Trainer", folder: Path) -> None:
     run.stepwide.load_state_dict(plain["stepwide"])
     run.budget.load_state_dict(plain.get("budget", {}))
     run.guards.load_state_dict(json.loads(plain["guards"]))
-    run.num_tokens, run.cursor, run.seen, run.todo = (plain[k] for k in ("num_tokens", "cursor", "seen", "todo"))
-    run.reference_start, run.rows_done, run.elapsed = (plain[k] for k in ("reference_start", "rows_done", "elapsed"))
+    run.progress.load_state_dict(plain)
     if run.moving is not None:
         for name, value in run.moving.values.items():
             value.copy_(tensors[f"reference.{name}"])
     for flag, value in plain["flags"].items():
         setattr(run.callbacks.control, flag, value)
-    run.saved_step = run.state.global_step
+    run.progress.saved_step = run.state.global_step
     best = run.state.best_model_checkpoint
     if best is not None and not Path(best).exists():  # the run's folder was moved
         run.state.best_model_checkpoint = str(run.output_dir / Path(best).name)
@@ -431,27 +428,6 @@ def load_best(run: "Trainer") -> None:
             return
         load_weights(run, Path(best))
         log.info("the best checkpoint is %s (%.4g): its weights are the final model", best, run.state.best_metric)
-
-
-def rng_state() -> dict[str, Any]:
-    """Every random state of this process, of types that torch.load reads without pickle."""
-    kind, keys, *rest = np.random.get_state(legacy=True)
-    return {
-        "python": random.getstate(),
-        "numpy": (kind, torch.from_numpy(np.asarray(keys, np.int64)), *rest),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
-    }
-
-
-def set_rng_state(state: dict[str, Any]) -> None:
-    """What `rng_state` returned."""
-    random.setstate(state["python"])
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
 
 
 def whole(run: "Trainer") -> AbstractContextManager[None]:

@@ -18,9 +18,9 @@ from fastpo.errors import FastpoError, TrainingError
 COMMANDS = {
     "train": "train a model on preference data",
     "plan": "what a run takes in memory, and the largest max_tokens that fits",
+    "losses": "the table of losses, or all there is to say of one",
     "quickstart": "train a small model on a task with a checkable answer, and show that it got better",
     "check": "kernels and backends of this machine against the fp64 reference",
-    "losses": "the table of losses, or all there is to say of one",
     "games": "self-play algorithms on games whose equilibrium is known",
     "env": "versions, devices and backends, for a bug report",
 }

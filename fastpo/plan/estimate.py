@@ -12,10 +12,10 @@ import json
 import os
 import re
 import resource
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,11 +39,9 @@ from fastpo.ops import backends
 from fastpo.plan.weightless import Blueprint, simulate
 from fastpo.training import run_data
 from fastpo.training.memory import MAX_TOKENS, log
+from fastpo.training.metrics import TOKEN_KL
+from fastpo.training.objective import Objective
 from fastpo.training.optim import NARROW
-from fastpo.training.row_statistics import TOKEN_KL
-
-if TYPE_CHECKING:
-    from fastpo.trainer import Trainer
 
 GIB = 1 << 30
 MOST_BYTES = 1 << 60
@@ -291,25 +289,27 @@ def gib(nbytes: float) -> str:
     return f"{nbytes / 2**20:.2f} MiB" if nbytes >= 1e5 else f"{nbytes / 2**10:.2f} KiB"
 
 
-def largest_max_tokens(run: "Trainer") -> int:
+def largest_max_tokens(
+    model: nn.Module, config: TrainConfig, device: torch.device, examples: Sequence[Example], objective: Objective,
+    *, autocast: bool, ref_model: Any = None,
+) -> int:  # fmt: skip
     """max_tokens=auto: what is estimated to fit on the run's device; no more than its largest step has."""
-    config = run.config
     if config.fsdp != "no":
         raise ConfigError("max_tokens=auto does not know how much fsdp leaves on a rank: set max_tokens to a number")
-    memory = device_memory(run.device)
+    memory = device_memory(device)
     if memory is None:
         raise ConfigError("max_tokens=auto: the memory of this device is unknown: set max_tokens to a number")
-    sizes = sorted(map(trunk_tokens, run.examples), reverse=True)
+    sizes = sorted(map(trunk_tokens, examples), reverse=True)
     step = sum(sizes[: config.step_size])
-    share = 1.0 if run.reads_prompts else sum(len(r) for e in run.examples for r in e.responses) / sum(sizes)
+    share = 1.0 if objective.reads_prompts else sum(len(r) for e in examples for r in e.responses) / sum(sizes)
     found = estimate(
-        Blueprint.of_model(run.model), config, run.device.type, row_share=min(1.0, share),
-        autocast=run.autocast_dtype is not None, ref_model=_ref_model_bytes(run), live=TOKEN_KL in run.row_statistics,
+        Blueprint.of_model(model), config, device.type, row_share=min(1.0, share), autocast=autocast,
+        ref_model=_ref_model_bytes(ref_model, config, device), live=TOKEN_KL in objective.row_statistics,
     )  # fmt: skip
     # The model is in this process already, on a CPU.
     found.process = max(0, found.process - found.weights)
     room = memory * (1 - HEADROOM)
-    found.check_fixed(room, f"this {run.device.type} has for it")
+    found.check_fixed(room, f"this {device.type} has for it")
     bucket = config.token_bucket or 1  # to a multiple of which every micro-batch is padded
     tokens = found.largest(room) // bucket * bucket
     if not tokens:
@@ -327,12 +327,12 @@ def largest_max_tokens(run: "Trainer") -> int:
     return tokens
 
 
-def _ref_model_bytes(run: "Trainer") -> int:
+def _ref_model_bytes(ref_model: Any, config: TrainConfig, device: torch.device) -> int:
     """Weights of a reference that is still to come into this process, or onto the device."""
-    if isinstance(run.ref_model, str | os.PathLike):
-        return Blueprint.of_name(os.fspath(run.ref_model), run.config, argument="ref_model").weights
-    if isinstance(run.ref_model, nn.Module) and next(run.ref_model.parameters()).device != run.device:
-        return sum(p.nbytes for p in run.ref_model.parameters())
+    if isinstance(ref_model, str | os.PathLike):
+        return Blueprint.of_name(os.fspath(ref_model), config, argument="ref_model").weights
+    if isinstance(ref_model, nn.Module) and next(ref_model.parameters()).device != device:
+        return sum(p.nbytes for p in ref_model.parameters())
     return 0
 
 

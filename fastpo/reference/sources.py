@@ -376,7 +376,7 @@ def _keep(run: "Trainer", role: Role, sets: Sets, out: dict[str, TokenLogps]) ->
 def move(run: "Trainer", plan: StepPlan, start: int) -> None:
     """A moving reference's log-probabilities for the steps of the plan until it moves again."""
     assert run.moving is not None
-    run.reference_start = start
+    run.progress.reference_start = start
     visited = plan.visited(start, start + run.moving.every)
     with run.moving.in_place(lambda: exchanging(run)):
         run.ref |= _pass(run, run.engine, RefCache("", None), sets_of(run), visited)
@@ -385,6 +385,6 @@ def move(run: "Trainer", plan: StepPlan, start: int) -> None:
 @contextlib.contextmanager
 def exchanging(run: "Trainer") -> Iterator[None]:
     """Inside, the weights are neither the policy's nor the reference's: nothing may be saved."""
-    before, run.updating = run.updating, True
+    before, run.progress.updating = run.progress.updating, True
     yield
-    run.updating = before
+    run.progress.updating = before

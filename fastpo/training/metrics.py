@@ -3,7 +3,7 @@
 import contextlib
 import resource
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -189,7 +189,15 @@ def metric_means(sums: Sequence[float], terms: Sequence[Term]) -> dict[str, floa
 class Window:
     """Metrics since the last log line, kept on the device until `flush`; and the run's totals."""
 
-    def __init__(self, device: torch.device, policy: Any, terms: Sequence[Term], max_tokens: int, max_nonfinite: int):
+    def __init__(
+        self,
+        device: torch.device,
+        policy: Any,
+        terms: Sequence[Term],
+        max_tokens: Callable[[], int],
+        max_nonfinite: int,
+    ):
+        """max_tokens: of a micro-batch as it is at the time. max_nonfinite: steps in a row that end the run."""
         self.device, self.max_tokens, self.max_nonfinite = device, max_tokens, max_nonfinite
         self.pair_terms = [t for t in terms if t.loss is not None]
         self.flops = Flops(policy, device)
@@ -293,7 +301,7 @@ class Window:
         out |= token_means(of_tokens)
         out["num_tokens"] = num_tokens
         out["tokens_per_second"] = (num_tokens - self.tokens_at_flush) / seconds
-        out["packing_efficiency"] = self.trunk_tokens / max(1, self.micro_batches * self.max_tokens)
+        out["packing_efficiency"] = self.trunk_tokens / max(1, self.micro_batches * self.max_tokens())
         out["shared_prompt_savings"] = 1 - self.trunk_tokens / self.alone_tokens if self.alone_tokens else 0.0
         if rows:
             out |= {"grad_filter/dropped_mass": dropped / rows, "grad_filter/dropped_mass_max": largest}
