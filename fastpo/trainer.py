@@ -51,6 +51,10 @@ from fastpo.models.verify import guard_rows, verify_or_unpack
 from fastpo.reference import live as live_reference
 from fastpo.reference import sources as references
 from fastpo.reference.cache import MovingReference, cache_folder
+from fastpo.reference.kept import Kept
+from fastpo.reference.passes import ReferencePass
+from fastpo.reference.policies import Policies, Start
+from fastpo.reference.roles import PREV, REF, ROLES, Given
 from fastpo.report import outputs
 from fastpo.report.callbacks import Callbacks, check_best
 from fastpo.report.hub import Hub
@@ -132,8 +136,8 @@ def train(
 class Trainer(face.Face):
     """One run, with the arguments of `train`: for scripts that evaluate, save or look at it before and after `train()`.
 
-    Its parts are methods, and functions of it in training/run_data.py, training/evaluation.py, reference/sources.py,
-    checkpoints/saving.py, report/outputs.py and face.py, so that each can be read, and tested, alone.
+    Its parts are methods, and functions of it in training/run_data.py, training/evaluation.py, checkpoints/saving.py,
+    report/outputs.py and face.py, so that each can be read, and tested, alone.
     """
 
     _tag_names = ("fastpo", "preference-optimization")  # of the model and its card; the losses' names follow
@@ -211,9 +215,6 @@ class Trainer(face.Face):
         if self.optimizer is not None and config.fsdp != "no":
             raise ConfigError("fsdp splits the parameters, so an optimiser made before does not fit: set optim instead")
         self.progress = Progress()
-        self.ref: dict[str, Any] = {}
-        self.start: Any = None  # the start's own log-probabilities, where `ref` is a mixture of them and others
-        self.other_reference = False  # whether a resumed run's reference is not the one that it began with
         self.signals = Signals(busy=lambda: self.progress.updating)
         self.rescued = False  # whether a save that failed has left the weights alone
         self.callbacks.call("on_init_end")
@@ -230,7 +231,7 @@ class Trainer(face.Face):
         )  # fmt: skip
         self.objective = Objective(self.terms)
         self.pair_terms = self.objective.pair_terms
-        self.uses_reference = any(t.loss.reference for t in self.pair_terms)
+        self.uses_reference = references.reads_reference(self.pair_terms)
         if config.sync_ref_model and not self.uses_reference:
             raise ConfigError(f"sync_ref_model moves a reference, and {'+'.join(config.losses)} has none")
         if config.sync_ref_model and ref_model is not None:
@@ -238,13 +239,14 @@ class Trainer(face.Face):
         if ref_model is not None and not self.uses_reference:
             raise ConfigError(f"ref_model is given, and {'+'.join(config.losses)} has no reference: leave it out")
         self.reads_prompts = any(t.reads_prompt for t in self.terms)
-        self.kappa = next((t.hyper["kappa"] for t in self.pair_terms if t.loss.previous), None)
+        self.kappa = references.share_of_reference(self.pair_terms)
         lists = [t.name for t in self.pair_terms if t.loss.shape == "lists"]
         if lists and config.pair_policy != "best_worst":
             raise ConfigError(f"{lists[0]} reads whole lists of responses: leave pair_policy={config.pair_policy} out")
         self.forming = Forming(config.pair_policy, config.pair_margin, whole=bool(lists))
-        references.check_previous(self, prev_model)
-        self.ref_model, self.prev_model = ref_model, prev_model
+        references.check_previous(config, self.pair_terms, prev_model)
+        self.given = Given(ref_model, prev_model)
+        self.moving_model: nn.Module | None = None  # a moving reference as a model to look at
         self.row_statistics = row_statistics(self.pair_terms)
         if TOKEN_KL in self.row_statistics:
             live_reference.check(config, self.pair_terms)
@@ -254,16 +256,15 @@ class Trainer(face.Face):
     def _note_inputs(self, model: Any, train_dataset: Any, eval_dataset: Any) -> None:
         """Names and paths of what the run is made from, for its files; a path that is not there ends it here."""
         name = inputs.model_name("model", model)
-        if isinstance(model, nn.Module) and self.ref_model is model:
+        if isinstance(model, nn.Module) and self.given[REF] is model:
             raise ConfigError("ref_model is the model that is trained: leave it out for its weights at the start")
-        for argument in ("ref_model", "prev_model"):
-            if (given := getattr(self, argument)) is not None:
-                setattr(self, argument, inputs.model_name(argument, given) or given)
+        models = {role.model: self.given[role] for role in ROLES if self.given[role] is not None}
+        self.given = Given(**{argument: inputs.model_name(argument, m) or m for argument, m in models.items()})
         self.model_name = name or getattr(getattr(model, "config", None), "_name_or_path", "") or ""
         self.model_given_by_name = name is not None
         self.dataset_name = train_dataset if isinstance(train_dataset, str) else None
         paths = {"model": name, "train_dataset": train_dataset, "eval_dataset": eval_dataset,
-                 "ref_model": self.ref_model, "prev_model": self.prev_model}  # fmt: skip
+                 "ref_model": self.given[REF], "prev_model": self.given[PREV]}  # fmt: skip
         self.inputs: dict[str, Any] = {k: os.fspath(v) for k, v in paths.items() if isinstance(v, str | os.PathLike)}
         evaluated = eval_dataset if isinstance(eval_dataset, Mapping) else {"": eval_dataset}
         named = [path for d in (train_dataset, *evaluated.values()) for path in mixing.paths_of(d)]
@@ -313,12 +314,11 @@ class Trainer(face.Face):
         # PiSSA and its like take part of the base away, so that the base with the adapter off is another model.
         self.reference_is_base = self.new_adapter and not adapters.rewrites_base(peft_config)
         self.start_is_known = config.disable_dropout and adapters.starts_at_base(peft_config)
-        self.starts_at_reference = self.ref_model is None and self.start_is_known
         self.is_ready = self.in_loop = False
         self.moving: MovingReference | None = None
         if config.sync_ref_model and config.fsdp == "no":  # else when its shards are there
             self.moving = self._moving_reference({n: p for n, p in model.named_parameters() if p.requires_grad})
-            self.ref_model = face.moving_reference(model, self.moving)
+            self.moving_model = face.moving_reference(model, self.moving)
 
     def _size_micro_batches(self) -> None:
         """Which rows share their prompt, and how many tokens a micro-batch holds."""
@@ -338,6 +338,16 @@ class Trainer(face.Face):
     @property
     def state(self) -> TrainerState:
         return self.callbacks.state
+
+    @property
+    def ref_model(self) -> Any:
+        """The model given as the reference, or the one that moves; None where that is the policy's start."""
+        return self.given[REF] if self.moving_model is None else self.moving_model
+
+    @property
+    def prev_model(self) -> Any:
+        """The model given as the previous policy, or None."""
+        return self.given[PREV]
 
     @property
     def step_size(self) -> int:
@@ -404,22 +414,26 @@ class Trainer(face.Face):
         self.callbacks.start_trackers()
         start_checks.say_without_effect(self, len(plan))
         start_checks.try_samples(self)
-        references.attach(self, plan)
+        sets = self._reference_sets()
+        self.references.attach(plan, sets)
         if TOKEN_KL in self.row_statistics:
-            self.live = live_reference.start(self, plan[0][1])
+            self.live = live_reference.start(
+                self.references.policies, self.references.kept, sets, self.parameters, loss=self.pair_terms[0].name,
+                whole=self._exchanging,
+            )  # fmt: skip
         self._build_optimizer(len(plan))
         outputs.start(self)
         self.window = Window(self.device, self.policy, self.terms, self.max_tokens, config.max_nonfinite_steps)
         self.guards = Guardrails(
-            self.terms, config, not hasattr(self.model, "peft_config"), starts_at_reference=self.starts_at_reference,
-            pairs_per_step=self.step_size, parameters=sum(p.numel() for p in self.model.parameters()),
-            optimizer_given=not self.own_optimizer,
+            self.terms, config, not hasattr(self.model, "peft_config"),
+            starts_at_reference=self.references.starts_at_reference, pairs_per_step=self.step_size,
+            parameters=sum(p.numel() for p in self.model.parameters()), optimizer_given=not self.own_optimizer,
         )  # fmt: skip
         if self.resume is not None:
             saving.restore(self, self.resume)
         self._warn(self.guards.at_start(self.data_reports))
         if self.moving is not None:
-            references.move(self, plan, self.progress.reference_start)
+            self.references.move(plan, self.progress.reference_start)
         with (
             self.bar(desc="train", total=len(plan), initial=self.progress.cursor) as bar,
             training_mode(self.policy, config),
@@ -444,11 +458,41 @@ class Trainer(face.Face):
         self._distribute()
         if self.config.sync_ref_model and self.moving is None:
             self.moving = self._moving_reference(self.parameters)
+        self.references = self._references()
         self.verify(self.engine, self.plan[0][1])
         self.is_ready = True
 
+    def _references(self) -> references.References:
+        config, world = self.config, self.world
+        start = Start(
+            self.engine, self.fingerprint, self.loaded_dtype, self.model_name if self.model_given_by_name else None,
+            is_base=self.reference_is_base, is_exact=self.start_is_known,
+        )  # fmt: skip
+        policies = Policies(
+            self.given, start, config, world, autocast_dtype=self.autocast_dtype,
+            verify=lambda engine: self.verify(engine, self.plan[0][1]),
+        )  # fmt: skip
+        compute = ReferencePass(
+            lambda engine, batch: self.logp(engine, batch, statistics=False), world, passes=self.budget.passes,
+            max_tokens=lambda: self.max_tokens, token_bucket=config.token_bucket, autocast_dtype=self.autocast_dtype,
+            bar=self.bar,
+        )  # fmt: skip
+        kept = Kept(self.output_dir, self.resume, self.identity)
+        return references.References(config, self.pair_terms, policies, compute, kept, self.moving)
+
+    def _reference_sets(self) -> dict[str, list[data.Example]]:
+        """What the reference scores: the data sets, and the mismatched rows of them that a loss reads."""
+        # A callback may ask for an evaluation that the options do not.
+        evaluates = self.config.eval_strategy != "no" or self.config.eval_on_start or self.callbacks.user or self.stays
+        sets = {"train": self.examples, **(self.eval_sets if evaluates else {})}
+        return {**sets, **self.stepwide.reference_sets(sets)}
+
+    def _exchanging(self) -> contextlib.AbstractContextManager[None]:
+        return self.progress.exchanging()  # of the run under way: train() begins with another
+
     def _moving_reference(self, parameters: dict[str, nn.Parameter]) -> MovingReference:
-        return MovingReference(parameters, self.config.ref_model_mixup_alpha, self.config.ref_model_sync_steps)
+        config = self.config
+        return MovingReference(parameters, config.ref_model_mixup_alpha, config.ref_model_sync_steps, self._exchanging)
 
     def _distribute(self) -> None:
         """The model as this run's processes hold it."""
@@ -527,7 +571,7 @@ class Trainer(face.Face):
                     self.signals.check()
                     bar.update()
                     if moved:
-                        references.move(self, plan, self.progress.cursor)
+                        self.references.move(plan, self.progress.cursor)
                     self._settle(plan, bar)
                 seconds = self.progress.seconds()
                 summary = self.window.summary(
@@ -587,7 +631,8 @@ class Trainer(face.Face):
                 while self.progress.cursor < len(plan) and plan[self.progress.cursor][0] == todo["epoch"]:
                     self.progress.cursor += 1
                 if self.moving is not None:
-                    references.move(self, plan, self.progress.cursor)
+                    self.progress.reference_start = self.progress.cursor
+                    self.references.move(plan, self.progress.cursor)
             todo["stage"] = 1
         if todo["stage"] == 1:
             self._log_and_evaluate(bar)
@@ -660,7 +705,8 @@ class Trainer(face.Face):
     def _forward_backward(self, rows: list[int]) -> tuple[Tensor, Tensor]:
         """Gradients of this process's part of a step; returns its loss and metric sums, detached."""
         idle = [min(rows, key=lambda i: self._tokens[i])]
-        check_start = self.state.global_step == 0 and (self.starts_at_reference or self.start is not None)
+        known = self.references.starts_at_reference or self.references.start is not None
+        check_start = self.state.global_step == 0 and known
         stats = self.stepwide.statistics("train", rows)
         if self.world.several:  # here the ranks meet, and a rank that begins its part anew does so alone
             self.stepwide.look_ahead(stats, self.share, self.rounds, idle)
@@ -691,7 +737,7 @@ class Trainer(face.Face):
             idle = k >= len(self.share)
             part = self.budget.part = idle_rows if idle else self.share[k]
             self.engine.sync_gradients(k == self.rounds - 1)
-            batch = self.batch(self.examples, part, self.ref["train"], TRAIN, self.state.global_step)
+            batch = self.batch(self.examples, part, self.references.of_set("train"), TRAIN, self.state.global_step)
             logp = self.logp(self.engine, batch)
             if idle:
                 (0.0 * logp.sum()).backward()
@@ -737,7 +783,8 @@ class Trainer(face.Face):
 
     def _wrong_start(self, logp: Tensor, batch: PackedBatch) -> str | None:
         """A policy that starts as its reference must reproduce the losses' closed form, to the dtype's error."""
-        start_logp = batch.ref_logp if self.start is None else references.of_batch(self.start, batch)
+        start = self.references.start
+        start_logp = batch.ref_logp if start is None else references.of_batch(start, batch)
         if start_logp is None:
             return None
         gap = (logp - start_logp).abs().mean().item()

@@ -15,7 +15,6 @@ from fastpo.data import prepare as data
 from fastpo.data.packing import PackedBatch, loss_count, pass_batches
 from fastpo.errors import ConfigError
 from fastpo.models.modes import eval_mode
-from fastpo.reference import sources as references
 from fastpo.report import outputs
 from fastpo.report.callbacks import best
 from fastpo.training import run_data
@@ -34,7 +33,7 @@ def evaluate_all(run: "Trainer") -> bool:
     with run.window.paused():
         for name, examples in run.eval_sets.items():
             if name not in done:
-                metrics = evaluate(run, examples, run.ref[name], name)
+                metrics = evaluate(run, examples, run.references.of_set(name), name)
                 with saving.whole(run):
                     done[name] = metrics
                     run.log(metrics)
@@ -179,7 +178,7 @@ def evaluate_now(run: "Trainer", dataset: Any, prefix: str) -> dict[str, float]:
     with _sets(run, dataset) as sets:
         for name, examples in sets.items():
             shown = prefix + name.removeprefix(_GIVEN).removeprefix("eval")
-            metrics |= evaluate(run, examples, run.ref.get(name), shown, name)
+            metrics |= evaluate(run, examples, run.references.of_set(name), shown, name)
     line = {**metrics, "epoch": round(run.state.epoch or 0.0, 4), "step": run.state.global_step}
     run.state.log_history.append(line)
     run.callbacks.log(metrics)
@@ -192,14 +191,14 @@ _GIVEN = "rows given to "  # what the name of such a set begins with inside a ru
 
 @contextlib.contextmanager
 def _sets(run: "Trainer", dataset: Any) -> Iterator[dict[str, list[data.Example]]]:
-    """The sets to evaluate, with their reference in `run.ref`; that of rows given only inside."""
+    """The sets to evaluate, with their reference known; that of rows given only inside."""
+    references, trained = run.references, run.state.global_step > 0
     if dataset is None:
         sets = run.eval_sets
-        missing = {name: examples for name, examples in sets.items() if run.ref.get(name) is None}
-        run.ref |= references.of_other_rows(run, missing)
+        references.hold({**sets, **run.stepwide.reference_sets(sets)}, trained=trained)
         yield sets
         return
-    references.check_other_rows(run)
+    references.check_other_rows(trained=trained)
     run_data.check_precomputed(run.config, dataset)
     if isinstance(dataset, Mapping):
         given = {f"{_GIVEN}eval_{name}": rows for name, rows in dataset.items()}
@@ -207,12 +206,10 @@ def _sets(run: "Trainer", dataset: Any) -> Iterator[dict[str, list[data.Example]
         given = {f"{_GIVEN}eval": dataset}
     sets = {name: run_data.prepare(run, rows, run.config.dataset_test_split, name) for name, rows in given.items()}
     run_data.place(run, sets)
-    before = dict(run.ref)
     try:
-        run.ref |= references.of_other_rows(run, sets)
-        yield sets
+        with references.held({**sets, **run.stepwide.reference_sets(sets)}, trained=trained):
+            yield sets
     finally:
-        run.ref = before
         run.stepwide.forget(sets)
 
 

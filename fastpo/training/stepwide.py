@@ -118,7 +118,9 @@ class StepWide:
         share = shares[run.world.rank]
         rounds = max(map(len, shares)) if run.engine.sharded else len(share)
         sums = torch.zeros(2, dtype=torch.float64, device=run.device)
-        for batch, logp in self.first_pass(share, rounds, examples, run.ref[_mismatched(name)], shares[0][0]):
+        for batch, logp in self.first_pass(
+            share, rounds, examples, run.references.of_set(_mismatched(name)), shares[0][0]
+        ):
             ratios = logp.double() - batch.ref_logp.double()
             sums[0] += (ratios if batch.token_weight is None else batch.token_weight * ratios).sum()
             sums[1] += len(batch.examples)
@@ -128,7 +130,7 @@ class StepWide:
     def look_ahead(self, stats: Statistics, share: Sequence[list[int]], rounds: int, idle: list[int]) -> None:
         """Complete `stats` of a training step, if a loss asks for it, by a pass over this rank's share of it."""
         if self.reads_rows:
-            parts = self.first_pass(share, rounds, self.run.examples, self.run.ref["train"], idle)
+            parts = self.first_pass(share, rounds, self.run.examples, self.run.references.of_set("train"), idle)
             self.of_rows(stats, parts, self.run.examples, train=True)
         run = self.run
         if run.router is not None:
@@ -136,7 +138,7 @@ class StepWide:
 
             def sums(part: list[int]) -> Tensor:
                 with run.autocast():
-                    return router.trunk_pass(run.engine, run.batch(run.examples, part, run.ref["train"]))
+                    return router.trunk_pass(run.engine, run.batch(run.examples, part, run.references.of_set("train")))
 
             mine = run.budget.passes(share, run.examples, sums)
             more = (sums(idle) for _ in range(rounds - len(share)))
