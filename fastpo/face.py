@@ -15,8 +15,8 @@ from torch import nn
 from fastpo.checkpoints import saving
 from fastpo.data.prepare import Example
 from fastpo.errors import ConfigError
-from fastpo.reference import sources as references
 from fastpo.reference.cache import MovingReference
+from fastpo.reference.sources import References
 from fastpo.report import outputs
 from fastpo.report.hub import Hub
 from fastpo.training import run_data
@@ -121,7 +121,7 @@ class Face(abc.ABC):
     batches: MicroBatches
     stepwide: StepWide
     evaluation: Evaluation
-    ref: dict[str, Any]
+    references: References
 
     @property
     def processing_class(self) -> Any:
@@ -164,7 +164,7 @@ class Face(abc.ABC):
         with self._sets(eval_dataset) as sets:
             for name, examples in sets.items():
                 shown = metric_key_prefix + name.removeprefix(_GIVEN).removeprefix("eval")
-                metrics |= self.evaluation(examples, self.ref.get, name, shown)
+                metrics |= self.evaluation(examples, self.references.of_set, name, shown)
         state = self.callbacks.state
         line = {**metrics, "epoch": round(state.epoch or 0.0, 4), "step": state.global_step}
         state.log_history.append(line)
@@ -174,15 +174,14 @@ class Face(abc.ABC):
 
     @contextlib.contextmanager
     def _sets(self, dataset: Any) -> Iterator[dict[str, list[Example]]]:
-        """The sets to evaluate, with their reference in `self.ref`; that of rows given only inside."""
-        run: Any = self
+        """The sets to evaluate, with their reference known; that of rows given only inside."""
+        references, trained = self.references, self.callbacks.state.global_step > 0
         if dataset is None:
             sets = self.eval_sets
-            missing = {name: examples for name, examples in sets.items() if self.ref.get(name) is None}
-            self.ref |= references.of_other_rows(run, missing)
+            references.hold({**sets, **self.stepwide.reference_sets(sets)}, trained=trained)
             yield sets
             return
-        references.check_other_rows(run)
+        references.check_other_rows(trained=trained)
         run_data.check_precomputed(self.config, dataset)
         if isinstance(dataset, Mapping):
             given = {f"{_GIVEN}eval_{name}": rows for name, rows in dataset.items()}
@@ -193,12 +192,10 @@ class Face(abc.ABC):
         for name, examples in sets.items():
             self.batches.place(name, examples)
         self.stepwide.prepare(sets)
-        before = dict(self.ref)
         try:
-            self.ref |= references.of_other_rows(run, sets)
-            yield sets
+            with references.held({**sets, **self.stepwide.reference_sets(sets)}, trained=trained):
+                yield sets
         finally:
-            self.ref = before
             self.stepwide.forget(sets)
 
     def save_model(self, output_dir: str | os.PathLike | None = None) -> None:

@@ -10,7 +10,6 @@ from torch.nn.functional import logsigmoid
 
 import fastpo
 from fastpo.errors import ConfigError, DataError, DeviceError, FastpoError, TrainingError, UnsupportedModelError
-from fastpo.reference import sources as references
 
 LR = 1e-2
 
@@ -243,9 +242,9 @@ def test_the_reference_is_the_policy_in_memory(toy, run):
 
 def test_the_reference_pass_is_shared_by_a_sweep(toy, run, monkeypatch):
     calls = []
-    real = references.reference_logps
+    real = fastpo.reference.passes.reference_logps
     monkeypatch.setattr(
-        "fastpo.reference.sources.reference_logps",
+        "fastpo.reference.passes.reference_logps",
         lambda examples, needed, cache, compute, **kw: real(
             examples, needed, cache, lambda batch: (calls.append(1), compute(batch))[1], **kw
         ),
@@ -392,12 +391,12 @@ def test_non_finite_steps_are_skipped_counted_and_stop_the_run(toy, run, any_wei
 
 
 def test_a_start_away_from_the_reference_is_refused(run, monkeypatch):
-    real = fastpo.reference.sources.reference_logps
+    real = fastpo.reference.passes.reference_logps
 
     def wrong(*args, **kwargs):
         return [[part + 0.5 for part in parts] for parts in real(*args, **kwargs)]
 
-    monkeypatch.setattr("fastpo.reference.sources.reference_logps", wrong)
+    monkeypatch.setattr("fastpo.reference.passes.reference_logps", wrong)
     with pytest.raises(TrainingError, match="should start at its reference"):
         run()
 

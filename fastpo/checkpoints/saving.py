@@ -15,11 +15,11 @@ from torch import Tensor
 
 from fastpo import __version__
 from fastpo.checkpoints import checkpoint, endings, model_files, state_files
-from fastpo.checkpoints.checkpoint import PREVIOUS, REFERENCE
 from fastpo.checkpoints.state_files import as_sharded
-from fastpo.data.packing import collate
+from fastpo.data.packing import collate, trunk_tokens
 from fastpo.errors import ConfigError, FastpoError, TrainingError
 from fastpo.reference.cache import adapter_settings, frozen_fingerprint, model_fingerprint
+from fastpo.reference.roles import ROLES
 from fastpo.report import disks, outputs
 from fastpo.report.callbacks import note_saved, plain_config
 from fastpo.training.distributed import full_state, local
@@ -151,13 +151,13 @@ def _write(run: "Trainer", folder: Path, temporary: Path) -> None:
             return
         with run.policy.detached():
             model_files.write(run.model, run.tokenizer, temporary, run.config.max_shard_size, weights)
-        (temporary / "run.json").write_text(json.dumps(run.identity, indent=1))
+        (temporary / "run.json").write_text(json.dumps(run.identity | run.references.kept.keys, indent=1))
         if not run.config.save_only_model:
             torch.save(plain, temporary / "trainer.pt")
             run.state.save_to_json(str(temporary / "trainer_state.json"))
-            for name in (REFERENCE, PREVIOUS):
-                if (run.output_dir / name).exists():
-                    _link(run.output_dir / name, temporary / name)
+            for role in ROLES:
+                if (run.output_dir / role.file).exists():
+                    _link(run.output_dir / role.file, temporary / role.file)
         checkpoint.seal(temporary, folder)
 
     world.all_do(write)
@@ -188,7 +188,7 @@ def check_finite(run: "Trainer", unsure: bool = False) -> None:
 def _gives_numbers(run: "Trainer") -> bool:
     """Whether log-probabilities of a few rows, the shortest, are finite, and the gradients of their mean. Every rank
     calls it; sharded ones leave out the gradients, which FSDP would reduce."""
-    rows = sorted(range(len(run.examples)), key=lambda i: run._tokens[i])[:4]
+    rows = sorted(range(len(run.examples)), key=lambda i: trunk_tokens(run.examples[i]))[:4]
     batch = collate(run.examples, rows).to(run.device)
     try:
         with run.autocast(), torch.set_grad_enabled(not run.engine.sharded):

@@ -268,9 +268,9 @@ def test_mixtures_with_lists(toy, run):
 
 @pytest.mark.parametrize("loss", ["nca_rw", "selm", ["exo_rw", "dpo"]])
 def test_a_start_away_from_the_reference_is_refused(toy, run, monkeypatch, loss):
-    real = fastpo.reference.sources.reference_logps
+    real = fastpo.reference.passes.reference_logps
     monkeypatch.setattr(
-        "fastpo.reference.sources.reference_logps", lambda *a, **k: [[p + 0.5 for p in row] for row in real(*a, **k)]
+        "fastpo.reference.passes.reference_logps", lambda *a, **k: [[p + 0.5 for p in row] for row in real(*a, **k)]
     )
     with pytest.raises(TrainingError, match=r"should start at its reference, .* loss \[[-\d., ]+\] instead of \["):
         run(with_greedy(toy) if loss == "selm" else kway_rows(toy), loss_type=loss)
