@@ -10,19 +10,29 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
+from transformers import TrainerState
 
-from fastpo.checkpoints import saving
+from fastpo.checkpoints.saving import ModelFiles
+from fastpo.config.train_config import TrainConfig
 from fastpo.data.prepare import Example
 from fastpo.errors import ConfigError
+from fastpo.models.policy import Policy
 from fastpo.reference.cache import MovingReference
+from fastpo.reference.roles import PREV, REF, Given
 from fastpo.reference.sources import References
-from fastpo.report import outputs
+from fastpo.report.callbacks import Callbacks
 from fastpo.report.hub import Hub
+from fastpo.report.outputs import Reporter, RunFacts
 from fastpo.training import run_data
+from fastpo.training.distributed import World
 from fastpo.training.evaluation import Evaluation
+from fastpo.training.inputs import Origin
 from fastpo.training.micro_batches import MicroBatches
+from fastpo.training.objective import Objective
 from fastpo.training.run_data import DataSets
+from fastpo.training.signals import Signals
 from fastpo.training.stepwide import StepWide
 
 log = logging.getLogger("fastpo")
@@ -108,20 +118,61 @@ _GIVEN = "rows given to "  # what the name of a set given to `evaluate` begins w
 class Face(abc.ABC):
     """The methods and attributes; `fastpo.trainer.Trainer` has them."""
 
-    examples: list[Example]
-    eval_sets: dict[str, list[Example]]
-    output_dir: Path
-    tokenizer: Any
-    callbacks: Any
-    world: Any
-    config: Any
-    hub: Hub | None
-    in_loop: bool
+    config: TrainConfig
+    world: World
+    device: torch.device
+    objective: Objective
+    origin: Origin
     data: DataSets
+    tokenizer: Any
+    callbacks: Callbacks
+    output_dir: Path
+    reporter: Reporter
+    hub: Hub | None
+    model: nn.Module
+    policy: Policy
+    parameters: dict[str, nn.Parameter]
+    loaded_dtype: torch.dtype
+    tags: list[str]
     batches: MicroBatches
     stepwide: StepWide
     evaluation: Evaluation
+    fixed: Given
+    moving_model: nn.Module | None
     references: References
+    files: ModelFiles
+    signals: Signals
+    in_loop: bool
+
+    @property
+    def state(self) -> TrainerState:
+        """transformers' TrainerState: the step, the epoch, the log."""
+        return self.callbacks.state
+
+    @property
+    def step_size(self) -> int:
+        """Pairs of an optimiser step, over all processes."""
+        return self.config.step_size * self.world.size
+
+    @property
+    def max_tokens(self) -> int:
+        """Of a micro-batch."""
+        return self.evaluation.passes.budget.max_tokens
+
+    @property
+    def examples(self) -> list[Example]:
+        """The rows as they are trained on."""
+        return self.data.train
+
+    @property
+    def ref_model(self) -> Any:
+        """The model given as the reference, or the one that moves; None where that is the policy's start."""
+        return self.fixed[REF] if self.moving_model is None else self.moving_model
+
+    @property
+    def prev_model(self) -> Any:
+        """The model given as the previous policy, or None."""
+        return self.fixed[PREV]
 
     @property
     def processing_class(self) -> Any:
@@ -136,16 +187,29 @@ class Face(abc.ABC):
     @property
     def train_dataset(self) -> TokenizedRows:
         """The rows as token ids."""
-        return TokenizedRows(self.examples)
+        return TokenizedRows(self.data.train)
 
     @property
     def eval_dataset(self) -> Any:
         """The same of the evaluation set; a dict of several, None of none."""
-        return rows_of_sets(self.eval_sets)
+        return rows_of_sets(self.data.evals)
 
     @abc.abstractmethod
     def ready(self) -> None:
         """Bring the model to where it is trained, once."""
+
+    def facts(self) -> RunFacts:
+        """What the model's card and the report say of this run."""
+        return RunFacts(
+            model_name=self.origin.model_name, architecture=type(self.policy.causal_lm).__name__,
+            adapter=hasattr(self.model, "peft_config"), dtype=str(self.loaded_dtype).removeprefix("torch."),
+            chat=bool(getattr(self.tokenizer, "chat_template", None)),
+            parameters=sum(p.numel() for p in self.model.parameters()),
+            trainable_parameters=sum(p.numel() for p in self.parameters.values()),
+            terms=self.objective.terms, rows=len(self.data.train), dataset_name=self.origin.dataset_name,
+            step_size=self.step_size, device=str(self.device), world_size=self.world.size, tags=self.tags,
+            repo_id=self.hub.repo_id if self.hub is not None else None,
+        )  # fmt: skip
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
@@ -158,7 +222,7 @@ class Face(abc.ABC):
         if self.in_loop:
             raise ConfigError("evaluate() within a run: set control.should_evaluate in the callback, or eval_strategy")
         self.ready()
-        if eval_dataset is None and not self.eval_sets:
+        if eval_dataset is None and not self.data.evals:
             raise ConfigError("evaluate() needs rows: pass them, or an eval_dataset to the trainer")
         metrics: dict[str, float] = {}
         with self._sets(eval_dataset) as sets:
@@ -177,7 +241,7 @@ class Face(abc.ABC):
         """The sets to evaluate, with their reference known; that of rows given only inside."""
         references, trained = self.references, self.callbacks.state.global_step > 0
         if dataset is None:
-            sets = self.eval_sets
+            sets = self.data.evals
             references.hold({**sets, **self.stepwide.reference_sets(sets)}, trained=trained)
             yield sets
             return
@@ -203,8 +267,8 @@ class Face(abc.ABC):
         self.ready()
         folder = Path(output_dir) if output_dir is not None else self.output_dir
         folder.mkdir(parents=True, exist_ok=True)
-        run: Any = self
-        saving.save_model(run, folder)
+        with self.signals.whole():
+            self.files.save(folder)
 
     def push_to_hub(self, commit_message: str = "End of training") -> str | None:
         """Save model and card in output_dir, and upload them to `hub_model_id`; the commit's address."""
@@ -212,8 +276,7 @@ class Face(abc.ABC):
         if not self.world.main:
             return None
         self.hub = self.hub or Hub(self.config)
-        run: Any = self
-        outputs.write_card(run)
+        self.reporter.write_card(self.facts(), self.callbacks.state)
         return self.hub.push(self.output_dir, commit_message)
 
     def log_metrics(self, split: str, metrics: Mapping[str, Any]) -> None:

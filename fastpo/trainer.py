@@ -20,7 +20,6 @@ Where is the loss normalised? `_accumulate`: `pair_count`, `nlls`, of the whole 
 import contextlib
 import functools
 import logging
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,11 +31,14 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, TrainerState, set_seed
 
 from fastpo import face
-from fastpo.checkpoints import checkpoint, model_files, saving
+from fastpo.checkpoints import checkpoint, identity, model_files, run_folder, saving
 from fastpo.checkpoints.run_lock import RunLock
+from fastpo.checkpoints.run_state import AsJson, RunState
+from fastpo.checkpoints.saving import Checkpoints, ModelFiles, Saver
+from fastpo.checkpoints.weights import WeightCheck, Weights
 from fastpo.config.no_effect import Facts
 from fastpo.config.train_config import TrainConfig
-from fastpo.data.packing import sequence_tokens
+from fastpo.data.packing import sequence_tokens, trunk_tokens
 from fastpo.errors import ConfigError
 from fastpo.models.adapters import rewrites_base, starts_at_base
 from fastpo.models.loading import load_tokenizer
@@ -53,6 +55,7 @@ from fastpo.reference.sources import References
 from fastpo.report import outputs
 from fastpo.report.callbacks import Callbacks, best, check_best
 from fastpo.report.hub import Hub
+from fastpo.report.outputs import Reporter
 from fastpo.training import inputs, router_loss, run_data, start_checks, start_guard
 from fastpo.training.accumulation import Accumulation
 from fastpo.training.distributed import Engine, World, shard
@@ -180,15 +183,15 @@ class Trainer(face.Face):
         # The folder, and what lies in it.
         self.output_dir = Path(config.output_dir)
         self.lock = RunLock(self.output_dir)
-        self.metrics_file, self.samples_file = outputs.lines_of(self)
         self.resume, remarks = world.first(lambda: checkpoint.find(self.output_dir, config.resume_from_checkpoint))
         for remark in remarks:
             log.warning("%s", remark)
-        world.first(lambda: outputs.check_folder(config, resumes=config.resume_from_checkpoint not in (None, False)))
+        world.first(lambda: run_folder.check(config, resumes=config.resume_from_checkpoint not in (None, False)))
         set_seed(config.seed)
 
         # The rows.
         self.origin = origin = inputs.Origin.of(model, train_dataset, eval_dataset, ref_model, prev_model, world)
+        self.reporter = Reporter(config, self.output_dir, world.main, origin.paths, again=self.lock.again)
         self.fixed = Given(origin.ref_model, origin.prev_model)
         self.tokenizer = processing_class if processing_class is not None else load_tokenizer(
             origin.model_name, trust_remote_code=config.trust_remote_code,
@@ -203,8 +206,7 @@ class Trainer(face.Face):
             config, world, self.tokenizer, objective, given={name for name, m in models.items() if m is not None}
         )
         self.data.read(train_dataset, eval_dataset)
-        self.examples, self.eval_sets = self.data.train, self.data.evals
-        self.plan = StepPlan(config, len(self.examples), world.size)
+        self.plan = StepPlan(config, len(self.data.train), world.size)
         self.stepwide = StepWide(objective.pair_terms, config)
         self.stepwide.prepare(self.data.all)
         if compute_metrics is None:  # else nobody knows yet what evaluations report
@@ -229,7 +231,7 @@ class Trainer(face.Face):
         if config.grad_filter and self.device.type == "cuda":
             log.warning("grad_filter runs plain PyTorch operations on a GPU, unmeasured: compare tokens_per_second")
         max_tokens = max_tokens_of_run(
-            self.model, config, world, self.examples, objective, ref_model=self.fixed[REF],
+            self.model, config, world, self.data.train, objective, ref_model=self.fixed[REF],
             autocast=self.forward.autocast_dtype is not None,
         )  # fmt: skip
         advice = functools.partial(savings, config, self.model, self.policy.dtype, self.device)
@@ -248,17 +250,7 @@ class Trainer(face.Face):
             self.moving_model = face.moving_reference(self.model, self.moving)
         self.live: live_reference.LiveReference | None = None
         self.signals = Signals(busy=lambda: self.progress.updating)
-        self.rescued = False  # whether a save that failed has left the weights alone
         self.callbacks.call("on_init_end")
-
-    @property
-    def state(self) -> TrainerState:
-        return self.callbacks.state
-
-    @property
-    def step_size(self) -> int:
-        """Pairs of an optimiser step, over all processes."""
-        return self.config.step_size * self.world.size
 
     # ---------------------------------------------------------------- a run
 
@@ -291,9 +283,14 @@ class Trainer(face.Face):
             raise ConfigError(
                 "no parameter of the model requires a gradient (an adapter is loaded with is_trainable=True)"
             )
-        saving.prepare(self)
-        self.fingerprint, self.identity = saving.identify(self)
-        self.saved_dtypes = {n: p.dtype for n, p in self.model.named_parameters()}
+        saving.prepare(self.model, self.tokenizer, self.data.train, self.parameters, config, world)
+        self.identity = identity.identify(
+            self.model, self.data.train, config, world, name=self.origin.model_name, of_base=self.reference_is_base
+        )
+        fingerprint = self.identity["model"]
+        if self.resume is not None:
+            self.identity = identity.as_begun(self.resume, self.identity, self.origin.by_name)
+        dtypes = {n: p.dtype for n, p in self.model.named_parameters()}
         self.loaded_dtype = self.policy.dtype
         if config.fsdp != "no":
             self.parameters = {}  # whoever holds a parameter keeps it whole on the device
@@ -301,18 +298,21 @@ class Trainer(face.Face):
             self.parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         else:
             world.agree_(self.model)
+        self.weights = Weights(self.engine, self.parameters, dtypes, world)
+        again, size = self.reporter.ensure_folder, config.max_shard_size
+        self.files = ModelFiles(self.weights, self.tokenizer, self.output_dir, size, again)
         if world.several and not config.disable_dropout:
             torch.manual_seed(config.seed + world.rank)  # every rank draws its own masks
         if config.sync_ref_model and self.moving is None:
             self.moving = self._moving_reference(self.parameters)
-        first = [self.examples[i] for i in self.plan[0][1]]
+        first = [self.data.train[i] for i in self.plan[0][1]]
         everything = self.data.all.values()
         self.router = start_guard.verify(
             self.forward, self.engine, first, everything, quiet=config.disable_dropout, router=self.router
         )
         self.forward.begin(self.engine, self.router)
         start = Start(
-            self.engine, self.fingerprint, self.loaded_dtype, self.origin.model_name if self.origin.by_name else None,
+            self.engine, fingerprint, self.loaded_dtype, self.origin.model_name if self.origin.by_name else None,
             is_base=self.reference_is_base, is_exact=self.start_is_known,
         )  # fmt: skip
         precision = self.forward.autocast_dtype
@@ -323,7 +323,7 @@ class Trainer(face.Face):
         compute = ReferencePass(
             lambda engine, batch: self.forward(batch, engine, statistics=False), world, passes=self.budget.passes,
             max_tokens=lambda: self.budget.max_tokens, token_bucket=config.token_bucket, autocast_dtype=precision,
-            bar=self.bar,
+            bar=self.reporter.bar,
         )  # fmt: skip
         kept = Kept(self.output_dir, self.resume, self.identity)
         self.references = References(config, self.objective.pair_terms, policies, compute, kept, self.moving)
@@ -347,13 +347,14 @@ class Trainer(face.Face):
             self.forward.begin(self.engine, self.router, self.live.rows)
         self.update = Update(self.model, self.parameters, config, self.world, self.optimizers, len(plan))
         self.accumulation = Accumulation(
-            self.objective, self.stepwide, self.passes, self.update.gradients, self.examples,
+            self.objective, self.stepwide, self.passes, self.update.gradients, self.data.train,
             on_substep_end=lambda: self.callbacks.call("on_substep_end"),
         )  # fmt: skip
         self.callbacks.optimizer, self.callbacks.scheduler = self.update.optimizer, self.update.scheduler
-        self.schedule = Schedule(config, len(self.examples), self.world.size, len(plan))
+        self.schedule = Schedule(config, len(self.data.train), self.world.size, len(plan))
         self.schedule.begin(self.state)
-        outputs.start(self)
+        if self.world.main:
+            self.reporter.start(*run_folder.begin(self.output_dir, self.resume))
         self.window = Window(
             self.device, self.policy, self.objective.terms, lambda: self.budget.tokens, config.max_nonfinite_steps
         )
@@ -367,15 +368,28 @@ class Trainer(face.Face):
             self.start_guard = start_guard.StartGuard(
                 self.objective, self.forward.low_precision, self.references.start_of, str(cache_folder())
             )
+        parts = {"scheduler": self.update.scheduler, "window": self.window, "stepwide": self.stepwide,
+                 "budget": self.budget, "guards": AsJson(self.guards)}  # fmt: skip
+        run_state = RunState(
+            self.weights, self.update.gradients, self.update.optimizer, self.progress, parts, self.moving
+        )
+        self.checkpoints = Checkpoints(
+            config, self.identity | self.references.kept.keys, self.files, run_state, self.callbacks, self.hub
+        )
+        shortest = sorted(self.data.train, key=trunk_tokens)[:4]
+        self.saver = Saver(
+            self.checkpoints, WeightCheck(self.weights, shortest, self.forward.autocast), self.callbacks,
+            self.progress, self.signals, self.window,
+        )  # fmt: skip
         if self.resume is not None:
-            saving.restore(self, self.resume)
+            self.checkpoints.restore(self.resume)
         self._warn(self.guards.at_start(self.data.reports))
         if self.moving is not None:
             self.references.move(plan, self.progress.reference_start)
-        bar = self.bar(desc="train", total=len(plan), initial=self.progress.cursor)
+        bar = self.reporter.bar(desc="train", total=len(plan), initial=self.progress.cursor)
         with bar, training_mode(self.policy, config):
             summary = self._loop(plan, bar)
-        outputs.finish(self, summary)
+        self._finish(summary)
         return TrainResult(self.model, self.state.log_history, summary, self.state, self.guards.warnings)
 
     def _try_options(self, steps: int) -> None:
@@ -389,7 +403,7 @@ class Trainer(face.Face):
         start_checks.say_without_effect(self.config, self.origin.paths, facts)
         self.answers = None
         if self.config.sample_generations and (self.world.main or self.engine.sharded):
-            shown = next(iter(self.eval_sets.values()), self.examples)
+            shown = next(iter(self.data.evals.values()), self.data.train)
             self.answers = Answers(self.forward, self.tokenizer, shown, self.config.generation_kwargs)
             if not self.engine.sharded:
                 start_checks.try_samples(self.config, self.answers)
@@ -437,16 +451,18 @@ class Trainer(face.Face):
                         self.references.move(plan, at.cursor)
                     self._settle(plan, bar)
                 summary = self.window.summary(at.seconds(), self.state.global_step, at.rows_done, at.num_tokens)
-                saving.check_trained(self)
+                self.saver.check_trained()
                 if config.load_best_model_at_end:
                     at.updating = True  # the weights are no longer the last step's
-                    saving.load_best(self)
+                    self.checkpoints.load_best()
                 if config.save_final:
-                    saving.save_model(self, self.output_dir)
+                    with self.signals.whole():
+                        self.files.save(self.output_dir)
                 self.log(summary)
                 call("on_train_end")
             except BaseException as error:
-                saving.rescue(self, error)
+                self.saver.rescue(error)
+                self.reporter.fail(self.facts(), self.state, error, self.data.reports, self.guards.warnings)
                 raise
             finally:
                 self.update.gradients.close()
@@ -480,7 +496,7 @@ class Trainer(face.Face):
         self._log_and_evaluate(bar)
         at.todo = {}
         if control().should_save:
-            saving.save_checkpoint(self)
+            self.saver.save()
             self.callbacks.agree(self.world.group)
 
     def _log_and_evaluate(self, bar: tqdm | None) -> None:
@@ -502,14 +518,14 @@ class Trainer(face.Face):
         not done again."""
         todo, done = self.progress.todo, self.progress.todo.setdefault("evaluated", {})
         with self.window.paused():
-            for name, examples in self.eval_sets.items():
+            for name, examples in self.data.evals.items():
                 if name not in done:
                     metrics = self.evaluation(examples, self.references.of_set, name)
                     with self.signals.whole():
                         done[name] = metrics
                         self.log(metrics)
             if self.answers is not None:
-                outputs.write_samples(self, self.answers(self.config.sample_generations))
+                self.reporter.add_samples(self.answers(self.config.sample_generations), self.state.global_step)
         for metrics in done.values():
             self.callbacks.call("on_evaluate", metrics={**metrics, "epoch": self.state.epoch})
         del todo["evaluated"]
@@ -544,7 +560,7 @@ class Trainer(face.Face):
             window.tokens = self.world.sum_(sums.tokens)
         for batch in sums.batches:  # here, so that a step cut short leaves no trace in the counters
             window.trunk(batch)
-        self.progress.num_tokens += sum(sequence_tokens(self.examples[i]) for i in rows)
+        self.progress.num_tokens += sum(sequence_tokens(self.data.train[i]) for i in rows)
         state.global_step += 1
         if self.moving is not None and state.global_step % self.moving.every == 0:
             self.moving.move_()
@@ -553,17 +569,24 @@ class Trainer(face.Face):
     # ------------------------------------------------------- said and shown
 
     def log(self, metrics: dict[str, float], bar: tqdm | None = None) -> None:
-        line = {**metrics, "epoch": round(self.state.epoch or 0.0, 4), "step": self.state.global_step}
-        self.state.log_history.append(line)
-        outputs.write_line(self, line)
-        if self.world.main and (self.config.disable_tqdm or not sys.stderr.isatty()):
-            outputs.say(metrics, self.state.global_step, self.state.max_steps)
-        if bar is not None:
-            names = {"loss": "loss", "acc": "rewards/accuracies", "margin": "rewards/margins"}
-            names["tok/s"] = "tokens_per_second"
-            bar.set_postfix({k: f"{metrics[v]:.4g}" for k, v in names.items() if v in metrics})
+        """Metrics become a line of the log, of metrics.jsonl, of the terminal and of the trackers."""
+        epoch, step = round(self.state.epoch or 0.0, 4), self.state.global_step
+        self.state.log_history.append({**metrics, "epoch": epoch, "step": step})
+        self.reporter.add_line(self.state.log_history)
+        self.reporter.show(metrics, self.state, bar)
         self.callbacks.log(metrics)
-        self._warn(self.guards.check(self.state.global_step, metrics))
+        self._warn(self.guards.check(step, metrics))
+
+    def _finish(self, summary: dict[str, float]) -> None:
+        """The card of the trained model, its merged form, the report; then the hub."""
+        if self.config.save_final:
+            self.reporter.write_card(self.facts(), self.state)
+            if self.config.save_merged and self.world.main:
+                self.files.save_merged()
+        self.reporter.finish(self.facts(), self.state, summary, self.data.reports, self.guards.warnings)
+        if self.hub is not None:
+            self.callbacks.call("on_push_begin")
+            self.hub.push(self.output_dir)
 
     def _warn(self, warnings: Sequence[Any]) -> None:
         for warning in warnings if self.config.guardrails else []:
@@ -578,11 +601,6 @@ class Trainer(face.Face):
         with self.window.paused(), self.policy.detached():
             yield
 
-    def bar(self, **kwargs: Any) -> tqdm:
-        quiet = self.config.disable_tqdm or not self.world.main or not sys.stderr.isatty()
-        return tqdm(disable=quiet, file=sys.stderr, dynamic_ncols=True, **kwargs)
-
-    # ---- glue
     def _moving_reference(self, parameters: dict[str, nn.Parameter]) -> MovingReference:
         config = self.config
         return MovingReference(parameters, config.ref_model_mixup_alpha, config.ref_model_sync_steps, self._exchanging)
@@ -594,24 +612,5 @@ class Trainer(face.Face):
         """What the reference scores: the data sets, and the mismatched rows of them that a loss reads."""
         # A callback may ask for an evaluation that the options do not.
         evaluates = self.config.eval_strategy != "no" or self.config.eval_on_start or self.callbacks.user or self.stays
-        sets = {"train": self.examples, **(self.eval_sets if evaluates else {})}
+        sets = {"train": self.data.train, **(self.data.evals if evaluates else {})}
         return {**sets, **self.stepwide.reference_sets(sets)}
-
-    @property
-    def ref_model(self) -> Any:
-        """The model given as the reference, or the one that moves; None where that is the policy's start."""
-        return self.fixed[REF] if self.moving_model is None else self.moving_model
-
-    max_tokens = property(lambda self: self.budget.max_tokens)
-    terms = property(lambda self: self.objective.terms)
-    pair_terms = property(lambda self: self.objective.pair_terms)
-    autocast_dtype = property(lambda self: self.forward.autocast_dtype)
-    data_reports = property(lambda self: self.data.reports)
-    inputs = property(lambda self: self.origin.paths)
-    model_name = property(lambda self: self.origin.model_name)
-    model_given_by_name = property(lambda self: self.origin.by_name)
-    dataset_name = property(lambda self: self.origin.dataset_name)
-    optimizer = property(lambda self: self.update.optimizer)
-    scheduler = property(lambda self: self.update.scheduler)
-    gradients = property(lambda self: self.update.gradients)
-    autocast = lambda self: self.forward.autocast()
