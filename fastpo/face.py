@@ -11,12 +11,13 @@ from typing import Any
 
 from torch import nn
 
-from fastpo.checkpoints import saving
+from fastpo.checkpoints.saving import ModelFiles
 from fastpo.data.prepare import Example
 from fastpo.reference.cache import MovingReference
-from fastpo.report import outputs
 from fastpo.report.hub import Hub
+from fastpo.report.outputs import Reporter, RunFacts
 from fastpo.training import evaluation
+from fastpo.training.signals import Signals
 
 log = logging.getLogger("fastpo")
 
@@ -106,6 +107,9 @@ class Face(abc.ABC):
     world: Any
     config: Any
     hub: Hub | None
+    files: ModelFiles
+    reporter: Reporter
+    signals: Signals
 
     @property
     def processing_class(self) -> Any:
@@ -131,6 +135,10 @@ class Face(abc.ABC):
     def ready(self) -> None:
         """Bring the model to where it is trained, once."""
 
+    @abc.abstractmethod
+    def facts(self) -> RunFacts:
+        """What the model's card says of the run."""
+
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
@@ -147,8 +155,8 @@ class Face(abc.ABC):
         self.ready()
         folder = Path(output_dir) if output_dir is not None else self.output_dir
         folder.mkdir(parents=True, exist_ok=True)
-        run: Any = self
-        saving.save_model(run, folder)
+        with self.signals.whole():
+            self.files.save(folder)
 
     def push_to_hub(self, commit_message: str = "End of training") -> str | None:
         """Save model and card in output_dir, and upload them to `hub_model_id`; the commit's address."""
@@ -156,8 +164,7 @@ class Face(abc.ABC):
         if not self.world.main:
             return None
         self.hub = self.hub or Hub(self.config)
-        run: Any = self
-        outputs.write_card(run)
+        self.reporter.write_card(self.facts(), self.callbacks.state)
         return self.hub.push(self.output_dir, commit_message)
 
     def log_metrics(self, split: str, metrics: Mapping[str, Any]) -> None:

@@ -23,8 +23,11 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, TrainerState, set_seed
 
 from fastpo import face
-from fastpo.checkpoints import checkpoint, model_files, saving
+from fastpo.checkpoints import checkpoint, identity, model_files, run_folder, saving
 from fastpo.checkpoints.run_lock import RunLock
+from fastpo.checkpoints.run_state import AsJson, RunState
+from fastpo.checkpoints.saving import Checkpoints, ModelFiles, Saver
+from fastpo.checkpoints.weights import WeightCheck, Weights
 from fastpo.config.train_config import TrainConfig
 from fastpo.data import mixing, rows
 from fastpo.data import prepare as data
@@ -54,6 +57,7 @@ from fastpo.reference.cache import MovingReference, cache_folder
 from fastpo.report import outputs
 from fastpo.report.callbacks import Callbacks, check_best
 from fastpo.report.hub import Hub
+from fastpo.report.outputs import Reporter, RunFacts
 from fastpo.training import evaluation, inputs, router_loss, run_data, start_checks
 from fastpo.training.distributed import Engine, World, shard, uses_bf16
 from fastpo.training.guardrails import Guardrails
@@ -70,6 +74,7 @@ from fastpo.training.metrics import (
 from fastpo.training.objective import Objective
 from fastpo.training.optim import Gradients, build_optimizer, build_scheduler, check_given
 from fastpo.training.progress import Progress
+from fastpo.training.random_state import rng_state
 from fastpo.training.row_statistics import EVALUATION, TOKEN_KL, TRAIN, draw_rows, observer, row_statistics
 from fastpo.training.signals import Signals
 from fastpo.training.step_plan import StepPlan
@@ -132,8 +137,8 @@ def train(
 class Trainer(face.Face):
     """One run, with the arguments of `train`: for scripts that evaluate, save or look at it before and after `train()`.
 
-    Its parts are methods, and functions of it in training/run_data.py, training/evaluation.py, reference/sources.py,
-    checkpoints/saving.py, report/outputs.py and face.py, so that each can be read, and tested, alone.
+    Its parts are methods, objects of their own (checkpoints/saving.py, report/outputs.py), and functions of it in
+    training/run_data.py, training/evaluation.py, reference/sources.py and face.py.
     """
 
     _tag_names = ("fastpo", "preference-optimization")  # of the model and its card; the losses' names follow
@@ -175,14 +180,14 @@ class Trainer(face.Face):
         model_files.check_shard_size(config.max_shard_size)
         self.output_dir = Path(config.output_dir)
         self.lock = RunLock(self.output_dir)
-        self.metrics_file, self.samples_file = outputs.lines_of(self)
         self.resume, remarks = world.first(lambda: checkpoint.find(self.output_dir, config.resume_from_checkpoint))
         for remark in remarks:
             log.warning("%s", remark)
-        world.first(lambda: outputs.check_folder(config, resumes=config.resume_from_checkpoint not in (None, False)))
+        world.first(lambda: run_folder.check(config, resumes=config.resume_from_checkpoint not in (None, False)))
         set_seed(config.seed)
 
         self._note_inputs(model, train_dataset, eval_dataset)
+        self.reporter = Reporter(config, self.output_dir, world.main, self.inputs, again=self.lock.again)
         self.tokenizer = processing_class if processing_class is not None else load_tokenizer(
             self.model_name, trust_remote_code=config.trust_remote_code,
             revision=(config.model_init_kwargs or {}).get("revision"),
@@ -215,7 +220,6 @@ class Trainer(face.Face):
         self.start: Any = None  # the start's own log-probabilities, where `ref` is a mixture of them and others
         self.other_reference = False  # whether a resumed run's reference is not the one that it began with
         self.signals = Signals(busy=lambda: self.progress.updating)
-        self.rescued = False  # whether a save that failed has left the weights alone
         self.callbacks.call("on_init_end")
 
     def _resolve_losses(self, ref_model: Any, prev_model: Any) -> None:
@@ -408,15 +412,17 @@ class Trainer(face.Face):
         if TOKEN_KL in self.row_statistics:
             self.live = live_reference.start(self, plan[0][1])
         self._build_optimizer(len(plan))
-        outputs.start(self)
+        if self.world.main:
+            self.reporter.start(*run_folder.begin(self.output_dir, self.resume))
         self.window = Window(self.device, self.policy, self.terms, self.max_tokens, config.max_nonfinite_steps)
         self.guards = Guardrails(
             self.terms, config, not hasattr(self.model, "peft_config"), starts_at_reference=self.starts_at_reference,
             pairs_per_step=self.step_size, parameters=sum(p.numel() for p in self.model.parameters()),
             optimizer_given=not self.own_optimizer,
         )  # fmt: skip
+        self._make_checkpoints()
         if self.resume is not None:
-            saving.restore(self, self.resume)
+            self.checkpoints.restore(self.resume)
         self._warn(self.guards.at_start(self.data_reports))
         if self.moving is not None:
             references.move(self, plan, self.progress.reference_start)
@@ -425,7 +431,7 @@ class Trainer(face.Face):
             training_mode(self.policy, config),
         ):
             summary = self._loop(plan, bar)
-        outputs.finish(self, summary)
+        self._finish(summary)
         return TrainResult(self.model, self.state.log_history, summary, self.state, self.guards.warnings)
 
     def ready(self) -> None:
@@ -439,9 +445,19 @@ class Trainer(face.Face):
             raise ConfigError(
                 "no parameter of the model requires a gradient (an adapter is loaded with is_trainable=True)"
             )
-        saving.prepare(self)
-        self.fingerprint, self.identity = saving.identify(self)
+        config, world = self.config, self.world
+        saving.prepare(self.model, self.tokenizer, self.examples, self.parameters, config, world)
+        self.identity = identity.identify(
+            self.model, self.examples, config, world, name=self.model_name, of_base=self.reference_is_base
+        )
+        self.fingerprint = self.identity["model"]
+        if self.resume is not None:
+            self.identity = identity.as_begun(self.resume, self.identity, self.model_given_by_name)
         self._distribute()
+        self.weights = Weights(self.engine, self.parameters, self.saved_dtypes, world)
+        self.files = ModelFiles(
+            self.weights, self.tokenizer, self.output_dir, config.max_shard_size, self.reporter.ensure_folder
+        )
         if self.config.sync_ref_model and self.moving is None:
             self.moving = self._moving_reference(self.parameters)
         self.verify(self.engine, self.plan[0][1])
@@ -485,6 +501,20 @@ class Trainer(face.Face):
         state.save_steps = interval(config.save_steps, steps)
         state.train_batch_size = config.per_device_train_batch_size
 
+    def _make_checkpoints(self) -> None:
+        """What saves the run, and puts its state back."""
+        parts = {"scheduler": self.scheduler, "window": self.window, "stepwide": self.stepwide, "budget": self.budget,
+                 "guards": AsJson(self.guards)}  # fmt: skip
+        state = RunState(self.weights, self.gradients, self.optimizer, self.progress, parts, self.moving)
+        self.checkpoints: Checkpoints = Checkpoints(
+            self.config, self.identity, self.files, state, self.callbacks, self.hub
+        )
+        shortest = [self.examples[i] for i in sorted(range(len(self._tokens)), key=self._tokens.__getitem__)[:4]]
+        self.saver = Saver(
+            self.checkpoints, WeightCheck(self.weights, shortest, self.autocast), self.callbacks, self.progress,
+            self.signals, self.window,
+        )  # fmt: skip
+
     def _loop(self, plan: StepPlan, bar: tqdm) -> dict[str, float]:
         """The steps of the plan from `self.progress.cursor` on, and the trained model's files. Returns the summary."""
         config, call = self.config, self.callbacks.call
@@ -505,7 +535,7 @@ class Trainer(face.Face):
                     if self.progress.cursor == 0 or plan[self.progress.cursor - 1][0] != epoch:
                         self.progress.seen = 0
                         call("on_epoch_begin")
-                    self.progress.rng = saving.rng_state()
+                    self.progress.rng = rng_state()
                     call("on_step_begin")
                     self.watch_tokens = config.token_metrics and self._logs_next(last_of_epoch, len(plan))
                     learning_rate = self._step(rows)
@@ -533,16 +563,18 @@ class Trainer(face.Face):
                 summary = self.window.summary(
                     seconds, self.state.global_step, self.progress.rows_done, self.progress.num_tokens
                 )
-                saving.check_trained(self)
+                self.saver.check_trained()
                 if config.load_best_model_at_end:
                     self.progress.updating = True  # the weights are no longer the last step's
-                    saving.load_best(self)
+                    self.checkpoints.load_best()
                 if config.save_final:
-                    saving.save_model(self, self.output_dir)
+                    with self.signals.whole():
+                        self.files.save(self.output_dir)
                 self.log(summary)
                 call("on_train_end")
             except BaseException as error:
-                saving.rescue(self, error)
+                self.saver.rescue(error)
+                self.reporter.fail(self.facts(), self.state, error, self.data_reports, self.guards.warnings)
                 raise
             finally:
                 self.gradients.close()
@@ -601,12 +633,12 @@ class Trainer(face.Face):
         self._log_and_evaluate(bar)
         self.progress.todo = {}
         if control().should_save:
-            saving.save_checkpoint(self)
+            self.saver.save()
             self.callbacks.agree(self.world.group)
 
     def _log_and_evaluate(self, bar: tqdm | None) -> None:
         if self.callbacks.control.should_log and not self.progress.todo.get("logged"):
-            with saving.whole(self):
+            with self.signals.whole():
                 metrics = self.window.flush(self.progress.todo["learning_rate"], self.progress.num_tokens)
                 self.progress.todo["logged"] = True
                 self.log(metrics, bar)
@@ -769,7 +801,7 @@ class Trainer(face.Face):
     def log(self, metrics: dict[str, float], bar: tqdm | None = None) -> None:
         line = {**metrics, "epoch": round(self.state.epoch or 0.0, 4), "step": self.state.global_step}
         self.state.log_history.append(line)
-        outputs.write_line(self, line)
+        self.reporter.add_line(self.state.log_history)
         if self.world.main and (self.config.disable_tqdm or not sys.stderr.isatty()):
             outputs.say(metrics, self.state.global_step, self.state.max_steps)
         if bar is not None:
@@ -778,6 +810,30 @@ class Trainer(face.Face):
             bar.set_postfix({k: f"{metrics[v]:.4g}" for k, v in names.items() if v in metrics})
         self.callbacks.log(metrics)
         self._warn(self.guards.check(self.state.global_step, metrics))
+
+    def facts(self) -> RunFacts:
+        """What the model's card and the report say of this run."""
+        return RunFacts(
+            model_name=self.model_name, architecture=type(self.policy.causal_lm).__name__,
+            adapter=hasattr(self.model, "peft_config"), dtype=str(self.loaded_dtype).removeprefix("torch."),
+            chat=bool(getattr(self.tokenizer, "chat_template", None)),
+            parameters=sum(p.numel() for p in self.model.parameters()),
+            trainable_parameters=sum(p.numel() for p in self.parameters.values()),
+            terms=self.terms, rows=len(self.examples), dataset_name=self.dataset_name, step_size=self.step_size,
+            device=str(self.device), world_size=self.world.size, tags=self.tags,
+            repo_id=self.hub.repo_id if self.hub is not None else None,
+        )  # fmt: skip
+
+    def _finish(self, summary: dict[str, float]) -> None:
+        """The card of the trained model, its merged form, the report; then the hub."""
+        if self.config.save_final:
+            self.reporter.write_card(self.facts(), self.state)
+            if self.config.save_merged and self.world.main:
+                self.files.save_merged()
+        self.reporter.finish(self.facts(), self.state, summary, self.data_reports, self.guards.warnings)
+        if self.hub is not None:
+            self.callbacks.call("on_push_begin")
+            self.hub.push(self.output_dir)
 
     @contextlib.contextmanager
     def _around_callbacks(self) -> Iterator[None]:

@@ -522,7 +522,7 @@ def test_adapter_settings_are_part_of_the_fingerprint(toy):
     assert key(8) == key(8) != key(64)
 
 
-@pytest.mark.parametrize("event", ["on_train_begin", "on_substep_end", "on_pre_optimizer_step", "outputs.start"])
+@pytest.mark.parametrize("event", ["on_train_begin", "on_substep_end", "on_pre_optimizer_step", "Reporter.start"])
 @pytest.mark.parametrize("mode", ["fp32", "stochastic"])
 def test_a_call_that_failed_leaves_the_model_as_good_as_new(toy, run, monkeypatch, event, mode):
     """Hooks that it left would take the gradients of the next call: its weights would not move."""
@@ -537,8 +537,8 @@ def test_a_call_that_failed_leaves_the_model_as_good_as_new(toy, run, monkeypatc
 
     model, callback = toy.model().bfloat16(), TrainerCallback()
     with monkeypatch.context() as patch:
-        if event == "outputs.start":
-            patch.setattr("fastpo.report.outputs.start", fail)
+        if event == "Reporter.start":
+            patch.setattr("fastpo.report.outputs.Reporter.start", fail)
         else:
             setattr(callback, event, fail)
         with pytest.raises(RuntimeError, match="on purpose"):

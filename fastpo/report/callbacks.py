@@ -56,6 +56,7 @@ _CLOSES = {
     "on_save": ("should_save",),
 }
 _FLAGS = tuple(f.name for f in dataclasses.fields(TrainerControl))
+_DUE = ("should_log", "should_evaluate", "should_save")
 _TRACKERS_KEY = "fastpo.trackers"  # in TrainerState.stateful_callbacks: the run that each tracker goes on with
 _SECRETS = {"token", "use_auth_token", "auth_token", "access_token", "hub_token", "api_key", "password"}
 
@@ -299,6 +300,15 @@ class Callbacks:
         flags = (state.stateful_callbacks or {}).get("TrainerControl", {}).get("args", {})
         # The other flags were answered at the step that was saved; a stop of the epoch outlives it.
         self.control.should_epoch_stop = bool(flags.get("should_epoch_stop", False))
+
+    def flags(self) -> dict[str, bool]:
+        """What is due after the step at hand, for a checkpoint that is made before it is done."""
+        return {name: getattr(self.control, name) for name in _DUE}
+
+    def set_flags(self, flags: Mapping[str, bool]) -> None:
+        """What `flags` returned; none of them, of a checkpoint after which nothing is due."""
+        for name, value in flags.items():
+            setattr(self.control, name, value)
 
     def agree(self, group: dist.ProcessGroup | None = None) -> None:
         """Several processes: what a callback decides on one rank holds on all (a clock, a file, a random number).

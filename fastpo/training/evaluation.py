@@ -10,13 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastpo.checkpoints import saving
 from fastpo.data import prepare as data
 from fastpo.data.packing import PackedBatch, loss_count, pass_batches
 from fastpo.errors import ConfigError
 from fastpo.models.modes import eval_mode
 from fastpo.reference import sources as references
-from fastpo.report import outputs
 from fastpo.report.callbacks import best
 from fastpo.training import run_data
 from fastpo.training.metrics import PAIR_METRICS, TOKEN_SUMS, metric_means, pair_inputs, token_means, token_sums
@@ -35,7 +33,7 @@ def evaluate_all(run: "Trainer") -> bool:
         for name, examples in run.eval_sets.items():
             if name not in done:
                 metrics = evaluate(run, examples, run.ref[name], name)
-                with saving.whole(run):
+                with run.signals.whole():
                     done[name] = metrics
                     run.log(metrics)
         if run.config.sample_generations:
@@ -230,4 +228,4 @@ def _sample(run: "Trainer") -> None:
 
     with torch.no_grad():
         samples = run.engine(generate)
-    outputs.write_samples(run, samples)
+    run.reporter.add_samples(samples, run.state.global_step)

@@ -23,6 +23,7 @@ from fastpo.data.prepare import Example
 from fastpo.errors import TrainingError
 from fastpo.models.adapters import first_line, is_quantized
 from fastpo.training.guardrails import Warning_
+from fastpo.training.random_state import rng_state, set_rng_state
 
 if TYPE_CHECKING:
     from fastpo.trainer import Trainer
@@ -111,8 +112,6 @@ class Budget:
         A first failure at a budget may have been a fragmented allocator's, or another process's: the caches are given
         back and the step is repeated as it was, bit for bit. The next one lowers the budget for good.
         """
-        from fastpo.checkpoints.saving import rng_state, set_rng_state
-
         rng, self.part = rng_state(), ()
         while True:
             try:

@@ -29,6 +29,10 @@ class Progress:
         """Of training so far."""
         return time.monotonic() - self.started
 
+    def saved(self, step: int) -> None:
+        """The checkpoint of this step is whole."""
+        self.saved_step = step
+
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint."""
         kept = {name: getattr(self, name) for name in self._KEPT}
