@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from tqdm.auto import tqdm
 from transformers import TrainerState
 
 from fastpo.checkpoints.saving import ModelFiles
@@ -22,16 +23,20 @@ from fastpo.models.policy import Policy
 from fastpo.reference.cache import MovingReference
 from fastpo.reference.roles import PREV, REF, Given
 from fastpo.reference.sources import References
-from fastpo.report.callbacks import Callbacks
+from fastpo.report.callbacks import Callbacks, best
 from fastpo.report.hub import Hub
 from fastpo.report.outputs import Reporter, RunFacts
 from fastpo.training import run_data
 from fastpo.training.distributed import World
 from fastpo.training.evaluation import Evaluation
+from fastpo.training.guardrails import Guardrails
 from fastpo.training.inputs import Origin
+from fastpo.training.metrics import Window
 from fastpo.training.micro_batches import MicroBatches
 from fastpo.training.objective import Objective
+from fastpo.training.progress import Progress
 from fastpo.training.run_data import DataSets
+from fastpo.training.samples import Answers
 from fastpo.training.signals import Signals
 from fastpo.training.stepwide import StepWide
 
@@ -143,6 +148,10 @@ class Face(abc.ABC):
     files: ModelFiles
     signals: Signals
     in_loop: bool
+    progress: Progress
+    window: Window
+    guards: Guardrails
+    answers: Answers | None
 
     @property
     def state(self) -> TrainerState:
@@ -262,6 +271,26 @@ class Face(abc.ABC):
         finally:
             self.stepwide.forget(sets)
 
+    def evaluate_in_run(self) -> bool:
+        """Evaluates and logs every set; returns whether the result is the best so far. What a run cut short had done is
+        not done again."""
+        todo, done = self.progress.todo, self.progress.todo.setdefault("evaluated", {})
+        with self.window.paused():
+            for name, examples in self.data.evals.items():
+                if name not in done:
+                    metrics = self.evaluation(examples, self.references.of_set, name)
+                    with self.signals.whole():
+                        done[name] = metrics
+                        self.log(metrics)
+            if self.answers is not None:
+                self.reporter.add_samples(self.answers(self.config.sample_generations), self.state.global_step)
+        for metrics in done.values():
+            self.callbacks.call("on_evaluate", metrics={**metrics, "epoch": self.state.epoch})
+        del todo["evaluated"]
+        if self.state.global_step == 0:
+            return False  # as in transformers: what a run begins with is not its best
+        return best(self.state, {k: v for metrics in done.values() for k, v in metrics.items()}, self.config)
+
     def save_model(self, output_dir: str | os.PathLike | None = None) -> None:
         """Model and tokenizer as they are now, as `from_pretrained` reads them. Every rank calls it."""
         self.ready()
@@ -278,6 +307,19 @@ class Face(abc.ABC):
         self.hub = self.hub or Hub(self.config)
         self.reporter.write_card(self.facts(), self.callbacks.state)
         return self.hub.push(self.output_dir, commit_message)
+
+    def log(self, metrics: dict[str, float], bar: tqdm | None = None) -> None:
+        """Metrics become a line of the log, of metrics.jsonl, of the terminal and of the trackers."""
+        epoch, step = round(self.state.epoch or 0.0, 4), self.state.global_step
+        self.state.log_history.append({**metrics, "epoch": epoch, "step": step})
+        self.reporter.add_line(self.state.log_history)
+        self.reporter.show(metrics, self.state, bar)
+        self.callbacks.log(metrics)
+        self.warn(self.guards.check(step, metrics))
+
+    def warn(self, warnings: Sequence[Any]) -> None:
+        for warning in warnings if self.config.guardrails else []:
+            log.warning("%s", warning)
 
     def log_metrics(self, split: str, metrics: Mapping[str, Any]) -> None:
         """One line a metric, in fastpo's log."""

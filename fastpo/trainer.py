@@ -36,7 +36,6 @@ from fastpo.checkpoints.run_lock import RunLock
 from fastpo.checkpoints.run_state import AsJson, RunState
 from fastpo.checkpoints.saving import Checkpoints, ModelFiles, Saver
 from fastpo.checkpoints.weights import WeightCheck, Weights
-from fastpo.config.no_effect import Facts
 from fastpo.config.train_config import TrainConfig
 from fastpo.data.packing import sequence_tokens, trunk_tokens
 from fastpo.errors import ConfigError
@@ -48,17 +47,16 @@ from fastpo.reference import live as live_reference
 from fastpo.reference import sources as references
 from fastpo.reference.cache import MovingReference, cache_folder
 from fastpo.reference.kept import Kept
-from fastpo.reference.passes import ReferencePass
-from fastpo.reference.policies import Policies, Start
+from fastpo.reference.policies import Start
 from fastpo.reference.roles import REF, Given
 from fastpo.reference.sources import References
 from fastpo.report import outputs
-from fastpo.report.callbacks import Callbacks, best, check_best
+from fastpo.report.callbacks import Callbacks, check_best
 from fastpo.report.hub import Hub
 from fastpo.report.outputs import Reporter
 from fastpo.training import inputs, router_loss, run_data, start_checks, start_guard
 from fastpo.training.accumulation import Accumulation
-from fastpo.training.distributed import Engine, World, shard
+from fastpo.training.distributed import Engine, World, hold, trainable
 from fastpo.training.evaluation import Evaluated, Evaluation
 from fastpo.training.forward import Forward
 from fastpo.training.guardrails import Guardrails
@@ -66,7 +64,6 @@ from fastpo.training.memory import Budget, savings
 from fastpo.training.metrics import PAIR_METRICS, TOKEN_KL, Window
 from fastpo.training.micro_batches import MicroBatches
 from fastpo.training.objective import Objective
-from fastpo.training.optim import NARROW
 from fastpo.training.passes import Passes
 from fastpo.training.progress import Progress
 from fastpo.training.random_state import rng_state
@@ -173,8 +170,7 @@ class Trainer(face.Face):
         references.check_previous(config, objective.pair_terms, prev_model)
         if TOKEN_KL in objective.row_statistics:
             live_reference.check(config, objective.pair_terms)
-        start_checks.check_options(config, self.device)
-        start_checks.check_environment(cache_folder())
+        start_checks.check_options(config, self.device, cache_folder())
         inputs.check(processing_class, callbacks, optimizers, eval_dataset)
         peft_config = inputs.peft_config(peft_config)
         quantization_config = inputs.quantization_config(quantization_config)
@@ -246,7 +242,7 @@ class Trainer(face.Face):
         self.moving: MovingReference | None = None
         self.moving_model: nn.Module | None = None  # the same as a model to look at
         if config.sync_ref_model and config.fsdp == "no":  # else when its shards are there
-            self.moving = self._moving_reference({n: p for n, p in self.model.named_parameters() if p.requires_grad})
+            self.moving = self._moving_reference(trainable(self.model))
             self.moving_model = face.moving_reference(self.model, self.moving)
         self.live: live_reference.LiveReference | None = None
         self.signals = Signals(busy=lambda: self.progress.updating)
@@ -278,31 +274,18 @@ class Trainer(face.Face):
             return
         config, world = self.config, self.world
         self.data.say_sharing(self.budget.max_tokens)
-        self.parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-        if not self.parameters:
-            raise ConfigError(
-                "no parameter of the model requires a gradient (an adapter is loaded with is_trainable=True)"
-            )
-        saving.prepare(self.model, self.tokenizer, self.data.train, self.parameters, config, world)
+        saving.prepare(self.model, self.tokenizer, self.data.train, trainable(self.model), config, world)
         self.identity = identity.identify(
             self.model, self.data.train, config, world, name=self.origin.model_name, of_base=self.reference_is_base
         )
         fingerprint = self.identity["model"]
         if self.resume is not None:
             self.identity = identity.as_begun(self.resume, self.identity, self.origin.by_name)
-        dtypes = {n: p.dtype for n, p in self.model.named_parameters()}
         self.loaded_dtype = self.policy.dtype
-        if config.fsdp != "no":
-            self.parameters = {}  # whoever holds a parameter keeps it whole on the device
-            self.engine = shard(self.policy, config, world, self.forward.autocast_dtype)
-            self.parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-        else:
-            world.agree_(self.model)
-        self.weights = Weights(self.engine, self.parameters, dtypes, world)
+        self.weights = Weights(*hold(self.policy, config, world, self.forward.autocast_dtype), world)
+        self.engine, self.parameters = self.weights.engine, self.weights.parameters
         again, size = self.reporter.ensure_folder, config.max_shard_size
         self.files = ModelFiles(self.weights, self.tokenizer, self.output_dir, size, again)
-        if world.several and not config.disable_dropout:
-            torch.manual_seed(config.seed + world.rank)  # every rank draws its own masks
         if config.sync_ref_model and self.moving is None:
             self.moving = self._moving_reference(self.parameters)
         first = [self.data.train[i] for i in self.plan[0][1]]
@@ -315,18 +298,11 @@ class Trainer(face.Face):
             self.engine, fingerprint, self.loaded_dtype, self.origin.model_name if self.origin.by_name else None,
             is_base=self.reference_is_base, is_exact=self.start_is_known,
         )  # fmt: skip
-        precision = self.forward.autocast_dtype
-        policies = Policies(
-            self.fixed, start, config, world, autocast_dtype=precision,
-            verify=lambda engine: start_guard.verify(self.forward, engine, first, everything),
+        self.references = References.of_run(
+            config, self.objective.pair_terms, self.fixed, start, self.passes,
+            Kept(self.output_dir, self.resume, self.identity), self.moving,
+            verify=lambda engine: start_guard.verify(self.forward, engine, first, everything), bar=self.reporter.bar,
         )  # fmt: skip
-        compute = ReferencePass(
-            lambda engine, batch: self.forward(batch, engine, statistics=False), world, passes=self.budget.passes,
-            max_tokens=lambda: self.budget.max_tokens, token_bucket=config.token_bucket, autocast_dtype=precision,
-            bar=self.reporter.bar,
-        )  # fmt: skip
-        kept = Kept(self.output_dir, self.resume, self.identity)
-        self.references = References(config, self.objective.pair_terms, policies, compute, kept, self.moving)
         self.is_ready = True
 
     def _train(self) -> TrainResult:
@@ -336,8 +312,18 @@ class Trainer(face.Face):
         if self.resume is not None:
             self.callbacks.restore(checkpoint.read_state(self.resume))
         self.callbacks.start_trackers()
-        self._try_options(len(plan))
-        sets = self._reference_sets()
+        start_checks.say_without_effect(
+            config, self.origin.paths, self.parameters.values(), self.optimizers, self.world, len(plan)
+        )
+        self.answers = None
+        if config.sample_generations and (self.world.main or self.engine.sharded):
+            shown = next(iter(self.data.evals.values()), self.data.train)
+            self.answers = Answers(self.forward, self.tokenizer, shown, config.generation_kwargs)
+            start_checks.try_samples(config, self.answers)
+        # A callback may ask for an evaluation that the options do not.
+        evaluates = config.eval_strategy != "no" or config.eval_on_start or self.callbacks.user or self.stays
+        sets = self.data.all if evaluates else {"train": self.data.train}
+        sets = {**sets, **self.stepwide.reference_sets(sets)}
         self.references.attach(plan, sets)
         if TOKEN_KL in self.objective.row_statistics:
             self.live = live_reference.start(
@@ -359,9 +345,9 @@ class Trainer(face.Face):
             self.device, self.policy, self.objective.terms, lambda: self.budget.tokens, config.max_nonfinite_steps
         )
         self.guards = Guardrails(
-            self.objective.terms, config, not hasattr(self.model, "peft_config"), pairs_per_step=self.step_size,
-            starts_at_reference=self.references.starts_at_reference, parameters=sum(p.numel() for p in
-            self.model.parameters()), optimizer_given=not self.update.own_optimizer,
+            self.objective.terms, config, not self.weights.adapter, pairs_per_step=self.step_size,
+            starts_at_reference=self.references.starts_at_reference, optimizer_given=not self.update.own_optimizer,
+            parameters=sum(p.numel() for p in self.model.parameters()),
         )  # fmt: skip
         self.start_guard = None
         if self.references.starts_at_reference or self.references.start is not None:
@@ -370,20 +356,15 @@ class Trainer(face.Face):
             )
         parts = {"scheduler": self.update.scheduler, "window": self.window, "stepwide": self.stepwide,
                  "budget": self.budget, "guards": AsJson(self.guards)}  # fmt: skip
-        run_state = RunState(
-            self.weights, self.update.gradients, self.update.optimizer, self.progress, parts, self.moving
-        )
-        self.checkpoints = Checkpoints(
-            config, self.identity | self.references.kept.keys, self.files, run_state, self.callbacks, self.hub
-        )
-        shortest = sorted(self.data.train, key=trunk_tokens)[:4]
-        self.saver = Saver(
-            self.checkpoints, WeightCheck(self.weights, shortest, self.forward.autocast), self.callbacks,
-            self.progress, self.signals, self.window,
-        )  # fmt: skip
+        update = self.update
+        state = RunState(self.weights, update.gradients, update.optimizer, self.progress, parts, self.moving)
+        run = self.identity | self.references.kept.keys
+        self.checkpoints = Checkpoints(config, run, self.files, state, self.callbacks, self.hub)
+        check = WeightCheck(self.weights, sorted(self.data.train, key=trunk_tokens)[:4], self.forward.autocast)
+        self.saver = Saver(self.checkpoints, check, self.callbacks, self.progress, self.signals, self.window)
         if self.resume is not None:
             self.checkpoints.restore(self.resume)
-        self._warn(self.guards.at_start(self.data.reports))
+        self.warn(self.guards.at_start(self.data.reports))
         if self.moving is not None:
             self.references.move(plan, self.progress.reference_start)
         bar = self.reporter.bar(desc="train", total=len(plan), initial=self.progress.cursor)
@@ -391,22 +372,6 @@ class Trainer(face.Face):
             summary = self._loop(plan, bar)
         self._finish(summary)
         return TrainResult(self.model, self.state.log_history, summary, self.state, self.guards.warnings)
-
-    def _try_options(self, steps: int) -> None:
-        """Options that say nothing in this run are named; those that would fail late fail here."""
-        optimizer, scheduler = self.optimizers
-        facts = Facts(
-            device_type=self.device.type, processes=self.world.size, steps=steps,
-            own_optimizer=optimizer is None, own_scheduler=scheduler is None,
-            narrow=any(p.dtype in NARROW for p in self.parameters.values()),
-        )  # fmt: skip
-        start_checks.say_without_effect(self.config, self.origin.paths, facts)
-        self.answers = None
-        if self.config.sample_generations and (self.world.main or self.engine.sharded):
-            shown = next(iter(self.data.evals.values()), self.data.train)
-            self.answers = Answers(self.forward, self.tokenizer, shown, self.config.generation_kwargs)
-            if not self.engine.sharded:
-                start_checks.try_samples(self.config, self.answers)
 
     # ------------------------------------------------------------- the loop
 
@@ -420,7 +385,7 @@ class Trainer(face.Face):
             try:
                 call("on_train_begin")
                 if config.eval_on_start and self.resume is None:
-                    self._evaluate()
+                    self.evaluate_in_run()
                 self.callbacks.agree(self.world.group)
                 if at.todo:
                     self._settle(plan)
@@ -508,30 +473,10 @@ class Trainer(face.Face):
                 self.log(metrics, bar)
             self.callbacks.agree(self.world.group)
         if self.callbacks.control.should_evaluate:
-            better = self._evaluate()
+            better = self.evaluate_in_run()
             self.callbacks.agree(self.world.group)
             # The best is worth a checkpoint wherever save_steps falls.
             self.callbacks.control.should_save |= better and self.config.load_best_model_at_end
-
-    def _evaluate(self) -> bool:
-        """Evaluates and logs every set; returns whether the result is the best so far. What a run cut short had done is
-        not done again."""
-        todo, done = self.progress.todo, self.progress.todo.setdefault("evaluated", {})
-        with self.window.paused():
-            for name, examples in self.data.evals.items():
-                if name not in done:
-                    metrics = self.evaluation(examples, self.references.of_set, name)
-                    with self.signals.whole():
-                        done[name] = metrics
-                        self.log(metrics)
-            if self.answers is not None:
-                self.reporter.add_samples(self.answers(self.config.sample_generations), self.state.global_step)
-        for metrics in done.values():
-            self.callbacks.call("on_evaluate", metrics={**metrics, "epoch": self.state.epoch})
-        del todo["evaluated"]
-        if self.state.global_step == 0:
-            return False  # as in transformers: what a run begins with is not its best
-        return best(self.state, {k: v for metrics in done.values() for k, v in metrics.items()}, self.config)
 
     # ------------------------------------------------------------- one step
 
@@ -568,15 +513,6 @@ class Trainer(face.Face):
 
     # ------------------------------------------------------- said and shown
 
-    def log(self, metrics: dict[str, float], bar: tqdm | None = None) -> None:
-        """Metrics become a line of the log, of metrics.jsonl, of the terminal and of the trackers."""
-        epoch, step = round(self.state.epoch or 0.0, 4), self.state.global_step
-        self.state.log_history.append({**metrics, "epoch": epoch, "step": step})
-        self.reporter.add_line(self.state.log_history)
-        self.reporter.show(metrics, self.state, bar)
-        self.callbacks.log(metrics)
-        self._warn(self.guards.check(step, metrics))
-
     def _finish(self, summary: dict[str, float]) -> None:
         """The card of the trained model, its merged form, the report; then the hub."""
         if self.config.save_final:
@@ -587,10 +523,6 @@ class Trainer(face.Face):
         if self.hub is not None:
             self.callbacks.call("on_push_begin")
             self.hub.push(self.output_dir)
-
-    def _warn(self, warnings: Sequence[Any]) -> None:
-        for warning in warnings if self.config.guardrails else []:
-            log.warning("%s", warning)
 
     @contextlib.contextmanager
     def _around_callbacks(self) -> Iterator[None]:
@@ -607,10 +539,3 @@ class Trainer(face.Face):
 
     def _exchanging(self) -> contextlib.AbstractContextManager[None]:
         return self.progress.exchanging()  # of the run under way: train() begins with another
-
-    def _reference_sets(self) -> dict[str, Any]:
-        """What the reference scores: the data sets, and the mismatched rows of them that a loss reads."""
-        # A callback may ask for an evaluation that the options do not.
-        evaluates = self.config.eval_strategy != "no" or self.config.eval_on_start or self.callbacks.user or self.stays
-        sets = {"train": self.data.train, **(self.data.evals if evaluates else {})}
-        return {**sets, **self.stepwide.reference_sets(sets)}

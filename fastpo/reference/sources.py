@@ -7,8 +7,8 @@ mixed with it before training, (1 - kappa) previous + kappa reference, so that a
 import contextlib
 import gc
 import logging
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -24,8 +24,10 @@ from fastpo.reference.cache import MovingReference, RefCache, TokenLogps, cache_
 from fastpo.reference.function_state import function_digest
 from fastpo.reference.kept import Kept
 from fastpo.reference.passes import ReferencePass
-from fastpo.reference.policies import Policies
-from fastpo.reference.roles import PREV, REF, Role, Sets
+from fastpo.reference.policies import Policies, Start
+from fastpo.reference.roles import PREV, REF, Given, Role, Sets
+from fastpo.training.distributed import Engine
+from fastpo.training.passes import Passes
 from fastpo.training.row_statistics import TOKEN_KL, needs_reference_tokens, row_statistics
 from fastpo.training.step_plan import StepPlan
 from fastpo.training.stepwide import TRAIN_MISMATCHED
@@ -80,6 +82,21 @@ class References:
         self._sets: Sets = {}
         self._logps: dict[str, TokenLogps | None] = {}
         self._refuse: str | None = None  # why the reference may not be computed: it is not the one of the start
+
+    @classmethod
+    def of_run(
+        cls, config: TrainConfig, terms: Sequence[Term], given: Given, start: Start, passes: Passes, kept: Kept,
+        moving: MovingReference | None, *, verify: Callable[[Engine], object], bar: Callable[..., Any],
+    ) -> Self:  # fmt: skip
+        """With the parts below it, for the precision and the budget of `passes`."""
+        forward, budget, world = passes.forward, passes.budget, passes.world
+        policies = Policies(given, start, config, world, autocast_dtype=forward.autocast_dtype, verify=verify)
+        compute = ReferencePass(
+            lambda engine, batch: forward(batch, engine, statistics=False), world, passes=budget.passes,
+            max_tokens=lambda: budget.max_tokens, token_bucket=config.token_bucket,
+            autocast_dtype=forward.autocast_dtype, bar=bar,
+        )  # fmt: skip
+        return cls(config, terms, policies, compute, kept, moving)
 
     def of_set(self, name: str) -> TokenLogps | None:
         """Log-probabilities of the set's rows; None where the losses read none, or the rows have sums of their own."""
