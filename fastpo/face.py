@@ -7,6 +7,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,17 @@ from fastpo.training.signals import Signals
 from fastpo.training.stepwide import StepWide
 
 log = logging.getLogger("fastpo")
+
+
+@dataclass
+class TrainResult:
+    """What `fastpo.train` returns: model, logged lines, last metrics, transformers' TrainerState, warnings."""
+
+    model: nn.Module = field(repr=False)
+    log_history: list[dict[str, float]] = field(repr=False)
+    metrics: dict[str, float]
+    state: TrainerState = field(repr=False)
+    warnings: list[Any] = field(default_factory=list)
 
 
 class TokenizedRows(Sequence[dict[str, Any]]):
@@ -136,7 +148,7 @@ class Face(abc.ABC):
     hub: Hub | None
     model: nn.Module
     policy: Policy
-    parameters: dict[str, nn.Parameter]
+    parameters: Mapping[str, nn.Parameter]
     loaded_dtype: torch.dtype
     tags: list[str]
     batches: MicroBatches
@@ -298,6 +310,17 @@ class Face(abc.ABC):
         folder.mkdir(parents=True, exist_ok=True)
         with self.signals.whole():
             self.files.save(folder)
+
+    def finish(self, summary: dict[str, float]) -> None:
+        """The card of the trained model, its merged form, the report; then the hub."""
+        if self.config.save_final:
+            self.reporter.write_card(self.facts(), self.state)
+            if self.config.save_merged and self.world.main:
+                self.files.save_merged()
+        self.reporter.finish(self.facts(), self.state, summary, self.data.reports, self.guards.warnings)
+        if self.hub is not None:
+            self.callbacks.call("on_push_begin")
+            self.hub.push(self.output_dir)
 
     def push_to_hub(self, commit_message: str = "End of training") -> str | None:
         """Save model and card in output_dir, and upload them to `hub_model_id`; the commit's address."""

@@ -5,37 +5,33 @@ packed into micro-batches of at most `max_tokens` tokens, shared between the pro
 its count over the whole step, so the numbers depend neither on the packing nor on the number of processes. Metrics stay
 on the device until a logging step.
 
-The map, from a run's beginning to its end:
+The map:
 
-    __init__       the parts, made from the options: losses, data, model, micro-batches, memory
-    ready          the model as this run's processes hold it, and the guard: the packed path gives the model's own
-    numbers _train         what needs the whole plan: trackers, the reference's log-probabilities, optimiser, resume
-    _loop          epochs and steps; _settle: after each step log, evaluate, save, in this order
-    _step          one optimiser step: _forward_backward -> _accumulate, clip, update, count
+    __init__   the parts, made from arguments and options: losses, data, model, micro-batches, memory
+    ready      the model as this run's processes hold it, its guard, and the policies that it is compared with
+    _train     what needs the plan of all steps: the reference's log-probabilities, optimiser, log, checkpoints
+    _loop      epochs and steps; `_settle` after each step: log, evaluate, save, in this order
+    _step      one optimiser step: gradients (training/accumulation.py), clip, update, count
 
-Where is the loss normalised? `_accumulate`: `pair_count`, `nlls`, of the whole step. Where is a checkpoint decided?
-`training/schedule.py` by the options, `_settle` after the callbacks. Where does the reference come from? reference/.
+Where is the loss normalised? In training/accumulation.py, `_run`. Where is a checkpoint decided? In
+training/schedule.py by the options, then by the callbacks, and `_settle` saves. Where does the reference come from?
+From reference/sources.py, `attach`. What scripts read and call besides is in face.py.
 """
 
 import contextlib
 import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase, TrainerState, set_seed
+from transformers import PreTrainedTokenizerBase, set_seed
 
 from fastpo import face
-from fastpo.checkpoints import checkpoint, identity, model_files, run_folder, saving
-from fastpo.checkpoints.run_lock import RunLock
-from fastpo.checkpoints.run_state import AsJson, RunState
-from fastpo.checkpoints.saving import Checkpoints, ModelFiles, Saver
-from fastpo.checkpoints.weights import WeightCheck, Weights
+from fastpo.checkpoints import checkpoint, identity, model_files, run_folder, run_lock, run_state, saving, weights
 from fastpo.config.train_config import TrainConfig
 from fastpo.data.packing import sequence_tokens, trunk_tokens
 from fastpo.errors import ConfigError
@@ -43,13 +39,7 @@ from fastpo.models.adapters import rewrites_base, starts_at_base
 from fastpo.models.loading import load_tokenizer
 from fastpo.models.modes import set_numerics, training_mode
 from fastpo.plan.estimate import max_tokens_of_run
-from fastpo.reference import live as live_reference
-from fastpo.reference import sources as references
-from fastpo.reference.cache import MovingReference, cache_folder
-from fastpo.reference.kept import Kept
-from fastpo.reference.policies import Start
-from fastpo.reference.roles import REF, Given
-from fastpo.reference.sources import References
+from fastpo.reference import cache, kept, live, policies, roles, sources
 from fastpo.report import outputs
 from fastpo.report.callbacks import Callbacks, check_best
 from fastpo.report.hub import Hub
@@ -78,17 +68,6 @@ from fastpo.training.update import Update, check_optimizers
 log = logging.getLogger("fastpo")
 
 
-@dataclass
-class TrainResult:
-    """What `fastpo.train` returns: model, logged lines, last metrics, transformers' TrainerState, warnings."""
-
-    model: nn.Module = field(repr=False)
-    log_history: list[dict[str, float]] = field(repr=False)
-    metrics: dict[str, float]
-    state: TrainerState = field(repr=False)
-    warnings: list[Any] = field(default_factory=list)
-
-
 def train(
     model: Any,
     train_dataset: Any,
@@ -104,7 +83,7 @@ def train(
     optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
     compute_metrics: Callable[[Any], Mapping[str, float]] | None = None,
     **overrides: Any,
-) -> TrainResult:
+) -> face.TrainResult:
     """Preference-train a causal language model, as TRL's `DPOTrainer(...).train()` with the same arguments.
 
     model: a name or path (of a model, or of a trained adapter), or a transformers / PEFT model in memory (trained in
@@ -157,7 +136,6 @@ class Trainer(face.Face):
         if train_dataset is None:
             raise ConfigError("`train_dataset` is required: a datasets.Dataset, a list of dicts, a path or a hub id")
         run_data.check_precomputed(config, train_dataset, eval_dataset)
-        self.compute_metrics = compute_metrics
         self.world = world = World.start(config)
         outputs.ensure_log_handler(quiet=not world.main)
         set_numerics(config)
@@ -167,18 +145,17 @@ class Trainer(face.Face):
         self.objective = objective = Objective.of_options(config)
         objective.check_reference(config, ref_model)
         objective.forming(config)
-        references.check_previous(config, objective.pair_terms, prev_model)
+        sources.check_previous(config, objective.pair_terms, prev_model)
         if TOKEN_KL in objective.row_statistics:
-            live_reference.check(config, objective.pair_terms)
-        start_checks.check_options(config, self.device, cache_folder())
+            live.check(config, objective.pair_terms)
+        start_checks.check_options(config, self.device, cache.cache_folder())
         inputs.check(processing_class, callbacks, optimizers, eval_dataset)
-        peft_config = inputs.peft_config(peft_config)
-        quantization_config = inputs.quantization_config(quantization_config)
+        peft_config, quantized = inputs.peft_config(peft_config), inputs.quantization_config(quantization_config)
         model_files.check_shard_size(config.max_shard_size)
 
         # The folder, and what lies in it.
         self.output_dir = Path(config.output_dir)
-        self.lock = RunLock(self.output_dir)
+        self.lock = run_lock.RunLock(self.output_dir)
         self.resume, remarks = world.first(lambda: checkpoint.find(self.output_dir, config.resume_from_checkpoint))
         for remark in remarks:
             log.warning("%s", remark)
@@ -188,7 +165,7 @@ class Trainer(face.Face):
         # The rows.
         self.origin = origin = inputs.Origin.of(model, train_dataset, eval_dataset, ref_model, prev_model, world)
         self.reporter = Reporter(config, self.output_dir, world.main, origin.paths, again=self.lock.again)
-        self.fixed = Given(origin.ref_model, origin.prev_model)
+        self.fixed = roles.Given(origin.ref_model, origin.prev_model)
         self.tokenizer = processing_class if processing_class is not None else load_tokenizer(
             origin.model_name, trust_remote_code=config.trust_remote_code,
             revision=(config.model_init_kwargs or {}).get("revision"),
@@ -197,10 +174,8 @@ class Trainer(face.Face):
             callbacks, config, tokenizer=self.tokenizer, rank=world.rank, local_rank=world.local_rank,
             world_size=world.size, device=self.device, around=self._around_callbacks,
         )  # fmt: skip
-        models = {"ref_model": ref_model, "prev_model": prev_model}
-        self.data = run_data.DataSets(
-            config, world, self.tokenizer, objective, given={name for name, m in models.items() if m is not None}
-        )
+        given = {role.model for role in roles.ROLES if self.fixed[role] is not None}
+        self.data = run_data.DataSets(config, world, self.tokenizer, objective, given)
         self.data.read(train_dataset, eval_dataset)
         self.plan = StepPlan(config, len(self.data.train), world.size)
         self.stepwide = StepWide(objective.pair_terms, config)
@@ -210,8 +185,8 @@ class Trainer(face.Face):
         self.hub = Hub(config) if config.push_to_hub and world.main else None
 
         # The model, and how rows go through it.
-        self.model = take_model(origin, config, self.device, peft_config, quantization_config)
-        self.callbacks.model = self.model
+        self.model = take_model(origin, config, self.device, peft_config, quantized)
+        self.callbacks.take(self.model)
         names = dict.fromkeys(t.name for t in objective.terms)
         self.tags = face.add_tags(self.model, [*self._tag_names, *names])
         self.policy = as_policy(self.model, config, self.device)
@@ -224,10 +199,8 @@ class Trainer(face.Face):
         self.router = router_loss.of_run(self.policy, config, self.data.all.values())
         for name, examples in self.data.all.items():
             self.batches.place(name, examples)
-        if config.grad_filter and self.device.type == "cuda":
-            log.warning("grad_filter runs plain PyTorch operations on a GPU, unmeasured: compare tokens_per_second")
         max_tokens = max_tokens_of_run(
-            self.model, config, world, self.data.train, objective, ref_model=self.fixed[REF],
+            self.model, config, world, self.data.train, objective, ref_model=self.fixed[roles.REF],
             autocast=self.forward.autocast_dtype is not None,
         )  # fmt: skip
         advice = functools.partial(savings, config, self.model, self.policy.dtype, self.device)
@@ -239,18 +212,20 @@ class Trainer(face.Face):
         self.optimizers = check_optimizers(optimizers, config)
         self.progress = Progress()
         self.is_ready = self.in_loop = False
-        self.moving: MovingReference | None = None
+        alpha, every = config.ref_model_mixup_alpha, config.ref_model_sync_steps
+        move = functools.partial(cache.MovingReference, alpha=alpha, every=every, whole=self._exchanging)
+        self.moving_reference, self.moving = move, None
         self.moving_model: nn.Module | None = None  # the same as a model to look at
         if config.sync_ref_model and config.fsdp == "no":  # else when its shards are there
-            self.moving = self._moving_reference(trainable(self.model))
+            self.moving = self.moving_reference(trainable(self.model))
             self.moving_model = face.moving_reference(self.model, self.moving)
-        self.live: live_reference.LiveReference | None = None
+        self.live: live.LiveReference | None = None
         self.signals = Signals(busy=lambda: self.progress.updating)
         self.callbacks.call("on_init_end")
 
     # ---------------------------------------------------------------- a run
 
-    def train(self) -> TrainResult:
+    def train(self) -> face.TrainResult:
         """Run all steps, evaluate and save as configured, return the result."""
         finished, self.in_loop = False, True
         try:
@@ -282,30 +257,30 @@ class Trainer(face.Face):
         if self.resume is not None:
             self.identity = identity.as_begun(self.resume, self.identity, self.origin.by_name)
         self.loaded_dtype = self.policy.dtype
-        self.weights = Weights(*hold(self.policy, config, world, self.forward.autocast_dtype), world)
+        self.weights = weights.Weights(*hold(self.policy, config, world, self.forward.autocast_dtype), world)
         self.engine, self.parameters = self.weights.engine, self.weights.parameters
         again, size = self.reporter.ensure_folder, config.max_shard_size
-        self.files = ModelFiles(self.weights, self.tokenizer, self.output_dir, size, again)
+        self.files = saving.ModelFiles(self.weights, self.tokenizer, self.output_dir, size, again)
         if config.sync_ref_model and self.moving is None:
-            self.moving = self._moving_reference(self.parameters)
+            self.moving = self.moving_reference(self.parameters)
         first = [self.data.train[i] for i in self.plan[0][1]]
         everything = self.data.all.values()
         self.router = start_guard.verify(
             self.forward, self.engine, first, everything, quiet=config.disable_dropout, router=self.router
         )
         self.forward.begin(self.engine, self.router)
-        start = Start(
+        start = policies.Start(
             self.engine, fingerprint, self.loaded_dtype, self.origin.model_name if self.origin.by_name else None,
             is_base=self.reference_is_base, is_exact=self.start_is_known,
         )  # fmt: skip
-        self.references = References.of_run(
+        self.references = sources.References.of_run(
             config, self.objective.pair_terms, self.fixed, start, self.passes,
-            Kept(self.output_dir, self.resume, self.identity), self.moving,
+            kept.Kept(self.output_dir, self.resume, self.identity), self.moving,
             verify=lambda engine: start_guard.verify(self.forward, engine, first, everything), bar=self.reporter.bar,
         )  # fmt: skip
         self.is_ready = True
 
-    def _train(self) -> TrainResult:
+    def _train(self) -> face.TrainResult:
         config, plan = self.config, self.plan
         self.progress = Progress(num_tokens=self.progress.num_tokens)  # of this call: a second one begins anew
         self.ready()
@@ -326,17 +301,17 @@ class Trainer(face.Face):
         sets = {**sets, **self.stepwide.reference_sets(sets)}
         self.references.attach(plan, sets)
         if TOKEN_KL in self.objective.row_statistics:
-            self.live = live_reference.start(
+            self.live = live.start(
                 self.references.policies, self.references.kept, sets, self.parameters,
                 loss=self.objective.pair_terms[0].name, whole=self._exchanging,
             )  # fmt: skip
             self.forward.begin(self.engine, self.router, self.live.rows)
-        self.update = Update(self.model, self.parameters, config, self.world, self.optimizers, len(plan))
+        self.update = update = Update(self.model, self.parameters, config, self.world, self.optimizers, len(plan))
         self.accumulation = Accumulation(
             self.objective, self.stepwide, self.passes, self.update.gradients, self.data.train,
             on_substep_end=lambda: self.callbacks.call("on_substep_end"),
         )  # fmt: skip
-        self.callbacks.optimizer, self.callbacks.scheduler = self.update.optimizer, self.update.scheduler
+        self.callbacks.begin(update.optimizer, update.scheduler)
         self.schedule = Schedule(config, len(self.data.train), self.world.size, len(plan))
         self.schedule.begin(self.state)
         if self.world.main:
@@ -352,16 +327,15 @@ class Trainer(face.Face):
         self.start_guard = None
         if self.references.starts_at_reference or self.references.start is not None:
             self.start_guard = start_guard.StartGuard(
-                self.objective, self.forward.low_precision, self.references.start_of, str(cache_folder())
+                self.objective, self.forward.low_precision, self.references.start_of, str(cache.cache_folder())
             )
-        parts = {"scheduler": self.update.scheduler, "window": self.window, "stepwide": self.stepwide,
-                 "budget": self.budget, "guards": AsJson(self.guards)}  # fmt: skip
-        update = self.update
-        state = RunState(self.weights, update.gradients, update.optimizer, self.progress, parts, self.moving)
+        parts = {"scheduler": update.scheduler, "window": self.window, "stepwide": self.stepwide,
+                 "budget": self.budget, "guards": run_state.AsJson(self.guards)}  # fmt: skip
+        state = run_state.RunState(self.weights, update.gradients, update.optimizer, self.progress, parts, self.moving)
         run = self.identity | self.references.kept.keys
-        self.checkpoints = Checkpoints(config, run, self.files, state, self.callbacks, self.hub)
-        check = WeightCheck(self.weights, sorted(self.data.train, key=trunk_tokens)[:4], self.forward.autocast)
-        self.saver = Saver(self.checkpoints, check, self.callbacks, self.progress, self.signals, self.window)
+        self.checkpoints = saving.Checkpoints(config, run, self.files, state, self.callbacks, self.hub)
+        check = weights.WeightCheck(self.weights, sorted(self.data.train, key=trunk_tokens)[:4], self.forward.autocast)
+        self.saver = saving.Saver(self.checkpoints, check, self.callbacks, self.progress, self.signals, self.window)
         if self.resume is not None:
             self.checkpoints.restore(self.resume)
         self.warn(self.guards.at_start(self.data.reports))
@@ -370,8 +344,8 @@ class Trainer(face.Face):
         bar = self.reporter.bar(desc="train", total=len(plan), initial=self.progress.cursor)
         with bar, training_mode(self.policy, config):
             summary = self._loop(plan, bar)
-        self._finish(summary)
-        return TrainResult(self.model, self.state.log_history, summary, self.state, self.guards.warnings)
+        self.finish(summary)
+        return face.TrainResult(self.model, self.state.log_history, summary, self.state, self.guards.warnings)
 
     # ------------------------------------------------------------- the loop
 
@@ -502,7 +476,7 @@ class Trainer(face.Face):
         if self.config.grad_filter:
             window.add_dropped(sums.dropped, self.world)
         if self.forward.watches:
-            window.tokens = self.world.sum_(sums.tokens)
+            window.add_tokens(self.world.sum_(sums.tokens))
         for batch in sums.batches:  # here, so that a step cut short leaves no trace in the counters
             window.trunk(batch)
         self.progress.num_tokens += sum(sequence_tokens(self.data.train[i]) for i in rows)
@@ -513,17 +487,6 @@ class Trainer(face.Face):
 
     # ------------------------------------------------------- said and shown
 
-    def _finish(self, summary: dict[str, float]) -> None:
-        """The card of the trained model, its merged form, the report; then the hub."""
-        if self.config.save_final:
-            self.reporter.write_card(self.facts(), self.state)
-            if self.config.save_merged and self.world.main:
-                self.files.save_merged()
-        self.reporter.finish(self.facts(), self.state, summary, self.data.reports, self.guards.warnings)
-        if self.hub is not None:
-            self.callbacks.call("on_push_begin")
-            self.hub.push(self.output_dir)
-
     @contextlib.contextmanager
     def _around_callbacks(self) -> Iterator[None]:
         """A callback may call generate() or forward(), on the model as it came; its time is no training time."""
@@ -532,10 +495,6 @@ class Trainer(face.Face):
             return
         with self.window.paused(), self.policy.detached():
             yield
-
-    def _moving_reference(self, parameters: dict[str, nn.Parameter]) -> MovingReference:
-        config = self.config
-        return MovingReference(parameters, config.ref_model_mixup_alpha, config.ref_model_sync_steps, self._exchanging)
 
     def _exchanging(self) -> contextlib.AbstractContextManager[None]:
         return self.progress.exchanging()  # of the run under way: train() begins with another

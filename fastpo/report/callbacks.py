@@ -167,7 +167,7 @@ def _as_enum(name: str, value: Any) -> Any:
 class Callbacks:
     """All callbacks of one run: trackers of `report_to` first, then the user's in their order, as in transformers.
 
-    model, tokenizer, optimizer, scheduler, state: what handlers are given; the trainer sets the last three when it has
+    model, tokenizer, optimizer, scheduler, state: what handlers are given; the last three when there are any
     them (after a resume, a new state too). around: entered where any handler runs (a clock paused, the model as it
     came). Raises ConfigError for a tracker that is unknown or not installed.
     """
@@ -206,6 +206,14 @@ class Callbacks:
         self._started: list[Any] = []
         self._opened_wandb = False
         _check_early_stopping(self.user, config)
+
+    def take(self, model: nn.Module) -> None:
+        """The run has its model."""
+        self.model = model
+
+    def begin(self, optimizer: Any, scheduler: Any) -> None:
+        """The run has its optimiser and its schedule."""
+        self.optimizer, self.scheduler = optimizer, scheduler
 
     def call(self, event: str, **extra: Any) -> TrainerControl:
         """Run an event's handlers, from on_init_end to on_push_begin; returns `control` as they leave it."""

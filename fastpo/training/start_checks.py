@@ -34,6 +34,8 @@ def check_options(config: TrainConfig, device: torch.device, cache: Path) -> Non
     build_scheduler(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0), config, steps=100)
     _check_optimizer(config)
     _check_checkpointing(config)
+    if config.grad_filter and device.type == "cuda":
+        log.warning("grad_filter runs plain PyTorch operations on a GPU, unmeasured: compare tokens_per_second")
     if config.torch_compile:
         from fastpo.models.compiled import check_backend
 
