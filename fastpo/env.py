@@ -125,7 +125,7 @@ def _extension() -> str:
 
 
 def _backends() -> list[str]:
-    from fastpo.ops.head import available_backends
+    from fastpo.ops import available_backends
 
     return available_backends()
 

@@ -131,8 +131,8 @@ def test_sharing_prompts_changes_nothing(toy, run, options):
 def test_prompts_are_shared_where_it_pays():
     import numpy as np
 
+    from fastpo.data import Example
     from fastpo.data.packing import TrunkCost, sequence_tokens, set_sharing, trunk_tokens
-    from fastpo.data.prepare import Example
 
     def example(prompt, *responses, **rest):
         return Example(np.arange(prompt), [np.arange(n) for n in responses], [(0, 1)], **rest)

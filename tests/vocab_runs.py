@@ -24,14 +24,10 @@ from torch.distributed.tensor.debug import CommDebugMode  # noqa: E402
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module  # noqa: E402
 
 import fastpo  # noqa: E402
-from fastpo import check  # noqa: E402
+from fastpo import check, ops  # noqa: E402
 from fastpo.check import SOFTCAPPED, Case  # noqa: E402
 from fastpo.kernels import reference  # noqa: E402
-from fastpo.ops import (
-    backends,  # noqa: E402
-    vocab_parallel,  # noqa: E402
-)
-from fastpo.ops import head as ops  # noqa: E402
+from fastpo.ops import backends, vocab_parallel  # noqa: E402
 from fastpo.ops import parts as op_parts  # noqa: E402
 
 WORLD = 4

@@ -34,7 +34,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerState
 
 from fastpo.checkpoints.state_files import as_sharded, nonfinite_weights
-from fastpo.data.prepare import Example
+from fastpo.data import Example
 from fastpo.errors import ConfigError, TrainingError
 
 log = logging.getLogger("fastpo")

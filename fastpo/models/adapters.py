@@ -25,6 +25,8 @@ from transformers import PreTrainedModel
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from fastpo.errors import ConfigError, UnsupportedModelError, shown
+from fastpo.models.carried import carry_over
+from fastpo.models.trunk import towers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -88,8 +90,6 @@ def with_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
 def _spare_towers(model: nn.Module, peft_config: Any) -> Any:
     """The same configuration, which leaves out what text rows do not reach: names such as q_proj lie in encoders of
     images too."""
-    from fastpo.models.loading import towers
-
     outside = "|".join(rf"{re.escape(name)}(\..*)?" for name in towers(model))
     if not outside or not hasattr(peft_config, "exclude_modules"):
         return peft_config
@@ -315,8 +315,6 @@ def save_merged(
     goes onto the unquantised base, loaded again by its name. So it is where `adapter_folder` is given, the adapter
     saved before: a sharded model has no whole weights to copy.
     """
-    from fastpo.models.loading import carry_over
-
     check_mergeable(model, sharded=adapter_folder is not None)
     if adapter_folder is not None or is_quantized(model):
         merged = _merged_from_disk(model, adapter_folder)

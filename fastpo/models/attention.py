@@ -25,7 +25,7 @@ from transformers import AttentionInterface
 from fastpo.errors import ConfigError, UnsupportedModelError
 from fastpo.models.layout import Layout, prompts_of_chains
 from fastpo.models.tree_attention import cpu_tree_attention, triton_tree_attention, varlen_tree_attention
-from fastpo.ops.head import HAS_TRITON, INTERPRETED
+from fastpo.ops.inputs import HAS_TRITON, INTERPRETED
 
 NAME = "fastpo"
 BACKENDS = ("flash_attn", "varlen", "triton", "sdpa")  # in order of preference

@@ -19,13 +19,15 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
+from fastpo import ops
 from fastpo.data.packing import PackedBatch
 from fastpo.errors import ConfigError, UnsupportedModelError
 from fastpo.models import adapters, attention, rotary
 from fastpo.models.layout import Layout, prompts_of_chains
 from fastpo.models.loading import load_model, load_tokenizer, resolve_device
-from fastpo.ops import head as ops
+from fastpo.models.trunk import trunk_of
 
+# The last three are loading's; scripts have them from here.
 __all__ = ["DROPPED_MASS", "Head", "Policy", "load_model", "load_tokenizer", "resolve_device"]
 
 log = logging.getLogger("fastpo")
@@ -63,7 +65,7 @@ class Policy:
     def __init__(self, model: nn.Module):
         self.model = model
         self.causal_lm = _causal_lm(model)
-        self.trunk = _trunk(self.causal_lm)
+        self.trunk = trunk_of(self.causal_lm)
         self.softcap, self.logit_scale = _logit_rule(self.causal_lm)
         self.head()  # refuses here what it would refuse in the first step
         self.unpacked = attention.runs_unpacked()
@@ -246,30 +248,6 @@ def _unpackable(causal_lm: PreTrainedModel) -> str | None:
     if others:
         return f"{name} has {others[0]} layers, in which packed sequences would meet"
     return None if causal_lm._can_set_attn_implementation() else f"{name} does not take custom attention"
-
-
-def _trunk(causal_lm: PreTrainedModel) -> nn.Module:
-    """The module from token ids to the last hidden states: all but the head, and of a multimodal model the text."""
-    composite = causal_lm.config.get_text_config(decoder=True) is not causal_lm.config
-    trunk = causal_lm.get_decoder() if composite else _below(causal_lm)
-    while isinstance(trunk, PreTrainedModel) and trunk.get_output_embeddings() is not None:
-        trunk = _below(trunk)  # a decoder that is itself a causal model
-    if trunk is None:
-        raise UnsupportedModelError(
-            f"{type(causal_lm).__name__} has no trunk apart from its head (base_model_prefix "
-            f"'{causal_lm.base_model_prefix}'); fastpo cannot run the head on completion tokens only"
-        )
-    return trunk
-
-
-def _below(model: PreTrainedModel) -> nn.Module | None:
-    """The model around which `model` puts its head, if there is one."""
-    inner = getattr(model, model.base_model_prefix, None)
-    if inner is None and (inner := model.get_decoder()) is model:
-        # Llama 4's text model has the prefix of its multimodal one.
-        children = [module for module in model.children() if isinstance(module, PreTrainedModel)]
-        inner = children[0] if len(children) == 1 else None
-    return inner
 
 
 def _name_of(causal_lm: PreTrainedModel, module: nn.Module) -> str:

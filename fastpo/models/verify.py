@@ -16,14 +16,14 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from fastpo import ops
+from fastpo.data import Example
 from fastpo.data.packing import PackedBatch, collate
-from fastpo.data.prepare import Example
 from fastpo.errors import ConfigError, FastpoError, UnsupportedModelError
 from fastpo.models import attention, rotary
 from fastpo.models.adapters import first_line
 from fastpo.models.layout import Layout, prompts_of_chains
 from fastpo.models.policy import Policy, attention_implementations, restore_attention, switch_attention, weights_eps
-from fastpo.ops import head as ops
 
 _PROBE = "fastpo_probe"  # the attention implementation that records what the model's masks and layers ask for
 _SHORT_ROWS = 3  # beside the longest one

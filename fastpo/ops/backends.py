@@ -432,7 +432,7 @@ def cpu_sliced_backward(head: Head, grad: Tensor, stats: Tensor, need: list[bool
     return dhidden, dweight, dbias
 
 
-def _device_rows(n: int, row_bytes: int) -> int:
+def device_rows(n: int, row_bytes: int) -> int:
     """Rows of one block of whole rows of `row_bytes`. By shape alone, never by free memory: results would differ."""
     rows = DEVICE_TILE_BYTES // row_bytes // DEVICE_ROW_STEP * DEVICE_ROW_STEP
     return max(1, min(n, max(rows, DEVICE_MIN_ROWS)))
@@ -450,7 +450,7 @@ def triton_forward(head: Head, regime: str, entropy: bool) -> Kept:
     logp, lse = (x.new_empty(n, dtype=torch.float32) for _ in range(2))
     entropies = torch.empty_like(logp) if entropy else logp.new_empty(0)
     use_fused = regime in ("none", "sliced") and chips.use_fused_forward(x, w)
-    block = _device_rows(n, fused.fused_partial_bytes(v_size) if use_fused else v_size * x.element_size())
+    block = device_rows(n, fused.fused_partial_bytes(v_size) if use_fused else v_size * x.element_size())
     saved = logp.new_empty(x.shape if regime == "frozen" else 0)
     if regime in ("kept", "logits"):
         saved, block = x.new_empty(n, saved_columns(v_size, "triton")), max(n, 1)

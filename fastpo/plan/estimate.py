@@ -21,26 +21,26 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastpo import ops
 from fastpo.config.train_config import TrainConfig
+from fastpo.data import Example, mixing, rows, sources
 from fastpo.data import layouts as row_layouts
-from fastpo.data import mixing, rows, sources
 from fastpo.data import prepare as data
 from fastpo.data.kway import Forming
 from fastpo.data.packing import TrunkCost, set_sharing, sharing_mode, trunk_tokens
-from fastpo.data.prepare import Example
 from fastpo.errors import ConfigError, FastpoError, UnsupportedModelError, shown
 from fastpo.losses import table as losses
 from fastpo.models import rotary
 from fastpo.models.adapters import first_line
+from fastpo.models.flops import Flops
+from fastpo.models.loading import load_tokenizer, resolve_device
 from fastpo.models.noise import disable_dropout
-from fastpo.models.policy import load_tokenizer, resolve_device
 from fastpo.ops import backends
-from fastpo.ops import head as ops
 from fastpo.plan.weightless import Blueprint, simulate
 from fastpo.training import run_data
 from fastpo.training.distributed import World
 from fastpo.training.memory import MAX_TOKENS, log
-from fastpo.training.metrics import TOKEN_KL, Flops
+from fastpo.training.metrics import TOKEN_KL
 from fastpo.training.objective import Objective
 from fastpo.training.optim import NARROW
 

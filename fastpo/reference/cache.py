@@ -28,8 +28,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import nn
 
+from fastpo.data import Example
 from fastpo.data.packing import PackedBatch, collate, pass_batches
-from fastpo.data.prepare import Example
 from fastpo.models import adapters
 from fastpo.training.distributed import World, local
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastpo import ops
 from fastpo.config.train_config import TrainConfig
 from fastpo.data.packing import PackedBatch
 from fastpo.errors import ConfigError, DataError
@@ -25,7 +26,6 @@ from fastpo.losses.table import Term
 from fastpo.models import adapters
 from fastpo.models.modes import eval_mode
 from fastpo.models.policy import Head, Policy
-from fastpo.ops import head as ops
 from fastpo.reference.kept import Kept
 from fastpo.reference.policies import Policies
 from fastpo.reference.roles import REF, Sets

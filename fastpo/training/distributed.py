@@ -22,7 +22,8 @@ from torch.distributed.tensor import DTensor
 
 from fastpo.config.train_config import TrainConfig
 from fastpo.errors import ConfigError, DeviceError, UnsupportedModelError
-from fastpo.models.policy import Policy, resolve_device
+from fastpo.models.loading import resolve_device
+from fastpo.models.policy import Policy
 
 T = TypeVar("T")
 

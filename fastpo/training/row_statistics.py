@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastpo import ops
 from fastpo.data.packing import PackedBatch
 from fastpo.data.prepare import Example
 from fastpo.losses.table import Loss, Pairs, Term, segment_sum
 from fastpo.models.policy import Head
-from fastpo.ops import head as ops
 from fastpo.ops import vocab_ops
 from fastpo.training.metrics import ENTROPY, LOG_SUM_SQ, TOKEN_KL, TOP1, prompt_sums
 
@@ -49,7 +49,7 @@ def observer(
     def observe(hidden: Tensor, head: Head) -> None:
         rule: dict[str, Any] = {"target": batch.target, "softcap": head.softcap, "logit_scale": head.logit_scale}
         if watches:
-            inputs = [None if t is None else t.detach() for t in ops._autocast(hidden, head.weight, head.bias)]
+            inputs = [None if t is None else t.detach() for t in ops.autocast(hidden, head.weight, head.bias)]
             numbers = vocab_ops.entropy_top1_op(*inputs, batch.target.long(), head.softcap, head.logit_scale)
             batch.rows[ENTROPY], batch.rows[TOP1] = numbers
         if LOG_SUM_SQ in wanted:

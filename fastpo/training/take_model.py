@@ -8,9 +8,10 @@ from torch import nn
 from fastpo.config.train_config import TrainConfig
 from fastpo.errors import ConfigError
 from fastpo.models import adapters
-from fastpo.models.loading import freeze_towers, load_model
+from fastpo.models.loading import load_model
 from fastpo.models.noise import disable_dropout
 from fastpo.models.policy import Policy
+from fastpo.models.trunk import freeze_towers
 from fastpo.training.inputs import Origin
 
 

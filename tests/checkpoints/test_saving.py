@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 import fastpo
 from fastpo.checkpoints import checkpoint, endings, model_files, state_files
 from fastpo.config import bounds
-from fastpo.data.prepare import Example
+from fastpo.data import Example
 from fastpo.errors import ConfigError, FastpoError, TrainingError
 from fastpo.report import disks
 

@@ -10,8 +10,8 @@ import types
 import pytest
 import yaml
 
-import fastpo
-from fastpo.cli import command_line as cli
+from fastpo import cli
+from fastpo.cli.options import kinds_of
 from fastpo.config import train_config as config
 from fastpo.errors import DataError, TrainingError
 
@@ -140,7 +140,7 @@ def _other_value(field):
     }
     if field.name in special:
         return special[field.name]
-    kinds = cli._kinds(field.type)
+    kinds = kinds_of(field.type)
     if bool in kinds:
         return (("false", False), ("true", True))[field.default is not True]
     if dict in kinds:
@@ -458,15 +458,22 @@ def test_traceback_on_request_and_for_bugs(monkeypatch, trained):
         cli.main(["train", *INPUTS])
 
 
-@pytest.mark.parametrize("command, function", [("quickstart", "run"), ("check", "run_check")])
-def test_other_commands_get_their_options_and_give_their_exit_code(monkeypatch, capsys, command, function):
-    module = types.ModuleType(f"fastpo.{command}")
+@pytest.mark.parametrize("command", ["quickstart", "check"])
+def test_other_commands_get_their_options_and_give_their_exit_code(monkeypatch, capsys, command):
+    module = types.ModuleType(f"fastpo.cli.{command}")
     module.add_arguments = lambda parser: parser.add_argument("--two-words", type=int)
-    setattr(module, function, lambda namespace: namespace.two_words)
+    module.run = lambda namespace: namespace.two_words
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr(fastpo, command, module, raising=False)
     assert cli.main([command, "--two_words", "1"]) == 1
     assert "--two" in fail(capsys, command, "--two", "1")
+
+
+def test_check_gets_its_options(monkeypatch):
+    calls = []
+    monkeypatch.setattr("fastpo.check.run_check", lambda *args, **kwargs: calls.append((args, kwargs)) or 1)
+    assert cli.main(["check", "--device", "cpu", "--quiet"]) == 1
+    assert cli.main(["check"]) == 1
+    assert calls == [(("cpu",), {"verbose": False}), ((None,), {"verbose": True})]
 
 
 # --- help, version, env
@@ -483,7 +490,11 @@ def test_help_groups_the_fields_and_gives_defaults(capsys):
     assert "muon, sgd [adamw_torch_fused]" in flat and "peak learning rate [1e-06]" in flat
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["--version"], ["train", "--help"], []], ids=str)
+@pytest.mark.parametrize(
+    "argv",
+    [["--help"], ["--version"], [], *([name, "--help"] for name in ("train", "plan", "check", "losses", "env"))],
+    ids=str,
+)
 def test_help_and_version_do_not_import_torch(argv):
     code = (
         "import sys, fastpo.cli\n"

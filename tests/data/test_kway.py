@@ -11,8 +11,7 @@ import fastpo
 from fastpo.data import prepare as data
 from fastpo.data.kway import Forming
 from fastpo.data.packing import collate
-from fastpo.data.prepare import DataError
-from fastpo.errors import ConfigError, TrainingError
+from fastpo.errors import ConfigError, DataError, TrainingError
 
 LISTS = ["exo_rw", "infonca", "nca_rw"]
 
@@ -454,7 +453,7 @@ def test_eight_real_responses(shared_data):
 
 
 def test_the_command_reads_k_responses(toy, tmp_path):
-    from fastpo.cli import command_line as cli
+    from fastpo import cli
 
     toy.model().save_pretrained(tmp_path / "model")
     toy.tokenizer().save_pretrained(tmp_path / "model")

@@ -10,8 +10,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from fastpo.data import prepare_examples
 from fastpo.data.layouts import LAYOUTS, find, kind_of, read_as
-from fastpo.data.prepare import prepare_examples
 from fastpo.errors import DataError, FastpoError
 
 TEMPLATE = (

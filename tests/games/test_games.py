@@ -11,7 +11,7 @@ from fastpo.games import games, tabular
 from fastpo.games.games import ALGORITHMS
 from fastpo.games.tabular import TabularPolicy, fit, population_loss
 from fastpo.losses.table import LOSSES
-from fastpo.ops.head import linear_logprob, preference_loss
+from fastpo.ops import linear_logprob, preference_loss
 
 RPS = games.rock_paper_scissors()
 WEIGHTED = games.rock_paper_scissors(1 / 6, 2 / 6, 3 / 6)

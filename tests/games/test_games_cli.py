@@ -2,7 +2,7 @@
 
 import pytest
 
-from fastpo.cli.command_line import main
+from fastpo.cli import main
 from fastpo.games.games import ALGORITHMS
 
 
@@ -48,7 +48,7 @@ def test_games_command_bad_input(capsys, options, message):
 
 
 def test_a_plot_without_matplotlib_is_refused_before_the_runs(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr("fastpo.games.cli.find_spec", lambda name: None)
+    monkeypatch.setattr("fastpo.cli.games.find_spec", lambda name: None)
     assert main(["games", "rps", "--plot", str(tmp_path / "x.png")]) == 2
     captured = capsys.readouterr()
     assert "plot needs matplotlib, which is not installed: pip install matplotlib" in captured.err and not captured.out

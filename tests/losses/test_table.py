@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastpo.cli import command_line as cli
+from fastpo import cli
 from fastpo.errors import ConfigError
 from fastpo.losses import docs as loss_docs
 from fastpo.losses.table import LOSSES, STATISTICS, Pairs, canonical_name, resolve_terms

@@ -9,10 +9,11 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from fastpo.data import Example
 from fastpo.data.packing import collate
-from fastpo.data.prepare import Example
 from fastpo.errors import ConfigError, DeviceError, UnsupportedModelError
-from fastpo.models.policy import Policy, load_model, load_tokenizer, resolve_device
+from fastpo.models.loading import load_model, load_tokenizer, resolve_device
+from fastpo.models.policy import Policy
 from fastpo.models.verify import verify_policy
 
 VOCABULARY = 97  # odd, and not a multiple of any block

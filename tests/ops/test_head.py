@@ -16,13 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastpo import check
+from fastpo import check, ops
 from fastpo.check import SOFTCAPPED, Case
 from fastpo.errors import FastpoError
 from fastpo.kernels import reference
 from fastpo.losses.table import LOSSES, Pairs
-from fastpo.ops import backends
-from fastpo.ops import head as ops
+from fastpo.ops import backends, inputs
 from fastpo.ops import parts as op_parts
 from fastpo.training.metrics import pair_metrics
 
@@ -39,7 +38,7 @@ ON_GPU = [
     pytest.param(("torch", "cuda"), id="torch-cuda", marks=GPU),
     pytest.param(("triton", "cuda"), id="triton-cuda", marks=GPU),
 ]
-INTERPRETED = [pytest.param(("triton", "cpu"), id="triton-interpreted")] if ops.INTERPRETED else []
+INTERPRETED = [pytest.param(("triton", "cpu"), id="triton-interpreted")] if inputs.INTERPRETED else []
 COMPILED = [*ON_CPU, *ON_GPU]
 EVERYWHERE = [*ON_CPU, *INTERPRETED, *ON_GPU]
 DTYPES = [pytest.param(getattr(torch, name), id=name) for name in ("float32", "bfloat16", "float16")]
@@ -384,7 +383,7 @@ def regime_of(hidden_grad: bool, weight_grad: bool, bias_grad: bool = False, bud
     x = problem(16, 8, 100)
     for name, flag in (("hidden", hidden_grad), ("weight", weight_grad), ("bias", bias_grad)):
         x[name].requires_grad_(flag)
-    return ops._regime(x["hidden"], x["weight"], x["bias"], budget)
+    return inputs.regime_of(x["hidden"], x["weight"], x["bias"], budget)
 
 
 def test_regime():
@@ -751,7 +750,7 @@ def test_without_the_extension():
 DISTRIBUTED = """
 import os, sys, torch, torch.distributed as dist
 from torch import nn
-from fastpo.ops import head as ops
+from fastpo import ops
 child = os.fork()  # after the imports, which take longest
 rank = int(child == 0)
 os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=sys.argv[1])
@@ -1033,7 +1032,7 @@ def test_run_check(broken, monkeypatch, capsys):
     assert ("FAILED" in out) == broken and "linear_logprob" in out and "preference dpo" in out
 
 
-@pytest.mark.skipif(ops.INTERPRETED or not ops.HAS_TRITON, reason="runs itself in the interpreter, once")
+@pytest.mark.skipif(inputs.INTERPRETED or not inputs.HAS_TRITON, reason="runs itself in the interpreter, once")
 def test_triton_in_the_interpreter():
     """Every test of this file with the parameter `triton-interpreted`, in a process where Triton interprets."""
     output = python(

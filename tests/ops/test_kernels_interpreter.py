@@ -25,12 +25,12 @@ if not INTERPRET and not torch.cuda.is_available():
     pytest.skip("needs TRITON_INTERPRET=1 in its own process, or a GPU", allow_module_level=True)
 
 import fastpo  # noqa: E402
+from fastpo import ops  # noqa: E402
+from fastpo.data import Example  # noqa: E402
 from fastpo.data.packing import collate  # noqa: E402
-from fastpo.data.prepare import Example  # noqa: E402
 from fastpo.kernels import fused, logprob, pair_losses, preference, reference  # noqa: E402
 from fastpo.losses.table import LOSSES, resolve_terms  # noqa: E402
 from fastpo.ops import chips  # noqa: E402
-from fastpo.ops import head as ops  # noqa: E402
 from fastpo.ops import parts as op_parts  # noqa: E402
 from fastpo.training.row_statistics import LOG_SUM_SQ, TOKEN_KL, draw_rows  # noqa: E402
 from fastpo.training.stepwide import Statistics  # noqa: E402

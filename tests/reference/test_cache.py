@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from fastpo.data.prepare import Example
+from fastpo.data import Example
 from fastpo.reference import cache as ref_policy
 from fastpo.reference.cache import (
     RefCache,

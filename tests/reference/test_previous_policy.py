@@ -11,8 +11,8 @@ from torch.nn.functional import logsigmoid
 
 import fastpo
 from fastpo.config.train_config import TrainConfig
-from fastpo.data.prepare import DataError, Example
-from fastpo.errors import ConfigError, TrainingError
+from fastpo.data import Example
+from fastpo.errors import ConfigError, DataError, TrainingError
 from fastpo.losses.table import resolve_terms
 from fastpo.models.policy import Policy
 from fastpo.reference import sources as references

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from fastpo.config.train_config import TrainConfig
-from fastpo.data.prepare import DataReport
+from fastpo.data import DataReport
 from fastpo.losses import table as losses
 from fastpo.training.guardrails import PUBLISHED_RATES, Guardrails, Warning_
 
