@@ -10,6 +10,7 @@ from torch.nn.functional import logsigmoid
 
 import fastpo
 from fastpo.errors import ConfigError, DataError, DeviceError, FastpoError, TrainingError, UnsupportedModelError
+from fastpo.reference.passes import reference_logps
 
 LR = 1e-2
 
@@ -242,7 +243,7 @@ def test_the_reference_is_the_policy_in_memory(toy, run):
 
 def test_the_reference_pass_is_shared_by_a_sweep(toy, run, monkeypatch):
     calls = []
-    real = fastpo.reference.passes.reference_logps
+    real = reference_logps
     monkeypatch.setattr(
         "fastpo.reference.passes.reference_logps",
         lambda examples, needed, cache, compute, **kw: real(
@@ -391,7 +392,7 @@ def test_non_finite_steps_are_skipped_counted_and_stop_the_run(toy, run, any_wei
 
 
 def test_a_start_away_from_the_reference_is_refused(run, monkeypatch):
-    real = fastpo.reference.passes.reference_logps
+    real = reference_logps
 
     def wrong(*args, **kwargs):
         return [[part + 0.5 for part in parts] for parts in real(*args, **kwargs)]

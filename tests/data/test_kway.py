@@ -7,11 +7,11 @@ from functools import partial
 import pytest
 import torch
 
-import fastpo
 from fastpo.data import prepare as data
 from fastpo.data.kway import Forming
 from fastpo.data.packing import collate
 from fastpo.errors import ConfigError, DataError, TrainingError
+from fastpo.reference.passes import reference_logps
 
 LISTS = ["exo_rw", "infonca", "nca_rw"]
 
@@ -267,7 +267,7 @@ def test_mixtures_with_lists(toy, run):
 
 @pytest.mark.parametrize("loss", ["nca_rw", "selm", ["exo_rw", "dpo"]])
 def test_a_start_away_from_the_reference_is_refused(toy, run, monkeypatch, loss):
-    real = fastpo.reference.passes.reference_logps
+    real = reference_logps
     monkeypatch.setattr(
         "fastpo.reference.passes.reference_logps", lambda *a, **k: [[p + 0.5 for p in row] for row in real(*a, **k)]
     )
