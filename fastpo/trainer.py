@@ -5,85 +5,67 @@ packed into micro-batches of at most `max_tokens` tokens, shared between the pro
 its count over the whole step, so the numbers depend neither on the packing nor on the number of processes. Metrics stay
 on the device until a logging step.
 
-The map, from a run's beginning to its end:
+The map:
 
-    __init__       the parts, made from the options: losses, data, model, micro-batches, memory
-    ready          the model as this run's processes hold it, and the guard: the packed path gives the model's own
-    numbers _train         what needs the whole plan: trackers, the reference's log-probabilities, optimiser, resume
-    _loop          epochs and steps; _settle: after each step log, evaluate, save, in this order
-    _step          one optimiser step: _forward_backward -> _accumulate, clip, update, count
+    __init__   the parts, made from arguments and options: losses, data, model, micro-batches, memory
+    ready      the model as this run's processes hold it, its guard, and the policies that it is compared with
+    _train     what needs the plan of all steps: the reference's log-probabilities, optimiser, log, checkpoints
+    _loop      epochs and steps; `_settle` after each step: log, evaluate, save, in this order
+    _step      one optimiser step: gradients (training/accumulation.py), clip, update, count
 
-Where is the loss normalised? `_accumulate`: `pair_count`, `nlls`, of the whole step. Where is a checkpoint decided?
-`training/schedule.py` by the options, `_settle` after the callbacks. Where does the reference come from? reference/.
+Where is the loss normalised? In training/accumulation.py, `_run`. Where is a checkpoint decided? In
+training/schedule.py by the options, then by the callbacks, and `_settle` saves. Where does the reference come from?
+From reference/sources.py, `attach`. What scripts read and call besides is in face.py.
 """
 
 import contextlib
 import functools
 import logging
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase, TrainerState, set_seed
+from transformers import PreTrainedTokenizerBase, set_seed
 
 from fastpo import face
-from fastpo.checkpoints import checkpoint, model_files, saving
-from fastpo.checkpoints.run_lock import RunLock
-from fastpo.config.no_effect import Facts
+from fastpo.checkpoints import checkpoint, identity, model_files, run_folder, run_lock, run_state, saving, weights
 from fastpo.config.train_config import TrainConfig
-from fastpo.data.packing import loss_count, sequence_tokens, trunk_tokens
-from fastpo.errors import ConfigError, TrainingError
+from fastpo.data.packing import sequence_tokens, trunk_tokens
+from fastpo.errors import ConfigError
 from fastpo.models.adapters import rewrites_base, starts_at_base
 from fastpo.models.loading import load_tokenizer
 from fastpo.models.modes import set_numerics, training_mode
-from fastpo.models.policy import DROPPED_MASS
-from fastpo.plan.estimate import largest_max_tokens
-from fastpo.reference import live as live_reference
-from fastpo.reference import sources as references
-from fastpo.reference.cache import MovingReference, cache_folder
+from fastpo.plan.estimate import max_tokens_of_run
+from fastpo.reference import cache, kept, live, policies, roles, sources
 from fastpo.report import outputs
-from fastpo.report.callbacks import Callbacks, best, check_best
+from fastpo.report.callbacks import Callbacks, check_best
 from fastpo.report.hub import Hub
+from fastpo.report.outputs import Reporter
 from fastpo.training import inputs, router_loss, run_data, start_checks, start_guard
-from fastpo.training.distributed import Engine, World, shard
+from fastpo.training.accumulation import Accumulation
+from fastpo.training.distributed import Engine, World, hold, trainable
 from fastpo.training.evaluation import Evaluated, Evaluation
 from fastpo.training.forward import Forward
 from fastpo.training.guardrails import Guardrails
-from fastpo.training.memory import MAX_TOKENS, Budget, savings
-from fastpo.training.metrics import PAIR_METRICS, TOKEN_KL, TOKEN_SUMS, Window, token_sums
-from fastpo.training.micro_batches import MicroBatches, check_bucket
+from fastpo.training.memory import Budget, savings
+from fastpo.training.metrics import PAIR_METRICS, TOKEN_KL, Window
+from fastpo.training.micro_batches import MicroBatches
 from fastpo.training.objective import Objective
-from fastpo.training.optim import NARROW
 from fastpo.training.passes import Passes
 from fastpo.training.progress import Progress
 from fastpo.training.random_state import rng_state
-from fastpo.training.row_statistics import TRAIN
-from fastpo.training.samples import generate_samples
+from fastpo.training.samples import Answers
 from fastpo.training.schedule import Schedule
 from fastpo.training.signals import Signals
 from fastpo.training.step_plan import StepPlan
-from fastpo.training.step_statistics import Statistics
 from fastpo.training.stepwide import StepWide
 from fastpo.training.take_model import as_policy, take_model
 from fastpo.training.update import Update, check_optimizers
 
 log = logging.getLogger("fastpo")
-
-
-@dataclass
-class TrainResult:
-    """What `fastpo.train` returns: model, logged lines, last metrics, transformers' TrainerState, warnings."""
-
-    model: nn.Module = field(repr=False)
-    log_history: list[dict[str, float]] = field(repr=False)
-    metrics: dict[str, float]
-    state: TrainerState = field(repr=False)
-    warnings: list[Any] = field(default_factory=list)
 
 
 def train(
@@ -101,7 +83,7 @@ def train(
     optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
     compute_metrics: Callable[[Any], Mapping[str, float]] | None = None,
     **overrides: Any,
-) -> TrainResult:
+) -> face.TrainResult:
     """Preference-train a causal language model, as TRL's `DPOTrainer(...).train()` with the same arguments.
 
     model: a name or path (of a model, or of a trained adapter), or a transformers / PEFT model in memory (trained in
@@ -154,7 +136,6 @@ class Trainer(face.Face):
         if train_dataset is None:
             raise ConfigError("`train_dataset` is required: a datasets.Dataset, a list of dicts, a path or a hub id")
         run_data.check_precomputed(config, train_dataset, eval_dataset)
-        self.compute_metrics = compute_metrics
         self.world = world = World.start(config)
         outputs.ensure_log_handler(quiet=not world.main)
         set_numerics(config)
@@ -164,44 +145,39 @@ class Trainer(face.Face):
         self.objective = objective = Objective.of_options(config)
         objective.check_reference(config, ref_model)
         objective.forming(config)
-        references.check_previous(self, prev_model)
+        sources.check_previous(config, objective.pair_terms, prev_model)
         if TOKEN_KL in objective.row_statistics:
-            live_reference.check(config, objective.pair_terms)
-        start_checks.check_options(config, self.device)
-        start_checks.check_environment(cache_folder())
+            live.check(config, objective.pair_terms)
+        start_checks.check_options(config, self.device, cache.cache_folder())
         inputs.check(processing_class, callbacks, optimizers, eval_dataset)
-        peft_config = inputs.peft_config(peft_config)
-        quantization_config = inputs.quantization_config(quantization_config)
+        peft_config, quantized = inputs.peft_config(peft_config), inputs.quantization_config(quantization_config)
         model_files.check_shard_size(config.max_shard_size)
 
         # The folder, and what lies in it.
         self.output_dir = Path(config.output_dir)
-        self.lock = RunLock(self.output_dir)
-        self.metrics_file, self.samples_file = outputs.lines_of(self)
+        self.lock = run_lock.RunLock(self.output_dir)
         self.resume, remarks = world.first(lambda: checkpoint.find(self.output_dir, config.resume_from_checkpoint))
         for remark in remarks:
             log.warning("%s", remark)
-        world.first(lambda: outputs.check_folder(config, resumes=config.resume_from_checkpoint not in (None, False)))
+        world.first(lambda: run_folder.check(config, resumes=config.resume_from_checkpoint not in (None, False)))
         set_seed(config.seed)
 
         # The rows.
-        self.given = inputs.Given.of(model, train_dataset, eval_dataset, ref_model, prev_model, world)
-        self.ref_model, self.prev_model = self.given.ref_model, self.given.prev_model
+        self.origin = origin = inputs.Origin.of(model, train_dataset, eval_dataset, ref_model, prev_model, world)
+        self.reporter = Reporter(config, self.output_dir, world.main, origin.paths, again=self.lock.again)
+        self.fixed = roles.Given(origin.ref_model, origin.prev_model)
         self.tokenizer = processing_class if processing_class is not None else load_tokenizer(
-            self.given.model_name, trust_remote_code=config.trust_remote_code,
+            origin.model_name, trust_remote_code=config.trust_remote_code,
             revision=(config.model_init_kwargs or {}).get("revision"),
         )  # fmt: skip
         self.callbacks = Callbacks(
             callbacks, config, tokenizer=self.tokenizer, rank=world.rank, local_rank=world.local_rank,
             world_size=world.size, device=self.device, around=self._around_callbacks,
         )  # fmt: skip
-        models = {"ref_model": ref_model, "prev_model": prev_model}
-        self.data = run_data.DataSets(
-            config, world, self.tokenizer, objective, given={name for name, m in models.items() if m is not None}
-        )
+        given = {role.model for role in roles.ROLES if self.fixed[role] is not None}
+        self.data = run_data.DataSets(config, world, self.tokenizer, objective, given)
         self.data.read(train_dataset, eval_dataset)
-        self.examples, self.eval_sets = self.data.train, self.data.evals
-        self.plan = StepPlan(config, len(self.examples), world.size)
+        self.plan = StepPlan(config, len(self.data.train), world.size)
         self.stepwide = StepWide(objective.pair_terms, config)
         self.stepwide.prepare(self.data.all)
         if compute_metrics is None:  # else nobody knows yet what evaluations report
@@ -209,25 +185,26 @@ class Trainer(face.Face):
         self.hub = Hub(config) if config.push_to_hub and world.main else None
 
         # The model, and how rows go through it.
-        self.model = take_model(self.given, config, self.device, peft_config, quantization_config)
-        self.callbacks.model = self.model
+        self.model = take_model(origin, config, self.device, peft_config, quantized)
+        self.callbacks.take(self.model)
         names = dict.fromkeys(t.name for t in objective.terms)
         self.tags = face.add_tags(self.model, [*self._tag_names, *names])
         self.policy = as_policy(self.model, config, self.device)
         # PiSSA and its like take part of the base away, so that the base with the adapter off is another model.
         self.reference_is_base = peft_config is not None and not rewrites_base(peft_config)
         self.start_is_known = config.disable_dropout and starts_at_base(peft_config)
-        self.starts_at_reference = self.ref_model is None and self.start_is_known
         self.engine = Engine(self.policy)
         self.forward = Forward(self.engine, config, self.device, objective.row_statistics)
         self.batches = MicroBatches(config, world, objective, self.policy)
         self.router = router_loss.of_run(self.policy, config, self.data.all.values())
         for name, examples in self.data.all.items():
             self.batches.place(name, examples)
-        if config.grad_filter and self.device.type == "cuda":
-            log.warning("grad_filter runs plain PyTorch operations on a GPU, unmeasured: compare tokens_per_second")
+        max_tokens = max_tokens_of_run(
+            self.model, config, world, self.data.train, objective, ref_model=self.fixed[roles.REF],
+            autocast=self.forward.autocast_dtype is not None,
+        )  # fmt: skip
         advice = functools.partial(savings, config, self.model, self.policy.dtype, self.device)
-        self.budget = Budget(self._max_tokens(), config, world, advice, self.data.name_of)
+        self.budget = Budget(max_tokens, config, world, advice, self.data.name_of)
         self.passes = Passes(self.batches, self.forward, self.budget, world)
         self.evaluation = Evaluation(objective, self.stepwide, self.passes, config.token_metrics, compute_metrics)
 
@@ -235,44 +212,20 @@ class Trainer(face.Face):
         self.optimizers = check_optimizers(optimizers, config)
         self.progress = Progress()
         self.is_ready = self.in_loop = False
-        self.moving: MovingReference | None = None
+        alpha, every = config.ref_model_mixup_alpha, config.ref_model_sync_steps
+        move = functools.partial(cache.MovingReference, alpha=alpha, every=every, whole=self._exchanging)
+        self.moving_reference, self.moving = move, None
+        self.moving_model: nn.Module | None = None  # the same as a model to look at
         if config.sync_ref_model and config.fsdp == "no":  # else when its shards are there
-            self.moving = self._moving_reference({n: p for n, p in self.model.named_parameters() if p.requires_grad})
-            self.ref_model = face.moving_reference(self.model, self.moving)
-        self.ref: dict[str, Any] = {}
-        self.start: Any = None  # the start's own log-probabilities, where `ref` is a mixture of them and others
-        self.other_reference = False  # whether a resumed run's reference is not the one that it began with
-        self.live: live_reference.LiveReference | None = None
+            self.moving = self.moving_reference(trainable(self.model))
+            self.moving_model = face.moving_reference(self.model, self.moving)
+        self.live: live.LiveReference | None = None
         self.signals = Signals(busy=lambda: self.progress.updating)
-        self.rescued = False  # whether a save that failed has left the weights alone
         self.callbacks.call("on_init_end")
-
-    @property
-    def state(self) -> TrainerState:
-        return self.callbacks.state
-
-    @property
-    def step_size(self) -> int:
-        """Pairs of an optimiser step, over all processes."""
-        return self.config.step_size * self.world.size
-
-    def _max_tokens(self) -> int:
-        """The run's tokens of a micro-batch, alike on all ranks; `auto` is what the device's memory holds."""
-        config = self.config
-        if config.max_tokens == "auto":
-            mine = largest_max_tokens(
-                self.model, config, self.device, self.examples, self.objective, ref_model=self.ref_model,
-                autocast=self.forward.autocast_dtype is not None,
-            )  # fmt: skip
-            found = min(self.world.gather(mine))
-        else:
-            found = int(config.max_tokens or MAX_TOKENS[self.device.type])
-        check_bucket(found, config.token_bucket)
-        return found
 
     # ---------------------------------------------------------------- a run
 
-    def train(self) -> TrainResult:
+    def train(self) -> face.TrainResult:
         """Run all steps, evaluate and save as configured, return the result."""
         finished, self.in_loop = False, True
         try:
@@ -296,85 +249,103 @@ class Trainer(face.Face):
             return
         config, world = self.config, self.world
         self.data.say_sharing(self.budget.max_tokens)
-        self._tokens = [trunk_tokens(e) for e in self.examples]
-        self.parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-        if not self.parameters:
-            raise ConfigError(
-                "no parameter of the model requires a gradient (an adapter is loaded with is_trainable=True)"
-            )
-        saving.prepare(self)
-        self.fingerprint, self.identity = saving.identify(self)
-        self.saved_dtypes = {n: p.dtype for n, p in self.model.named_parameters()}
+        saving.prepare(self.model, self.tokenizer, self.data.train, trainable(self.model), config, world)
+        self.identity = identity.identify(
+            self.model, self.data.train, config, world, name=self.origin.model_name, of_base=self.reference_is_base
+        )
+        fingerprint = self.identity["model"]
+        if self.resume is not None:
+            self.identity = identity.as_begun(self.resume, self.identity, self.origin.by_name)
         self.loaded_dtype = self.policy.dtype
-        if config.fsdp != "no":
-            self.parameters = {}  # whoever holds a parameter keeps it whole on the device
-            self.engine = shard(self.policy, config, world, self.forward.autocast_dtype)
-            self.parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-        else:
-            world.agree_(self.model)
-        if world.several and not config.disable_dropout:
-            torch.manual_seed(config.seed + world.rank)  # every rank draws its own masks
+        self.weights = weights.Weights(*hold(self.policy, config, world, self.forward.autocast_dtype), world)
+        self.engine, self.parameters = self.weights.engine, self.weights.parameters
+        again, size = self.reporter.ensure_folder, config.max_shard_size
+        self.files = saving.ModelFiles(self.weights, self.tokenizer, self.output_dir, size, again)
         if config.sync_ref_model and self.moving is None:
-            self.moving = self._moving_reference(self.parameters)
-        first = [self.examples[i] for i in self.plan[0][1]]
+            self.moving = self.moving_reference(self.parameters)
+        first = [self.data.train[i] for i in self.plan[0][1]]
+        everything = self.data.all.values()
         self.router = start_guard.verify(
-            self.forward, self.engine, first, self.data.all.values(), quiet=config.disable_dropout, router=self.router
+            self.forward, self.engine, first, everything, quiet=config.disable_dropout, router=self.router
         )
         self.forward.begin(self.engine, self.router)
+        start = policies.Start(
+            self.engine, fingerprint, self.loaded_dtype, self.origin.model_name if self.origin.by_name else None,
+            is_base=self.reference_is_base, is_exact=self.start_is_known,
+        )  # fmt: skip
+        self.references = sources.References.of_run(
+            config, self.objective.pair_terms, self.fixed, start, self.passes,
+            kept.Kept(self.output_dir, self.resume, self.identity), self.moving,
+            verify=lambda engine: start_guard.verify(self.forward, engine, first, everything), bar=self.reporter.bar,
+        )  # fmt: skip
         self.is_ready = True
 
-    def _train(self) -> TrainResult:
+    def _train(self) -> face.TrainResult:
         config, plan = self.config, self.plan
         self.progress = Progress(num_tokens=self.progress.num_tokens)  # of this call: a second one begins anew
         self.ready()
         if self.resume is not None:
             self.callbacks.restore(checkpoint.read_state(self.resume))
         self.callbacks.start_trackers()
-        self._try_options(len(plan))
-        references.attach(self, plan)
+        start_checks.say_without_effect(
+            config, self.origin.paths, self.parameters.values(), self.optimizers, self.world, len(plan)
+        )
+        self.answers = None
+        if config.sample_generations and (self.world.main or self.engine.sharded):
+            shown = next(iter(self.data.evals.values()), self.data.train)
+            self.answers = Answers(self.forward, self.tokenizer, shown, config.generation_kwargs)
+            start_checks.try_samples(config, self.answers)
+        # A callback may ask for an evaluation that the options do not.
+        evaluates = config.eval_strategy != "no" or config.eval_on_start or self.callbacks.user or self.stays
+        sets = self.data.all if evaluates else {"train": self.data.train}
+        sets = {**sets, **self.stepwide.reference_sets(sets)}
+        self.references.attach(plan, sets)
         if TOKEN_KL in self.objective.row_statistics:
-            self.live = live_reference.start(self, plan[0][1])
+            self.live = live.start(
+                self.references.policies, self.references.kept, sets, self.parameters,
+                loss=self.objective.pair_terms[0].name, whole=self._exchanging,
+            )  # fmt: skip
             self.forward.begin(self.engine, self.router, self.live.rows)
-        self.update = Update(self.model, self.parameters, config, self.world, self.optimizers, len(plan))
-        self.callbacks.optimizer, self.callbacks.scheduler = self.update.optimizer, self.update.scheduler
-        self.schedule = Schedule(config, len(self.examples), self.world.size, len(plan))
+        self.update = update = Update(self.model, self.parameters, config, self.world, self.optimizers, len(plan))
+        self.accumulation = Accumulation(
+            self.objective, self.stepwide, self.passes, self.update.gradients, self.data.train,
+            on_substep_end=lambda: self.callbacks.call("on_substep_end"),
+        )  # fmt: skip
+        self.callbacks.begin(update.optimizer, update.scheduler)
+        self.schedule = Schedule(config, len(self.data.train), self.world.size, len(plan))
         self.schedule.begin(self.state)
-        outputs.start(self)
+        if self.world.main:
+            self.reporter.start(*run_folder.begin(self.output_dir, self.resume))
         self.window = Window(
             self.device, self.policy, self.objective.terms, lambda: self.budget.tokens, config.max_nonfinite_steps
         )
         self.guards = Guardrails(
-            self.objective.terms, config, not hasattr(self.model, "peft_config"), pairs_per_step=self.step_size,
-            starts_at_reference=self.starts_at_reference, parameters=sum(p.numel() for p in self.model.parameters()),
-            optimizer_given=not self.update.own_optimizer,
+            self.objective.terms, config, not self.weights.adapter, pairs_per_step=self.step_size,
+            starts_at_reference=self.references.starts_at_reference, optimizer_given=not self.update.own_optimizer,
+            parameters=sum(p.numel() for p in self.model.parameters()),
         )  # fmt: skip
         self.start_guard = None
-        if self.starts_at_reference or self.start is not None:
+        if self.references.starts_at_reference or self.references.start is not None:
             self.start_guard = start_guard.StartGuard(
-                self.objective, self.forward.low_precision, self._start_logps, str(cache_folder())
+                self.objective, self.forward.low_precision, self.references.start_of, str(cache.cache_folder())
             )
+        parts = {"scheduler": update.scheduler, "window": self.window, "stepwide": self.stepwide,
+                 "budget": self.budget, "guards": run_state.AsJson(self.guards)}  # fmt: skip
+        state = run_state.RunState(self.weights, update.gradients, update.optimizer, self.progress, parts, self.moving)
+        run = self.identity | self.references.kept.keys
+        self.checkpoints = saving.Checkpoints(config, run, self.files, state, self.callbacks, self.hub)
+        check = weights.WeightCheck(self.weights, sorted(self.data.train, key=trunk_tokens)[:4], self.forward.autocast)
+        self.saver = saving.Saver(self.checkpoints, check, self.callbacks, self.progress, self.signals, self.window)
         if self.resume is not None:
-            saving.restore(self, self.resume)
-        self._warn(self.guards.at_start(self.data.reports))
+            self.checkpoints.restore(self.resume)
+        self.warn(self.guards.at_start(self.data.reports))
         if self.moving is not None:
-            references.move(self, plan, self.progress.reference_start)
-        bar = self.bar(desc="train", total=len(plan), initial=self.progress.cursor)
+            self.references.move(plan, self.progress.reference_start)
+        bar = self.reporter.bar(desc="train", total=len(plan), initial=self.progress.cursor)
         with bar, training_mode(self.policy, config):
             summary = self._loop(plan, bar)
-        outputs.finish(self, summary)
-        return TrainResult(self.model, self.state.log_history, summary, self.state, self.guards.warnings)
-
-    def _try_options(self, steps: int) -> None:
-        """Options that say nothing in this run are named; those that would fail late fail here."""
-        optimizer, scheduler = self.optimizers
-        facts = Facts(
-            device_type=self.device.type, processes=self.world.size, steps=steps,
-            own_optimizer=optimizer is None, own_scheduler=scheduler is None,
-            narrow=any(p.dtype in NARROW for p in self.parameters.values()),
-        )  # fmt: skip
-        start_checks.say_without_effect(self.config, self.given.paths, facts)
-        if self.world.main and not self.engine.sharded:
-            start_checks.try_samples(self.config, self._answers)
+        self.finish(summary)
+        return face.TrainResult(self.model, self.state.log_history, summary, self.state, self.guards.warnings)
 
     # ------------------------------------------------------------- the loop
 
@@ -388,7 +359,7 @@ class Trainer(face.Face):
             try:
                 call("on_train_begin")
                 if config.eval_on_start and self.resume is None:
-                    self._evaluate()
+                    self.evaluate_in_run()
                 self.callbacks.agree(self.world.group)
                 if at.todo:
                     self._settle(plan)
@@ -416,19 +387,21 @@ class Trainer(face.Face):
                     self.signals.check()
                     bar.update()
                     if moved:
-                        references.move(self, plan, at.cursor)
+                        self.references.move(plan, at.cursor)
                     self._settle(plan, bar)
                 summary = self.window.summary(at.seconds(), self.state.global_step, at.rows_done, at.num_tokens)
-                saving.check_trained(self)
+                self.saver.check_trained()
                 if config.load_best_model_at_end:
                     at.updating = True  # the weights are no longer the last step's
-                    saving.load_best(self)
+                    self.checkpoints.load_best()
                 if config.save_final:
-                    saving.save_model(self, self.output_dir)
+                    with self.signals.whole():
+                        self.files.save(self.output_dir)
                 self.log(summary)
                 call("on_train_end")
             except BaseException as error:
-                saving.rescue(self, error)
+                self.saver.rescue(error)
+                self.reporter.fail(self.facts(), self.state, error, self.data.reports, self.guards.warnings)
                 raise
             finally:
                 self.update.gradients.close()
@@ -447,7 +420,8 @@ class Trainer(face.Face):
                 while at.cursor < len(plan) and plan[at.cursor][0] == todo["epoch"]:
                     at.cursor += 1
                 if self.moving is not None:
-                    references.move(self, plan, at.cursor)
+                    at.reference_start = at.cursor
+                    self.references.move(plan, at.cursor)
             todo["stage"] = 1
         if todo["stage"] == 1:
             self._log_and_evaluate(bar)
@@ -461,7 +435,7 @@ class Trainer(face.Face):
         self._log_and_evaluate(bar)
         at.todo = {}
         if control().should_save:
-            saving.save_checkpoint(self)
+            self.saver.save()
             self.callbacks.agree(self.world.group)
 
     def _log_and_evaluate(self, bar: tqdm | None) -> None:
@@ -473,51 +447,22 @@ class Trainer(face.Face):
                 self.log(metrics, bar)
             self.callbacks.agree(self.world.group)
         if self.callbacks.control.should_evaluate:
-            better = self._evaluate()
+            better = self.evaluate_in_run()
             self.callbacks.agree(self.world.group)
             # The best is worth a checkpoint wherever save_steps falls.
             self.callbacks.control.should_save |= better and self.config.load_best_model_at_end
-
-    def _evaluate(self) -> bool:
-        """Evaluates and logs every set; returns whether the result is the best so far. What a run cut short had done is
-        not done again."""
-        todo, done = self.progress.todo, self.progress.todo.setdefault("evaluated", {})
-        with self.window.paused():
-            for name, examples in self.eval_sets.items():
-                if name not in done:
-                    metrics = self.evaluation(examples, self.ref.get, name)
-                    with self.signals.whole():
-                        done[name] = metrics
-                        self.log(metrics)
-            if self.config.sample_generations and (self.world.main or self.engine.sharded):
-                outputs.write_samples(self, self._answers(self.config.sample_generations))
-        for metrics in done.values():
-            self.callbacks.call("on_evaluate", metrics={**metrics, "epoch": self.state.epoch})
-        del todo["evaluated"]
-        if self.state.global_step == 0:
-            return False  # as in transformers: what a run begins with is not its best
-        return best(self.state, {k: v for metrics in done.values() for k, v in metrics.items()}, self.config)
-
-    def _answers(self, n: int, kwargs: dict[str, Any] | None = None) -> list[dict[str, Any]]:
-        """To a few prompts, as the model gives them now."""
-        examples = next(iter(self.eval_sets.values()), self.examples)
-        kwargs = self.config.generation_kwargs if kwargs is None else kwargs
-
-        def generate() -> list[dict[str, Any]]:
-            with self.policy.detached(), self.forward.autocast():
-                return generate_samples(self.model, self.tokenizer, examples, n, kwargs)
-
-        with torch.no_grad():
-            return self.engine(generate)
 
     # ------------------------------------------------------------- one step
 
     def _step(self, rows: list[int]) -> float:
         """One optimiser step; returns the learning rate that it used. Leaves `updating` set: counters follow."""
-        self._begin(rows)
-        loss, metrics = self._forward_backward(rows)
+        state, window = self.state, self.window
+        guard = self.start_guard if state.global_step == 0 else None
+        sums = self.accumulation(
+            rows, self.references.of_set, state.global_step + 1, self.guards.warnings.append, guard
+        )
         self.update.gradients.reduce_()
-        loss, metrics = self.world.sum_(torch.cat([loss.reshape(1), metrics])).split([1, len(PAIR_METRICS)])
+        loss, metrics = self.world.sum_(torch.cat([sums.loss.reshape(1), sums.metrics])).split([1, len(PAIR_METRICS)])
         learning_rate = self.update.learning_rate()
         norm, finite = self.update.norm(loss[0])
         self.callbacks.call("on_pre_optimizer_step")
@@ -525,115 +470,22 @@ class Trainer(face.Face):
         self.update.step(finite, then=lambda: self.callbacks.call("on_optimizer_step"))
         if self.stepwide.reads_mean:
             self.stepwide.commit(bool(finite))
-        self.window.add(loss[0], metrics, norm, finite)
+        window.add(loss[0], metrics, norm, finite)
         if self.router is not None:
-            self.window.add_aux(self.world.sum_(self.router.total), finite)
+            window.add_aux(self.world.sum_(self.router.total), finite)
         if self.config.grad_filter:
-            self.window.add_dropped(self.dropped, self.world)
+            window.add_dropped(sums.dropped, self.world)
         if self.forward.watches:
-            self.window.tokens = self.world.sum_(self.of_tokens)
-        for batch in self.done:  # here, so that a step cut short leaves no trace in the counters
-            self.window.trunk(batch)
-        self.progress.num_tokens += sum(sequence_tokens(self.examples[i]) for i in rows)
-        self.state.global_step += 1
-        if self.moving is not None and self.state.global_step % self.moving.every == 0:
+            window.add_tokens(self.world.sum_(sums.tokens))
+        for batch in sums.batches:  # here, so that a step cut short leaves no trace in the counters
+            window.trunk(batch)
+        self.progress.num_tokens += sum(sequence_tokens(self.data.train[i]) for i in rows)
+        state.global_step += 1
+        if self.moving is not None and state.global_step % self.moving.every == 0:
             self.moving.move_()
         return learning_rate
 
-    def _begin(self, rows: list[int]) -> None:
-        """Packs the step into this process's micro-batches, and forgets the last one's gradients."""
-        shares = self.batches.of_step(self.examples, rows, self.budget.max_tokens)
-        self.share = shares[self.world.rank]
-        if self.budget.lowered:  # this process's rows stay its own
-            mine = {i for part in self.share for i in part}
-            self.share = self.batches.of_part(self.examples, [i for i in rows if i in mine], self.budget.tokens)
-        self.rounds = self.passes.rounds(shares) if self.engine.sharded else len(self.share)
-        self.update.gradients.begin(len(self.share), self.state.global_step + 1)
-
-    def _forward_backward(self, rows: list[int]) -> tuple[Tensor, Tensor]:
-        """Gradients of this process's part of a step; returns its loss and metric sums, detached."""
-        idle, step = [min(rows, key=lambda i: self._tokens[i])], self.state.global_step + 1
-        check_start = self.start_guard is not None and self.state.global_step == 0
-        stats = self.stepwide.statistics("train", rows, self.passes, self.ref.get)
-        if self.world.several:  # here the ranks meet, and a rank that begins its part anew does so alone
-            self._look_ahead(stats, idle)
-        loss, metrics, wrong = self.budget.repeat(
-            lambda: self._accumulate(rows, stats, idle, check_start),
-            drop=lambda: self.update.gradients.begin(1, step), restart=lambda: self._begin(rows), step=step,
-            warn=self.guards.warnings.append,
-        )  # fmt: skip
-        if check_start and any(self.world.gather(wrong)):
-            raise TrainingError(wrong or "another process does not start at the reference")
-        return loss, metrics
-
-    def _look_ahead(self, stats: Statistics, idle: list[int]) -> None:
-        ref = self.ref["train"]
-        self.stepwide.look_ahead(stats, self.passes, self.share, self.rounds, self.examples, ref, idle)
-
-    def _accumulate(
-        self, rows: list[int], stats: Statistics, idle_rows: list[int], check_start: bool
-    ) -> tuple[Tensor, Tensor, str | None]:
-        """The micro-batches of this process, one after another; also what is wrong with the start, if it is looked at.
-        Nothing is exchanged between processes here, but by sharded ones."""
-        pair_count = sum(loss_count(self.examples[i]) for i in rows)
-        nlls = self.objective.nll_counts(self.examples[i] for i in rows)
-        step_loss = torch.zeros((), device=self.device)
-        step_metrics = torch.zeros(len(PAIR_METRICS), device=self.device)
-        self.done, self.dropped, wrong = [], [], None
-        self.of_tokens = torch.zeros(TOKEN_SUMS, device=self.device)
-        if self.router is not None:
-            self.router.begin()
-        at_once = not self.world.several and len(self.share) == 1
-        if not (self.world.several or at_once):
-            self._look_ahead(stats, idle_rows)
-        for k in range(self.rounds):
-            idle = k >= len(self.share)
-            part = idle_rows if idle else self.share[k]
-            self.budget.tries(self.examples, part)
-            self.engine.sync_gradients(k == self.rounds - 1)
-            batch = self.batches.batch(self.examples, part, self.ref["train"], TRAIN, self.state.global_step)
-            logp = self.forward(batch)
-            if idle:
-                (0.0 * logp.sum()).backward()
-                continue
-            if self.stepwide.reads_rows and at_once:
-                self.stepwide.of_rows(stats, [(batch, logp)], self.examples, self.world, train=True)
-            loss, metrics = self.objective(logp, batch, stats, pair_count, nlls)
-            if self.router is not None:
-                loss = loss + self.router.share(batch, stats.router)
-            if check_start:
-                wrong = wrong or self.start_guard(logp.detach(), batch)
-            loss.backward()
-            if self.config.grad_filter:
-                self.dropped.append(batch.rows[DROPPED_MASS])
-            if self.forward.watches:
-                self.of_tokens += token_sums(batch)
-            batch.rows.clear()  # the step's batches are counted at its end: their graphs need not live until then
-            step_loss += loss.detach()
-            step_metrics += metrics
-            self.done.append(batch)
-            if k + 1 < self.rounds:
-                self.callbacks.call("on_substep_end")
-        return step_loss, step_metrics, wrong
-
     # ------------------------------------------------------- said and shown
-
-    def log(self, metrics: dict[str, float], bar: tqdm | None = None) -> None:
-        line = {**metrics, "epoch": round(self.state.epoch or 0.0, 4), "step": self.state.global_step}
-        self.state.log_history.append(line)
-        outputs.write_line(self, line)
-        if self.world.main and (self.config.disable_tqdm or not sys.stderr.isatty()):
-            outputs.say(metrics, self.state.global_step, self.state.max_steps)
-        if bar is not None:
-            names = {"loss": "loss", "acc": "rewards/accuracies", "margin": "rewards/margins"}
-            names["tok/s"] = "tokens_per_second"
-            bar.set_postfix({k: f"{metrics[v]:.4g}" for k, v in names.items() if v in metrics})
-        self.callbacks.log(metrics)
-        self._warn(self.guards.check(self.state.global_step, metrics))
-
-    def _warn(self, warnings: Sequence[Any]) -> None:
-        for warning in warnings if self.config.guardrails else []:
-            log.warning("%s", warning)
 
     @contextlib.contextmanager
     def _around_callbacks(self) -> Iterator[None]:
@@ -644,36 +496,5 @@ class Trainer(face.Face):
         with self.window.paused(), self.policy.detached():
             yield
 
-    def bar(self, **kwargs: Any) -> tqdm:
-        quiet = self.config.disable_tqdm or not self.world.main or not sys.stderr.isatty()
-        return tqdm(disable=quiet, file=sys.stderr, dynamic_ncols=True, **kwargs)
-
-    # ---- glue
-    def _start_logps(self, batch):
-        return batch.ref_logp if self.start is None else references.of_batch(self.start, batch)
-
-    def _moving_reference(self, parameters: dict[str, nn.Parameter]) -> MovingReference:
-        return MovingReference(parameters, self.config.ref_model_mixup_alpha, self.config.ref_model_sync_steps)
-
-    max_tokens = property(lambda self: self.budget.max_tokens)
-    terms = property(lambda self: self.objective.terms)
-    pair_terms = property(lambda self: self.objective.pair_terms)
-    kappa = property(lambda self: self.objective.kappa)
-    uses_reference = property(lambda self: self.objective.uses_reference)
-    row_statistics = property(lambda self: self.objective.row_statistics)
-    autocast_dtype = property(lambda self: self.forward.autocast_dtype)
-    data_reports = property(lambda self: self.data.reports)
-    inputs = property(lambda self: self.given.paths)
-    model_name = property(lambda self: self.given.model_name)
-    model_given_by_name = property(lambda self: self.given.by_name)
-    dataset_name = property(lambda self: self.given.dataset_name)
-    optimizer = property(lambda self: self.update.optimizer)
-    scheduler = property(lambda self: self.update.scheduler)
-    gradients = property(lambda self: self.update.gradients)
-    autocast = lambda self: self.forward.autocast()
-
-    def logp(self, engine, batch, statistics=True):
-        return self.forward(batch, engine, statistics)
-
-    def verify(self, engine, rows):
-        start_guard.verify(self.forward, engine, [self.examples[i] for i in rows], self.data.all.values())
+    def _exchanging(self) -> contextlib.AbstractContextManager[None]:
+        return self.progress.exchanging()  # of the run under way: train() begins with another

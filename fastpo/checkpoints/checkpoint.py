@@ -41,8 +41,6 @@ log = logging.getLogger("fastpo")
 
 FORMAT = 3  # of everything in a checkpoint but the model's own files
 MANIFEST = "manifest.json"
-REFERENCE = "reference.safetensors"
-PREVIOUS = "previous.safetensors"
 _NAME = re.compile(r"checkpoint-(\d+)$")
 TEMPORARY = ".saving-"
 _OLD = f"{TEMPORARY}old-"

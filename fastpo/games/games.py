@@ -3,7 +3,7 @@
 n = responses of a single prompt; prefs [n, n] fp64, prefs[y, z] = P(y beats z), so prefs + prefs.T = 1. Policies are
 log-probabilities [n], fp64: in the log domain an update is a sum, and no probability underflows to a zero that it could
 never leave. `eta` divides: a larger one is a smaller step (the step of SPPO's and Nash-MD's papers is 1/eta).
-`fastpo.tabular` trains the same updates through the library's losses.
+`fastpo.games.tabular` trains the same updates through the library's losses.
 """
 
 import math

@@ -36,6 +36,7 @@ from fastpo.models.noise import disable_dropout
 from fastpo.ops import backends
 from fastpo.plan.weightless import Blueprint, simulate
 from fastpo.training import run_data
+from fastpo.training.distributed import World
 from fastpo.training.memory import MAX_TOKENS, log
 from fastpo.training.metrics import TOKEN_KL
 from fastpo.training.objective import Objective
@@ -285,6 +286,24 @@ def gib(nbytes: float) -> str:
     if nbytes >= GIB / 10:
         return f"{nbytes / GIB:.2f} GiB"
     return f"{nbytes / 2**20:.2f} MiB" if nbytes >= 1e5 else f"{nbytes / 2**10:.2f} KiB"
+
+
+def max_tokens_of_run(
+    model: nn.Module, config: TrainConfig, world: World, examples: Sequence[Example], objective: Objective,
+    *, autocast: bool, ref_model: Any = None,
+) -> int:  # fmt: skip
+    """The run's tokens of a micro-batch, alike on all ranks; `auto` is what the device's memory holds."""
+    if config.max_tokens == "auto":
+        mine = largest_max_tokens(
+            model, config, world.device, examples, objective, autocast=autocast, ref_model=ref_model
+        )
+        found = min(world.gather(mine))
+    else:
+        found = int(config.max_tokens or MAX_TOKENS[world.device.type])
+    if config.token_bucket and found % config.token_bucket:
+        nearest = max(1, found // config.token_bucket) * config.token_bucket
+        raise ConfigError(f"max_tokens={found} is no multiple of token_bucket={config.token_bucket}: {nearest} is one")
+    return found
 
 
 def largest_max_tokens(

@@ -183,7 +183,7 @@ def _did_you_mean(name: str, known: Any) -> str:
 
 
 @dataclass(frozen=True)
-class Given:
+class Origin:
     """The model and the data of a run as they were passed, and their names and paths for its files."""
 
     model: Any
@@ -197,7 +197,7 @@ class Given:
     @classmethod
     def of(
         cls, model: Any, train_dataset: Any, eval_dataset: Any, ref_model: Any, prev_model: Any, world: World
-    ) -> "Given":
+    ) -> "Origin":
         """ConfigError or DataError for a path that is not there."""
         name = model_name("model", model)
         if isinstance(model, nn.Module) and ref_model is model:

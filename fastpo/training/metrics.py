@@ -254,6 +254,10 @@ class Window:
         self.has_aux = True
         self.aux += torch.where(finite, aux.to(self.device), 0.0)
 
+    def add_tokens(self, tokens: Tensor) -> None:
+        """What one step's tokens say of their distributions [TOKEN_SUMS], of all ranks; it replaces the last ones."""
+        self.tokens = tokens
+
     def add_dropped(self, parts: Sequence[Tensor], world: Any) -> None:
         """One step's probability mass left out by `grad_filter`, of this process's rows. Every rank calls it."""
         of_ranks = torch.zeros(2 + world.size, device=self.device)

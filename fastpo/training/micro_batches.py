@@ -13,7 +13,6 @@ from fastpo.data.packing import (
     step_batches,
 )
 from fastpo.data.prepare import Example
-from fastpo.errors import ConfigError
 from fastpo.models import rotary
 from fastpo.models.modes import check_ids
 from fastpo.models.policy import Policy
@@ -55,10 +54,3 @@ class MicroBatches:
             seed = config.seed if config.data_seed is None else config.data_seed
             batch.drawn_rows = draw_rows(examples, part, seed, stream, step)
         return batch.to(self.world.device)
-
-
-def check_bucket(max_tokens: int, bucket: int | None) -> None:
-    """ConfigError where micro-batches, padded to multiples of token_bucket, would not fill max_tokens."""
-    if bucket and max_tokens % bucket:
-        nearest = max(1, max_tokens // bucket) * bucket
-        raise ConfigError(f"max_tokens={max_tokens} is no multiple of token_bucket={bucket}: {nearest} is one")

@@ -1,9 +1,8 @@
 """Options that would fail late, tried at the start: each by the call that the run will make, on next to nothing."""
 
-import dataclasses
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +17,25 @@ from fastpo.models.adapters import first_line
 from fastpo.models.attention import BACKENDS
 from fastpo.models.modes import check_offloading
 from fastpo.ops.chips import FUSED_FORWARD_VARIABLE
-from fastpo.training.optim import Gradients, build_optimizer, build_scheduler
-from fastpo.training.samples import check_generation_kwargs
+from fastpo.training.distributed import World
+from fastpo.training.optim import NARROW, Gradients, build_optimizer, build_scheduler
+from fastpo.training.samples import Answers, check_generation_kwargs
 
 log = logging.getLogger("fastpo")
 
 
-def check_options(config: TrainConfig, device: torch.device) -> None:
-    """ConfigError for options that need no model to be seen to fail."""
+def check_options(config: TrainConfig, device: torch.device, cache: Path) -> None:
+    """ConfigError for options that need no model to be seen to fail, and for variables of the environment. cache: the
+    folder of cached log-probabilities."""
     check_generation_kwargs(config.generation_kwargs)
     check_offloading(config, device)
+    check_environment(cache)
     check_output_dir(config.output_dir)
     build_scheduler(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0), config, steps=100)
     _check_optimizer(config)
     _check_checkpointing(config)
+    if config.grad_filter and device.type == "cuda":
+        log.warning("grad_filter runs plain PyTorch operations on a GPU, unmeasured: compare tokens_per_second")
     if config.torch_compile:
         from fastpo.models.compiled import check_backend
 
@@ -108,23 +112,29 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def try_samples(config: TrainConfig, answers: Callable[[int, dict[str, Any]], object]) -> None:
-    """ConfigError where generate() does not take generation_kwargs with this model: one token of one answer.
-    `answers(n, kwargs)`: the model's to n prompts."""
-    if not config.sample_generations or not config.generation_kwargs:
+def try_samples(config: TrainConfig, answers: Answers) -> None:
+    """ConfigError where generate() does not take generation_kwargs with this model: one token of one answer."""
+    if not config.generation_kwargs or answers.forward.engine.sharded:
         return
     length = ("max_length", "min_length", "max_new_tokens", "min_new_tokens", "max_time")
     kwargs = {k: v for k, v in config.generation_kwargs.items() if k not in length} | {"max_new_tokens": 1}
     answers(1, kwargs)
 
 
-def say_without_effect(config: TrainConfig, given: Mapping[str, Any], facts: Facts) -> None:
-    """One line for all options that are set and change nothing in this run. given: paths of what the run is made from,
-    by argument; they decide the `facts` about splits."""
-    of_eval = given.get("eval_dataset")
+def say_without_effect(
+    config: TrainConfig, paths: Mapping[str, Any], trained: Iterable[nn.Parameter],
+    optimizers: tuple[torch.optim.Optimizer | None, Any], world: World, steps: int,
+) -> None:  # fmt: skip
+    """One line for all options that are set and change nothing in this run. paths: what it is made from, by argument.
+    optimizers: those passed in. steps: of the run."""
+    of_eval = paths.get("eval_dataset")
     names = list(of_eval.values()) if isinstance(of_eval, dict) else [of_eval]
-    from_hub, eval_from_hub = _has_splits(given.get("train_dataset")), any(map(_has_splits, names))
-    facts = dataclasses.replace(facts, from_hub=from_hub, eval_from_hub=eval_from_hub)
+    optimizer, scheduler = optimizers
+    facts = Facts(
+        device_type=world.device.type, processes=world.size, steps=steps, own_optimizer=optimizer is None,
+        own_scheduler=scheduler is None, narrow=any(p.dtype in NARROW for p in trained),
+        from_hub=_has_splits(paths.get("train_dataset")), eval_from_hub=any(map(_has_splits, names)),
+    )  # fmt: skip
     if found := without_effect(config, facts):
         log.warning("without effect in this run: %s", "; ".join(found))
 

@@ -12,20 +12,20 @@ from fastpo.models.loading import load_model
 from fastpo.models.noise import disable_dropout
 from fastpo.models.policy import Policy
 from fastpo.models.trunk import freeze_towers
-from fastpo.training.inputs import Given
+from fastpo.training.inputs import Origin
 
 
 def take_model(
-    given: Given, config: TrainConfig, device: torch.device, peft_config: Any, quantization_config: Any
+    origin: Origin, config: TrainConfig, device: torch.device, peft_config: Any, quantization_config: Any
 ) -> nn.Module:
     """ConfigError for options that do not go with the model."""
     home = torch.device("cpu") if config.fsdp != "no" else device  # FSDP moves its shards itself
-    if quantization_config is not None and peft_config is None and adapters.saved_adapter(given.model_name) is None:
+    if quantization_config is not None and peft_config is None and adapters.saved_adapter(origin.model_name) is None:
         raise ConfigError("a quantised model cannot be trained itself: pass peft_config (--use-peft) for an adapter")
-    model = given.model
-    if given.by_name:
+    model = origin.model
+    if origin.by_name:
         model = load_model(
-            given.model_name, dtype=config.dtype, device=home, trust_remote_code=config.trust_remote_code,
+            origin.model_name, dtype=config.dtype, device=home, trust_remote_code=config.trust_remote_code,
             quantization_config=quantization_config, model_init_kwargs=config.model_init_kwargs,
         )  # fmt: skip
     elif quantization_config is not None or config.model_init_kwargs or config.dtype:

@@ -1,6 +1,6 @@
 """The optimiser step: gradients, optimiser and learning-rate schedule of a run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ class Update:
     def __init__(
         self,
         model: nn.Module,
-        parameters: dict[str, nn.Parameter],
+        parameters: Mapping[str, nn.Parameter],
         config: TrainConfig,
         world: World,
         given: tuple[torch.optim.Optimizer | None, Any],
@@ -29,11 +29,11 @@ class Update:
         self.own_optimizer = optimizer is None
         self.max_grad_norm = config.max_grad_norm
         self.gradients = Gradients(
-            parameters, master_weights=config.master_weights if self.own_optimizer else "none", seed=config.seed,
+            dict(parameters), master_weights=config.master_weights if self.own_optimizer else "none", seed=config.seed,
             group=world.group, sharded=config.fsdp != "no",
         )  # fmt: skip
         if optimizer is not None:
-            check_given(optimizer, parameters)
+            check_given(optimizer, dict(parameters))
         self.optimizer = build_optimizer(model, config, self.gradients) if optimizer is None else optimizer
         self.scheduler = build_scheduler(self.optimizer, config, steps) if scheduler is None else scheduler
 

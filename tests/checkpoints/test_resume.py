@@ -194,16 +194,16 @@ def test_cut_short_between_a_step_and_its_checkpoint(toy, run, tmp_path, monkeyp
 
 def test_cut_short_as_a_line_is_written(run, tmp_path, monkeypatch):
     """Ctrl-C at any place: the line is in the log, and no callback has closed should_log."""
-    from fastpo.report import outputs
+    from fastpo.report.outputs import Reporter
 
     whole = run("whole")
 
-    def killed(run, line):
-        if line["step"] == 3:
+    def killed(self, history):
+        if history[-1]["step"] == 3:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(outputs, "write_line", killed)
+        patch.setattr(Reporter, "add_line", killed)
         with pytest.raises(KeyboardInterrupt):
             run()
     assert timeless(run(resume_from_checkpoint=True).log_history) == timeless(whole.log_history)

@@ -1,4 +1,4 @@
-"""fastpo.chips: a GPU that Triton does not know, the choice of the forward; and the size of blocks on a GPU."""
+"""fastpo.ops.chips: a GPU that Triton does not know, the choice of the forward; and the size of blocks on a GPU."""
 
 from __future__ import annotations
 

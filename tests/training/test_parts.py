@@ -10,20 +10,21 @@ from transformers import TrainerControl, TrainerState
 from fastpo.config.train_config import TrainConfig
 from fastpo.errors import ConfigError, TrainingError
 from fastpo.models.policy import Policy
+from fastpo.plan.estimate import max_tokens_of_run
 from fastpo.training import start_guard
+from fastpo.training.accumulation import Accumulation
 from fastpo.training.distributed import Engine, World
 from fastpo.training.evaluation import Evaluation
 from fastpo.training.forward import Forward
-from fastpo.training.inputs import Given
+from fastpo.training.inputs import Origin
 from fastpo.training.memory import Budget, savings
-from fastpo.training.metrics import PAIR_METRICS
-from fastpo.training.micro_batches import MicroBatches, check_bucket
+from fastpo.training.micro_batches import MicroBatches
 from fastpo.training.objective import Objective
+from fastpo.training.optim import Gradients
 from fastpo.training.passes import Passes
 from fastpo.training.progress import Progress
 from fastpo.training.run_data import DataSets
 from fastpo.training.schedule import Schedule
-from fastpo.training.step_statistics import Statistics
 from fastpo.training.stepwide import StepWide
 from fastpo.training.take_model import take_model
 from fastpo.training.update import Update, check_optimizers
@@ -104,8 +105,9 @@ def test_packing_changes_no_log_probability(toy):
     for a, b in zip(wide, narrow, strict=True):
         for x, y in zip(a, b, strict=True):
             torch.testing.assert_close(torch.from_numpy(x), torch.from_numpy(y), rtol=1e-5, atol=1e-5)
+    odd = config_of(max_tokens=100, token_bucket=64)
     with pytest.raises(ConfigError, match="max_tokens=100 is no multiple of token_bucket=64: 64 is one"):
-        check_bucket(100, 64)
+        max_tokens_of_run(parts.model, odd, WORLD, parts.data.train, parts.objective, autocast=False)
 
 
 def test_a_forward_watches_only_when_asked(toy):
@@ -122,24 +124,35 @@ def test_a_forward_watches_only_when_asked(toy):
 
 
 def test_a_step_is_normalised_over_all_of_its_micro_batches(toy):
-    """The loss of two micro-batches adds up to that of one, and its gradients too."""
-    parts = Parts(toy, toy.rows(6), loss_type=["simpo", "sft"])
-    rows, gradients = parts.data.train, []
-    for shares in ([[0, 1, 2, 3, 4, 5]], [[0, 4], [1, 2], [3, 5]]):
-        parts.model.zero_grad()
-        total = 0.0
-        with parts.policy.attach():
-            for part in shares:
-                batch = parts.batches.batch(rows, part, None)
-                logp = parts.forward(batch)
-                loss, metrics = parts.objective(logp, batch, Statistics(), 6, parts.objective.nll_counts(rows))
-                loss.backward()
-                total += loss.item()
-                assert metrics.shape == (len(PAIR_METRICS),)
-        gradients.append((total, parts.model.lm_head.weight.grad.clone()))
-    (a, grad_a), (b, grad_b) = gradients
-    assert a == pytest.approx(b, rel=1e-5)
-    torch.testing.assert_close(grad_a, grad_b, rtol=1e-4, atol=1e-7)
+    """Loss, metrics and gradients of a step are the same in one micro-batch and in many."""
+    found = []
+    for max_tokens in (10_000, 60):
+        parts = Parts(toy, toy.rows(6), max_tokens=max_tokens, loss_type=["simpo", "sft"], token_metrics=True)
+        gradients = Gradients(dict(parts.model.named_parameters()), master_weights="none", seed=0)
+        substeps = []
+        accumulation = Accumulation(
+            parts.objective, parts.stepwide, parts.passes, gradients, parts.data.train, lambda to=substeps: to.append(1)
+        )
+        with contextlib.closing(gradients), parts.policy.attach(), parts.forward.watching():
+            sums = accumulation(range(6), lambda name: None, 1, warn=lambda warning: None)
+            gradients.reduce_()
+            found.append((sums, len(substeps), parts.model.lm_head.weight.grad.clone()))
+    (one, none, grad_one), (many, some, grad_many) = found
+    assert len(one.batches) == 1 and not none and some == len(many.batches) - 1 > 1
+    for name in ("loss", "metrics", "tokens"):
+        torch.testing.assert_close(getattr(one, name), getattr(many, name), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(grad_one, grad_many, rtol=1e-4, atol=1e-6)
+
+
+def test_a_step_that_does_not_start_at_its_reference_ends_the_run(toy):
+    parts = Parts(toy, toy.rows(4))
+    off = [[logp + 0.5 for logp in of_row] for of_row in parts.logps()]
+    guard = start_guard.StartGuard(parts.objective, False, lambda batch: batch.ref_logp, "the cache")
+    gradients = Gradients(dict(parts.model.named_parameters()), master_weights="none", seed=0)
+    accumulation = Accumulation(parts.objective, parts.stepwide, parts.passes, gradients, parts.data.train)
+    with contextlib.closing(gradients), parts.policy.attach():
+        with pytest.raises(TrainingError, match="should start at its reference, .* differ by 0.5 on average"):
+            accumulation(range(4), {"train": off}.get, 1, lambda warning: None, guard)
 
 
 def test_a_budget_halves_after_the_second_failure(toy):
@@ -274,10 +287,10 @@ def test_progress_goes_on_where_it_was():
 
 def test_a_model_in_memory_is_taken_as_it_is(toy):
     model = toy.model(attention_dropout=0.1)
-    given = Given.of(model, toy.rows(1), None, None, None, WORLD)
-    assert not given.by_name and given.paths == {} and given.dataset_name is None
-    assert take_model(given, config_of(), CPU, None, None) is model
+    origin = Origin.of(model, toy.rows(1), None, None, None, WORLD)
+    assert not origin.by_name and origin.paths == {} and origin.dataset_name is None
+    assert take_model(origin, config_of(), CPU, None, None) is model
     with pytest.raises(ConfigError, match="need a model given by name or path"):
-        take_model(given, config_of(dtype="bfloat16"), CPU, None, None)
+        take_model(origin, config_of(dtype="bfloat16"), CPU, None, None)
     with pytest.raises(ConfigError, match="ref_model is the model that is trained"):
-        Given.of(model, toy.rows(1), None, model, None, WORLD)
+        Origin.of(model, toy.rows(1), None, model, None, WORLD)
