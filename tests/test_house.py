@@ -1,6 +1,8 @@
 """The layout of the package, as docs/architecture.md draws it: what the contracts in pyproject.toml do not say."""
 
 import ast
+import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -134,3 +136,14 @@ def test_no_file_is_long():
     lengths = {name: len(path.read_text().splitlines()) for name, path in FILES.items()}
     limits = {"fastpo.trainer": TRAINER_LINES}
     assert not {name: n for name, n in lengths.items() if n > limits.get(name, LINES)}
+
+
+def test_the_drawing_is_of_this_house():
+    """docs/architecture.md: the layers of the contract in their order, and no file that is not there."""
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    layers = [layer.split(" | ") for layer in contracts[0]["layers"]]
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    drawn = [re.findall(r"`(\w+)`", row) for row in re.findall(r"^\| (`\w+`(?:, `\w+`)*) \|", text, re.MULTILINE)]
+    assert layers[0] == ["__main__"] and drawn == layers[1:]
+    named = [path for path in re.findall(r"`([\w/]+\.py)`", text) if "NAME" not in path]
+    assert named and not [path for path in named if not any((ROOT / top / path).is_file() for top in ("", "fastpo"))]
