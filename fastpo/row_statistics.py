@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastpo import ops, vocab_ops
+from fastpo import ops
 from fastpo.data import Example
 from fastpo.losses import Loss, Pairs, Term, segment_sum
-from fastpo.metrics import ENTROPY, LOG_SUM_SQ, TOKEN_KL, TOP1, prompt_sums
+from fastpo.metrics import LOG_SUM_SQ, TOKEN_KL, prompt_sums
 from fastpo.model import Head
 from fastpo.packing import PackedBatch
 
@@ -41,7 +41,7 @@ def observer(run: "Trainer", batch: PackedBatch) -> Callable[[Tensor, Head], Non
     reference `batch.ref_logp`. None where nothing is wanted.
     """
     wanted = run.row_statistics
-    if not (wanted or run.watch_tokens):
+    if not wanted:
         return None
     if run.live is not None:
         # Before the policy's own forward pass, whose weights it may borrow; and in an autocast of its own, at the end
@@ -51,10 +51,6 @@ def observer(run: "Trainer", batch: PackedBatch) -> Callable[[Tensor, Head], Non
 
     def observe(hidden: Tensor, head: Head) -> None:
         rule: dict[str, Any] = {"target": batch.target, "softcap": head.softcap, "logit_scale": head.logit_scale}
-        if run.watch_tokens:
-            inputs = [None if t is None else t.detach() for t in ops._autocast(hidden, head.weight, head.bias)]
-            numbers = vocab_ops.entropy_top1_op(*inputs, batch.target.long(), head.softcap, head.logit_scale)
-            batch.rows[ENTROPY], batch.rows[TOP1] = numbers
         if LOG_SUM_SQ in wanted:
             batch.rows[LOG_SUM_SQ] = ops.log_sum_sq(hidden, head.weight, head.bias, **rule)
         if TOKEN_KL in wanted:

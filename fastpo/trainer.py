@@ -363,6 +363,7 @@ class Trainer(face.Face):
         prompts = statistics and batch.prompts is not None
         config = self.config
         options: dict[str, Any] = {"memory_budget": config.logits_memory_budget, "grad_filter": config.grad_filter}
+        options["token_metrics"] = statistics and self.watch_tokens
         router = self.router if engine is self.engine else None
         with self.autocast(), router.collecting(batch) if router is not None else contextlib.nullcontext():
             logp = engine(lambda: engine.policy.logp(batch, observe=observe, prompts=prompts, **options))
