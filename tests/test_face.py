@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import fastpo
 from fastpo.errors import ConfigError
-from fastpo.losses import LOSSES
+from fastpo.losses.table import LOSSES
 
 
 @pytest.fixture
