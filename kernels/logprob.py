@@ -41,6 +41,7 @@ def _logprob_row_fwd_kernel(
     lse_ptr,  # [N] fp32, out
     entropy_ptr,  # [N] fp32, out, or None
     argmax_ptr,  # [N] int, out, or None
+    top1_ptr,  # [N] fp32, out, or None
     n_cols,
     stride_ln,
     softcap,  # or None
@@ -80,6 +81,9 @@ def _logprob_row_fwd_kernel(
         tl.store(entropy_ptr + pid_n, log_s - e / s)
     if argmax_ptr is not None:
         tl.store(argmax_ptr + pid_n, i)
+    if top1_ptr is not None:
+        # Only a NaN differs from itself: one logit makes it the row's log-probability.
+        tl.store(top1_ptr + pid_n, tl.where(live & (z_target >= m) & (logp == logp), 1.0, 0.0))
     if WRITE_GRAD:
         factor = tl.where(live, 1.0 / s, 0.0)
         _row_grad(
@@ -307,16 +311,19 @@ def logprob_row_fwd(
     entropy: bool = False,
     write: str | None = None,
     argmax: Tensor | None = None,  # [N] int32 or int64, out
+    top1: Tensor | None = None,  # [N] fp32, out
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(logp, lse, entropy | None), each [N] fp32; write="grad" turns the logits into U. A -100 row has logp 0, U 0.
 
     `argmax` is filled with each row's first column of the largest logit; NaN logits are passed over there, their row's
-    logp and lse are NaN. Few rows are split over several programs: three launches instead of one.
+    logp and lse are NaN. `top1` is filled with 1 where no logit is above the target's, else 0; `reference.row_top1`.
+    Few rows are split over several programs: three launches instead of one.
     """
     assert write in (None, "grad"), f"write must be None or 'grad', got {write!r}"
     _check(logits, target, bias, softcap)
     n, v = logits.shape
-    assert argmax is None or (argmax.shape == (n,) and argmax.is_contiguous()), "argmax must be contiguous [N]"
+    for name, out in (("argmax", argmax), ("top1", top1)):
+        assert out is None or (out.shape == (n,) and out.is_contiguous()), f"{name} must be contiguous [N]"
     logp = logits.new_empty(n, dtype=torch.float32)
     lse = torch.empty_like(logp)
     ent = torch.empty_like(logp) if entropy else None
@@ -346,7 +353,7 @@ def logprob_row_fwd(
                 float(logit_scale),
                 **options,
             )
-        combine(m, s, e, columns, t_logit, target, v, logp, lse, ent, argmax)
+        combine(m, s, e, columns, t_logit, target, v, logp, lse, ent, argmax, top1)
         if write == "grad":
             rule = {"softcap": softcap, "logit_scale": logit_scale}
             logprob_slice_grad(logits, target, lse, bias, **rule, col_offset=0, logp=logp)
@@ -360,6 +367,7 @@ def logprob_row_fwd(
             lse,
             ent,
             argmax,
+            top1,
             v,
             logits.stride(0),
             softcap,
@@ -399,10 +407,16 @@ def logprob_slice_fwd(
         )
 
 
-def logprob_slice_finish(state: SliceState, target: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(logp, lse, entropy | None), each [N] fp32, after the last slice."""
+def logprob_slice_finish(
+    state: SliceState,
+    target: Tensor,  # [N] int
+    top1: Tensor | None = None,  # [N] fp32, out
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(logp, lse, entropy | None), each [N] fp32, after the last slice; `top1` as in `logprob_row_fwd`."""
     log_s = state.s.log()
     logp = torch.where(target == IGNORE_INDEX, 0.0, state.t_logit - state.m - log_s)
+    if top1 is not None:
+        top1.copy_((state.t_logit >= state.m) & (target != IGNORE_INDEX) & ~logp.isnan())
     entropy = None if state.e_acc is None else log_s - state.e_acc / state.s
     return logp, state.m + log_s, entropy
 
@@ -460,6 +474,7 @@ def compile_only() -> None:
         None,
         fp32,
         fp32,
+        None,
         None,
         None,
         32_000,

@@ -19,6 +19,7 @@ def linear_logprob(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     return_entropy: bool = False,
+    return_top1: bool = False,
     memory_budget: int | None = None,
     backend: str = "auto",
     grad_filter: float = 0.0,
@@ -30,6 +31,9 @@ def linear_logprob(
     Differentiable once in hidden, weight and bias; the entropy is detached; rows with target -100 give 0. One N x V
     matrix in the input dtype is kept for the backward where it fits `memory_budget` bytes (default:
     `default_memory_budget`); over that, and with 0, the backward recomputes it a vocabulary slice at a time.
+
+    return_top1 adds an output after the entropy, from the same pass: 1 where no logit is above the target's, else 0
+    [N], detached; ties are 1, rows with target -100 or a NaN are 0.
 
     grad_filter, in [0, 1): the backward leaves out each row's least likely tiles of the vocabulary, never its target's,
     that hold at most this much of the row's probability; the error that this allows is in ops/grad_filter.py. A matrix
@@ -43,7 +47,7 @@ def linear_logprob(
     options: dict[str, Any] = {
         "softcap": softcap, "logit_scale": logit_scale, "return_entropy": return_entropy,
         "memory_budget": memory_budget, "backend": backend, "grad_filter": grad_filter,
-        "return_dropped": return_dropped,
+        "return_top1": return_top1, "return_dropped": return_dropped,
     }  # fmt: skip
     if vocab_parallel is not None or any(hasattr(t, "device_mesh") for t in (hidden, weight, target, bias)):
         from fastpo.ops import vocab_parallel as several  # torch.distributed.tensor takes a while

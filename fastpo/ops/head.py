@@ -33,6 +33,7 @@ def linear_logprob(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     return_entropy: bool = False,
+    return_top1: bool = False,
     memory_budget: int | None = None,
     backend: str = "auto",
     grad_filter: float = 0.0,
@@ -45,19 +46,20 @@ def linear_logprob(
     if not 0 <= grad_filter < 1:
         raise OpError(f"grad_filter must be in [0, 1), a share of each row's probability, not {grad_filter}")
     regime = regime_of(hidden, weight, bias, memory_budget)
+    numbers = return_entropy or return_top1
     if grad_filter and regime != "none":
-        logp, entropy, dropped, _, _, _ = filters.filtered_logprob(
+        logp, entropy, top1, dropped, _, _, _ = filters.filtered_logprob(
             hidden, weight, target.long(), bias, softcap, logit_scale, backend, grad_filter,
-            fits_budget(hidden, weight, memory_budget), return_entropy,
+            fits_budget(hidden, weight, memory_budget), numbers,
         )  # fmt: skip
     else:
-        logp, entropy, _, _ = _linear_logprob(
-            hidden, weight, target.long(), bias, softcap, logit_scale, regime, backend, return_entropy
+        logp, entropy, top1, _, _ = _linear_logprob(
+            hidden, weight, target.long(), bias, softcap, logit_scale, regime, backend, numbers
         )
         dropped = torch.zeros_like(logp) if return_dropped else logp
-    if return_entropy or return_dropped:
-        return logp, *([entropy] if return_entropy else []), *([dropped.detach()] if return_dropped else [])
-    return logp
+    asked = zip((return_entropy, return_top1, return_dropped), (entropy, top1, dropped.detach()))
+    further = [tensor for wanted, tensor in asked if wanted]
+    return (logp, *further) if further else logp
 
 
 def log_sum_sq(
@@ -132,13 +134,13 @@ def _linear_logprob(
     regime: str,
     backend: str,
     entropy: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(logp [N], entropy [N] or [0], saved, stats [k, N]); see ops/backends.py for what each regime saves."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(logp [N], entropy and top1 [N] or [0], saved, stats [k, N]); see ops/backends.py for what each regime saves."""
     head = Head(hidden, weight, target, bias, softcap, logit_scale)
     op_parts.check_targets(target, weight.shape[0])
     with torch.autocast(hidden.device.type, enabled=False):
         kept = backends.FORWARD[backend](head, regime, entropy)
-    return kept.logp, kept.entropy, kept.saved, kept.stats
+    return kept[:5]
 
 
 @_linear_logprob.register_fake
@@ -149,7 +151,8 @@ def _(hidden, weight, target, bias, softcap, logit_scale, regime, backend, entro
         "kept": lambda: hidden.new_empty(n, backends.saved_columns(weight.shape[0], backend)),
     }.get(regime, lambda: hidden.new_empty(0, dtype=acc))()
     stats = hidden.new_empty(backends.stats_rows(regime, backend), n, dtype=acc)
-    return hidden.new_empty(n, dtype=acc), hidden.new_empty(n if entropy else 0, dtype=acc), saved, stats
+    entropies, top1 = (hidden.new_empty(n if entropy else 0, dtype=acc) for _ in range(2))
+    return hidden.new_empty(n, dtype=acc), entropies, top1, saved, stats
 
 
 @torch.library.custom_op("fastpo::linear_logprob_backward", mutates_args=())
@@ -201,9 +204,9 @@ for _op in (_linear_logprob_backward, _scaled):
 
 def _setup_linear_logprob(ctx, inputs, output) -> None:
     hidden, weight, target, bias, *options, _ = inputs
-    _, entropy, saved, stats = output
+    _, entropy, top1, saved, stats = output
     # A frozen head's `saved` stays differentiable in name, so that a second derivative meets once_only.
-    ctx.mark_non_differentiable(*([entropy, stats] if options[2] == "frozen" else [entropy, saved, stats]))
+    ctx.mark_non_differentiable(entropy, top1, stats, *([] if options[2] == "frozen" else [saved]))
     ctx.set_materialize_grads(False)  # else autograd makes zeros of the size of `saved` for the backward
     ctx.options, ctx.dtype = options, hidden.dtype
     if options[2] == "frozen":  # neither hidden nor weight is needed again

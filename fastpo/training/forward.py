@@ -66,12 +66,11 @@ class Forward:
         """Token log-probabilities [N] fp32; into `batch.rows`, with `statistics`, what else the losses read. `engine`:
         of another model than the one that is trained."""
         engine = engine or self.engine
-        observe = None
-        if statistics and (self.wanted or self.watches):
-            observe = observer(batch, self.wanted, self.watches, self._live)
+        observe = observer(batch, self.wanted, self._live) if statistics and self.wanted else None
         prompts = statistics and batch.prompts is not None
         config = self.config
         options: dict[str, Any] = {"memory_budget": config.logits_memory_budget, "grad_filter": config.grad_filter}
+        options["token_metrics"] = statistics and self.watches
         router = self.router if engine is self.engine else None
         with self.autocast(), router.collecting(batch) if router is not None else contextlib.nullcontext():
             logp = engine(lambda: engine.policy.logp(batch, observe=observe, prompts=prompts, **options))

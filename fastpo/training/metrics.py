@@ -17,11 +17,11 @@ from fastpo.errors import TrainingError
 from fastpo.kernels import reference
 from fastpo.losses.table import KL, Pairs, Term, segment_sum
 from fastpo.models.flops import Flops
+from fastpo.models.policy import ENTROPY, TOP1
 
 # Names in PackedBatch.rows: of the head rows [N], and of the prompts' tokens [M].
 LOG_SUM_SQ, TOKEN_KL = "log_sum_sq", "token_kl"
 PROMPT_LOGP = "prompt_logp"
-ENTROPY, TOP1 = "entropy", "top1"  # of the head rows, where a log line asks for them
 TOKEN_SUMS = 4  # entropy, tokens, chosen tokens that are the likeliest, chosen tokens
 # Sums over pairs that every pair loss reports, in this order; of unpaired rows, the desirable ones are the chosen.
 PAIR_METRICS = ("chosen_logratios", "rejected_logratios", "accuracies", "logps/chosen", "logps/rejected", "chosen",

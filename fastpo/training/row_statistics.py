@@ -15,8 +15,7 @@ from fastpo.data.packing import PackedBatch
 from fastpo.data.prepare import Example
 from fastpo.losses.table import Loss, Pairs, Term, segment_sum
 from fastpo.models.policy import Head
-from fastpo.ops import vocab_ops
-from fastpo.training.metrics import ENTROPY, LOG_SUM_SQ, TOKEN_KL, TOP1, prompt_sums
+from fastpo.training.metrics import LOG_SUM_SQ, TOKEN_KL, prompt_sums
 
 # Which random draw: of a training step, or of an evaluation, the same at every one.
 TRAIN, EVALUATION = 1, 0
@@ -37,21 +36,15 @@ def needs_reference_tokens(loss: Loss) -> bool:
 def observer(
     batch: PackedBatch,
     wanted: set[str],
-    watches: bool,
     live: Callable[[PackedBatch], tuple[Tensor, Head] | None],
 ) -> Callable[[Tensor, Head], None]:
     """What Policy.logp calls with the rows' hidden states [N, D] and its head; it fills `batch.rows` with what is
-    `wanted`, and with the tokens' distributions where the log `watches` them. `live`: the rows of a reference in
-    memory.
+    `wanted`. `live`: the rows of a reference in memory.
     """
     of_reference = live(batch)
 
     def observe(hidden: Tensor, head: Head) -> None:
         rule: dict[str, Any] = {"target": batch.target, "softcap": head.softcap, "logit_scale": head.logit_scale}
-        if watches:
-            inputs = [None if t is None else t.detach() for t in ops.autocast(hidden, head.weight, head.bias)]
-            numbers = vocab_ops.entropy_top1_op(*inputs, batch.target.long(), head.softcap, head.logit_scale)
-            batch.rows[ENTROPY], batch.rows[TOP1] = numbers
         if LOG_SUM_SQ in wanted:
             batch.rows[LOG_SUM_SQ] = ops.log_sum_sq(hidden, head.weight, head.bias, **rule)
         if TOKEN_KL in wanted:

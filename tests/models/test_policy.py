@@ -243,6 +243,10 @@ def test_head_rows_only() -> None:
     with torch.no_grad(), policy.attach():
         logp, entropy = policy.logp(batch, return_entropy=True)
         hidden = policy.hidden(batch)
+        assert not batch.rows
+        again = policy.logp(batch, token_metrics=True)
+    assert again.equal(logp) and batch.rows["entropy"].equal(entropy)
+    assert batch.rows["top1"].shape == logp.shape and not batch.rows["top1"].requires_grad
     assert hidden.shape == (len(batch.input_ids), 32)
     assert logp.shape == entropy.shape == batch.target.shape
     assert logp.dtype == torch.float32
