@@ -36,7 +36,8 @@ ALIASES = {alias: name for name, (alias, _) in INPUTS.items() if alias}
 COMMANDS = ("train", "plan", "losses", "quickstart", "check", "games", "env")
 
 # Packages of fastpo's extras, for the message when one is missing.
-EXTRAS = {"datasets": "data", "pyarrow": "data", "peft": "peft", "bitsandbytes": "quant", "pytest": "test"}
+EXTRAS = {"datasets": "data", "pyarrow": "data", "peft": "peft", "bitsandbytes": "quant", "scipy": "games",
+          "sklearn": "evals", "pytest": "test"}  # fmt: skip
 
 
 class UsageError(FastpoError):

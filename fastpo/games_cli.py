@@ -216,6 +216,8 @@ def _policy(probabilities: Tensor) -> str:
 
 def run(namespace: argparse.Namespace) -> int:
     """The command; prints tables, writes the plot, returns the exit code."""
+    if not find_spec("scipy"):
+        raise ConfigError("games needs scipy, which is not installed: pip install 'fastpo[games]'")
     name, about, prefs = make_game(
         namespace.name, payoffs=namespace.payoffs, size=namespace.size, seed=namespace.seed
     )  # fmt: skip
