@@ -56,7 +56,10 @@ def _numbers(text: str) -> list[float]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Self-play algorithms on a game whose equilibrium is known: the gap to it, step by step."
+    parser.description = (
+        "Self-play algorithms on a game whose equilibrium is known: the gap to it, step by step. Needs SciPy: "
+        "pip install 'fastpo[games]'."
+    )
     listed = "; ".join(f"{name.replace('_', '-')}: {about}" for name, (about, _, _) in GAMES.items())
     parser.add_argument("name", nargs="?", default="rps", metavar="NAME", help=f"the game [rps]. {listed}")
     names = ", ".join(name.replace("_", "-") for name in ALGORITHMS)
