@@ -94,15 +94,15 @@ def row_kernel(rows: int, vocabulary: int, dtype: torch.dtype, device: str, roun
 
 def fused_forward(shape: list[int], dtype: torch.dtype, device: str, rounds: int) -> dict:
     """The forward without gradients, two ways: fused kernel, and vendor GEMM with the row kernel in the op's blocks."""
-    from fastpo import backends
     from fastpo.kernels import fused, logprob
+    from fastpo.ops import backends
 
     n, d, v = shape
     hidden = torch.randn(n, d, device=device).to(dtype)
     weight = torch.randn(v, d, device=device).div_(d**0.5).to(dtype)
     target = torch.randint(0, v, (n,), device=device)
     rule = {"softcap": None, "logit_scale": 1.0}
-    rows = backends._device_rows(n, v * dtype.itemsize)
+    rows = backends.device_rows(n, v * dtype.itemsize)
 
     def unfused() -> Tensor:
         logits, out = logprob.empty_logits(rows, v, dtype, device), hidden.new_empty(n, dtype=torch.float32)

@@ -132,6 +132,6 @@ def _backends() -> list[str]:
 
 
 def _cache_folder() -> str:
-    from fastpo.ref_policy import cache_folder
+    from fastpo.reference.cache import cache_folder
 
     return str(cache_folder())

@@ -64,6 +64,7 @@ print(
     f"lora_dropout=0.3: first loss with disable_dropout {losses[0]:.4f}, without {losses[1]:.4f}; dropout of the LoRA "
     f"layers with it {', '.join(map(str, dropouts[0]))}, without it {', '.join(map(str, dropouts[1]))}",
     file=stdout,
+    flush=True,
 )
 as_stated = losses[0] == losses[1] and abs(losses[0] - 0.6931) > 0.001 and dropouts == [{0.0}, {0.3}]
 sys.exit(0 if as_stated else 1)

@@ -73,6 +73,7 @@ print(
     f"without {after:.4f}, alone {alone:.4f}; passes of the reference for a second learning_rate: max_length=None "
     f"{passes[0]}, max_length=1024 {passes[1]}",
     file=stdout,
+    flush=True,
 )
 sys.exit(0 if abs(after - 0.6931) > 0.01 and abs(alone - 0.6931) < 1e-3 and passes == [0, 1] else 1)
 PY

@@ -59,6 +59,7 @@ print(
     f"{loaded[0]:.4f} ({loaded[1]:.3f}), changed in memory {changed[0]:.4f} ({changed[1]:.3f}), changed in memory with "
     f"precompute_ref_log_probs {ahead[0]:.4f} ({ahead[1]:.3f})",
     file=stdout,
+    flush=True,
 )
 ln2 = 0.6931
 as_stated = abs(loaded[0] - ln2) < 1e-3 and abs(ahead[0] - ln2) < 1e-3 and abs(changed[0] - ln2) > 0.01
