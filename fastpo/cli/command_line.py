@@ -28,7 +28,8 @@ COMMANDS = {
 WITH_OTHER_OPTIONS = ("train", "plan")
 
 # Packages of fastpo's extras, for the message when one is missing.
-EXTRAS = {"datasets": "data", "pyarrow": "data", "peft": "peft", "bitsandbytes": "quant", "pytest": "test"}
+EXTRAS = {"datasets": "data", "pyarrow": "data", "peft": "peft", "bitsandbytes": "quant", "scipy": "games",
+          "sklearn": "evals", "pytest": "test"}  # fmt: skip
 
 
 def _module(command: str) -> Any:

@@ -23,7 +23,10 @@ def _numbers(text: str) -> list[float]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Self-play algorithms on a game whose equilibrium is known: the gap to it, step by step."
+    parser.description = (
+        "Self-play algorithms on a game whose equilibrium is known: the gap to it, step by step. Needs SciPy: "
+        "pip install 'fastpo[games]'."
+    )
     listed = "; ".join(f"{name.replace('_', '-')}: {about}" for name, (about, _, _) in GAMES.items())
     parser.add_argument("name", nargs="?", default="rps", metavar="NAME", help=f"the game [rps]. {listed}")
     names = ", ".join(name.replace("_", "-") for name in games.ALGORITHMS)
@@ -45,6 +48,8 @@ def _policy(probabilities: Tensor) -> str:
 
 def run(namespace: argparse.Namespace) -> int:
     """The command; prints tables, writes the plot, returns the exit code."""
+    if not find_spec("scipy"):
+        raise ConfigError("games needs scipy, which is not installed: pip install 'fastpo[games]'")
     name, about, prefs = make_game(
         namespace.name, payoffs=namespace.payoffs, size=namespace.size, seed=namespace.seed
     )  # fmt: skip

@@ -7,6 +7,7 @@ T, and the peak is the largest of them at the T asked for. To it comes what the 
 T = packed tokens, N = head rows, D = hidden, V = vocabulary.
 """
 
+import bisect
 import contextlib
 import json
 import os
@@ -134,10 +135,9 @@ class Estimate:
             first, last = -(-low // STEP_TOKENS), high // STEP_TOKENS
             if first > last or self.total(first * STEP_TOKENS) > memory:
                 continue
-            while first < last:
-                middle = (first + last + 1) // 2
-                first, last = (middle, last) if self.total(middle * STEP_TOKENS) <= memory else (first, middle - 1)
-            return first * STEP_TOKENS
+            rising = range(first, last + 1)
+            fit = bisect.bisect_right(rising, memory, key=lambda k: self.total(k * STEP_TOKENS))
+            return rising[fit - 1] * STEP_TOKENS
         return 0
 
     def check_fixed(self, memory: float, what: str) -> None:
