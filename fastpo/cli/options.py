@@ -16,8 +16,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastpo.cli.parser import UsageError
-from fastpo.config import options
-from fastpo.config import train_config as config
+from fastpo.config import TrainConfig, field_names, options, read_yaml
 from fastpo.errors import ConfigError, FastpoError, shown
 
 # What a run needs beside TrainConfig: argument of `fastpo.train` -> (its other name, help). YAML takes both names too.
@@ -115,9 +114,9 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
         inputs.add_argument(*names, dest=name, type=kind, metavar=metavar, default=argparse.SUPPRESS, help=text)
     inputs.add_argument("--print-config", action="store_true", help="print the configuration as YAML and stop")
 
-    hints = typing.get_type_hints(config.TrainConfig)
+    hints = typing.get_type_hints(TrainConfig)
     groups: dict[str, Any] = {}
-    for field in dataclasses.fields(config.TrainConfig):
+    for field in dataclasses.fields(TrainConfig):
         title = field.metadata["group"]
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
@@ -206,7 +205,7 @@ def _scalar(text: str) -> Any:
 
 def _check_names(given: dict[str, Any], source: str) -> None:
     """Refuses a misspelt input, which TrainConfig does not know of; TrainConfig refuses the rest."""
-    settings = [*config.field_names(), *options.all_names()]
+    settings = [*field_names(), *options.all_names()]
     inputs = [*INPUTS, *ALIASES]
     for name in given:
         if name not in settings and name not in inputs and "." not in name:
@@ -222,7 +221,7 @@ def _merge_train_options(namespace: argparse.Namespace, extras: Sequence[str]) -
     others = _other_options(extras)
     _check_names(others, "on the command line")
     given.update(others)
-    from_file = config.read_yaml(namespace.config) if namespace.config else {}
+    from_file = read_yaml(namespace.config) if namespace.config else {}
     _check_names(from_file, f"in {namespace.config}")
     _set_environment(from_file.pop("env", None) or {}, namespace.config)
     for alias, name in ALIASES.items():
@@ -248,7 +247,7 @@ def _merge_train_options(namespace: argparse.Namespace, extras: Sequence[str]) -
             continue
         if inputs[name] is not None and not isinstance(inputs[name], str):
             raise ConfigError(f"{name} must be a path or a name, not {shown(inputs[name])}")
-    args = config.TrainConfig.build(merged)
+    args = TrainConfig.build(merged)
     data = inputs.get("train_dataset")
     by_name = isinstance(data, str) and not os.path.isfile(data)
     if args.eval_strategy != "no" and not inputs.get("eval_dataset") and by_name:

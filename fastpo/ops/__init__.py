@@ -13,7 +13,7 @@ from fastpo.ops.head import (
     table_inputs,
     token_kl,
 )
-from fastpo.ops.inputs import NATIVE_DTYPES, autocast, available_backends, default_memory_budget
+from fastpo.ops.inputs import NATIVE_DTYPES, available_backends, default_memory_budget
 from fastpo.ops.parts import OpError
 
 __all__ = [
@@ -22,7 +22,6 @@ __all__ = [
     "OpError",
     "PreferenceInputs",
     "PreferenceOutput",
-    "autocast",
     "available_backends",
     "default_memory_budget",
     "has_kernel",

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastpo import losses
 from fastpo.kernels import reference
 from fastpo.kernels.pair_losses import RECIPES, Recipe, recipe
-from fastpo.losses import table as losses
 from fastpo.ops import backends, vocab_ops
 from fastpo.ops import grad_filter as filters
 from fastpo.ops import parts as op_parts

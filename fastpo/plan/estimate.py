@@ -23,13 +23,11 @@ from torch import Tensor, nn
 
 from fastpo import ops
 from fastpo.config.train_config import TrainConfig
-from fastpo.data import Example, mixing, rows, sources
-from fastpo.data import layouts as row_layouts
-from fastpo.data import prepare as data
+from fastpo.data import Example, layouts, mixing, prepare_examples, rows, sources
 from fastpo.data.kway import Forming
 from fastpo.data.packing import TrunkCost, set_sharing, sharing_mode, trunk_tokens
 from fastpo.errors import ConfigError, FastpoError, UnsupportedModelError, shown
-from fastpo.losses import table as losses
+from fastpo.losses import LOSSES
 from fastpo.models import rotary
 from fastpo.models.adapters import first_line
 from fastpo.models.flops import Flops
@@ -380,7 +378,7 @@ def run(inputs: dict[str, Any], config: TrainConfig, memory: str | None, as_json
     autocast = config.bf16 if config.bf16 is not None else device_type == "cuda"
     ref_name = inputs.get("ref_model")
     ref_model = Blueprint.of_name(ref_name, config, argument="ref_model").weights if ref_name else 0
-    terms = [losses.LOSSES.get(name) for name in config.losses]
+    terms = [LOSSES.get(name) for name in config.losses]
     live = any(t is not None and "chosen_kl" in t.needs for t in terms)
     found = estimate(blueprint, config, device_type, row_share=share, autocast=autocast, ref_model=ref_model, live=live)
     if given is not None:
@@ -436,9 +434,9 @@ def _examples(inputs: dict[str, Any], config: TrainConfig) -> list[Example]:
         table = run_data.open_table(part, config.dataset_train_split, config.dataset_config)
         names, head = set(sources.column_names(table)), sources.head_rows(table)
         kinds = ("unpaired", "preference") if names & {"label", "kto_tag"} else ("preference", "sft")
-        layout = row_layouts.find(names, head, kinds)
+        layout = layouts.find(names, head, kinds)
         own = "preference" if names & {"chosen", rows.RESPONSES} else "unpaired" if rows.LABEL in names else "sft"
-        examples += data.prepare_examples(
+        examples += prepare_examples(
             table, tokenizer, kind=own if layout is None else layout.kind, max_length=config.max_length, columns=[],
             truncation_mode=config.truncation_mode, invalid="drop", num_proc=config.dataset_num_proc,
             forming=Forming(config.pair_policy, config.pair_margin), recognise=config.recognise_layouts,

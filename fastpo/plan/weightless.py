@@ -92,7 +92,7 @@ class _PackedAttention(torch.autograd.Function):
 
 
 def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
-    dtype = attention._compute_dtype(query, value)
+    dtype = attention.compute_dtype(query, value)
     return _PackedAttention.apply(query.to(dtype), key.to(dtype), value.to(dtype)), None
 
 

@@ -471,17 +471,17 @@ fastpo.train(model, Toy.rows(20), processing_class=Toy.tokenizer(), callbacks=[L
 @pytest.fixture
 def passes(monkeypatch, tmp_path):
     """Counts the reference pass's micro-batches; a cache of its own."""
-    from fastpo.reference import cache as ref_policy
+    from fastpo.reference import cache
 
     monkeypatch.setenv("FASTPO_CACHE", str(tmp_path / "cache"))
     rows = []
-    original = ref_policy._of_batch
+    original = cache._of_batch
 
     def counted(examples, indices, *rest):
         rows.extend(indices)
         return original(examples, indices, *rest)
 
-    monkeypatch.setattr(ref_policy, "_of_batch", counted)
+    monkeypatch.setattr(cache, "_of_batch", counted)
     return rows
 
 

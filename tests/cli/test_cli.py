@@ -12,7 +12,7 @@ import yaml
 
 from fastpo import cli
 from fastpo.cli.options import kinds_of
-from fastpo.config import train_config as config
+from fastpo.config import TrainConfig
 from fastpo.errors import DataError, TrainingError
 
 
@@ -56,7 +56,7 @@ def test_command_line_over_yaml_over_default(trained, tmp_path):
     assert call["train_dataset"] == "rows.jsonl"
     args = call["args"]
     assert (args.beta, args.learning_rate, args.loss_type) == (0.2, 1e-5, "ipo")
-    assert args.max_length == config.TrainConfig().max_length
+    assert args.max_length == TrainConfig().max_length
     assert "eval_dataset" not in call
 
 
@@ -161,7 +161,7 @@ NEEDS = {
 }
 
 
-@pytest.mark.parametrize("field", dataclasses.fields(config.TrainConfig), ids=lambda f: f.name)
+@pytest.mark.parametrize("field", dataclasses.fields(TrainConfig), ids=lambda f: f.name)
 def test_every_field_is_an_option_and_a_yaml_key(trained, tmp_path, field):
     text, value = _other_value(field)
     needs = NEEDS.get(field.name, {})
@@ -170,9 +170,9 @@ def test_every_field_is_an_option_and_a_yaml_key(trained, tmp_path, field):
     assert getattr(args, field.name) == value
     implied = {"eval_steps": "eval_strategy", "save_steps": "save_strategy", "save_total_limit": "save_strategy",
                "torch_compile_backend": "torch_compile", "torch_compile_mode": "torch_compile"}  # fmt: skip
-    for other in dataclasses.fields(config.TrainConfig):
+    for other in dataclasses.fields(TrainConfig):
         if other.name not in (field.name, implied.get(field.name), *needs):
-            assert getattr(args, other.name) == getattr(config.TrainConfig(), other.name)
+            assert getattr(args, other.name) == getattr(TrainConfig(), other.name)
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump({"model": "m", "train_dataset": "d.jsonl", **needs, field.name: value}))
     assert cli.main(["train", "--config", str(path)]) == 0
@@ -482,9 +482,9 @@ def test_check_gets_its_options(monkeypatch):
 def test_help_groups_the_fields_and_gives_defaults(capsys):
     assert cli.main(["train", "--help"]) == 0
     text = capsys.readouterr().out
-    for group in {f.metadata["group"] for f in dataclasses.fields(config.TrainConfig)}:
+    for group in {f.metadata["group"] for f in dataclasses.fields(TrainConfig)}:
         assert f"\n{group}:\n" in text
-    for field in dataclasses.fields(config.TrainConfig):
+    for field in dataclasses.fields(TrainConfig):
         assert "--" + field.name.replace("_", "-") in text
     flat = " ".join(text.split())
     assert "muon, sgd [adamw_torch_fused]" in flat and "peak learning rate [1e-06]" in flat

@@ -7,9 +7,10 @@ from functools import partial
 import pytest
 import torch
 
-from fastpo.data import prepare as data
+from fastpo import data
 from fastpo.data.kway import Forming
 from fastpo.data.packing import collate
+from fastpo.data.sources import load_rows
 from fastpo.errors import ConfigError, DataError, TrainingError
 from fastpo.reference.passes import reference_logps
 
@@ -435,7 +436,7 @@ def byte_tokenizer():
 
 def test_eight_real_responses(shared_data):
     """805 rows, 19 of them with identical responses."""
-    raw = data.load_rows(shared_data("alpaca_eval_kway.jsonl.gz"))
+    raw = load_rows(shared_data("alpaca_eval_kway.jsonl.gz"))
     with pytest.raises(DataError, match="rename 'win_prob_vs_baseline' to 'win_prob'"):
         data.prepare_examples(raw, byte_tokenizer())
     rows = [{"prompt": r["prompt"], "responses": [{"text": e["text"], "win_prob": e["win_prob_vs_baseline"]}

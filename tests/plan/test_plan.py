@@ -142,17 +142,17 @@ def test_offloaded_activations(toy, batch, checkpointing, monkeypatch):
 
     On the CPU the copy is beside the original: that it frees a GPU's memory is not shown here.
     """
-    from fastpo.models import modes as prepare
+    from fastpo.models import modes
 
-    monkeypatch.setattr(prepare, "OFFLOADED_BYTES", 1)
+    monkeypatch.setattr(modes, "OFFLOADED_BYTES", 1)
     made = []
 
-    class Counted(prepare._Copy):
+    class Counted(modes._Copy):
         def __init__(self, values, device):
             super().__init__(values, device)
             made.append(values)
 
-    monkeypatch.setattr(prepare, "_Copy", Counted)
+    monkeypatch.setattr(modes, "_Copy", Counted)
     model = toy.model(**SIZES)
     plain = TrainConfig(gradient_checkpointing=checkpointing)
     expected, _ = gradients(model, batch, plain)

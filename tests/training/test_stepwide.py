@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastpo.data import prepare as data
+from fastpo import data
 from fastpo.errors import ConfigError, DataError
 
 WIDE = ["kto", "bco", "aot", "aot_unpaired"]
