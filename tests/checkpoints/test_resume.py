@@ -14,6 +14,7 @@ from torch.nn.functional import logsigmoid
 import fastpo
 from fastpo.checkpoints import checkpoint
 from fastpo.errors import ConfigError, DataError, TrainingError
+from fastpo.training.evaluation import Evaluation
 
 TIMES = ("runtime", "per_second", "peak_memory_gb")
 
@@ -163,16 +164,19 @@ class Raise:
                                               ("on_step_end", 3, 1), ("on_epoch_end", 5, 1)])  # fmt: skip
 def test_cut_short_between_a_step_and_its_checkpoint(toy, run, tmp_path, monkeypatch, event, step, nth):
     """The step's lines, evaluations and checkpoint are what they would have been, and none comes twice."""
-    from fastpo.training import evaluation
+    evaluated, steps = [], []
+    in_run, evaluate = fastpo.Trainer.evaluate_in_run, Evaluation.__call__
 
-    evaluated = []
-    evaluate = evaluation.evaluate
+    def noted(trainer):
+        steps.append(trainer.state.global_step)
+        return in_run(trainer)
 
-    def counted(trainer, examples, ref, prefix):
-        evaluated.append((trainer.state.global_step, prefix))
-        return evaluate(trainer, examples, ref, prefix)
+    def counted(evaluation, examples, ref, name):
+        evaluated.append((steps[-1], name))
+        return evaluate(evaluation, examples, ref, name)
 
-    monkeypatch.setattr(evaluation, "evaluate", counted)
+    monkeypatch.setattr(fastpo.Trainer, "evaluate_in_run", noted)
+    monkeypatch.setattr(Evaluation, "__call__", counted)
     rest = {"eval_dataset": {"a": toy.rows(3, seed=1), "b": toy.rows(3, seed=2)}}
     options = dict(eval_steps=2, logging_steps=2)
     whole = run("whole", rest=rest, **options)

@@ -88,7 +88,7 @@ def train(toy, tmp_path, monkeypatch, watched):
             return step(self, rows)
         with watched():
             rate = step(self, rows)
-        seen.append(len(self.done))
+        seen.append(len(self.accumulation.share))
         return rate
 
     monkeypatch.setattr(Trainer, "_step", watched_step)

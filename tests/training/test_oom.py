@@ -5,13 +5,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 import fastpo
+from fastpo.config.train_config import TrainConfig
 from fastpo.errors import TrainingError
+from fastpo.training.distributed import World
 from fastpo.training.memory import Budget, is_out_of_memory
 
 OOM = {
@@ -179,15 +180,10 @@ def test_a_resumed_run_packs_as_it_would_have(toy, run, tmp_path):
     resumed = run(toy.model(), {"limit": 200}, **go_on)
     assert whole.failed == 2 and resumed.failed == 0 and lowered(resumed) == lowered(whole)
     assert torch.equal(weights(resumed.model), weights(whole.model)) and numbers(resumed) == numbers(whole)
-    sharded = SimpleNamespace(
-        run=SimpleNamespace(
-            config=SimpleNamespace(max_tokens=BUDGET), max_tokens=BUDGET, world=SimpleNamespace(rank=0),
-            engine=SimpleNamespace(sharded=True),
-        ),
-        tokens=BUDGET,
-    )  # fmt: skip
     saved = torch.load(tmp_path / "one" / "checkpoint-3" / "trainer.pt", weights_only=True)["budget"]
-    Budget.load_state_dict(sharded, saved)  # ranks of fsdp pack alike: one alone would leave micro-batches out
+    config = TrainConfig.build({"max_tokens": BUDGET, "fsdp": "full_shard", "use_cpu": True})
+    sharded = Budget(BUDGET, config, World(torch.device("cpu"), 0, 1, 0), lambda training: "", lambda examples, row: "")
+    sharded.load_state_dict(saved)  # ranks of fsdp pack alike: one alone would leave micro-batches out
     assert saved["tokens"][0] < BUDGET == sharded.tokens
     again = run(toy.model(), {"limit": 200}, **{**go_on, "max_tokens": BUDGET + 1, "output_dir": str(tmp_path / "one")})
     assert again.failed
