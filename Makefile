@@ -77,9 +77,9 @@ lint: $(VENV)/.installed-dev
 test: $(VENV)/.installed-dev
 	@rc=0; \
 	parallel="-n $(JOBS) --maxprocesses 8 --dist worksteal"; \
-	$(BIN)/pytest -m "not gpu and not real" --ignore-glob "tests/test_*_interpreter.py" --durations 10 $$parallel $(ARGS) || rc=1; \
+	$(BIN)/pytest -m "not gpu and not real" --ignore-glob "tests/*/test_*_interpreter.py" --durations 10 $$parallel $(ARGS) || rc=1; \
 	if [ -z "$(ARGS)" ]; then \
-		TRITON_INTERPRET=1 $(BIN)/pytest -m "not gpu" $$parallel tests/test_*_interpreter.py || rc=1; \
+		TRITON_INTERPRET=1 $(BIN)/pytest -m "not gpu" $$parallel tests/*/test_*_interpreter.py || rc=1; \
 	fi; \
 	if [ $$rc = 0 ]; then echo "make test: all passed"; else echo "make test: FAILED" >&2; fi; \
 	exit $$rc

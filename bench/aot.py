@@ -39,8 +39,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastpo.kernels import attention, fused, logprob, online_softmax, preference
 from fastpo.kernels.pair_losses import RECIPES, recipe
-from fastpo.layout import Layout
-from fastpo.losses import LOSSES
+from fastpo.losses.table import LOSSES
+from fastpo.models.layout import Layout
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORD = ROOT / "bench/results/aot.json"

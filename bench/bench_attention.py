@@ -30,10 +30,10 @@ from torch import Tensor, nn
 sys.path.append(str(Path(__file__).resolve().parent))
 import common  # noqa: E402
 
-from fastpo.attention import packed_attention  # noqa: E402
+from fastpo.data.packing import Branch  # noqa: E402
 from fastpo.kernels import reference  # noqa: E402
-from fastpo.layout import Layout  # noqa: E402
-from fastpo.packing import Branch  # noqa: E402
+from fastpo.models.attention import packed_attention  # noqa: E402
+from fastpo.models.layout import Layout  # noqa: E402
 
 SHAPES = ((1024, 256, 2), (512, 512, 2), (64, 512, 2), (512, 256, 8))  # prompt, response, K
 HEADS = {"cuda": (32, 8, 128), "cpu": (4, 4, 64)}  # of queries, of keys and values, their size

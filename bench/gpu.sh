@@ -56,8 +56,8 @@ finish() {
 QUICK=${TINY:+--quick}
 if [ -n "$TRAIN" ]; then  # results of these two go to bench/results/<machine>/
   if [ "$DEVICE" = cuda ]; then
-    section attention_tests 90 "$PYTHON" -m pytest -q -m gpu --maxfail 5 tests/test_attention.py tests/test_tree_attention.py \
-      tests/test_tree_attention_interpreter.py -p no:cacheprovider
+    section attention_tests 90 "$PYTHON" -m pytest -q -m gpu --maxfail 5 tests/models/test_attention.py tests/models/test_tree_attention.py \
+      tests/models/test_tree_attention_interpreter.py -p no:cacheprovider
     TAIL=30 section attention 80 "$PYTHON" bench/bench_attention.py --device cuda
     TAIL=20 section train 330 "$PYTHON" bench/train_vs_peers.py --device cuda --steps ${STEPS:-4} --repeats 1 \
       --scenario ${SCENARIOS:-1b_full_1024_256 1b_lora_64_512 8b_lora_1024_256}
@@ -70,7 +70,7 @@ fi
 TAIL=20 section env 30 "$PYTHON" -m fastpo env
 section check 90 "$PYTHON" -m fastpo check --device "$DEVICE" --quiet
 if [ "$DEVICE" = cuda ]; then
-  section tests 100 "$PYTHON" -m pytest -q -m gpu --maxfail 5 tests/test_ops.py tests/test_kernels_interpreter.py -p no:cacheprovider
+  section tests 100 "$PYTHON" -m pytest -q -m gpu --maxfail 5 tests/ops/test_head.py tests/ops/test_kernels_interpreter.py -p no:cacheprovider
   section kernels 40 "$PYTHON" bench/gpu_goals.py kernels --out "$OUT" ${TINY:+--tiny}
 else
   section kernels 60 env TRITON_INTERPRET=1 "$PYTHON" bench/gpu_goals.py kernels --device cpu --out "$OUT" --tiny

@@ -24,8 +24,8 @@ sys.path.append(str(Path(__file__).resolve().parent))
 import harness  # noqa: E402
 import roofline  # noqa: E402
 
-from fastpo import ops  # noqa: E402
 from fastpo.kernels import reference  # noqa: E402
+from fastpo.ops import head as ops  # noqa: E402
 
 GIB = 1 << 30
 LARGE, SQUARE = [8192, 4096, 151936], [4096, 4096, 128256]
@@ -94,8 +94,8 @@ def row_kernel(rows: int, vocabulary: int, dtype: torch.dtype, device: str, roun
 
 def fused_forward(shape: list[int], dtype: torch.dtype, device: str, rounds: int) -> dict:
     """The forward without gradients, two ways: fused kernel, and vendor GEMM with the row kernel in the op's blocks."""
-    from fastpo import backends
     from fastpo.kernels import fused, logprob
+    from fastpo.ops import backends
 
     n, d, v = shape
     hidden = torch.randn(n, d, device=device).to(dtype)

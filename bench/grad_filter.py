@@ -28,7 +28,8 @@ from torch import Tensor
 sys.path.append(str(Path(__file__).resolve().parent))
 import common  # noqa: E402
 
-from fastpo import grad_filter, ops  # noqa: E402
+from fastpo.ops import grad_filter  # noqa: E402
+from fastpo.ops import head as ops  # noqa: E402
 
 BUDGETS = (0.0, 1e-4, 1e-3, 1e-2, 5e-2)
 REGIMES = {"kept": (True, None), "sliced": (True, 0), "frozen": (False, None)}

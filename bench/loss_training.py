@@ -4,7 +4,7 @@
 
 The quickstart's model is supervised, its answers are sampled, judged and paired, as `fastpo quickstart` does; then each
 loss takes the same steps from the same weights over the same pairs, all of them in every step. The start must be the
-closed form of tests/test_loss_training.py, computed from the model's own logits in fp64.
+closed form of tests/training/test_loss_training.py, computed from the model's own logits in fp64.
 """
 
 import argparse
@@ -20,9 +20,9 @@ FOLDER = Path(__file__).resolve().parent
 sys.path[:0] = [str(FOLDER), str(FOLDER.parent / "tests")]  # PYTHONSAFEPATH leaves them out
 
 import common  # noqa: E402
+import test_loss_training as closed  # noqa: E402
 
 import fastpo  # noqa: E402
-import test_loss_training as closed  # noqa: E402
 from fastpo import quickstart  # noqa: E402
 
 PAIRS = 64

@@ -3,7 +3,7 @@
     .venv/bin/python bench/loss_values.py [--seeds 5] [--no-write]
 
 TRL and Liger are what is installed; the formulas are those of shared/ALGORITHMS.md, written out a second time. The
-comparisons are those of tests/test_losses_peers.py, test_loss_table.py and test_losses.py: here their differences are
+comparisons are those of tests/losses/test_peers.py, test_loss_table.py and test_losses.py: here their differences are
 kept instead of judged. A difference is the largest of a batch over the largest number of the other side, the worst of
 all seeds and of all settings that the tests have for a loss.
 """
@@ -19,13 +19,13 @@ sys.path[:0] = [str(FOLDER), str(FOLDER.parent / "tests")]  # PYTHONSAFEPATH lea
 
 import common  # noqa: E402
 import pytest  # noqa: E402
-import torch  # noqa: E402
-
-import fastpo  # noqa: E402
 import test_loss_table as formulas  # noqa: E402
 import test_losses as first_formulas  # noqa: E402
 import test_losses_peers as peers  # noqa: E402
-from fastpo.losses import LOSSES  # noqa: E402
+import torch  # noqa: E402
+
+import fastpo  # noqa: E402
+from fastpo.losses.table import LOSSES  # noqa: E402
 
 LIMIT = 1e-6  # fp64 against fp64 is far below; some of TRL's code is float32
 GRADIENT_LIMIT = 1e-5  # of the difference quotients too

@@ -36,8 +36,8 @@ def build(mode: str, optim: str, model, learning_rate: float):
     """Model in the mode's dtype, its gradients and optimiser as the trainer makes them."""
     import torch
 
-    from fastpo.config import TrainConfig
-    from fastpo.optim import Gradients, build_optimizer
+    from fastpo.config.train_config import TrainConfig
+    from fastpo.training.optim import Gradients, build_optimizer
 
     model.to(torch.bfloat16)
     if mode == "fp32 weights":
@@ -79,7 +79,7 @@ def measure_memory(mode: str, optim: str) -> dict:
     import fastpo.optim
 
     # As small beside this model as they are beside one of some billions of parameters.
-    fastpo.optim.CHUNK_BYTES, fastpo.optim.PIECE = 4 << 20, 1 << 18
+    fastpo.training.optim.CHUNK_BYTES, fastpo.training.optim.PIECE = 4 << 20, 1 << 18
     if "8bit" in optim:
         import bitsandbytes  # noqa: F401
     base_bytes = common.reset_peak_memory()

@@ -66,7 +66,7 @@ def worker(mode: str, base: str, steps: int, out: str) -> None:
     import transformers
 
     import fastpo
-    from fastpo import adapters
+    from fastpo.models import adapters
 
     common.quiet()
     bits, adapter, optim, learning_rate = MODES[mode]

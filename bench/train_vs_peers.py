@@ -296,8 +296,9 @@ def count(name: str, steps: int) -> dict:
     """What the rows of a scenario are in tokens, and the useful FLOPs of a step."""
     import torch
 
-    from fastpo import data, kway
-    from fastpo.packing import sequence_tokens, set_sharing, trunk_tokens
+    from fastpo.data import kway
+    from fastpo.data import prepare as data
+    from fastpo.data.packing import sequence_tokens, set_sharing, trunk_tokens
 
     scenario = SCENARIOS[name]
     ours, theirs, tokenizer = load_rows(name, steps)

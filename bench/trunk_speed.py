@@ -27,11 +27,12 @@ sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH leaves it out
 import common  # noqa: E402
 from train_vs_peers import CPU_SHAPES, GPU_SHAPES, VOCAB  # noqa: E402
 
-from fastpo import adapters, data  # noqa: E402
-from fastpo.compiled import compiled_layers  # noqa: E402
-from fastpo.config import TrainConfig  # noqa: E402
-from fastpo.model import Policy  # noqa: E402
-from fastpo.packing import PackedBatch, TrunkCost, collate, pass_batches, set_sharing  # noqa: E402
+from fastpo.config.train_config import TrainConfig  # noqa: E402
+from fastpo.data import prepare as data  # noqa: E402
+from fastpo.data.packing import PackedBatch, TrunkCost, collate, pass_batches, set_sharing  # noqa: E402
+from fastpo.models import adapters  # noqa: E402
+from fastpo.models.compiled import compiled_layers  # noqa: E402
+from fastpo.models.policy import Policy  # noqa: E402
 
 BUCKET = {"cpu": 256, "cuda": 2048}
 TOKENS = {"cpu": 2048, "cuda": 16_384}

@@ -250,7 +250,7 @@ PyMethodDef methods[] = {
     {"tile_pass", tile_pass, METH_VARARGS,
      "One pass over a tile of logits; arguments are the fields of struct Tile in order, then the number of threads."},
     {"pack", pack_bins, METH_VARARGS,
-     "The bin of each item, and how many bins; arguments as fastpo/packer.py passes them."},
+     "The bin of each item, and how many bins; arguments as fastpo/data/packer.py passes them."},
     {"use_openmp_of", use_openmp_of, METH_VARARGS,
      "Run on the OpenMP threads of a loaded library (None: on threads of its own); whether it has any."},
     {"isa", isa, METH_NOARGS, "The instruction set in use: avx512, avx2 or generic."},

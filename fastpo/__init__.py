@@ -5,15 +5,18 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastpo.moved import MOVED, install
+
 if TYPE_CHECKING:
-    from fastpo.config import TrainConfig as TrainConfig
-    from fastpo.ops import available_backends as available_backends
-    from fastpo.ops import linear_logprob as linear_logprob
-    from fastpo.ops import preference_loss as preference_loss
+    from fastpo.config.train_config import TrainConfig as TrainConfig
+    from fastpo.ops.head import available_backends as available_backends
+    from fastpo.ops.head import linear_logprob as linear_logprob
+    from fastpo.ops.head import preference_loss as preference_loss
+    from fastpo.ops.vocab_parallel import VocabParallel as VocabParallel
     from fastpo.trainer import Trainer as Trainer
     from fastpo.trainer import TrainResult as TrainResult
     from fastpo.trainer import train as train
-    from fastpo.vocab_parallel import VocabParallel as VocabParallel
+    from fastpo.training.evaluation import Evaluated as Evaluated
 
 __version__ = "0.1.0"
 
@@ -27,19 +30,21 @@ if (_root / "pyproject.toml").is_file() and (_root / "kernels").is_dir():
 # It warns that an optional kernel is absent whenever peft is imported, on CPUs that have AVX-512 bf16.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
+install()
+
 # Public names are resolved on first use, so that `import fastpo` and `fastpo --help` do not wait for PyTorch.
 _EXPORTS = {
     "train": "fastpo.trainer",
     "Trainer": "fastpo.trainer",
     "TrainResult": "fastpo.trainer",
     "TrainConfig": "fastpo.config",
+    "Evaluated": "fastpo.training.evaluation",
     "linear_logprob": "fastpo.ops",
     "preference_loss": "fastpo.ops",
     "available_backends": "fastpo.ops",
-    "VocabParallel": "fastpo.vocab_parallel",
+    "VocabParallel": "fastpo.ops.vocab_parallel",
 }
-_SUBMODULES = ("config", "data", "errors", "games", "losses", "model", "ops", "packing", "ref_policy", "tabular",
-               "trainer")  # fmt: skip
+_SUBMODULES = ("config", "data", "errors", "games", "losses", "models", "ops", "selection", "trainer")
 
 __all__ = ["__version__", *_EXPORTS, *_SUBMODULES]
 
@@ -49,7 +54,7 @@ def __getattr__(name: str) -> Any:
         value = getattr(import_module(_EXPORTS[name]), name)
         globals()[name] = value
         return value
-    if name in _SUBMODULES:
+    if name in _SUBMODULES or name in MOVED:
         return import_module(f"fastpo.{name}")
     raise AttributeError(f"module 'fastpo' has no attribute {name!r}")
 

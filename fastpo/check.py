@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastpo import ops
 from fastpo.errors import DeviceError
 from fastpo.kernels import reference
-from fastpo.losses import LOSSES
-from fastpo.model import resolve_device
+from fastpo.losses.table import LOSSES
+from fastpo.models.policy import resolve_device
+from fastpo.ops import head as ops
 
 REGIMES = ("none", "frozen", "kept", "sliced")
 SOFTCAPPED: dict[str, Any] = {"softcap": 20.0, "logit_scale": 0.5}

@@ -125,12 +125,12 @@ def _extension() -> str:
 
 
 def _backends() -> list[str]:
-    from fastpo.ops import available_backends
+    from fastpo.ops.head import available_backends
 
     return available_backends()
 
 
 def _cache_folder() -> str:
-    from fastpo.ref_policy import cache_folder
+    from fastpo.reference.cache import cache_folder
 
     return str(cache_folder())

@@ -11,10 +11,12 @@ from typing import Any
 
 from torch import nn
 
-from fastpo import evaluation, outputs, saving
-from fastpo.data import Example
-from fastpo.hub import Hub
-from fastpo.ref_policy import MovingReference
+from fastpo.checkpoints import saving
+from fastpo.data.prepare import Example
+from fastpo.reference.cache import MovingReference
+from fastpo.report import outputs
+from fastpo.report.hub import Hub
+from fastpo.training import evaluation
 
 log = logging.getLogger("fastpo")
 

@@ -12,7 +12,6 @@ import logging
 import math
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,49 +22,14 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, TrainerState, set_seed
 
-from fastpo import (
-    adapters,
-    checkpoint,
-    data,
-    evaluation,
-    face,
-    inputs,
-    live_reference,
-    losses,
-    mixing,
-    model_files,
-    outputs,
-    references,
-    rotary,
-    router_loss,
-    rows,
-    run_data,
-    saving,
-    start_checks,
-)
-from fastpo.callbacks import Callbacks, check_best
-from fastpo.config import TrainConfig
-from fastpo.distributed import Engine, World, shard, uses_bf16
-from fastpo.errors import ConfigError, TrainingError
-from fastpo.guardrails import Guardrails
-from fastpo.hub import Hub
-from fastpo.kway import Forming
-from fastpo.loading import freeze_towers, load_model, load_tokenizer
-from fastpo.memory import Budget, is_out_of_memory, resolve_max_tokens
-from fastpo.metrics import (
-    PAIR_METRICS,
-    PROMPT_LOGP,
-    TOKEN_SUMS,
-    Flops,
-    Window,
-    pair_inputs,
-    token_sums,
-)
-from fastpo.model import DROPPED_MASS, Policy
-from fastpo.noise import check_quiet, disable_dropout
-from fastpo.objective import Objective
-from fastpo.optim import Gradients, build_optimizer, build_scheduler, check_given
-from fastpo.packing import (
+from fastpo import face
+from fastpo.checkpoints import checkpoint, model_files, saving
+from fastpo.checkpoints.run_lock import RunLock
+from fastpo.config.train_config import TrainConfig
+from fastpo.data import mixing, rows
+from fastpo.data import prepare as data
+from fastpo.data.kway import Forming
+from fastpo.data.packing import (
     PackedBatch,
     TrunkCost,
     collate,
@@ -76,14 +40,40 @@ from fastpo.packing import (
     step_batches,
     trunk_tokens,
 )
-from fastpo.prepare import check_ids, interval, set_numerics, training_mode
-from fastpo.ref_policy import MovingReference, cache_folder
-from fastpo.row_statistics import EVALUATION, TOKEN_KL, TRAIN, draw_rows, observer, row_statistics
-from fastpo.run_lock import RunLock
-from fastpo.signals import Signals
-from fastpo.step_plan import StepPlan
-from fastpo.stepwide import Statistics, StepWide
-from fastpo.verify import guard_rows, verify_or_unpack
+from fastpo.errors import ConfigError, TrainingError
+from fastpo.losses import table as losses
+from fastpo.models import adapters, rotary
+from fastpo.models.loading import freeze_towers, load_model, load_tokenizer
+from fastpo.models.modes import check_ids, interval, set_numerics, training_mode
+from fastpo.models.noise import check_quiet, disable_dropout
+from fastpo.models.policy import DROPPED_MASS, Policy
+from fastpo.models.verify import guard_rows, verify_or_unpack
+from fastpo.reference import live as live_reference
+from fastpo.reference import sources as references
+from fastpo.reference.cache import MovingReference, cache_folder
+from fastpo.report import outputs
+from fastpo.report.callbacks import Callbacks, check_best
+from fastpo.report.hub import Hub
+from fastpo.training import evaluation, inputs, router_loss, run_data, start_checks
+from fastpo.training.distributed import Engine, World, shard, uses_bf16
+from fastpo.training.guardrails import Guardrails
+from fastpo.training.memory import Budget, is_out_of_memory, resolve_max_tokens
+from fastpo.training.metrics import (
+    PAIR_METRICS,
+    PROMPT_LOGP,
+    TOKEN_SUMS,
+    Flops,
+    Window,
+    pair_inputs,
+    token_sums,
+)
+from fastpo.training.objective import Objective
+from fastpo.training.optim import Gradients, build_optimizer, build_scheduler, check_given
+from fastpo.training.progress import Progress
+from fastpo.training.row_statistics import EVALUATION, TOKEN_KL, TRAIN, draw_rows, observer, row_statistics
+from fastpo.training.signals import Signals
+from fastpo.training.step_plan import StepPlan
+from fastpo.training.stepwide import Statistics, StepWide
 
 log = logging.getLogger("fastpo")
 
@@ -142,8 +132,8 @@ def train(
 class Trainer(face.Face):
     """One run, with the arguments of `train`: for scripts that evaluate, save or look at it before and after `train()`.
 
-    Its parts are methods, and functions of it in run_data.py, evaluation.py, references.py, saving.py, outputs.py and
-    face.py, so that each can be read, and tested, alone.
+    Its parts are methods, and functions of it in training/run_data.py, training/evaluation.py, reference/sources.py,
+    checkpoints/saving.py, report/outputs.py and face.py, so that each can be read, and tested, alone.
     """
 
     _tag_names = ("fastpo", "preference-optimization")  # of the model and its card; the losses' names follow
@@ -220,12 +210,11 @@ class Trainer(face.Face):
         self.optimizer, self.scheduler = (None, None) if optimizers is None else optimizers
         if self.optimizer is not None and config.fsdp != "no":
             raise ConfigError("fsdp splits the parameters, so an optimiser made before does not fit: set optim instead")
-        self.num_tokens = 0
+        self.progress = Progress()
         self.ref: dict[str, Any] = {}
         self.start: Any = None  # the start's own log-probabilities, where `ref` is a mixture of them and others
         self.other_reference = False  # whether a resumed run's reference is not the one that it began with
-        self.updating = False  # whether the weights are between two steps, or not the policy's
-        self.signals = Signals(busy=lambda: self.updating)
+        self.signals = Signals(busy=lambda: self.progress.updating)
         self.rescued = False  # whether a save that failed has left the weights alone
         self.callbacks.call("on_init_end")
 
@@ -408,6 +397,7 @@ class Trainer(face.Face):
 
     def _train(self) -> TrainResult:
         config, plan = self.config, self.plan
+        self.progress = Progress(num_tokens=self.progress.num_tokens)  # of this call: a second one begins anew
         self.ready()
         if self.resume is not None:
             self.callbacks.restore(checkpoint.read_state(self.resume))
@@ -425,19 +415,15 @@ class Trainer(face.Face):
             pairs_per_step=self.step_size, parameters=sum(p.numel() for p in self.model.parameters()),
             optimizer_given=not self.own_optimizer,
         )  # fmt: skip
-        self.todo: dict[str, Any] = {}  # between a step and its checkpoint: what _settle needs
-        self.cursor = 0  # steps of the plan that are behind
-        self.elapsed, self.rows_done = 0.0, 0  # seconds of training before this process; rows so far
-        self.saved_step = -1  # of the last whole checkpoint of this run
-        self.rng: dict[str, Any] | None = None  # inside a step, the random states at its beginning
-        self.reference_start = 0  # step of the plan from which a moving reference stands still
-        self.seen = 0  # rows of the epoch
         if self.resume is not None:
             saving.restore(self, self.resume)
         self._warn(self.guards.at_start(self.data_reports))
         if self.moving is not None:
-            references.move(self, plan, self.reference_start)
-        with self.bar(desc="train", total=len(plan), initial=self.cursor) as bar, training_mode(self.policy, config):
+            references.move(self, plan, self.progress.reference_start)
+        with (
+            self.bar(desc="train", total=len(plan), initial=self.progress.cursor) as bar,
+            training_mode(self.policy, config),
+        ):
             summary = self._loop(plan, bar)
         outputs.finish(self, summary)
         return TrainResult(self.model, self.state.log_history, summary, self.state, self.guards.warnings)
@@ -500,10 +486,10 @@ class Trainer(face.Face):
         state.train_batch_size = config.per_device_train_batch_size
 
     def _loop(self, plan: StepPlan, bar: tqdm) -> dict[str, float]:
-        """The steps of the plan from `self.cursor` on, and the trained model's files. Returns the summary."""
+        """The steps of the plan from `self.progress.cursor` on, and the trained model's files. Returns the summary."""
         config, call = self.config, self.callbacks.call
-        self.started = time.monotonic() - self.elapsed
-        if self.cursor >= len(plan):
+        self.progress.start()
+        if self.progress.cursor >= len(plan):
             log.info("nothing is left to train: step %d of %d", self.state.global_step, len(plan))
         with self.signals.taken(not self.world.several):
             try:
@@ -511,38 +497,45 @@ class Trainer(face.Face):
                 if config.eval_on_start and self.resume is None:
                     evaluation.evaluate_all(self)
                 self.callbacks.agree(self.world.group)
-                if self.todo:
+                if self.progress.todo:
                     self._settle(plan)
-                while self.cursor < len(plan) and not self.callbacks.control.should_training_stop:
-                    epoch, rows = plan[self.cursor]
-                    last_of_epoch = self.cursor + 1 == len(plan) or plan[self.cursor + 1][0] != epoch
-                    if self.cursor == 0 or plan[self.cursor - 1][0] != epoch:
-                        self.seen = 0
+                while self.progress.cursor < len(plan) and not self.callbacks.control.should_training_stop:
+                    epoch, rows = plan[self.progress.cursor]
+                    last_of_epoch = self.progress.cursor + 1 == len(plan) or plan[self.progress.cursor + 1][0] != epoch
+                    if self.progress.cursor == 0 or plan[self.progress.cursor - 1][0] != epoch:
+                        self.progress.seen = 0
                         call("on_epoch_begin")
-                    self.rng = saving.rng_state()
+                    self.progress.rng = saving.rng_state()
                     call("on_step_begin")
                     self.watch_tokens = config.token_metrics and self._logs_next(last_of_epoch, len(plan))
                     learning_rate = self._step(rows)
-                    self.rows_done += len(rows)
-                    self.cursor += 1
-                    self.seen += len(rows)
+                    self.progress.rows_done += len(rows)
+                    self.progress.cursor += 1
+                    self.progress.seen += len(rows)
                     self.state.epoch = self._epoch(epoch)
                     moved = self.moving is not None and self.state.global_step % self.moving.every == 0
                     if moved:
-                        self.reference_start = self.cursor
-                    self._mark_due("steps", at_end=self.cursor == len(plan))
-                    self.todo = {"stage": 0, "learning_rate": learning_rate, "epoch": epoch, "last": last_of_epoch}
-                    self.rng, self.updating = None, False
+                        self.progress.reference_start = self.progress.cursor
+                    self._mark_due("steps", at_end=self.progress.cursor == len(plan))
+                    self.progress.todo = {
+                        "stage": 0,
+                        "learning_rate": learning_rate,
+                        "epoch": epoch,
+                        "last": last_of_epoch,
+                    }
+                    self.progress.rng, self.progress.updating = None, False
                     self.signals.check()
                     bar.update()
                     if moved:
-                        references.move(self, plan, self.cursor)
+                        references.move(self, plan, self.progress.cursor)
                     self._settle(plan, bar)
-                seconds = time.monotonic() - self.started
-                summary = self.window.summary(seconds, self.state.global_step, self.rows_done, self.num_tokens)
+                seconds = self.progress.seconds()
+                summary = self.window.summary(
+                    seconds, self.state.global_step, self.progress.rows_done, self.progress.num_tokens
+                )
                 saving.check_trained(self)
                 if config.load_best_model_at_end:
-                    self.updating = True  # the weights are no longer the last step's
+                    self.progress.updating = True  # the weights are no longer the last step's
                     saving.load_best(self)
                 if config.save_final:
                     saving.save_model(self, self.output_dir)
@@ -561,7 +554,7 @@ class Trainer(face.Face):
         if config.logging_strategy == "steps" and step % self.state.logging_steps == 0:
             return True
         first = config.logging_first_step and step == 1
-        return first or (config.logging_strategy == "epoch" and last_of_epoch) or self.cursor + 1 == steps
+        return first or (config.logging_strategy == "epoch" and last_of_epoch) or self.progress.cursor + 1 == steps
 
     def _mark_due(self, strategy: str, at_end: bool = False) -> None:
         """Set the control flags of what is due after this step, or after this epoch; callbacks may change them."""
@@ -585,16 +578,16 @@ class Trainer(face.Face):
         """What follows a step, in transformers' order: on_step_end, log, evaluate, on_epoch_end, log, evaluate; and
         save last, so that a resumed run misses nothing. A run that was cut short in here goes on with that stage.
         """
-        todo, control = self.todo, lambda: self.callbacks.control
+        todo, control = self.progress.todo, lambda: self.callbacks.control
         if todo["stage"] == 0:
             self.callbacks.call("on_step_end")
             self.callbacks.agree(self.world.group)
             if control().should_epoch_stop:
                 todo["last"] = True
-                while self.cursor < len(plan) and plan[self.cursor][0] == todo["epoch"]:
-                    self.cursor += 1
+                while self.progress.cursor < len(plan) and plan[self.progress.cursor][0] == todo["epoch"]:
+                    self.progress.cursor += 1
                 if self.moving is not None:
-                    references.move(self, plan, self.cursor)
+                    references.move(self, plan, self.progress.cursor)
             todo["stage"] = 1
         if todo["stage"] == 1:
             self._log_and_evaluate(bar)
@@ -606,16 +599,16 @@ class Trainer(face.Face):
                 self.callbacks.agree(self.world.group)
             todo["stage"] = 3
         self._log_and_evaluate(bar)
-        self.todo = {}
+        self.progress.todo = {}
         if control().should_save:
             saving.save_checkpoint(self)
             self.callbacks.agree(self.world.group)
 
     def _log_and_evaluate(self, bar: tqdm | None) -> None:
-        if self.callbacks.control.should_log and not self.todo.get("logged"):
+        if self.callbacks.control.should_log and not self.progress.todo.get("logged"):
             with saving.whole(self):
-                metrics = self.window.flush(self.todo["learning_rate"], self.num_tokens)
-                self.todo["logged"] = True
+                metrics = self.window.flush(self.progress.todo["learning_rate"], self.progress.num_tokens)
+                self.progress.todo["logged"] = True
                 self.log(metrics, bar)
             self.callbacks.agree(self.world.group)
         if self.callbacks.control.should_evaluate:
@@ -634,7 +627,7 @@ class Trainer(face.Face):
         norm = self.gradients.clip_(self.config.max_grad_norm)
         finite = torch.isfinite(norm).to(loss.device) & torch.isfinite(loss[0])
         self.callbacks.call("on_pre_optimizer_step")
-        self.updating = True
+        self.progress.updating = True
         self.gradients.step_(self.optimizer, finite)
         self.callbacks.call("on_optimizer_step")
         self.scheduler.step()
@@ -650,7 +643,7 @@ class Trainer(face.Face):
             self.watch_tokens = False
         for batch in self.done:  # here, so that a step cut short leaves no trace in the counters
             self.window.trunk(batch)
-        self.num_tokens += sum(sequence_tokens(self.examples[i]) for i in rows)
+        self.progress.num_tokens += sum(sequence_tokens(self.examples[i]) for i in rows)
         self.state.global_step += 1
         if self.moving is not None and self.state.global_step % self.moving.every == 0:
             self.moving.move_()
@@ -771,7 +764,7 @@ class Trainer(face.Face):
         size = self.config.per_device_train_batch_size * self.world.size
         n = len(self.examples)
         batches = n // size if self.config.dataloader_drop_last else math.ceil(n / size)
-        return epoch + math.ceil(self.seen / size) / batches
+        return epoch + math.ceil(self.progress.seen / size) / batches
 
     def log(self, metrics: dict[str, float], bar: tqdm | None = None) -> None:
         line = {**metrics, "epoch": round(self.state.epoch or 0.0, 4), "step": self.state.global_step}

@@ -1,7 +1,7 @@
 """The formulas of the fused preference kernel: elementary functions, margins, losses with their derivatives.
 
-Notation as in fastpo/loss_functions.py: lw, ll the sums that the loss reads of chosen and rejected, rw, rl those of the
-reference, a = lw - rw, b = ll - rl, n lengths, s the sigmoid. All fp32 scalars. The capitals are the words of a
+Notation as in fastpo/losses/functions.py: lw, ll the sums that the loss reads of chosen and rejected, rw, rl those of
+the reference, a = lw - rw, b = ll - rl, n lengths, s the sigmoid. All fp32 scalars. The capitals are the words of a
 `pair_losses.Recipe`: constexprs, so that what a loss does not need is not compiled.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-_MAX_EXPONENT = tl.constexpr(80.0)  # as in fastpo/loss_functions.py: beyond it an exponential stands still
+_MAX_EXPONENT = tl.constexpr(80.0)  # as in fastpo/losses/functions.py: beyond it an exponential stands still
 _HIGHEST = tl.constexpr(-1e-6)  # mean log-probability from which ORPO's odds are constant
 _LN2 = tl.constexpr(0.6931471805599453)
 

@@ -5,9 +5,9 @@ A loss is a function (`shape`) of one margin u = scale * m - offset, m being a d
 of the chosen response beside it. `recipe("simpo", beta=2.0, gamma_beta_ratio=0.5)` says so in the words of `Recipe`,
 which are constexprs of `preference.py`, and in numbers, which are its arguments.
 
-The definition of a loss is its function in fastpo/loss_functions.py or loss_statistics.py. The builders below have the
-same hyper-parameters and defaults as those, and tests/test_kernels_interpreter.py walks the table: a loss that is
-missing here, or differs, fails.
+The definition of a loss is its function in fastpo/losses/functions.py or losses/statistics.py. The builders below have
+the same hyper-parameters and defaults as those, and tests/ops/test_kernels_interpreter.py walks the table: a loss that
+is missing here, or differs, fails.
 
 What has no recipe stays in Python, for it is no function of one pair's own numbers:
   exo_rw, nca_rw, infonca    lists of K responses

@@ -25,9 +25,9 @@ BLOCK_P = 256  # pairs a step when the pairs of a response are gathered
 TAIL_BLOCK_N = 32  # tokens a step beside BLOCK_P pairs, where each pair weighs the tokens differently
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 
-# Rows of the kernel's output per pair, [15, P]: the objective; fastpo.metrics.PAIR_METRICS (log-ratios or what stands
-# for them, wins, log-probabilities, counts of chosen and rejected, no KL, count of pairs), so that one sum over the
-# pairs is the step's metrics; and what fastpo.ops.PreferenceOutput shows of each pair.
+# Rows of the kernel's output per pair, [15, P]: the objective; fastpo.training.metrics.PAIR_METRICS (log-ratios or what
+# stands for them, wins, log-probabilities, counts of chosen and rejected, no KL, count of pairs), so that one sum over
+# the pairs is the step's metrics; and what fastpo.ops.PreferenceOutput shows of each pair.
 METRICS = slice(1, 10)
 SHOWN = slice(10, 15)
 N_TERMS = 15
@@ -174,7 +174,7 @@ def _drawn_fill(x_ptr, token_weight_ptr, drawn_rows_ptr, begin, end, value, BLOC
 
 @triton.jit
 def _put_metrics(terms_ptr, at, n_pairs, lw, ll, rw, rl, n_w, n_l, REWARD: tl.constexpr):
-    """fastpo.metrics.pair_metrics of one pair, in rows 1 to 9. A tie within the rounding of the sums is no win."""
+    """`pair_metrics` (training/metrics.py) of one pair, in rows 1 to 9. A tie within the sums' rounding is no win."""
     if REWARD == "ratio":
         chosen = lw - rw
         rejected = ll - rl
@@ -377,7 +377,7 @@ class PreferenceResult(NamedTuple):
         return self.terms[0]
 
     @property
-    def metrics(self) -> Tensor:  # [9, P], as fastpo.metrics.PAIR_METRICS
+    def metrics(self) -> Tensor:  # [9, P], as fastpo.training.metrics.PAIR_METRICS
         return self.terms[METRICS]
 
     @property

@@ -160,7 +160,7 @@ def pair_numbers(
     drawn_rows: Tensor | None = None,  # [K] int64
     segment_sum: Callable[[Tensor, Tensor], Tensor] = response_sums,
 ) -> dict[str, Tensor]:
-    """What losses read of each pair, each [P]: sums over tokens, under the names of fastpo.loss_functions.Pairs, and
+    """What losses read of each pair, each [P]: sums over tokens, under the names of fastpo.losses.functions.Pairs, and
     `chosen_rows` and `rejected_rows`; autograd goes through. Without a reference its sums are 0; a response without
     tokens has length 1. With `drawn_rows` also `chosen_drawn_logps` and so on: sums over the rows listed, pair by pair,
     for each response as many as the shorter one has."""

@@ -113,7 +113,7 @@ def any_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of a weight that overflows in fp32 are taken: the shortest way to a step that is not finite."""
     import math
 
-    from fastpo import rows
+    from fastpo.data import rows
 
     monkeypatch.setitem(rows.BOUNDS, "weight", (0.0, math.inf))
 

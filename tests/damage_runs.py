@@ -27,7 +27,10 @@ from safetensors.torch import load_file  # noqa: E402
 
 import fastpo  # noqa: E402
 from conftest import Toy  # noqa: E402
-from fastpo import checkpoint, state_files  # noqa: E402
+from fastpo.checkpoints import (
+    checkpoint,  # noqa: E402
+    state_files,  # noqa: E402
+)
 from fastpo.errors import FastpoError  # noqa: E402
 
 STEPS, EVERY = 4, 2

@@ -25,7 +25,7 @@ fi
 tests=("$@")
 if [[ ${#tests[@]} == 0 ]]; then
     # What meets the libraries' own interfaces: ops and compilation, models, adapters, data, a run and its resume.
-    tests=(tests/test_ops.py tests/test_losses.py tests/test_loss_table.py tests/test_model.py tests/test_adapters.py
-        tests/test_ref_policy.py tests/test_optim.py tests/test_trainer.py tests/test_resume.py tests/test_data.py)
+    tests=(tests/ops/test_head.py tests/losses/test_functions.py tests/losses/test_table.py tests/models/test_policy.py tests/models/test_adapters.py
+        tests/reference/test_cache.py tests/training/test_optim.py tests/test_trainer.py tests/checkpoints/test_resume.py tests/data/test_prepare.py)
 fi
 PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} "$folder/bin/python" -m pytest -q "${tests[@]}"

@@ -166,8 +166,8 @@ def make_case(seed: int) -> tuple[dict, dict]:
     """(options, inputs) of a case."""
     import dataclasses
 
-    from fastpo import options
-    from fastpo.config import TrainConfig
+    from fastpo.config import options
+    from fastpo.config.train_config import TrainConfig
 
     rng = random.Random(seed)
     fields = {f.name: f for f in dataclasses.fields(TrainConfig)}
@@ -222,7 +222,7 @@ class Stage:
         self.defaults = dict(disable_tqdm=True, use_cpu=True, report=False, max_steps=2, per_device_train_batch_size=3)
 
     def build(self, chosen, inputs) -> str:
-        from fastpo.config import TrainConfig
+        from fastpo.config.train_config import TrainConfig
 
         TrainConfig.build(inputs.get("args"), **chosen)
         return "built"
@@ -253,7 +253,7 @@ class Stage:
         return "trained"
 
     def command(self, chosen, inputs) -> str:
-        from fastpo import cli
+        from fastpo.cli import command_line as cli
 
         argv = ["train", "--print-config"]
         for name, v in {

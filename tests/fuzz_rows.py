@@ -3,8 +3,8 @@
     python tests/fuzz_rows.py [--count 10000] [--seed 0]
 
 Half of them go one by one with invalid="raise": an example or a DataError of one line. The others go in small sets with
-invalid="drop": each row is kept or counted under a reason, unless the set as a whole is refused. tests/test_content.py
-runs a sample.
+invalid="drop": each row is kept or counted under a reason, unless the set as a whole is refused.
+tests/data/test_content.py runs a sample.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from fastpo.data import prepare_examples
+from fastpo.data.prepare import prepare_examples
 from fastpo.errors import DataError
 
 CHATML = (

@@ -34,7 +34,7 @@ import torch  # noqa: E402
 import fastpo  # noqa: E402
 import fastpo.trainer  # noqa: E402,F401  # before the fork
 from conftest import Toy  # noqa: E402
-from fastpo import checkpoint  # noqa: E402
+from fastpo.checkpoints import checkpoint  # noqa: E402
 
 TIMES = ("runtime", "per_second", "peak_memory_gb")
 LORA = dict(r=4, lora_alpha=8, lora_dropout=0.1, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")

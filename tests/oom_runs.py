@@ -1,4 +1,4 @@
-"""Runs that are out of memory in processes of their own: what test_oom.py compares.
+"""Runs that are out of memory in processes of their own: what training/test_oom.py compares.
 
 python tests/oom_runs.py folder
 

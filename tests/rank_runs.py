@@ -1,4 +1,4 @@
-"""The same training by one process and by several, replicated and sharded: what test_distributed.py compares.
+"""The same training by one process and by several, replicated and sharded: what training/test_distributed.py compares.
 
     python tests/rank_runs.py results.pt
 
@@ -122,7 +122,7 @@ def _count_collectives() -> dict[str, int]:
     """Counts of the root's gathers and of all reductions, and of forward passes through the root."""
     from torch.distributed.fsdp._fully_shard import _fsdp_param_group as group
 
-    from fastpo.distributed import Root
+    from fastpo.training.distributed import Root
 
     calls = {"root gathers": 0, "reductions": 0, "passes with gradient": 0, "steps": 0}
     gather, reduce, forward = group.foreach_all_gather, group.foreach_reduce, Root.forward

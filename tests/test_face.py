@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import fastpo
 from fastpo.errors import ConfigError
-from fastpo.losses import LOSSES
+from fastpo.losses.table import LOSSES
 
 
 @pytest.fixture
@@ -331,7 +331,7 @@ def test_token_metrics_of_unpaired_rows_and_sft(trainer, toy):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_entropy_top1(dtype, monkeypatch):
     """In tiles of both dimensions against the definition; soft cap, bias, masked logits and -100 rows."""
-    from fastpo import vocab_ops
+    from fastpo.ops import vocab_ops
 
     def tiles(n, v, *_):
         return [(slice(a, min(a + 4, n)), [slice(b, min(b + 7, v)) for b in range(0, v, 7)]) for a in range(0, n, 4)]

@@ -9,8 +9,8 @@ import torch
 from torch.nn.functional import logsigmoid
 
 import fastpo
-from fastpo import references
 from fastpo.errors import ConfigError, DataError, DeviceError, FastpoError, TrainingError, UnsupportedModelError
+from fastpo.reference import sources as references
 
 LR = 1e-2
 
@@ -132,8 +132,8 @@ def test_sharing_prompts_changes_nothing(toy, run, options):
 def test_prompts_are_shared_where_it_pays():
     import numpy as np
 
-    from fastpo.data import Example
-    from fastpo.packing import TrunkCost, sequence_tokens, set_sharing, trunk_tokens
+    from fastpo.data.packing import TrunkCost, sequence_tokens, set_sharing, trunk_tokens
+    from fastpo.data.prepare import Example
 
     def example(prompt, *responses, **rest):
         return Example(np.arange(prompt), [np.arange(n) for n in responses], [(0, 1)], **rest)
@@ -245,7 +245,7 @@ def test_the_reference_pass_is_shared_by_a_sweep(toy, run, monkeypatch):
     calls = []
     real = references.reference_logps
     monkeypatch.setattr(
-        "fastpo.references.reference_logps",
+        "fastpo.reference.sources.reference_logps",
         lambda examples, needed, cache, compute, **kw: real(
             examples, needed, cache, lambda batch: (calls.append(1), compute(batch))[1], **kw
         ),
@@ -392,12 +392,12 @@ def test_non_finite_steps_are_skipped_counted_and_stop_the_run(toy, run, any_wei
 
 
 def test_a_start_away_from_the_reference_is_refused(run, monkeypatch):
-    real = fastpo.references.reference_logps
+    real = fastpo.reference.sources.reference_logps
 
     def wrong(*args, **kwargs):
         return [[part + 0.5 for part in parts] for parts in real(*args, **kwargs)]
 
-    monkeypatch.setattr("fastpo.references.reference_logps", wrong)
+    monkeypatch.setattr("fastpo.reference.sources.reference_logps", wrong)
     with pytest.raises(TrainingError, match="should start at its reference"):
         run()
 
@@ -512,7 +512,7 @@ def test_a_frozen_model_is_refused_before_any_work(toy, run):
 
 def test_adapter_settings_are_part_of_the_fingerprint(toy):
     peft = pytest.importorskip("peft", reason="needs peft")
-    from fastpo.ref_policy import model_fingerprint
+    from fastpo.reference.cache import model_fingerprint
 
     def key(alpha: int) -> str:
         torch.manual_seed(0)
@@ -538,7 +538,7 @@ def test_a_call_that_failed_leaves_the_model_as_good_as_new(toy, run, monkeypatc
     model, callback = toy.model().bfloat16(), TrainerCallback()
     with monkeypatch.context() as patch:
         if event == "outputs.start":
-            patch.setattr("fastpo.outputs.start", fail)
+            patch.setattr("fastpo.report.outputs.start", fail)
         else:
             setattr(callback, event, fail)
         with pytest.raises(RuntimeError, match="on purpose"):
@@ -579,7 +579,7 @@ def test_dropout_by_other_names_is_disabled(toy, run):
     """StarCoder2 keeps its residual and embedding dropout as numbers on its layers."""
     from transformers import Starcoder2Config, Starcoder2ForCausalLM
 
-    from fastpo.noise import disable_dropout
+    from fastpo.models.noise import disable_dropout
 
     def model(p):
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""The head op on four processes: what test_vocab_parallel.py reads. Every case runs on the first ranks of the four.
+"""The head op on four processes: what ops/test_vocab_parallel.py reads. Every case runs on the first ranks of the four.
 
 python tests/vocab_runs.py results.pt
 """
@@ -24,9 +24,15 @@ from torch.distributed.tensor.debug import CommDebugMode  # noqa: E402
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module  # noqa: E402
 
 import fastpo  # noqa: E402
-from fastpo import backends, check, op_parts, ops, vocab_parallel  # noqa: E402
+from fastpo import check  # noqa: E402
 from fastpo.check import SOFTCAPPED, Case  # noqa: E402
 from fastpo.kernels import reference  # noqa: E402
+from fastpo.ops import (
+    backends,  # noqa: E402
+    vocab_parallel,  # noqa: E402
+)
+from fastpo.ops import head as ops  # noqa: E402
+from fastpo.ops import parts as op_parts  # noqa: E402
 
 WORLD = 4
 BUDGETS = {"none": None, "frozen": None, "kept": 1 << 62, "sliced": 0}

@@ -1,0 +1,132 @@
+"""TRL's arguments objects to fastpo's options: DPOConfig, KTOConfig, CPOConfig, ORPOConfig, plain TrainingArguments.
+
+Each trainer of TRL has a class of its own whose defaults mean its loss; here the loss is an option. The tables say what
+becomes of the fields that a class has beyond DPOConfig's, which are in fastpo/config/options.py.
+"""
+
+# ruff: noqa: E501  # one option a line: it reads as the table it is
+
+import enum
+from collections.abc import Callable, Collection
+from typing import Any
+
+from fastpo.config import options
+from fastpo.config.options import EARLIER, Option, _any, _no, _same
+from fastpo.errors import ConfigError
+
+_KWARGS = "in loss_kwargs here"
+_ENCODER_DECODER = {
+    "max_completion_length": EARLIER["max_completion_length"],
+    "generate_during_eval": _no("set sample_generations to the number of prompts to answer", False),
+    "is_encoder_decoder": _no("causal language models only"),
+}
+# By class: its loss, and the fields beyond DPOConfig's.
+CLASSES: dict[str, tuple[str, dict[str, Option]]] = {
+    "DPOConfig": ("sigmoid", {}),
+    "KTOConfig": ("kto", {
+        "loss_type": _same("kto", "kto, apo_zero_unpaired"),
+        "train_sampling_strategy": _same("sequential", "the rows in their order, as in TRL; random is honoured too"),
+        "desirable_weight": _same(1.0, _KWARGS),
+        "undesirable_weight": _same(1.0, _KWARGS),
+    }),
+    "CPOConfig": ("sigmoid", {
+        "loss_type": _same("sigmoid", "sigmoid is cpo, hinge cpo_hinge, ipo cpo_ipo; simpo is cpo_simpo, or simpo with cpo_alpha=0; alphapo is alphapo"),
+        "label_smoothing": _same(0.0, "with sigmoid and simpo; with hinge and ipo, where TRL warns and ignores it, it is refused"),
+        "cpo_alpha": _same(1.0, f"{_KWARGS}; with alpha the weight of an sft term"),
+        "simpo_gamma": _same(0.5, "gamma_beta_ratio = simpo_gamma / beta; TRL reads it with simpo alone"),
+        "alpha": _same(0.0, "with simpo, which is then alphapo; with another loss_type, where TRL bends sums of log-probabilities, it is refused"),
+        **_ENCODER_DECODER,
+    }),
+    "ORPOConfig": ("orpo", {
+        "beta": _same(0.1, "the odds ratio's weight"),
+        "padding_value": _any("nothing is padded"),
+        **_ENCODER_DECODER,
+    }),
+}  # fmt: skip
+_CPO_LOSSES = {"sigmoid": "cpo", "hinge": "cpo_hinge", "ipo": "cpo_ipo", "simpo": "cpo_simpo"}
+
+
+def class_of(args: Any) -> str | None:
+    """Which of CLASSES an arguments object is of, itself or by inheritance, or TrainingArguments; None for another kind
+    of object. ConfigError for another trainer's arguments, which mean another loss."""
+    names = [c.__name__ for c in type(args).__mro__]
+    if "TrainingArguments" not in names:
+        return None
+    found = next((name for name in names if name in CLASSES), None)
+    if found is None and names[0] != "TrainingArguments":
+        raise ConfigError(
+            f"args is a {names[0]}, whose defaults mean another loss; pass a {', a '.join(CLASSES)}, a dict or a "
+            "TrainConfig"
+        )
+    return found or names[0]
+
+
+def values_of(args: Any, known: Collection[str]) -> dict[str, Any]:
+    """The options that an arguments object sets: what its user gave, and the defaults of the fields that fastpo has too
+    (`known`), so that they keep TRL's meaning.
+
+    Fields that transformers fills in by itself (logging_dir, bf16 on this machine, ...) are compared with an untouched
+    object of the same class.
+    """
+    kind = class_of(args)
+    try:
+        untouched = type(args)(output_dir=args.output_dir, use_cpu=True, bf16=False)
+    except TypeError as error:  # a subclass with arguments of its own
+        raise ConfigError(
+            f"args is a {type(args).__name__} that cannot be compared with its defaults: {error}"
+        ) from None
+    fields = {name: getattr(args, name) for name, f in type(args).__dataclass_fields__.items() if f.init}
+    changed = {k: v for k, v in fields.items() if options.differ(v, getattr(untouched, k))}
+    for name in known:
+        if name in fields and name != "bf16":
+            changed.setdefault(name, fields[name])
+    changed["bf16"] = bool(fields.get("bf16"))
+    if "loss_type" in fields:
+        changed["loss_type"] = fields["loss_type"]
+    changed = {name: value.value if isinstance(value, enum.Enum) else value for name, value in changed.items()}
+    if kind in _OWN:
+        of_class = {name: fields[name] for name in CLASSES[kind][1] if name in fields}
+        return changed | _OWN[kind](changed, of_class)
+    names = [changed["loss_type"]] if isinstance(changed.get("loss_type"), str) else changed.get("loss_type", [])
+    trl_beta = set(names) <= set(options.TRL_LOSSES) and set(names) != {"sft"}
+    if changed.get("beta") == getattr(untouched, "beta", None) and not trl_beta:
+        changed["beta"] = None  # TRL's default was not meant for a loss that TRL does not have, and sft reads none
+    return changed
+
+
+def _kto(changed: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
+    weights = {name: fields[name] for name in ("desirable_weight", "undesirable_weight")}
+    _take(changed, weights)
+    return {"loss_kwargs": weights}
+
+
+def _cpo(changed: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
+    loss, alpha, nll = fields["loss_type"], fields["alpha"], fields["cpo_alpha"]
+    _take(changed, ("cpo_alpha", "simpo_gamma", "alpha"))
+    if loss not in _CPO_LOSSES:
+        raise ConfigError(f"CPOConfig: loss_type must be one of {', '.join(_CPO_LOSSES)}, not {loss!r}")
+    if alpha and loss != "simpo":
+        raise ConfigError(
+            f"CPOConfig: alpha={alpha} with loss_type={loss!r} is not honoured by fastpo: set loss_type='alphapo'"
+        )
+    ratio = {"gamma_beta_ratio": fields["simpo_gamma"] / changed["beta"]} if loss == "simpo" and changed["beta"] else {}
+    if alpha:
+        out: dict[str, Any] = {"loss_type": "alphapo", "loss_kwargs": {"alpha": alpha}}
+        return {**out, **ratio, **({"loss_type": ["alphapo", "sft"], "loss_weights": [1.0, nll]} if nll else {})}
+    if loss == "simpo" and not nll:
+        return {"loss_type": "simpo", **ratio}
+    return {"loss_type": _CPO_LOSSES[loss], "loss_kwargs": {"cpo_alpha": nll}, **ratio}
+
+
+def _orpo(changed: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
+    return {"loss_type": "orpo"}
+
+
+def _take(changed: dict[str, Any], names: Collection[str]) -> None:
+    for name in names:
+        changed.pop(name, None)
+
+
+_OWN: dict[str, Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]]] = {
+    "KTOConfig": _kto, "CPOConfig": _cpo, "ORPOConfig": _orpo,
+}  # fmt: skip

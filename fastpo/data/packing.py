@@ -1,0 +1,554 @@
+"""Token ids to packed batches: all bookkeeping on the host, so that no step ever asks the device for a length.
+
+Rows of a step with the same prompt are one tree, where that is estimated cheaper (`set_sharing`): the prompt passes the
+trunk once, and so does a response that several of them have. The data know nothing of it: rows, responses, pairs and
+columns of a batch are the same, only the trunk positions that head rows read coincide.
+
+T = packed tokens of the trunk, N = head rows (completion tokens), S = responses, P = pairs, C = chains, M = prompt
+tokens that have one before them, U = prompts that they are of.
+"""
+
+import math
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastpo.data.packer import pack_all, pack_step
+from fastpo.data.prefetch import to_device
+from fastpo.data.prepare import Example
+
+if TYPE_CHECKING:
+    from fastpo.training.metrics import Flops
+
+
+class Branch(NamedTuple):
+    """Whole chains [start, stop) that continue the first tokens of another chain, [prompt, prompt_stop)."""
+
+    start: int
+    stop: int
+    prompt: int
+    prompt_stop: int
+
+
+class Prompts(NamedTuple):
+    """The prompts of preferred responses, for an NLL over prompt and response: all their tokens but the first."""
+
+    rows: Tensor  # [M] int64: the position whose hidden state predicts each target
+    target: Tensor  # [M] int64
+    offsets: Tensor  # [U + 1] int32, cumulative rows per prompt; a shared one is there once
+    weight: Tensor  # [U] fp32: the sft term's weight of each; a shared one has those of its preferred responses
+    of_pair: Tensor  # [P] int64: which of them is that of the pair's preferred response
+
+
+@dataclass(slots=True)
+class PackedBatch:
+    """One micro-batch: a forest of prompts and their responses, without padding.
+
+    A prompt is a segment; each response is a segment whose parent is its prompt. Without sharing, every response has
+    its own copy of the prompt, the two are adjacent, and together they form one causal chain. A shared prompt forms one
+    with its first response; each other response is a chain of its own, and together they are a branch of that prompt;
+    one that a row before it in the tree has already is no segment, its head rows read the same positions again. The
+    last token of a response predicts nothing, so it enters the trunk only where a router's loss counts it; the last of
+    a prompt predicts the first of each of its responses. Padding, if any, is last: chains of their own that no head row
+    reads.
+    """
+
+    input_ids: Tensor  # [T] int64
+    position_ids: Tensor  # [T] int64; a response continues its prompt's positions
+    seg_offsets: tuple[int, ...]  # G + 1 cumulative tokens; host
+    seg_parents: tuple[int, ...]  # G; -1 for a prompt; host
+    cu_seqlens: tuple[int, ...]  # C + 1 boundaries of the causal chains; host
+    branches: tuple[Branch, ...]  # of shared prompts; host
+    logit_rows: Tensor  # [N] int64: the position whose hidden state predicts each target
+    target: Tensor  # [N] int64
+    response_offsets: Tensor  # [S + 1] int32, cumulative rows per response
+    pairs: Tensor  # [P, 2] int32: preferred, other; indices of responses
+    pair_weight: Tensor  # [P] fp32
+    nll_weight: Tensor  # [N] fp32: the sft term's weight of each token; 0 for responses that are never preferred
+    token_weight: Tensor | None  # [N] fp32, in nll_weight already; a token of weight 2 counts as two
+    win_prob_chosen: Tensor | None  # [P] fp32
+    win_prob_rejected: Tensor | None  # [P] fp32
+    label: Tensor | None  # [S] bool: desirable; of unpaired rows
+    score: Tensor | None  # [S] fp32
+    greedy: Tensor | None  # [P] int32: the reference's greedy response of each pair's row
+    ref_logp: Tensor | None  # [N] fp32, the reference's token log-probabilities
+    ref_response_logps: Tensor | None  # [S] fp32, where the data give only their sums
+    examples: tuple[int, ...]  # which rows of the data set; host
+    row_pairs: tuple[int, ...]  # pairs of each row; host
+    row_responses: tuple[int, ...]  # responses of each row; host
+    num_tokens: int  # prompt and response tokens of every response, as TRL counts them; host
+    unique: bool  # every response is in exactly one pair; host
+    padding: int = 0  # trunk tokens at the end that are no one's; host
+    prompts: Prompts | None = None  # where a loss reads them
+    uses: Tensor | None = None  # [T] fp32: how many responses a token of the trunk is part of; where all of it is there
+    drawn_rows: Tensor | None = None  # [K] int64: SamPO's draw, row_statistics.draw_rows
+    rows: dict[str, Tensor] = field(default_factory=dict)  # further numbers per head row [N], from the forward pass
+
+    def to(self, device: torch.device) -> Self:
+        """The same batch with its tensors on `device`; host bookkeeping is shared."""
+        if device.type == "cpu":
+            return self
+        named = {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
+        moved = to_device([*named.values(), *(self.prompts or ())], device)
+        changes: dict[str, Any] = dict(zip(named, moved, strict=False))
+        if self.prompts is not None:
+            changes["prompts"] = Prompts(*moved[len(named) :])
+        return replace(self, **changes)
+
+
+# ---- what a tree costs, and which rows are one
+
+
+# What a branch costs a layer beside its tokens, in FLOPs of the device's matrices, by kind of device: more attention
+# calls, and the merge of their outputs. CPU: measured on two Zen 4 cores, D = 256 (6.3 MFLOP a token and layer), where
+# sharing breaks even at a prompt of 12 tokens. CUDA: unmeasured; three launches of 5 us at 400 TFLOP/s.
+BRANCH_FLOPS = {"cpu": 75e6, "cuda": 6e9}
+
+
+class TrunkCost(NamedTuple):
+    """Estimated FLOPs of one layer, forward and backward: linear in tokens, quadratic in lengths, and of branches."""
+
+    token: float  # of a token in the layer's matrices
+    pair: float = 0.0  # of a query and a key that it sees
+    branch: float = BRANCH_FLOPS["cpu"]
+
+    @classmethod
+    def of(cls, flops: "Flops", device: torch.device) -> Self:
+        """Of a model whose work `flops` counts."""
+        layers = max(flops.layers, 1)
+        branch = BRANCH_FLOPS.get(device.type, BRANCH_FLOPS["cuda"])
+        # Flops counts the square of a chain's length, of which half are pairs.
+        return cls(flops.per_token / layers, 12 * flops.attention / layers, branch)
+
+    def share_from(self, prompt: int) -> int:
+        """The least number of responses for which one copy of a prompt of so many tokens is cheaper than one each."""
+        saved = prompt * self.token + prompt**2 / 2 * self.pair  # by each response but the first
+        return 1 + max(1, math.ceil(self.branch / max(saved, 1e-9)))
+
+
+class TreeSize(NamedTuple):
+    """What one tree, or one row whose responses have a copy of the prompt each, is to the trunk."""
+
+    tokens: int
+    head_rows: int
+    pairs: int  # of a query and a key that it sees
+    branches: int
+
+    @property
+    def size(self) -> int:
+        """What counts against max_tokens: a head row takes less than a fourth of the memory of a trunk token, and there
+        are more of them only where many rows of a tree have the same responses. Rounded up, so that rows together never
+        count for more than apart: else a micro-batch that fits is over the budget once it is looked at as a whole."""
+        return max(self.tokens, -(-self.head_rows // 4))
+
+    def cost(self, cost: TrunkCost) -> int:
+        """In 1/1024 of a token's share of a layer's matrices; an integer, so that it is the same on every machine."""
+        flops = self.tokens * cost.token + self.pairs * cost.pair + self.branches * cost.branch
+        return round(1024 * flops / max(cost.token, 1.0))
+
+
+def tree_size(rows: Sequence[Example], share: bool) -> TreeSize:
+    """Of rows that are one tree, or with `share` false of one row with a copy of its prompt for each response."""
+    head_rows = sum(len(r) for e in rows for r in e.responses)
+    if not share:
+        chains = [len(e.prompt_of(k)) + len(r) - 1 + e.whole for e in rows for k, r in enumerate(e.responses)]
+        return TreeSize(sum(chains), head_rows, sum(n * (n + 1) // 2 for n in chains), 0)
+    prompt = len(rows[0].prompt_ids)
+    lengths = {r.tobytes(): len(r) - 1 + e.whole for e in rows for r in e.responses}.values()
+    pairs = prompt * (prompt + 1) // 2 + sum(n * (n + 1) // 2 + n * prompt for n in lengths)
+    return TreeSize(prompt + sum(lengths), head_rows, pairs, int(len(lengths) > 1))
+
+
+def trunk_tokens(example: Example) -> int:
+    """Tokens that the example puts through the trunk: its prompt once a response, or once where it is shared, and every
+    response, mostly but its last token."""
+    return tree_size([example], example.share).tokens
+
+
+def sequence_tokens(example: Example) -> int:
+    """Tokens of its responses, each with its prompt: what TRL counts."""
+    return sum(len(example.prompt_of(k)) + len(r) for k, r in enumerate(example.responses))
+
+
+def set_sharing(examples: Sequence[Example], mode: str, cost: TrunkCost) -> None:
+    """Decide from how many responses on a prompt is shared, in each example and by those of a step. `mode`: auto, by
+    `cost`; always or never.
+
+    Where the truncation left the responses different prompts there is none to share.
+    """
+    for example in examples:
+        possible = example.response_prompts is None and mode != "never"
+        least = 2 if mode == "always" else cost.share_from(len(example.prompt_ids))
+        example.share_from = least if possible else 0
+        example.share = 0 < example.share_from <= len(example.responses)
+
+
+def sharing_mode(mode: str, device_type: str) -> str:
+    """`share_prompts` as it is on a kind of device: auto shares on a CPU alone, as it is unmeasured elsewhere."""
+    return "never" if mode == "auto" and device_type != "cpu" else mode
+
+
+def repeated_prompts(examples: Iterable[Example]) -> int:
+    """How many examples have the prompt of one before them, and may share it with that in a step."""
+    prompts = [e.prompt_ids.tobytes() for e in examples if e.share_from]
+    return len(prompts) - len(set(prompts))
+
+
+def _trees(examples: Sequence[Example], rows: Sequence[int]) -> list[list[int]]:
+    """`rows`, of which all have one prompt, as one tree where that pays; else each alone."""
+    together = len(rows) == 1 or sum(len(examples[i].responses) for i in rows) >= examples[rows[0]].share_from
+    return [list(rows)] if together else [[i] for i in rows]
+
+
+def _adjacent_trees(examples: Sequence[Example], indices: Sequence[int]) -> Iterator[tuple[int, bool, bool]]:
+    """(row, whether it begins a tree, whether the tree's prompt is shared): neighbours of one prompt are one tree."""
+    groups: list[list[int]] = []
+    for i in indices:
+        example, last = examples[i], examples[groups[-1][-1]] if groups else None
+        if last and example.share_from and last.share_from and np.array_equal(example.prompt_ids, last.prompt_ids):
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    for group in groups:
+        for tree in _trees(examples, group):
+            for i in tree:
+                yield i, i == tree[0], len(tree) > 1 or examples[i].share
+
+
+def step_trees(examples: Sequence[Example], rows: Iterable[int], max_tokens: int) -> list[list[int]]:
+    """Rows of one prompt together, in trees no larger than `max_tokens` (a row stays whole), by their first row."""
+    groups: dict[bytes | int, list[int]] = {}
+    for i in rows:
+        groups.setdefault(examples[i].prompt_ids.tobytes() if examples[i].share_from else i, []).append(i)
+    trees: list[list[int]] = []
+    for group in groups.values():
+        part: list[int] = []
+        seen: set[bytes] = set()
+        tokens = head_rows = 0
+        for i in group:
+            own = {r.tobytes(): len(r) - 1 + examples[i].whole for r in examples[i].responses}
+            more = sum(length for response, length in own.items() if response not in seen)
+            more_rows = sum(map(len, examples[i].responses))
+            if part and max(tokens + more, -(-(head_rows + more_rows) // 4)) > max_tokens:
+                trees += _trees(examples, part)
+                part, seen = [], set()
+            if not part:
+                tokens, head_rows, more = len(examples[i].prompt_ids), 0, sum(own.values())
+            part.append(i)
+            seen |= own.keys()
+            tokens += more
+            head_rows += more_rows
+        trees += _trees(examples, part)
+    return trees
+
+
+def _sizes(examples: Sequence[Example], trees: Iterable[Sequence[int]]) -> list[TreeSize]:
+    return [tree_size([examples[i] for i in tree], len(tree) > 1 or examples[tree[0]].share) for tree in trees]
+
+
+def step_batches(
+    examples: Sequence[Example], rows: Sequence[int], max_tokens: int, cost: TrunkCost, ranks: int = 1
+) -> list[list[list[int]]]:
+    """The rows of each micro-batch of one step, for each of `ranks` processes; rows of one tree are neighbours.
+
+    `packer.pack_step` over trees. A tree of several rows that costs more than a rank's share is split.
+    """
+    trees = step_trees(examples, rows, max_tokens)
+    sizes = _sizes(examples, trees)
+    costs = [size.cost(cost) for size in sizes]
+    while ranks > 1:
+        most = max((k for k in range(len(trees)) if len(trees[k]) > 1), key=lambda k: costs[k], default=None)
+        if most is None or (len(trees) >= ranks and costs[most] * ranks <= sum(costs)):
+            break
+        tree = trees[most]
+        halves = _trees(examples, tree[: len(tree) // 2]) + _trees(examples, tree[len(tree) // 2 :])
+        trees[most : most + 1] = halves
+        of_halves = _sizes(examples, halves)
+        sizes[most : most + 1] = of_halves
+        costs[most : most + 1] = [size.cost(cost) for size in of_halves]
+    shares = pack_step(range(len(trees)), [size.size for size in sizes], max_tokens, ranks, costs)
+    return [[[i for k in part for i in trees[k]] for part in share] for share in shares]
+
+
+def packed_size(examples: Sequence[Example], rows: Sequence[int]) -> int:
+    """What the rows take of max_tokens in one micro-batch: their trunk tokens, where a prompt is shared once."""
+    return sum(size.size for size in _sizes(examples, step_trees(examples, rows, sys.maxsize)))
+
+
+def pass_batches(examples: Sequence[Example], rows: Iterable[int], max_tokens: int) -> list[list[int]]:
+    """The rows of each micro-batch of a pass without gradients over many rows; rows of one tree are neighbours."""
+    trees = step_trees(examples, rows, max_tokens)
+    sizes = [size.size for size in _sizes(examples, trees)]
+    return [[i for k in part for i in trees[k]] for part in pack_all(range(len(trees)), sizes, max_tokens)]
+
+
+def loss_count(example: Example) -> int:
+    """Losses that the example has: its pairs, or its responses where they are unpaired."""
+    return len(example.pairs) or len(example.responses)
+
+
+def nll_count(example: Example, reduction: str = "token_mean", with_prompt: bool = False) -> float:
+    """What the sft term is a mean over: responses that win a pair or are desirable (all of them where there are neither
+    pairs nor labels), or, with token_mean, their tokens, and `with_prompt` those of the prompt of each but the first.
+    """
+    labels = example.response_columns.get("label", [1.0] * len(example.responses))
+    chosen = {winner for winner, _ in example.pairs} or [k for k, label in enumerate(labels) if label]
+    if reduction != "token_mean":
+        return len(chosen)
+    of_prompts = sum(len(example.prompt_of(k)) - 1 for k in chosen) if with_prompt else 0
+    if example.token_weights is not None:
+        return of_prompts + float(sum(example.token_weights[k].sum(dtype=np.float64) for k in chosen))
+    return of_prompts + sum(len(example.responses[k]) for k in chosen)
+
+
+def collate(
+    examples: Sequence[Example],
+    indices: Sequence[int],
+    ref_logps: Sequence[Sequence[np.ndarray]] | None = None,
+    with_prompts: bool = False,
+    token_bucket: int | None = None,
+) -> PackedBatch:
+    """Pack `examples[i] for i in indices`; `ref_logps[i][k]` are the reference's log-probabilities of response k.
+
+    Neighbours with one prompt are one tree where their `share_from` says so. `with_prompts` lists the prompts' tokens
+    too, for a loss that reads their log-probabilities. `token_bucket`: the trunk's row is padded to a multiple of it.
+    """
+    trunk, prompts = _Trunk(), _PromptRows()
+    rows: list[np.ndarray] = []  # of each response, as the next four
+    targets: list[np.ndarray] = []
+    ref: list[np.ndarray] = []
+    nll: list[np.ndarray] = []
+    token_weights: list[np.ndarray] = []
+    pairs: list[tuple[int, int]] = []
+    pair_weight: list[float] = []
+    win_chosen: list[float] = []
+    win_rejected: list[float] = []
+    ref_sums: list[float] = []
+    labels: list[float] = []
+    scores: list[float] = []
+    greedy: list[int] = []
+    num_tokens = 0
+    for i, opens, share in _adjacent_trees(examples, indices):
+        example = examples[i]
+        first_response = len(targets)
+        pair_weights = example.pair_columns.get("weight", [1.0] * len(example.pairs))
+        preferred: dict[int, float] = {}  # response -> weight of its token NLL
+        for (winner, loser), weight in zip(example.pairs, pair_weights, strict=True):
+            pairs.append((first_response + winner, first_response + loser))
+            pair_weight.append(weight)
+            preferred.setdefault(winner, weight)
+        _win_probs(example, win_chosen, win_rejected)
+        trunk.begin_row(opens)
+        for k, response in enumerate(example.responses):
+            prompt = example.prompt_of(k)
+            weight = preferred.get(k, 0.0) if example.pairs else 1.0
+            if "label" in example.response_columns:
+                weight = example.response_columns["label"][k]
+                labels.append(weight)
+            nll.append(np.full(len(response), weight, np.float32))
+            if example.token_weights is not None:
+                token_weights.append(example.token_weights[k])
+                nll[-1] *= example.token_weights[k]
+            if with_prompts and k in preferred:
+                prompts.add(first_response + k, trunk.root if share else trunk.size, prompt, preferred[k])
+            rows.append(trunk.add(prompt, response, share, example.whole))
+            targets.append(response)
+            num_tokens += len(prompt) + len(response)
+            if ref_logps is not None:
+                ref.append(ref_logps[i][k])
+        if share:
+            trunk.end_shared_row(opens, len(example.prompt_ids))
+        ref_sums += example.response_columns.get("ref_logps", [])
+        scores += example.response_columns.get("score", [])
+        if example.greedy is not None:
+            greedy += [first_response + example.greedy] * len(example.pairs)
+    padding = trunk.pad(token_bucket) if token_bucket else 0
+    n_responses, n_pairs = len(targets), len(pairs)
+    return PackedBatch(
+        input_ids=_int64(trunk.ids),
+        position_ids=_int64(trunk.positions),
+        seg_offsets=_offsets(trunk.seg_lengths),
+        seg_parents=tuple(trunk.seg_parents),
+        cu_seqlens=_offsets(trunk.chain_lengths),
+        branches=tuple(trunk.branches),
+        logit_rows=_int64(rows),
+        target=_int64(targets),
+        response_offsets=torch.tensor(_offsets(list(map(len, targets))), dtype=torch.int32),
+        pairs=torch.tensor(pairs, dtype=torch.int32).reshape(-1, 2),
+        pair_weight=torch.tensor(pair_weight, dtype=torch.float32),
+        nll_weight=torch.from_numpy(np.concatenate(nll)),
+        token_weight=torch.from_numpy(np.concatenate(token_weights)) if token_weights else None,
+        win_prob_chosen=_float32(win_chosen, n_pairs),
+        win_prob_rejected=_float32(win_rejected, n_pairs),
+        label=torch.tensor(labels).bool() if labels else None,
+        score=_float32(scores, n_responses),
+        greedy=torch.tensor(greedy, dtype=torch.int32) if pairs and len(greedy) == n_pairs else None,
+        ref_logp=torch.from_numpy(np.concatenate(ref).astype(np.float32)) if ref else None,
+        ref_response_logps=_float32(ref_sums, n_responses),
+        examples=tuple(indices),
+        row_pairs=tuple(len(examples[i].pairs) for i in indices),
+        row_responses=tuple(len(examples[i].responses) for i in indices),
+        num_tokens=num_tokens,
+        unique=sorted(r for pair in pairs for r in pair) == list(range(n_responses)),
+        padding=padding,
+        prompts=prompts.packed(pairs) if with_prompts else None,
+        uses=trunk.uses() if all(examples[i].whole for i in indices) else None,
+    )
+
+
+class _Trunk:
+    """Lays out the trunk's row: what stands at each of its positions, and which part attends to which."""
+
+    def __init__(self) -> None:
+        self.ids: list[np.ndarray] = []  # one a segment
+        self.positions: list[np.ndarray] = []  # one a call of `_chain`
+        self.seg_lengths: list[int] = []
+        self.seg_parents: list[int] = []
+        self.chain_lengths: list[int] = []
+        self.branches: list[Branch] = []
+        self.size = 0  # tokens so far
+        self.root = self.root_segment = self.after_first = 0  # of the tree's prompt; where its first response ends
+        # By response of a shared prompt: what predicts its tokens, and where it begins.
+        self.placed: dict[bytes, tuple[np.ndarray, int]] = {}
+        self.parts: list[tuple[int, int]] = []  # of the trunk: each prompt and each response of each row
+
+    def begin_row(self, opens: bool) -> None:
+        """A row of data; `opens`: it begins a tree."""
+        if opens:
+            self.root, self.root_segment = self.size, len(self.seg_parents)
+            self.placed.clear()
+
+    def add(self, prompt: np.ndarray, response: np.ndarray, share: bool, whole: bool = False) -> np.ndarray:
+        """A response, with its prompt unless that is shared and stands there; returns the positions that predict it.
+        `whole`: with its last token, which predicts nothing."""
+        key = response.tobytes() if share else b""
+        tokens = response if whole else response[:-1]
+        if not (share and key in self.placed):
+            start = self.size
+            if share and self.placed:
+                self._chain([tokens], [self.root_segment], len(prompt))
+                last, first = self.root + len(prompt) - 1, start
+            else:
+                self._chain([prompt, tokens], [-1, len(self.seg_parents)], 0)
+                self.after_first = self.size
+                first = start + len(prompt)
+                last = first - 1
+            rows = np.concatenate([[last], np.arange(first, first + len(response) - 1)])
+            if share:
+                self.placed[key] = rows, first
+        else:
+            rows, first = self.placed[key]
+        prompt_stop = int(rows[0]) + 1
+        self.parts += [(prompt_stop - len(prompt), prompt_stop), (first, first + len(tokens))]
+        return rows
+
+    def uses(self) -> Tensor:
+        """How many responses each token is part of; 0 for padding. -> [T] fp32"""
+        counts = np.zeros(self.size, np.float32)
+        for start, stop in self.parts:
+            counts[start:stop] += 1
+        return torch.from_numpy(counts)
+
+    def _chain(self, segments: list[np.ndarray], parents: list[int], first_position: int) -> None:
+        """Segments whose positions count on; one without tokens is none of attention's chains."""
+        length = sum(map(len, segments))
+        self.ids += segments
+        self.positions.append(np.arange(first_position, first_position + length))
+        self.seg_parents += parents
+        self.seg_lengths += map(len, segments)
+        if length:
+            self.chain_lengths.append(length)
+        self.size += length
+
+    def end_shared_row(self, opens: bool, prompt_length: int) -> None:
+        """What came after the tree's first response branches off its prompt."""
+        if self.size == self.after_first:
+            return
+        if not opens and self.branches and self.branches[-1].prompt == self.root:
+            self.branches.pop()  # of the same tree, one row ago
+        self.branches.append(Branch(self.after_first, self.size, self.root, self.root + prompt_length))
+
+    def pad(self, bucket: int) -> int:
+        """Fills the row up to a multiple of `bucket`; returns by how much."""
+        padding = -self.size % bucket
+        # No longer than the rows' own chains: padding has no position, and asks for no window, that they do not.
+        longest = max(self.chain_lengths, default=1)
+        for first in range(0, padding, longest):
+            self._chain([np.zeros(min(longest, padding - first), np.int64)], [-1], 0)
+        return padding
+
+
+class _PromptRows:
+    """Gathers `Prompts`, each prompt by its place in the trunk."""
+
+    def __init__(self) -> None:
+        self.number: dict[int, int] = {}  # first position -> which prompt
+        self.of_response: dict[int, int] = {}
+        self.rows, self.target = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+        self.lengths: list[int] = []
+        self.weights: list[float] = []
+
+    def add(self, response: int, start: int, prompt: np.ndarray, weight: float) -> None:
+        """A preferred response whose prompt begins at `start`."""
+        if start not in self.number:
+            self.number[start] = len(self.lengths)
+            self.rows.append(np.arange(start, start + len(prompt) - 1))
+            self.target.append(prompt[1:])
+            self.lengths.append(len(prompt) - 1)
+            self.weights.append(0.0)
+        self.of_response[response] = self.number[start]
+        self.weights[self.number[start]] += weight
+
+    def packed(self, pairs: Sequence[tuple[int, int]]) -> Prompts:
+        return Prompts(
+            _int64(self.rows), _int64(self.target), torch.tensor(_offsets(self.lengths), dtype=torch.int32),
+            torch.tensor(self.weights, dtype=torch.float32),
+            torch.tensor([self.of_response[winner] for winner, _ in pairs], dtype=torch.int64),
+        )  # fmt: skip
+
+
+def _win_probs(example: Example, chosen: list[float], rejected: list[float]) -> None:
+    """SPPO's two targets; `win_prob`, P(chosen beats rejected), stands in for both in the paper's single form."""
+    columns = example.pair_columns
+    if "win_prob_chosen" in columns and "win_prob_rejected" in columns:
+        chosen += columns["win_prob_chosen"]
+        rejected += columns["win_prob_rejected"]
+    elif "win_prob" in columns:
+        chosen += columns["win_prob"]
+        rejected += [1 - p for p in columns["win_prob"]]
+
+
+def _int64(parts: list[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.concatenate(parts).astype(np.int64, copy=False))
+
+
+def _float32(values: list[float], count: int) -> Tensor | None:
+    """A column [count], or None where not every row has it."""
+    return torch.tensor(values, dtype=torch.float32) if len(values) == count else None
+
+
+def _offsets(lengths: list[int]) -> tuple[int, ...]:
+    return (0, *np.cumsum(lengths).tolist())
+
+
+def epoch_order(n: int, *, seed: int, epoch: int, strategy: str) -> list[int]:
+    """The order of n rows in one epoch: as they stand, or transformers' seeded permutation (seed + epoch)."""
+    if strategy == "sequential":
+        return list(range(n))
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed + epoch)).tolist()
+
+
+def epoch_steps(order: Sequence[int], batch_size: int, accumulation: int, drop_last: bool = False) -> list[list[int]]:
+    """The rows of each optimiser step of one epoch: `accumulation` batches of `batch_size` rows; the last may be short.
+
+    `drop_last` leaves out an incomplete last batch, as a data loader does, not an incomplete step.
+    """
+    if drop_last:
+        order = order[: len(order) // batch_size * batch_size]
+    step = batch_size * accumulation
+    return [list(order[start : start + step]) for start in range(0, len(order), step)]

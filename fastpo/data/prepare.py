@@ -1,0 +1,545 @@
+"""Rows to token ids: TRL's dataset rules, and what of them is refused, dropped or shortened.
+
+Preference rows have `chosen` and `rejected`, with `prompt` or with the prompt inside both; sft rows have `prompt` and
+`completion`, unpaired rows a `label` too. Conversations go through the tokenizer's chat template, with the row's
+`tools` and `chat_template_kwargs`.
+
+The prompt (with the generation prompt) and prompt + response are tokenised whole; the response begins where the
+first token differs. Texts get an EOS; conversations end as their template ends them. Three things differ from TRL, and
+each is counted and said once: a BOS (or EOS) that the tokenizer adds to a text that already has it is removed; a text
+that already ends with a special token, such as an end of turn, gets no EOS behind it; and pairs whose responses are the
+same after truncation are dropped. So a pre-rendered chat text gives the ids of the conversation it was rendered from.
+
+Truncation is `(prompt + response)[:max_length]` for each sequence, or `[-max_length:]` with `keep_end`. With the latter
+the responses of one pair may keep prompts of different length: `Example.response_prompts`.
+"""
+
+import itertools
+import logging
+import multiprocessing
+import os
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from fastpo.data import content, kway
+from fastpo.data.encoding import Encoded, Encoder
+from fastpo.data.kway import BEST_WORST, Forming
+from fastpo.data.layouts import Reading, read_as
+from fastpo.data.report import DataReport, warn
+from fastpo.data.rows import (
+    BOUNDS,
+    COMPLETIONS,
+    GREEDY,
+    LABEL,
+    RESPONSE_COLUMNS,
+    SFT_WEIGHTS,
+    TOKEN_COLUMNS,
+    InvalidRow,
+    Row,
+    Schema,
+    common_length,
+    extract_prompt,
+    parse_row,
+    read_schema,
+)
+from fastpo.data.sources import Stream, chunks, column_names, first_rows, head_rows, load_rows
+from fastpo.data.win_probs import check_win_probs
+from fastpo.errors import DataError, FastpoError, nearest, one_line, quoted
+
+__all__ = [
+    "DataError",
+    "DataReport",
+    "Example",
+    "describe_example",
+    "extract_prompt",
+    "load_rows",
+    "mismatched",
+    "prepare_examples",
+    "require_columns",
+    "unpair",
+]
+
+logger = logging.getLogger(__name__)
+
+_CHUNK_ROWS = 1000  # rows that are tokenised in one call: enough to keep all threads of a fast tokenizer busy
+
+
+@dataclass(slots=True)
+class Example:
+    """One prompt with its K responses; a classic pair is `responses = [chosen, rejected]`, `pairs = [(0, 1)]`."""
+
+    prompt_ids: np.ndarray  # [prompt_len] int32, never empty
+    responses: list[np.ndarray]  # K arrays [len_k] int32, never empty, with the EOS where there is one
+    pairs: list[tuple[int, int]] = field(default_factory=list)  # (preferred, other): indices into responses
+    pair_columns: dict[str, list[float]] = field(default_factory=dict)  # one value a pair, only columns in the data
+    response_columns: dict[str, list[float]] = field(default_factory=dict)  # one value a response
+    # Only where keep_end truncation left the responses with different prompts: K arrays, never empty. `prompt_ids` is
+    # then the shortest of them.
+    response_prompts: list[np.ndarray] | None = None
+    token_weights: list[np.ndarray] | None = None  # K arrays [len_k] fp32, where the data have them
+    share: bool = False  # the responses share one copy of the prompt in the trunk
+    # Rows of a step with the same prompt have one copy of it in the trunk from this many responses on; 0: each its own.
+    share_from: int = 0
+    whole: bool = False  # the last token of a response enters the trunk too: a router's loss counts it
+    greedy: int | None = None  # which response is the reference's greedy one (selm); it need not be in a pair
+    # Of responses that another one's tokens made begin inside the prompt: how many of their first tokens are the
+    # prompt's where each stands alone.
+    leads: tuple[int, ...] | None = None
+
+    def prompt_of(self, response: int) -> np.ndarray:
+        """The prompt ids that response number `response` continues."""
+        return self.prompt_ids if self.response_prompts is None else self.response_prompts[response]
+
+
+@dataclass(frozen=True)
+class _Preparer:
+    """Everything that turns a chunk of rows into examples; can be sent to another process."""
+
+    encoder: Encoder
+    schema: Schema
+    max_length: int | None
+    keep_end: bool
+    drop_invalid: bool
+    reading: Reading = Reading()
+
+    @property
+    def parse(self) -> Callable[[Mapping, int, Schema], Row]:
+        return parse_row if self.schema.kway is None else kway.parse_row
+
+    def __call__(self, start: int, raw_rows: Sequence[Mapping]) -> tuple[list[Example], DataReport]:
+        report = DataReport(rows=len(raw_rows))
+        rows = []
+        for number, raw in enumerate(raw_rows, start=start):
+            try:
+                row = self.parse(self.reading(raw, number), number, self.schema)
+                rows.append(self._without_prompt(row, report))
+            except InvalidRow as error:
+                self._refuse(error, report, 1 + self.schema.apart)
+            except FastpoError:
+                raise
+            except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:  # arrays and other objects
+                message = f"row {number} cannot be read: {one_line(error)}"
+                self._refuse(InvalidRow("cannot be read", message), report, 1 + self.schema.apart)
+        if self.schema.apart:
+            report.rows *= 2
+            rows = _apart(rows)
+        examples = []
+        for encoded in self._encode(rows, report):
+            row = encoded.row
+            try:
+                example = self._build(row, encoded, report)
+            except InvalidRow as error:
+                self._refuse(error, report)
+                continue
+            if example is not None:
+                examples.append(example)
+                report.offered += row.offered
+                report.pairs += len(row.pairs)
+                report.kept_rows.append(row.number)
+        report.kept = len(examples)
+        return examples, report
+
+    def _without_prompt(self, row: Row, report: DataReport) -> Row:
+        """Counts a prompt that the responses repeat; of conversations, whose turns are checked, it is taken out."""
+        if self.schema.conversational:
+            content.check(row)
+            shorter = content.without_prompt(row) if self.schema.explicit_prompt else row
+            content.check_responses(shorter)
+            report.repeated_turns += shorter is not row
+            return shorter
+        size = 0 if self.schema.token_ids else len(row.prompt)
+        if self.schema.explicit_prompt and size and all(text[:size] == row.prompt for text in row.completions):
+            report.repeated_prompts += 1
+        return row
+
+    def _refuse(self, error: InvalidRow, report: DataReport, rows: int = 1) -> None:
+        if not self.drop_invalid and not error.always_dropped:
+            raise DataError(f"{error} (invalid_rows='drop' leaves such rows out and counts them)") from error
+        report.dropped[error.reason] = report.dropped.get(error.reason, 0) + rows
+
+    def _encode(self, rows: list[Row], report: DataReport) -> Iterable[Encoded]:
+        if not rows:
+            return []
+        if self.schema.token_ids:
+            return [Encoded(row, [list(row.prompt), *([*row.prompt, *ids] for ids in row.completions)],
+                            [None] * len(row.completions)) for row in rows]  # fmt: skip
+        try:
+            return self.encoder(rows, report)
+        except InvalidRow as error:
+            if not self.drop_invalid or len(rows) == 1:
+                self._refuse(error, report)
+                return []
+        # A template refused some row: go through them one by one. The encoder counts only rows that it returns.
+        return list(itertools.chain.from_iterable(self._encode([row], report) for row in rows))
+
+    def _build(self, row: Row, encoded: Encoded, report: DataReport) -> Example | None:
+        prompt, *wholes = encoded.ids
+        boundary = min(common_length(prompt, whole) for whole in wholes)
+        if self.schema.language:
+            boundary = (
+                1  # nothing predicts the first token: it is the context of the second, as in TRL's shifted labels
+            )
+            prompt = wholes[0][:1]
+        elif self.schema.token_ids:
+            size = len(self.encoder.tokenizer)
+            for token in itertools.chain.from_iterable(wholes):
+                if type(token) is not int or not 0 <= token < size:
+                    message = f"row {row.number}: token id {token!r} is none of the tokenizer's {size} tokens"
+                    raise InvalidRow("bad token ids", message)
+        responses = [whole[boundary:] for whole in wholes]
+        if not boundary:
+            why = "merges whole into the first token of the response" if prompt else "is empty"
+            message = f"row {row.number}: the prompt {why}, so no token is left to predict the response from"
+            raise InvalidRow("empty prompt", message)
+        if not all(responses):
+            raise InvalidRow("empty completion", f"row {row.number}: a response has no tokens of its own")
+        pair, compared = self.schema.kind == "preference", row.compared
+        same = "identical pair" if self.schema.kway is None else "identical responses"
+        if pair and _twins(responses[:compared]):
+            who = "'chosen' and 'rejected'" if self.schema.kway is None else "two responses"
+            raise InvalidRow(same, f"row {row.number}: {who} have the same token ids")
+        for name, given, response in zip(TOKEN_COLUMNS, row.token_weights, responses, strict=False):
+            if len(given) != len(response):
+                message = (
+                    f"row {row.number}: '{name}' has {len(given)} numbers and the response {len(response)} tokens, end "
+                    "of sequence included"
+                )
+                raise InvalidRow(f"'{name}' does not fit", message)
+        if boundary < len(prompt):
+            report.boundary_moved += 1
+            report.moved_text = report.moved_text or self.encoder.tokenizer.decode(prompt[boundary:])
+
+        prompts, kept = self._truncate(prompt[:boundary], responses)
+        dropped = None
+        if not all(kept):
+            dropped = "prompt fills max_length"
+        elif pair and _twins(kept[:compared]):
+            dropped = f"{same} after truncation"
+        weights = [np.array(w[-len(ids) :] if self.keep_end else w[: len(ids)], np.float32) if w
+                   else np.ones(len(ids), np.float32)
+                   for w, ids in zip(row.token_weights, kept, strict=False)]  # fmt: skip
+        weights = self._masked(weights, encoded.trained, boundary, kept)
+        if not dropped and not all(w.any() for w in weights):
+            dropped = "no token of weight is left after truncation"
+        if dropped:
+            report.dropped[dropped] = report.dropped.get(dropped, 0) + 1
+            return None
+        greedy = row.greedy
+        if compared < len(kept):  # a greedy response in no pair: its ids may be a response's where its text is none's
+            twin = [k for k in range(compared) if (prompts[k], kept[k]) == (prompts[-1], kept[-1])]
+            if twin:
+                greedy = twin[0]
+                prompts, responses, kept = prompts[:compared], responses[:compared], kept[:compared]
+                weights = weights[:compared]
+        self._count(boundary, prompts, responses, kept, report)
+        if any(encoded.trained):
+            report.masked_tokens += sum(int((w == 0).sum()) for w in weights)
+        leads = tuple(common_length(prompt, whole) - boundary for whole in wholes)
+        arrays = [np.array(ids, dtype=np.int32) for ids in prompts]
+        shortest = min(arrays, key=len)
+        return Example(
+            prompt_ids=shortest,
+            responses=[np.array(ids, dtype=np.int32) for ids in kept],
+            pairs=list(row.pairs),
+            pair_columns=dict(row.pair_columns),
+            response_columns={name: values[: len(kept)] for name, values in row.response_columns.items()},
+            response_prompts=None if all(ids == prompts[0] for ids in prompts) else arrays,
+            token_weights=weights or None,
+            greedy=greedy,
+            leads=leads if any(leads) and not self.keep_end else None,
+        )
+
+    def _masked(
+        self, weights: list[np.ndarray], trained: Sequence[list[bool] | None], boundary: int, kept: Sequence[list[int]]
+    ) -> list[np.ndarray]:
+        """Weights of the tokens kept, 0 where they are of turns that are not trained; none where all of them are 1."""
+        if not any(trained):
+            return weights
+        weights = weights or [np.ones(len(ids), np.float32) for ids in kept]
+        for k, mask in enumerate(trained):
+            if mask is not None:
+                own = mask[boundary:]
+                own = own[len(own) - len(kept[k]) :] if self.keep_end else own[: len(kept[k])]
+                weights[k] = weights[k] * np.array(own, np.float32)
+        return weights
+
+    def _truncate(self, prompt: list[int], responses: list[list[int]]) -> tuple[list[list[int]], list[list[int]]]:
+        """Each response's prompt and itself within max_length; an empty response where nothing of it can be trained."""
+        if self.max_length is None:
+            return [prompt] * len(responses), responses
+        if not self.keep_end:
+            room = max(self.max_length - len(prompt), 0)
+            return [prompt] * len(responses), [ids[:room] for ids in responses]
+        prompts, kept = [], []
+        for ids in responses:
+            ids = ids[-self.max_length :]
+            room = self.max_length - len(ids)
+            if room == 0:
+                # Nothing predicts the first token that is kept: it serves as context, as it does in TRL's shifted mask.
+                prompts.append(ids[:1])
+                kept.append(ids[1:])
+            else:
+                prompts.append(prompt[-room:])
+                kept.append(ids)
+        return prompts, kept
+
+    def _count(self, prompt_len: int, prompts: list, responses: list, kept: list, report: DataReport) -> None:
+        report.responses += len(kept)
+        for own_prompt, before, after in zip(prompts, responses, kept, strict=True):
+            report.response_tokens += len(after)
+            report.longest_sequence = max(report.longest_sequence, len(own_prompt) + len(after))
+            if len(after) < len(before):
+                report.truncated += 1
+                if not self.keep_end:
+                    lost = before[len(after) :]
+                    report.truncated_eos += any(token in self.encoder.ending_ids for token in lost)
+        shortest = min(map(len, prompts))
+        report.prompt_tokens += shortest
+        report.truncated_prompts += shortest < prompt_len
+
+
+def _apart(rows: Sequence[Row]) -> list[Row]:
+    """Two unpaired rows of each pair, the preferred one desirable: all of these, then all others."""
+    out = []
+    for k, label in ((0, 1.0), (1, 0.0)):
+        for row in rows:
+            columns = {name: [values[k]] for name, values in row.response_columns.items()}
+            columns[LABEL] = [label]
+            out.append(row._replace(completions=(row.completions[k],), pairs=(), pair_columns={},
+                                    response_columns=columns, token_weights=row.token_weights[k : k + 1]))  # fmt: skip
+    return out
+
+
+def _twins(responses: Sequence[list[int]]) -> bool:
+    return len({tuple(ids) for ids in responses}) < len(responses)
+
+
+def prepare_examples(
+    dataset: Any,
+    tokenizer: Any,
+    *,
+    kind: str = "preference",
+    max_length: int | None = None,
+    truncation_mode: str = "keep_start",
+    columns: Collection[str] | None = None,
+    invalid: str = "raise",
+    num_proc: int | None = None,
+    forming: Forming = BEST_WORST,
+    assistant_only: bool = True,
+    apart: bool = False,
+    recognise: bool = True,
+    limit: int | None = None,
+) -> tuple[list[Example], DataReport]:
+    """Examples in the order of the rows, and what became of every row.
+
+    `kind` is "preference", "sft" or "unpaired"; pairs of the last kind, and with `apart` those of the first, are two
+    rows each, tokenised apart, of every thousand pairs all chosen ones first, as in TRL. `assistant_only`: turns of
+    others behind the prompt have a token weight of 0. `columns` names the optional columns to read (default: all that
+    are there); the others may hold anything. `forming` says which pairs rows of K `responses` give. `invalid="drop"`
+    counts rows with NaN, None or out-of-range values, empty texts or identical pairs where "raise" refuses the first of
+    them; rows lost to `max_length` and rows of K that form no pair are always dropped and counted. `recognise` converts
+    rows of other layouts (fastpo/data/layouts.py). `limit` ends the reading when there are as many examples.
+    """
+    for name, value, allowed in (
+        ("kind", kind, tuple(COMPLETIONS)),
+        ("truncation_mode", truncation_mode, ("keep_start", "keep_end")),
+        ("invalid", invalid, ("raise", "drop")),
+    ):
+        if value not in allowed:
+            raise DataError(f"{name}={value!r}: expected one of {quoted(allowed)}")
+    if max_length is not None and max_length < 2:
+        raise DataError(f"max_length={max_length}: a prompt token and a response token need at least 2")
+    rows = load_rows(dataset)
+    if not rows.head(1) if isinstance(rows, Stream) else len(rows) == 0:
+        raise DataError("the dataset has no rows")
+    given = column_names(rows)
+    if kind == "unpaired" and "chosen" in given and not {"completion", LABEL} <= set(given):
+        kind, apart = "preference", True
+    reading = read_as(given, head_rows(rows), kind, columns, recognise)
+    read = {"prompt", "chosen", "rejected", "completion", "tools", "chat_template_kwargs", *BOUNDS, *TOKEN_COLUMNS,
+            LABEL, GREEDY, SFT_WEIGHTS, kway.RESPONSES, kway.PAIRS, *reading.reads()}  # fmt: skip
+    names, first = reading.names(given), reading.first(first_rows(rows, read, _CHUNK_ROWS))
+    if kind == "preference" and kway.is_kway(names, first):
+        schema = kway.read_schema(names, first, columns, forming)
+    else:
+        schema = read_schema(names, first, kind, columns)
+    schema = replace(schema, language=reading.layout is not None and reading.layout.language,
+                     apart=apart)  # fmt: skip
+    try:
+        encoder = Encoder(tokenizer, schema.conversational, assistant_only)
+    except DataError as error:
+        raise DataError(f"{error} (the rows are {reading.says()})") if reading.says() else error from None
+    prepare = _Preparer(encoder, schema, max_length, truncation_mode == "keep_end", invalid == "drop", reading)
+
+    report = DataReport(max_length=max_length, columns=names, reading=reading.says(), streamed=limit is not None)
+    if report.reading:
+        count = "" if isinstance(rows, Stream) else f"{len(rows)} "
+        logger.info("the %srows are %s (recognise_layouts=false: rows as they are)", count, report.reading)
+    examples: list[Example] = []
+    for part, part_report in _run(prepare, chunks(rows, read, _CHUNK_ROWS), None if limit else num_proc):
+        examples += part
+        report.add(part_report)
+        if limit is not None and len(examples) >= limit:
+            break
+    if limit is not None and len(examples) > limit:
+        del examples[limit:], report.kept_rows[limit:]
+        report.kept = limit
+    even_weights(examples)
+    if schema.kway is None and forming.policy != "best_worst":
+        report.warnings.append(f"pair_policy={forming.policy} has no effect: the rows have no '{kway.RESPONSES}'")
+    warn(report, schema, names)
+    if not examples:
+        raise DataError(f"no row is left to train on: {report.summary()}")
+    check_win_probs(examples, report.kept_rows)
+    return examples, report
+
+
+def even_weights(examples: Sequence[Example]) -> None:
+    """Ones as the token weights of examples without, where others have them."""
+    if any(e.token_weights is not None for e in examples):
+        for example in examples:
+            if example.token_weights is None:
+                example.token_weights = [np.ones(len(ids), np.float32) for ids in example.responses]
+
+
+PROCESSES_A_CORE = 4  # more cost their start and bring nothing: the pool forks them all at once
+
+
+def _run(prepare: _Preparer, parts: Iterable, num_proc: int | None) -> Iterator[tuple[list[Example], DataReport]]:
+    num_proc = min(num_proc or 1, PROCESSES_A_CORE * (os.cpu_count() or 1))
+    if num_proc <= 1:
+        yield from itertools.starmap(prepare, parts)
+        return
+    # Forked, so that the tokenizer (seconds to pickle where the vocabulary is large) is inherited.
+    fork = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(num_proc, mp_context=fork, initializer=_set_worker, initargs=(prepare,)) as pool:
+        yield from pool.map(_work, *zip(*parts, strict=True))
+
+
+_worker: _Preparer | None = None
+
+
+def _set_worker(prepare: _Preparer) -> None:
+    global _worker
+    _worker = prepare
+
+
+def _work(start: int, raw_rows: Sequence[Mapping]) -> tuple[list[Example], DataReport]:
+    assert _worker is not None
+    return _worker(start, raw_rows)
+
+
+def require_columns(
+    examples: Sequence[Example], names: Iterable[str | tuple[str, ...]], loss_name: str, columns: Iterable[str] = ()
+) -> None:
+    """DataError unless every example has each of the columns (of a tuple: any one of them).
+
+    Names are those of the dataset ("chosen_score") or of the example ("score"); `columns` are the dataset's own, for a
+    hint at a misspelt one.
+    """
+    fields_of = {column: name for name, pair in RESPONSE_COLUMNS.items() for column in pair}
+    for alternatives in names:
+        wanted = (alternatives,) if isinstance(alternatives, str) else alternatives
+        keys = dict.fromkeys(fields_of.get(name, name) for name in wanted)
+        if all(any(_has(e, key) for key in keys) for e in examples):
+            continue
+        in_data = " or ".join(" with ".join(map(repr, RESPONSE_COLUMNS.get(key, (key,)))) for key in keys)
+        message = f"loss_type={loss_name!r} needs the column {in_data}, which the dataset has not"
+        if kway.RESPONSES in columns and wanted[0] != GREEDY:
+            return kway.refuse_loss(loss_name, next(iter(keys)), single=len(keys) == 1)
+        close = nearest(wanted[0], columns, 0.7)
+        raise DataError(f"{message}: did you mean '{close}'?" if close else message)
+
+
+def _has(example: Example, key: str) -> bool:
+    if key == GREEDY:
+        return example.greedy is not None
+    return key in example.pair_columns or key in example.response_columns
+
+
+def describe_example(example: Example, tokenizer: Any, max_chars: int = 600, prompt_loss: bool = False) -> str:
+    """The decoded prompt and responses, each marked as context or as trained on; with `prompt_loss` the prompts of
+    preferred responses are both."""
+    if example.pairs == [(0, 1)] and len(example.responses) == 2 + (example.greedy == 2):
+        labels = ["chosen", "rejected", "greedy"][: len(example.responses)]
+    elif len(example.responses) == 1:
+        labels = ["completion"]
+    else:
+        labels = [f"response {k}" for k in range(len(example.responses))]
+
+    def line(label: str, ids: np.ndarray, mask: str) -> str:
+        text = tokenizer.decode(ids.tolist(), skip_special_tokens=False)
+        if len(text) > max_chars:
+            text = f"{text[: max_chars * 2 // 3]} [...] {text[-max_chars // 3 :]}"
+        return f"{label:<10} {len(ids):>6} tokens, {mask}: {text!r}"
+
+    lines = []
+    preferred = {winner for winner, _ in example.pairs} if prompt_loss else set()
+    for k, (label, response) in enumerate(zip(labels, example.responses, strict=True)):
+        own = example.response_prompts is not None
+        if own or k == 0:
+            in_loss = k in preferred if own else bool(preferred)
+            mask = "context, and in the NLL" if in_loss else "context, no loss"
+            lines.append(line("prompt", example.prompt_of(k), mask))
+        ends = "" if response[-1] == tokenizer.eos_token_id else " (no EOS at the end)"
+        lines.append(line(label, response, f"trained on{ends}"))
+    values = {**example.pair_columns, **example.response_columns}
+    if values:
+        lines.append("columns    " + ", ".join(f"{name} {value}" for name, value in values.items()))
+    return "\n".join(lines)
+
+
+def unpair(examples: Sequence[Example]) -> list[Example]:
+    """Each response of the pairs as an unpaired row: desirable if it was chosen.
+
+    As TRL's KTOTrainer does: of every thousand pairs all chosen ones, then all rejected ones; a response begins where
+    it would alone. `prepare_examples` does it by itself for pairs of kind "unpaired", before tokenising.
+    """
+    out = []
+    for start in range(0, len(examples), _CHUNK_ROWS):
+        pairs = examples[start : start + _CHUNK_ROWS]
+        for k in (0, 1):
+            out += [_alone(example, k) for example in pairs]
+    return [example for example in out if len(example.responses[0])]
+
+
+def _alone(example: Example, k: int) -> Example:
+    columns = {name: [values[k]] for name, values in example.response_columns.items()}
+    columns[LABEL] = [float(k == 0)]
+    lead = example.leads[k] if example.leads else 0
+    prompt, response = example.prompt_of(k), example.responses[k]
+    weights = None if example.token_weights is None else [example.token_weights[k][lead:]]
+    prompt = np.concatenate([prompt, response[:lead]]) if lead else prompt
+    return Example(prompt, [response[lead:]], response_columns=columns, token_weights=weights)
+
+
+def mismatched(examples: Sequence[Example], max_length: int | None) -> list[Example]:
+    """Each row's prompt with the completion of the next row of another prompt, as KTO estimates its KL from.
+
+    The next in the data, not in the step, so that the reference scores each of them once. Where all rows have one
+    prompt it is the next row's, as in TRL, and a warning says so. Raises DataError for a single row.
+    """
+    n = len(examples)
+    if n == 1:
+        raise DataError("kto estimates a KL from completions of other rows, and there is only one")
+    others: list[Example | None] = [None] * n
+    other = None
+    # Backwards, twice around: a row of the same prompt as the next one has its other, however many they are.
+    for i in reversed(range(2 * n)):
+        example, after = examples[i % n], examples[(i + 1) % n]
+        other = other if np.array_equal(example.prompt_ids, after.prompt_ids) else after
+        others[i % n] = other
+    if other is None:
+        logger.warning("all rows have the same prompt: kto's KL is estimated from other completions of it, which makes "
+                       "it larger than that of completions of other prompts")  # fmt: skip
+    out = []
+    for i, (example, found) in enumerate(zip(examples, others, strict=True)):
+        other = found or examples[(i + 1) % n]
+        room = None if max_length is None else max_length - len(example.prompt_ids)
+        weights = None if other.token_weights is None else [other.token_weights[0][:room]]
+        out.append(Example(example.prompt_ids, [other.responses[0][:room]], token_weights=weights))
+    return out

@@ -1,0 +1,467 @@
+"""The table of preference losses: one name, one pure function of response log-probabilities, its paper's defaults.
+
+Log-probabilities are sums over a response's tokens, [P], one entry a pair; any float dtype, fp64 included. Every
+function returns one loss a pair, [P], without weights or reduction, and is differentiable; `coefficients` gives its
+gradient in closed form. `LOSSES["simpo"](chosen, rejected, ...)` works without the trainer; arguments that a loss does
+not read are ignored, those that it needs and lacks are an error.
+
+The functions are in fastpo/losses/functions.py, losses/cpo.py and losses/statistics.py; docs/losses.md is made from
+them and this table by `python -m fastpo.losses.docs > docs/losses.md`.
+"""
+
+import difflib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastpo.errors import ConfigError
+from fastpo.losses import cpo as c
+from fastpo.losses import functions as f
+from fastpo.losses import statistics as g
+from fastpo.losses.functions import F_DIVERGENCES, Gradient, Pairs
+
+__all__ = ["ALIASES", "LOSSES", "SFT", "Loss", "Pairs", "Term", "canonical_name", "resolve_terms", "segment_sum"]
+
+# What `fastpo.train` does not carry yet, by the losses that need it.
+NO_LACK = ""
+# What a loss may read of a whole step, beside a pair's own numbers (fastpo/training/stepwide.py).
+KL, REWARD_MEAN, ORDER = "kl", "reward_mean", "order"
+STATISTICS = Pairs._fields[2:]  # arguments of a loss by name, beside its hyper-parameters
+NLL_REDUCTIONS = ("token_mean", "seq_mean", "seq_sum")
+
+
+@dataclass(frozen=True)
+class Loss:
+    """One entry of the table: the functions, its defaults and what it needs of the data."""
+
+    name: str
+    fn: Callable[..., Tensor]
+    gradient: Callable[..., Gradient]
+    paper: str  # arXiv number
+    defaults: Mapping[str, Any]
+    reference: bool = True  # needs reference log-probabilities
+    length: bool = False  # reads the lengths, always or by option
+    win_prob: bool = False  # needs win probabilities against the previous policy
+    pair_prob: bool = False  # needs P(chosen beats rejected), the column win_prob
+    nll: str | None = None  # the hyper-parameter that weighs its NLL of the chosen response
+    needs: tuple[str, ...] = ()  # further fields of Pairs
+    may_read: tuple[str, ...] = ()  # columns of the data that it reads where they are there
+    drawn: bool = False  # its log-probabilities are sums over tokens drawn, as many of each response of a pair
+    lacks: str = NO_LACK  # what of its needs fastpo.train does not carry; empty where the loss can be trained
+    of_step: str = ""  # what it reads of the whole step: KL, REWARD_MEAN or ORDER
+    shape: str = "pairs"  # or "unpaired" [S], or "lists" [P, K]: then only the first and the third argument are given
+
+    def __call__(
+        self,
+        policy_chosen_logps: Tensor,
+        policy_rejected_logps: Tensor | None = None,
+        ref_chosen_logps: Tensor | None = None,
+        ref_rejected_logps: Tensor | None = None,
+        *,
+        chosen_len: Tensor | None = None,
+        rejected_len: Tensor | None = None,
+        prev_chosen_logps: Tensor | None = None,
+        prev_rejected_logps: Tensor | None = None,
+        win_prob: Tensor | None = None,
+        **more: Any,
+    ) -> Tensor:
+        """Losses [P] of P pairs; hyper-parameters not given take the loss's own default.
+
+        `win_prob` is P(chosen beats rejected); it stands in for `win_prob_chosen` and, as one minus it, for
+        `win_prob_rejected` (SPPO's single form). `more` are further fields of `Pairs` (`chosen_kl`, `scores`, ...) and
+        hyper-parameters. Raises ConfigError naming what is missing.
+        """
+        x, hyper = self._arguments(
+            policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, chosen_len=chosen_len,
+            rejected_len=rejected_len, prev_chosen_logps=prev_chosen_logps, prev_rejected_logps=prev_rejected_logps,
+            win_prob=win_prob, **more,
+        )  # fmt: skip
+        return self.fn(x, **hyper)
+
+    def coefficients(self, *args: Any, **kwargs: Any) -> Gradient:
+        """(dL/d chosen_logps, dL/d rejected_logps) of the summed losses in closed form; arguments as of the call."""
+        with torch.no_grad():
+            x, hyper = self._arguments(*args, **kwargs)
+            return self.gradient(x, **hyper)
+
+    def _arguments(
+        self, policy_chosen_logps: Tensor, policy_rejected_logps: Tensor | None = None,
+        ref_chosen_logps: Tensor | None = None, ref_rejected_logps: Tensor | None = None, *,
+        win_prob: Tensor | None = None, **more: Any,
+    ) -> tuple[Pairs, dict[str, Any]]:  # fmt: skip
+        statistics = {name: more.pop(name) for name in STATISTICS if name in more}
+        if win_prob is not None and (self.pair_prob or statistics.get("win_prob_chosen") is None):
+            statistics |= {"win_prob_chosen": win_prob, "win_prob_rejected": 1 - win_prob}
+        elif self.pair_prob:
+            raise ConfigError(f"{self.name} needs win_prob")
+        x = Pairs(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, **statistics)
+        hyper = self.hyper(**more)
+        missing = [name for name in self.needed(hyper) if getattr(x, name) is None]
+        if missing:
+            missing = ["policy_rejected_logps" if name == "rejected_logps" else name for name in missing]
+            raise ConfigError(f"{self.name} needs {' and '.join(missing)}")
+        for name, value in x._asdict().items():
+            if isinstance(value, Tensor) and value.dim() and value.shape != x.chosen_logps.shape:
+                shape = list(x.chosen_logps.shape)
+                raise ConfigError(f"{self.name}: {name} {list(value.shape)} must have the shape {shape}")
+        return x, hyper
+
+    def needed(self, hyper: Mapping[str, Any]) -> list[str]:
+        """Fields of Pairs that the loss reads with these hyper-parameters."""
+        pairs = self.shape == "pairs"
+        names = ["rejected_logps"] if pairs else []
+        if self.reference:
+            names += ["ref_chosen_logps", "ref_rejected_logps"] if pairs else ["ref_chosen_logps"]
+        if self.length and hyper.get("ipo_reduce") != "sum":
+            names += ["chosen_len", "rejected_len"]
+        if self.nll and hyper.get(self.nll):
+            if hyper["nll_reduction"] != "seq_sum" and not self.length:
+                names += ["chosen_len"]
+            if not hyper.get("disable_prompt_loss", True):
+                names += ["prompt_logps", "prompt_len"]
+        if self.win_prob:
+            names += ["win_prob_chosen", "win_prob_rejected"]
+        return [*names, *self.needs]
+
+    @property
+    def columns(self) -> list[tuple[str, ...]]:
+        """Columns of the data beside the responses; of each tuple any one."""
+        if self.pair_prob:
+            return [("win_prob",)]
+        if self.shape == "lists":
+            return [("chosen_score",), ("rejected_score",)]
+        if "greedy_logps" in self.needs:
+            return [("greedy",)]
+        return [("win_prob", "win_prob_chosen"), ("win_prob", "win_prob_rejected")] if self.win_prob else []
+
+    @property
+    def previous(self) -> bool:
+        """Whether it mixes the reference with the previous policy, (1 - kappa) t + kappa r."""
+        return "prev_chosen_logps" in self.needs
+
+    @property
+    def trainable(self) -> bool:
+        return not self.lacks
+
+    def hyper(self, **given: Any) -> dict[str, Any]:
+        """The loss's hyper-parameters: its defaults, overridden by those given that are not None."""
+        out = dict(self.defaults)
+        for name, value in given.items():
+            if name not in out:
+                near = difflib.get_close_matches(name, [*out, *STATISTICS], n=1, cutoff=0.6)
+                hint = f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(out)}"
+                raise ConfigError(f"{self.name} has no {name!r}{hint}")
+            if value is not None:
+                out[name] = value
+        self.check(out)
+        return out
+
+    def check(self, hyper: Mapping[str, Any]) -> None:
+        for name, value in hyper.items():
+            domain = _DOMAINS.get((self.name, name)) or _DOMAINS.get(name) or _FINITE
+            if not domain.holds(value):
+                raise ConfigError(f"{self.name}: {name} must be {domain.text}, not {value!r}")
+
+
+@dataclass(frozen=True)
+class _Domain:
+    """Where a hyper-parameter may lie: an interval, or some values."""
+
+    text: str
+    low: float = -math.inf
+    high: float = math.inf
+    closed: bool = True  # whether `low` is in it; `high` never is
+    choices: tuple[Any, ...] = ()
+
+    def holds(self, value: Any) -> bool:
+        if self.choices:
+            return any(value == choice and type(value) is type(choice) for choice in self.choices)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            return False
+        return (self.low <= value if self.closed else self.low < value) and value < self.high
+
+
+_FINITE = _Domain("a finite number")
+_POSITIVE = _Domain("positive", low=0.0, closed=False)
+_NOT_NEGATIVE = _Domain("zero or more", low=0.0)
+_SHARE = _Domain("in [0, 1]", low=0.0, high=math.nextafter(1.0, 2.0))
+_FLAG = _Domain("true or false", choices=(True, False))
+_DOMAINS: dict[Any, _Domain] = {
+    **dict.fromkeys(("beta", "eta", "discopop_tau", "temperature", "beta_r", "score_scale"), _POSITIVE),
+    **dict.fromkeys(("desirable_weight", "undesirable_weight"), _POSITIVE),
+    **dict.fromkeys(("alpha", "cpo_alpha", "rpo_alpha", "lambda_coef", "nll_coef", "dpop_lambda"), _NOT_NEGATIVE),
+    **dict.fromkeys(("kappa", "ld_alpha"), _SHARE),
+    **dict.fromkeys(("disable_prompt_loss", "clamp_weight"), _FLAG),
+    "label_smoothing": _Domain("in [0, 1)", low=0.0, high=1.0),
+    ("robust", "label_smoothing"): _Domain("in [0, 0.5)", low=0.0, high=0.5),
+    ("exo_pair", "label_smoothing"): _Domain("in (0, 0.5)", low=0.0, high=0.5, closed=False),
+    ("alphapo", "alpha"): _FINITE,
+    ("slic", "delta"): _NOT_NEGATIVE,
+    "ipo_reduce": _Domain("mean or sum", choices=("mean", "sum")),
+    "nll_reduction": _Domain(f"one of {', '.join(NLL_REDUCTIONS)}", choices=NLL_REDUCTIONS),
+    "f_divergence_type": _Domain(f"one of {', '.join(F_DIVERGENCES)}", choices=F_DIVERGENCES),
+}
+
+_GPO = "2402.05749"
+_SIMPO = {"beta": 2.0, "gamma_beta_ratio": 0.5, "label_smoothing": 0.0}
+_TOKEN_NLL = {"nll_reduction": "token_mean"}
+_PREV = ("prev_chosen_logps", "prev_rejected_logps")
+_TAILS = ("chosen_tail_logps", "rejected_tail_logps", "ref_chosen_tail_logps", "ref_rejected_tail_logps")
+
+_TABLE = (
+    Loss("dpo", f.dpo, f.d_dpo, "2305.18290", {"beta": 0.1, "label_smoothing": 0.0}),
+    Loss("cdpo", f.cdpo, f.d_dpo, "2305.18290", {"beta": 0.1, "label_smoothing": 0.1}),
+    Loss("robust", f.robust, f.d_robust, "2403.00409", {"beta": 0.1, "label_smoothing": 0.0}),
+    Loss("dpo_soft", f.dpo_soft, f.d_dpo_soft, "2305.18290", {"beta": 0.1}, pair_prob=True),
+    Loss("ipo", f.ipo, f.d_ipo, "2310.12036", {"beta": 0.1, "ipo_reduce": "mean"}, length=True),
+    Loss("hinge", f.hinge, f.d_hinge, "2309.06657", {"beta": 0.1}),
+    Loss("slic", f.slic, f.d_slic, "2305.10425", {"delta": 1.0, "lambda_coef": 0.1, **_TOKEN_NLL}, reference=False,
+         nll="lambda_coef"),
+    Loss("sigmoid_norm", f.sigmoid_norm, f.d_sigmoid_norm, "2411.15124", {"beta": 5.0}, length=True),
+    Loss("simpo", f.simpo, f.d_simpo, "2405.14734", _SIMPO, reference=False, length=True),
+    Loss("orpo", f.orpo, f.d_orpo, "2403.07691",
+         {"beta": 0.1, "nll_coef": 1.0, **_TOKEN_NLL, "disable_prompt_loss": False}, reference=False, length=True,
+         nll="nll_coef"),
+    Loss("cpo", f.cpo, f.d_cpo, "2401.08417", {"beta": 0.1, "label_smoothing": 0.0, "cpo_alpha": 1.0, **_TOKEN_NLL},
+         reference=False, nll="cpo_alpha"),
+    Loss("cpo_simpo", f.cpo_simpo, f.d_cpo_simpo, "2405.14734",
+         {"beta": 10.0, "gamma_beta_ratio": 0.54, "label_smoothing": 0.0, "cpo_alpha": 0.05, **_TOKEN_NLL},
+         reference=False, length=True, nll="cpo_alpha"),
+    Loss("cpo_hinge", c.cpo_hinge, c.d_cpo_hinge, "2305.10425", {"beta": 0.1, "cpo_alpha": 1.0, **_TOKEN_NLL},
+         reference=False, nll="cpo_alpha"),
+    Loss("cpo_ipo", c.cpo_ipo, c.d_cpo_ipo, "2310.12036", {"beta": 0.1, "cpo_alpha": 1.0, **_TOKEN_NLL},
+         reference=False, length=True, nll="cpo_alpha"),
+    Loss("rpo", f.rpo, f.d_rpo, "2405.16436", {"beta": 0.01, "rpo_alpha": 0.005, **_TOKEN_NLL}, nll="rpo_alpha"),
+    Loss("dpop", f.dpop, f.d_dpop, "2402.13228", {"beta": 0.1, "dpop_lambda": 50.0}),
+    Loss("rdpo", f.rdpo, f.d_rdpo, "2403.19159", {"beta": 0.1, "alpha": 0.01}, length=True),
+    Loss("exo_pair", f.exo_pair, f.d_exo_pair, "2402.00856", {"beta": 0.1, "label_smoothing": 1e-3}),
+    Loss("exo_rw", g.exo_rw, g.d_exo_rw, "2402.00856", {"beta": 0.5, "beta_r": 0.5}, needs=("scores",), shape="lists"),
+    Loss("nca_pair", f.nca_pair, f.d_nca_pair, "2402.05369", {"beta": 0.01}),
+    Loss("nca_rw", g.nca_rw, g.d_nca_rw, "2402.05369", {"beta": 0.01, "temperature": 1e-4}, needs=("scores",),
+         shape="lists"),
+    Loss("infonca", g.infonca, g.d_infonca, "2402.05369", {"beta": 0.01, "temperature": 1e-4}, needs=("scores",),
+         shape="lists"),
+    Loss("kto", g.kto, g.d_kto, "2402.01306", {"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0},
+         needs=("label", "kl"), shape="unpaired", of_step=KL),
+    Loss("apo_zero_unpaired", g.apo_zero_unpaired, g.d_apo_zero_unpaired, "2408.06266",
+         {"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0}, needs=("label",), shape="unpaired"),
+    Loss("bco_pair", f.bco_pair, f.d_bco_pair, "2404.04656", {"beta": 0.01, "delta": 0.0}),
+    Loss("bco", g.bco, g.d_bco, "2404.04656", {"beta": 0.01}, needs=("label", "reward_mean"), shape="unpaired",
+         of_step=REWARD_MEAN),
+    Loss("apo_zero", f.apo_zero, f.d_apo_zero, "2408.06266", {"beta": 0.1}),
+    Loss("apo_down", f.apo_down, f.d_apo_down, "2408.06266", {"beta": 0.1}),
+    Loss("aot", g.aot, g.d_aot, "2406.05882", {"beta": 0.01, "label_smoothing": 0.0}, of_step=ORDER),
+    Loss("aot_unpaired", g.aot_unpaired, g.d_aot_unpaired, "2406.05882", {"beta": 0.01, "label_smoothing": 0.0},
+         of_step=ORDER),
+    Loss("discopop", f.discopop, f.d_discopop, "2406.08414", {"beta": 0.05, "discopop_tau": 0.05}),
+    Loss("wpo", g.wpo, g.d_wpo, "2406.11827", {"beta": 0.01, "clamp_weight": True}, length=True,
+         needs=("chosen_log_sum_sq", "rejected_log_sum_sq")),
+    Loss("ld_dpo", g.ld_dpo, g.d_ld_dpo, "2409.06411", {"beta": 0.1, "ld_alpha": 0.5}, needs=_TAILS),
+    Loss("sampo", g.sampo, g.d_sampo, "2406.10957", {"beta": 0.1}, drawn=True),
+    Loss("tdpo1", g.tdpo1, g.d_tdpo1, "2404.11999", {"beta": 0.1}, needs=("chosen_kl", "rejected_kl")),
+    Loss("tdpo2", g.tdpo2, g.d_tdpo2, "2404.11999", {"beta": 0.1, "alpha": 0.5}, needs=("chosen_kl", "rejected_kl")),
+    Loss("gpo_logistic", f.gpo_logistic, f.d_gpo_logistic, _GPO, {"beta": 0.1}),
+    Loss("gpo_exp", f.gpo_exp, f.d_gpo_exp, _GPO, {"beta": 0.1}),
+    Loss("gpo_sq", f.gpo_sq, f.d_gpo_sq, _GPO, {"beta": 0.1}),
+    Loss("gpo_hinge", f.gpo_hinge, f.d_hinge, _GPO, {"beta": 0.1}),
+    Loss("gpo_tquad", f.gpo_tquad, f.d_gpo_tquad, _GPO, {"beta": 0.1}),
+    Loss("gpo_savage", f.gpo_savage, f.d_gpo_savage, _GPO, {"beta": 0.1}),
+    Loss("fdpo", f.fdpo, f.d_fdpo, "2309.16240",
+         {"beta": 0.1, "f_divergence_type": "js_divergence", "f_alpha_divergence_coef": 0.5}),
+    Loss("alphapo", f.alphapo, f.d_alphapo, "2501.03884", {"beta": 2.5, "alpha": 0.25, "gamma_beta_ratio": 0.04},
+         reference=False, length=True),
+    Loss("sppo", f.sppo, f.d_sppo, "2405.00675", {"beta": 0.001}, win_prob=True),
+    Loss("sppo_single", f.sppo_single, f.d_sppo_single, "2405.00675", {"beta": 0.001}, pair_prob=True),
+    Loss("sppo_hard", f.sppo_hard, f.d_sppo_hard, "2405.00675", {"beta": 0.001}),
+    Loss("dno", g.dno, g.d_dno, "2404.03715", {"beta": 0.1, "score_scale": 1.0}, win_prob=True),
+    Loss("dno_prct", g.dno_prct, g.d_dno_prct, "2404.03715", {"beta": 0.1}),
+    Loss("dno_reg", g.dno_reg, g.d_dno_reg, "2404.03715", {"beta": 0.1, "kappa": 1 / 3, "score_scale": 1.0},
+         needs=_PREV, may_read=("win_prob", "win_prob_chosen", "win_prob_rejected")),
+    Loss("inpo", g.inpo, g.d_inpo, "2407.00617", {"eta": 0.005, "kappa": 1 / 3}, needs=_PREV),
+    Loss("online_ipo", f.online_ipo, f.d_online_ipo, "2403.08635", {"beta": 0.1},
+         lacks="pairs sampled from the policy as it trains (with ipo_reduce=sum, ipo is the same on pairs given)"),
+    Loss("ipo_md", f.ipo_md, f.d_online_ipo, "2403.08635", {"beta": 0.1},
+         lacks="pairs sampled from the mixture of policy and reference"),
+    Loss("selm", g.selm, g.d_selm, "2405.19332", {"beta": 0.01, "alpha": 1e-3},
+         needs=("greedy_logps", "ref_greedy_logps")),
+    Loss("xpo", g.xpo, g.d_xpo, "2405.21046", {"beta": 0.1, "alpha": 1e-5}, needs=("ref_sample_logps",),
+         lacks="pairs sampled from the policy and the reference as it trains"),
+)  # fmt: skip
+
+
+class _Table(dict[str, Loss]):
+    """By name; a name of TRL's finds its loss, an unknown one is a ConfigError that names the nearest."""
+
+    def __missing__(self, name: str) -> Loss:
+        if (own := canonical_name(name)) == SFT:
+            raise ConfigError("sft is no loss of pairs: it is the trainer's term on the chosen response's tokens")
+        return self[own]
+
+
+LOSSES: dict[str, Loss] = _Table({loss.name: loss for loss in _TABLE})
+ALIASES = {"sigmoid": "dpo"}  # TRL's names
+SFT = "sft"  # negative log-likelihood of the chosen responses, reduced over the step as `nll_reduction` says
+
+# TRL's and our own options that one of the losses reads, with the value that leaves each loss its default.
+OPTIONS: dict[str, Any] = {
+    "beta": None, "label_smoothing": 0.0, "gamma_beta_ratio": None, "ipo_reduce": "mean", "discopop_tau": 0.05,
+    "f_divergence_type": None, "f_alpha_divergence_coef": 0.5, "ld_alpha": None, "use_weighting": False,
+}  # fmt: skip
+
+
+def canonical_name(name: str) -> str:
+    """The table's name for a loss or alias; ConfigError naming the nearest for an unknown one."""
+    name = ALIASES.get(name, name)
+    if name in LOSSES or name == SFT:
+        return name
+    known = [*LOSSES, *ALIASES, SFT]
+    near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
+    raise ConfigError(
+        f"unknown loss_type {name!r}" + (f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(known)}")
+    )
+
+
+def _number(value: Any) -> Any:
+    """1e-3 is a text to YAML."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+@dataclass(frozen=True)
+class Term:
+    """One summand of the objective. `loss` is None for the sft term."""
+
+    name: str
+    weight: float
+    loss: Loss | None
+    hyper: Mapping[str, Any]
+
+    @property
+    def beta(self) -> float:
+        return self.hyper.get("beta", 1.0)
+
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether its NLL is that of prompt and response."""
+        if self.loss is None:
+            return not self.hyper.get("disable_prompt_loss", True)
+        return "prompt_logps" in self.loss.needed(self.hyper)
+
+
+def resolve_terms(
+    names: Sequence[str],
+    weights: Sequence[float] | None = None,
+    *,
+    loss_kwargs: Mapping[str, Any] | None = None,
+    **given: Any,
+) -> list[Term]:
+    """The weighted sum that a configuration asks for, each loss with its own defaults where an option is unset.
+
+    An NLL of a loss's own that is a mean over tokens becomes an sft term, which is normalised over the whole step.
+    Raises ConfigError where an option was set that no loss of the sum reads, and for a loss that cannot be trained yet.
+    """
+    options = {name: None if value == OPTIONS.get(name) else value for name, value in given.items()}
+    both = [name for name in loss_kwargs or {} if options.get(name) is not None]
+    if both:
+        raise ConfigError(f"{', '.join(both)} is set, and in loss_kwargs too; give one")
+    options |= {name: _number(value) for name, value in (loss_kwargs or {}).items()}
+    weighted = bool(options.pop("use_weighting", None))
+    if weighted and {canonical_name(n) for n in names} != {"dpo"}:
+        raise ConfigError("use_weighting goes with loss_type=dpo alone, as wpo; name wpo as one of the losses instead")
+    unread = {name for name, value in options.items() if value is not None or name in (loss_kwargs or {})}
+    if options.get("f_divergence_type") == "reverse_kl":
+        unread.discard("f_divergence_type")  # every loss but fdpo has it
+    terms: list[Term] = []
+    for i, name in enumerate(canonical_name(n) for n in names):
+        weight = 1.0 if weights is None else float(weights[i])
+        if name == SFT:
+            reduction = options.get("nll_reduction") or "token_mean"
+            if not _DOMAINS["nll_reduction"].holds(reduction):
+                raise ConfigError(f"sft: nll_reduction must be {_DOMAINS['nll_reduction'].text}, not {reduction!r}")
+            unread -= {"nll_reduction"}
+            terms.append(Term(SFT, weight, None, {"nll_reduction": reduction}))
+            continue
+        if name == "dpo":
+            name = _of_dpo(options, weighted)
+        loss = LOSSES[name]
+        reads = {k: v for k, v in options.items() if k in loss.defaults}
+        unread -= set(reads)
+        if weighted:
+            # As TRL has it: DPO's own beta, and no cap.
+            reads = {"beta": LOSSES["dpo"].defaults["beta"], "clamp_weight": False} | reads
+        terms += _terms(loss, weight, loss.hyper(**reads))
+    if not terms:
+        raise ConfigError("loss_type names no loss")
+    if unread:
+        read = {name for t in terms if t.loss for name in t.loss.defaults}
+        close = [n for u in sorted(unread) for n in difflib.get_close_matches(u, read, n=1, cutoff=0.6)]
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        summed = " + ".join(t.name for t in terms)
+        raise ConfigError(f"{', '.join(sorted(unread))} is set, but {summed} does not read it{hint}")
+    single, of_each = ([t.name for t in terms if t.loss and t.loss.pair_prob], [
+        t.name for t in terms if t.loss and t.loss.win_prob])  # fmt: skip
+    if single and of_each:  # a batch has room for one kind
+        raise ConfigError(
+            f"{single[0]} reads win_prob as P(chosen beats rejected) and {of_each[0]} win probabilities against the "
+            "previous policy: they cannot be mixed"
+        )
+    unpaired, paired = ([t.name for t in terms if t.loss and (t.loss.shape == "unpaired") == u] for u in (True, False))
+    if unpaired and paired:
+        raise ConfigError(f"{unpaired[0]} takes unpaired rows and {paired[0]} pairs: they cannot be mixed")
+    ordered = [t.name for t in terms if t.loss and t.loss.of_step == ORDER]
+    with_kl = [t.name for t in terms if t.loss and "chosen_kl" in t.loss.needs]
+    if ordered and with_kl:  # its first pass over a step reads a reference that is computed beforehand
+        raise ConfigError(f"{ordered[0]} and {with_kl[0]} cannot be mixed: one needs the reference before a step")
+    lists = [t.name for t in terms if t.loss and t.loss.shape == "lists"]
+    greedy = [t.name for t in terms if t.loss and "greedy_logps" in t.loss.needs]
+    if lists and greedy:  # the greedy response is none of the list
+        raise ConfigError(f"{lists[0]} reads whole lists of responses and {greedy[0]} one beside: they cannot be mixed")
+    mixed, alone = (
+        [t.name for t in terms if t.loss and t.loss.reference and t.loss.previous == p] for p in (True, False)
+    )
+    if mixed and alone:  # a batch has room for one number a response
+        raise ConfigError(
+            f"{alone[0]} reads the reference alone and {mixed[0]} its mixture with the previous policy: they cannot be "
+            "mixed"
+        )
+    return terms
+
+
+def _of_dpo(options: Mapping[str, Any], weighted: bool) -> str:
+    """The loss that DPO is with TRL's options of it."""
+    chosen = {"f_divergence_type": "fdpo", "ld_alpha": "ld_dpo"}
+    named = {option: name for option, name in chosen.items() if options.get(option) not in (None, "reverse_kl")}
+    if weighted:
+        named["use_weighting"] = "wpo"
+    if len(named) > 1:
+        raise ConfigError(f"{' and '.join(named)} make {' and '.join(named.values())} of dpo: give one")
+    return next(iter(named.values()), "dpo")
+
+
+def _terms(loss: Loss, weight: float, hyper: dict[str, Any]) -> list[Term]:
+    """A loss as the trainer sums it: its NLL by tokens apart. ConfigError where the trainer cannot feed it."""
+    if loss.lacks:
+        advice = f"call fastpo.losses.LOSSES[{loss.name!r}] yourself"
+        raise ConfigError(f"{loss.name} needs {loss.lacks}, which fastpo.train does not carry yet; {advice}")
+    if not loss.nll or hyper["nll_reduction"] != "token_mean":
+        return [Term(loss.name, weight, loss, hyper)]
+    apart = (loss.nll, "nll_reduction", "disable_prompt_loss")
+    terms = [Term(loss.name, weight, loss, {k: v for k, v in hyper.items() if k not in apart})]
+    if not hyper[loss.nll]:
+        return terms
+    nll = _TOKEN_NLL if hyper.get("disable_prompt_loss", True) else _TOKEN_NLL | {"disable_prompt_loss": False}
+    return [*terms, Term(SFT, weight * hyper[loss.nll], None, nll)]
+
+
+def segment_sum(values: Tensor, offsets: Tensor) -> Tensor:
+    """Sums of `values` [N] between consecutive `offsets` [S + 1]; deterministic and differentiable. -> [S]
+
+    A segment is summed in order, one value after another: hence in fp64.
+    """
+    return torch.segment_reduce(values.double(), "sum", offsets=offsets.long(), initial=0).to(values.dtype)

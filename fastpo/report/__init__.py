@@ -1,0 +1,1 @@
+"""What a run writes for people: log lines, callbacks, report.html, model card, hub."""

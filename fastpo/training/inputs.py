@@ -1,0 +1,176 @@
+"""The arguments of `fastpo.train` beside its options: of the right kind, and paths that are there.
+
+Looked at before anything is loaded, so that a mistake costs no model's loading time, and says what it is: a path that
+is not there is spoken of as a path, not as a repository that the hub does not know.
+"""
+
+import difflib
+import inspect
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from fastpo.config.bounds import check_content
+from fastpo.errors import ConfigError, shown
+
+# What a folder has that a model, or an adapter, can be loaded from.
+MODEL_MARKS = ("config.json", "adapter_config.json")
+
+
+# ---- paths
+
+
+def is_path(name: str) -> bool:
+    """Whether a text can only mean a path: the hub's names are `name` or `owner/name`."""
+    return not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) or name.endswith((".json", ".safetensors", ".gguf"))
+
+
+def model_name(argument: str, value: Any) -> str | None:
+    """The name or path of a model given so, with `~` spelt out, None for one in memory.
+
+    ConfigError where `value` is neither, and for a path where no model is.
+    """
+    if isinstance(value, nn.Module):
+        return None
+    if not isinstance(value, str | os.PathLike):
+        raise ConfigError(f"{argument} must be a model, or the name or path of one, not {shown(value)}")
+    name = os.fspath(value)
+    if not isinstance(name, str) or not name.strip():
+        raise ConfigError(f"{argument} must be a model, or the name or path of one, not {shown(name)}")
+    check_content(argument, name)
+    where = os.path.expanduser(name)
+    try:
+        there, folder = os.path.exists(where), os.path.isdir(where)
+    except ValueError:
+        there = folder = False
+    if folder and not any(os.path.exists(os.path.join(where, mark)) for mark in MODEL_MARKS):
+        inside = sorted({p.parent.name for mark in MODEL_MARKS for p in Path(where).glob(f"*/{mark}")})
+        hint = f"; there is one in {inside[-1]} below it" if inside else ""
+        if is_path(name) or os.listdir(where) or hint:
+            raise ConfigError(f"{argument}: the folder {shown(name)} holds no model, which has a config.json{hint}")
+    if there and not folder:
+        raise ConfigError(f"{argument}: {shown(name)} is a file, and a model is a folder")
+    if not there and (is_path(name) or isinstance(value, os.PathLike)):
+        raise ConfigError(f"{argument}: no such folder: {shown(name)}{nearest(where)}")
+    return where if there else name
+
+
+def nearest(path: str) -> str:
+    """What may have been meant by a path that is not there: the nearest name to its first part that is missing."""
+    missing = Path(path)
+    while not (missing.parent.exists() or missing.parent == missing):
+        missing = missing.parent
+    try:
+        names = os.listdir(missing.parent)
+    except OSError:
+        return ""
+    near = difflib.get_close_matches(missing.name, names, n=1, cutoff=0.6)
+    if near:
+        return f"; did you mean {str(missing.parent / near[0])!r}?"
+    return (
+        "" if str(missing) == path or not missing.parent.name else f" ({str(missing.parent)!r} has no {missing.name!r})"
+    )
+
+
+# ---- other arguments
+
+
+def check(
+    processing_class: Any = None, callbacks: Any = None, optimizers: Any = None, eval_dataset: Any = None
+) -> None:
+    """ConfigError for an argument of a kind that the run would stumble over later."""
+    if isinstance(processing_class, str | os.PathLike):
+        name = os.fspath(processing_class)
+        raise ConfigError(
+            f"processing_class is a tokenizer, not its name: AutoTokenizer.from_pretrained({shown(name)})"
+        )
+    if processing_class is not None and not hasattr(processing_class, "tokenizer"):  # a processor has one inside
+        if isinstance(processing_class, type) or not (
+            callable(processing_class)
+            and hasattr(processing_class, "decode")
+            and hasattr(processing_class, "eos_token_id")
+        ):
+            raise ConfigError(f"processing_class must be a tokenizer, not {shown(processing_class)}")
+    if callbacks is not None and (isinstance(callbacks, str | Mapping) or not isinstance(callbacks, Sequence)):
+        raise ConfigError(f"callbacks must be a list of callbacks, not {shown(callbacks)}")
+    if optimizers is not None:
+        _check_optimizers(optimizers)
+    if isinstance(eval_dataset, Mapping):
+        if not eval_dataset:
+            raise ConfigError("eval_dataset is an empty mapping: leave it out, or give a data set")
+        for name in eval_dataset:
+            if not isinstance(name, str) or not name:
+                raise ConfigError(f"eval_dataset: the sets have names, and {shown(name)} is none")
+
+
+def _check_optimizers(optimizers: Any) -> None:
+    if not isinstance(optimizers, tuple | list) or len(optimizers) != 2:
+        raise ConfigError(f"optimizers must be (optimizer, scheduler), either of them None, not {shown(optimizers)}")
+    optimizer, scheduler = optimizers
+    if optimizer is not None and not isinstance(optimizer, Optimizer):
+        raise ConfigError(f"optimizers: the first is a torch.optim.Optimizer or None, not {shown(optimizer)}")
+    if scheduler is not None and not (hasattr(scheduler, "step") and hasattr(scheduler, "get_last_lr")):
+        raise ConfigError(f"optimizers: the second is a learning rate scheduler or None, not {shown(scheduler)}")
+    if scheduler is not None and optimizer is None:
+        raise ConfigError("optimizers: a scheduler belongs to an optimiser: give both, or lr_scheduler_type")
+
+
+def peft_config(value: Any) -> Any:
+    """peft_config as PEFT's object: a mapping, as in YAML and on the command line, holds LoraConfig's arguments, or
+    those of another kind that `peft_type` names."""
+    if not isinstance(value, Mapping):
+        return value
+    try:
+        import peft
+        from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+    except ImportError:
+        raise ConfigError("peft_config needs peft: pip install 'fastpo[peft]'") from None
+    check_content("peft_config", dict(value))
+    arguments = {"task_type": "CAUSAL_LM", **value}
+    kinds = {str(getattr(k, "value", k)): kind for k, kind in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    name = str(getattr(arguments.get("peft_type"), "value", arguments.pop("peft_type", None) or "LORA"))
+    if name.upper() not in kinds:
+        raise ConfigError(f"peft_config: unknown peft_type {shown(name)}{_did_you_mean(name.upper(), kinds)}")
+    if arguments["task_type"] not in ("CAUSAL_LM", peft.TaskType.CAUSAL_LM):
+        raise ConfigError(f"peft_config: task_type must be CAUSAL_LM, not {shown(arguments['task_type'])}")
+    return construct("peft_config", kinds[name.upper()], arguments)
+
+
+def quantization_config(value: Any) -> Any:
+    """quantization_config as transformers' object: a mapping holds BitsAndBytesConfig's arguments."""
+    if value is None or not isinstance(value, Mapping):
+        if isinstance(value, str | bytes | int | float | Sequence):
+            raise ConfigError(f"quantization_config must be a BitsAndBytesConfig or its arguments, not {shown(value)}")
+        return value
+    try:
+        import bitsandbytes  # noqa: F401  # its absence is said here, before the model loads
+    except ImportError:
+        raise ConfigError("quantization_config needs bitsandbytes: pip install 'fastpo[quant]'") from None
+    from transformers import BitsAndBytesConfig
+
+    check_content("quantization_config", dict(value))
+    if not (value.get("load_in_4bit") or value.get("load_in_8bit")):
+        raise ConfigError("quantization_config says neither load_in_4bit nor load_in_8bit: set one of them to true")
+    return construct("quantization_config", BitsAndBytesConfig, dict(value))
+
+
+def construct(argument: str, kind: Any, arguments: dict[str, Any]) -> Any:
+    """`kind(**arguments)`; an argument that it does not have is answered with the nearest."""
+    known = [n for n, p in inspect.signature(kind).parameters.items() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    for name in arguments:
+        if name not in known:
+            raise ConfigError(f"{argument}: {kind.__name__} has no {shown(name)}{_did_you_mean(name, known)}")
+    try:
+        return kind(**arguments)
+    except Exception as error:
+        raise ConfigError(f"{argument}: {kind.__name__}: {error}") from error
+
+
+def _did_you_mean(name: str, known: Any) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""

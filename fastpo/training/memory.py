@@ -1,0 +1,246 @@
+"""When the device runs out of memory: the same rows again, in smaller micro-batches.
+
+Every term of a loss is normalised over its whole step, so a step may be packed in any way. What a failed attempt has
+left behind (gradients half accumulated, on their way through hooks and fp32 buffers) is not mended but dropped: the
+step begins anew, with the random states of its beginning. Passes without gradients have nothing to drop, and split the
+micro-batch that failed.
+
+Replicas exchange nothing between the micro-batches of a step, so each mends its own share alone. Sharded ranks (fsdp)
+gather every layer together: one that stops in the middle leaves the others waiting inside a collective, which no flag
+can reach. There the run ends with a message.
+"""
+
+import errno
+import gc
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+
+from fastpo.data.packing import packed_size, pass_batches, step_batches, trunk_tokens
+from fastpo.data.prepare import Example
+from fastpo.errors import TrainingError
+from fastpo.models.adapters import first_line, is_quantized
+from fastpo.training.guardrails import Warning_
+
+if TYPE_CHECKING:
+    from fastpo.trainer import Trainer
+
+log = logging.getLogger("fastpo")
+
+T = TypeVar("T")
+
+_MESSAGES = (
+    "out of memory",
+    "not enough memory",
+    "defaultcpuallocator",
+    "allocate memory",
+    "bad_alloc",
+    "alloc_failed",
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on a device or on the host."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and any(m in str(error).lower() for m in _MESSAGES)
+
+
+def savings(run: "Trainer", training: bool = True) -> str:
+    """The options that would save memory and are not in use, the cheapest first; `training`: with gradients."""
+    config = run.config
+    full = not hasattr(run.model, "peft_config")
+    wide = run.policy.dtype in (torch.float32, torch.float64)
+    length = f"max_length (now {config.max_length})" if config.max_length else "max_length"
+    ways = {
+        "gradient_checkpointing": not config.gradient_checkpointing,
+        "gradient_checkpointing_layers=None": config.gradient_checkpointing and config.gradient_checkpointing_layers,
+        "logits_memory_budget=0": full and config.logits_memory_budget != 0,
+        "activation_offloading": not config.activation_offloading and run.device.type != "cpu",
+        "optim=adamw_8bit": full and "8bit" not in config.optim and config.fsdp == "no",
+        "master_weights=stochastic": full and not wide and config.master_weights == "fp32",
+        "dtype=bfloat16": wide and not is_quantized(run.model),
+        "an adapter (peft_config)": full,
+        "a smaller token_bucket": bool(config.token_bucket),
+        f"a shorter {length}": True,
+    }
+    names = [name for name, is_open in ways.items() if is_open]
+    return ", ".join(name for name in names if training or name.startswith(("dtype", "a s")))
+
+
+# On a CPU half of DESIGN's 4,096: as fast, and a fifth less memory (bench/train_vs_peers.py).
+MAX_TOKENS = {"cuda": 16_384, "cpu": 2_048}
+
+
+def resolve_max_tokens(run: "Trainer") -> int:
+    """The run's tokens of a micro-batch, alike on all ranks; `auto` is what the device's memory holds."""
+    if run.config.max_tokens != "auto":
+        return int(run.config.max_tokens or MAX_TOKENS[run.device.type])
+    from fastpo.plan.estimate import largest_max_tokens
+
+    return min(run.world.gather(largest_max_tokens(run)))
+
+
+class Budget:
+    """Tokens that a micro-batch of this process may have: `max_tokens`, until the device has run out at that."""
+
+    def __init__(self, run: "Trainer"):
+        self.run = run
+        self.tokens = run.max_tokens  # with gradients
+        self.pass_tokens = run.max_tokens  # without
+        self.part: Sequence[int] = ()  # rows of the micro-batch that is under way in training
+        self._forgiven: set[int] = set()  # budgets at which a step was repeated as it was
+
+    # ------------------------------------------------------------- training
+
+    def fit(self, parts: list[list[int]], rows: Sequence[int]) -> list[list[int]]:
+        """This process's micro-batches of a step's `rows`; packed anew where the budget is lower than max_tokens."""
+        if self.tokens >= self.run.max_tokens:
+            return parts
+        mine = {i for part in parts for i in part}
+        run = self.run
+        return step_batches(run.examples, [i for i in rows if i in mine], self.tokens, run.trunk_cost)[0]
+
+    def repeat(self, work: Callable[[], T], restart: Callable[[], object]) -> T:
+        """`work()`, which leaves a step's gradients; after `restart()` again where memory ran out.
+
+        A first failure at a budget may have been a fragmented allocator's, or another process's: the caches are given
+        back and the step is repeated as it was, bit for bit. The next one lowers the budget for good.
+        """
+        from fastpo.checkpoints.saving import rng_state, set_rng_state
+
+        rng, self.part = rng_state(), ()
+        while True:
+            try:
+                return work()
+            except Exception as error:
+                reason = self._reason(error)
+            # Outside the handler: its traceback would keep the micro-batch's activations alive.
+            self.run.gradients.begin(1, self.run.state.global_step + 1)
+            release(self.run.device)
+            self._lower(reason)
+            set_rng_state(rng)
+            restart()
+
+    def _lower(self, reason: str) -> None:
+        run, step, part = self.run, self.run.state.global_step + 1, self.part
+        tokens = packed_size(run.examples, part)
+        if not part:
+            raise TrainingError(f"out of memory before the first micro-batch of a step ({reason}); use {savings(run)}")
+        if self.tokens not in self._forgiven:
+            self._forgiven.add(self.tokens)
+            log.warning(
+                "step %d: out of memory in a micro-batch of %d tokens (%s); freed what could be freed, and the step "
+                "begins anew as it was", step, tokens, reason,
+            )  # fmt: skip
+            return
+        if len(part) == 1:
+            raise self._too_large(run.examples, part[0], reason, training=True)
+        self.tokens = self._half(tokens)
+        run.window.max_tokens = self.tokens
+        message = (
+            f"out of memory in a micro-batch of {tokens:,} tokens ({reason}): this step and the following ones are "
+            f"trained in micro-batches of {self.tokens:,} tokens, which changes the results by rounding only; "
+            f"max_tokens={self.tokens} from the start spares the failed attempts"
+        )
+        run.guards.warnings.append(Warning_("out_of_memory", step, message))
+        log.warning("%s", run.guards.warnings[-1])
+
+    def _half(self, tokens: int) -> int:
+        """Of a budget; what token_bucket pads a micro-batch to is within it."""
+        half, bucket = tokens // 2, self.run.config.token_bucket or 1
+        return max(1, half // bucket * bucket or half)
+
+    # ------------------------------------------------------- without gradients
+
+    def passes(
+        self, parts: Sequence[list[int]], examples: Sequence[Example], work: Callable[[list[int]], T]
+    ) -> Iterator[T]:
+        """`work(part)` of every micro-batch of `examples`, or of its pieces where it does not fit."""
+        stack = [list(part) for part in reversed(parts)]
+        tried_alone = False
+        while stack:
+            part = stack.pop()
+            size = packed_size(examples, part)
+            if size > self.pass_tokens and len(part) > 1:
+                stack += reversed(pass_batches(examples, part, self.pass_tokens))
+                continue
+            try:
+                result = work(part)
+            except Exception as error:
+                reason = self._reason(error)
+            else:
+                tried_alone = False
+                yield result
+                del result
+                continue
+            release(self.run.device)
+            stack.append(part)
+            if len(part) > 1:
+                self.pass_tokens = self._half(size)
+                log.warning("out of memory in a pass over %d tokens (%s); it goes on with %d at a time", size, reason,
+                            self.pass_tokens)  # fmt: skip
+            elif tried_alone:
+                raise self._too_large(examples, part[0], reason, training=False)
+            tried_alone = len(part) == 1
+
+    # ----------------------------------------------------------------- errors
+
+    def _reason(self, error: Exception) -> str:
+        """What the allocator said; raises the error itself where it is another, and where nothing can be done."""
+        if not is_out_of_memory(error):
+            raise error
+        reason = first_line(error)[:160]
+        if self.run.config.fsdp != "no":
+            raise TrainingError(
+                f"out of memory on rank {self.run.world.rank} ({reason}): with fsdp the ranks run each layer together, "
+                f"so one cannot repeat its part alone; lower max_tokens (now {self.run.max_tokens}), or use "
+                f"{savings(self.run)}; resume_from_checkpoint goes on from the last checkpoint"
+            ) from error
+        return reason
+
+    def _too_large(self, examples: Sequence[Example], row: int, reason: str, training: bool) -> TrainingError:
+        run, example = self.run, examples[row]
+        sets = {"train": run.examples, **run.eval_sets}
+        name = next((name for name, of_set in sets.items() if of_set is examples), "")
+        kept = run.data_reports[name.replace("eval_", "eval ", 1)].kept_rows if name else []
+        number = kept[row] if len(kept) == len(examples) else row  # rows that were dropped count for people
+        count = len(example.responses)
+        return TrainingError(
+            f"out of memory: row {number}{f' of the {name} data' if name else ''} alone, {trunk_tokens(example):,} "
+            f"tokens in {count} response{'s' * (count > 1)}, does not fit ({reason}); use {savings(run, training)}"
+        )
+
+    # ------------------------------------------------------------------ state
+
+    def state_dict(self) -> dict[str, object]:
+        """For a checkpoint: a resumed run packs as this one would have. Every rank calls it."""
+        run = self.run
+        auto = run.config.max_tokens == "auto"
+        tokens, pass_tokens = map(list, zip(*run.world.gather((self.tokens, self.pass_tokens)), strict=True))
+        return {"max_tokens": run.max_tokens, "auto": auto, "tokens": tokens, "pass_tokens": pass_tokens}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on where `state_dict` was taken; not with another max_tokens, which was set to try that."""
+        run, rank = self.run, self.run.world.rank
+        if run.config.max_tokens == "auto" and state.get("auto"):  # the memory that is free changes from day to day
+            lowered = self.pass_tokens < run.max_tokens  # by this process's own passes, before its first step
+            run.max_tokens = run.window.max_tokens = self.tokens = state["max_tokens"]
+            self.pass_tokens = min(self.pass_tokens, run.max_tokens) if lowered else run.max_tokens
+        # Sharded ranks count their rounds by max_tokens, all alike: one with more micro-batches would leave some out.
+        if state.get("max_tokens") != run.max_tokens or run.engine.sharded:
+            return
+        if rank < len(state["tokens"]):
+            self.tokens = run.window.max_tokens = state["tokens"][rank]
+            self.pass_tokens = min(self.pass_tokens, state["pass_tokens"][rank])
+
+
+def release(device: torch.device) -> None:
+    """Give back what no tensor uses: cycles of dead graphs, then the allocator's cache."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -1,0 +1,158 @@
+"""Answers of the model to a few prompts of the data, while it trains."""
+
+import difflib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationConfig
+
+from fastpo.data.prepare import Example
+from fastpo.errors import ConfigError, shown
+from fastpo.training.memory import is_out_of_memory
+
+MAX_NEW_TOKENS = 128
+# What generate() takes too, and what the samples set themselves.
+_OWN = {"inputs", "input_ids", "attention_mask", "streamer", "return_dict_in_generate", "num_return_sequences"}
+
+# Numbers of tokens and beams that no device answers with in time.
+_COUNTS, _MOST = ("max_new_tokens", "max_length", "num_beams", "num_beam_groups"), 1_000_000
+
+
+def check_generation_kwargs(kwargs: dict[str, Any] | None) -> None:
+    """ConfigError for an argument that generate() does not know, or that the samples set themselves."""
+    known = [name for name in vars(GenerationConfig()) if not name.startswith("_")]
+    for name in kwargs or {}:
+        if name in _OWN:
+            raise ConfigError(f"generation_kwargs: {name} is set by the samples; leave it out")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            raise ConfigError(f"generation_kwargs: generate() has no {shown(name)}" + _did_you_mean(near))
+    for name in _COUNTS:
+        value = (kwargs or {}).get(name, 1)
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= _MOST:
+            raise ConfigError(f"generation_kwargs: {name} must be from 1 to {_MOST:,}, not {shown(value)}")
+    try:
+        GenerationConfig(**kwargs or {}).validate()
+    except Exception as error:
+        raise ConfigError(f"generation_kwargs: {error}") from error
+
+
+def _did_you_mean(near: list[str]) -> str:
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def generate_samples(
+    model: Any,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    n: int,
+    kwargs: dict[str, Any] | None = None,
+    *,
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """The model's answers to the first `n` examples' prompts, as JSON types, beside the data's chosen ones.
+
+    Greedy unless `kwargs` (arguments of generate()) say otherwise; sampling is seeded, so that two evaluations differ
+    by the model alone. One prompt at a time: padding on the left would change the numbers, and the answers with them.
+    The random state, the modules' train and eval modes and the model's configuration are left as they were found.
+    """
+    kwargs = dict(kwargs or {})
+    check_generation_kwargs(kwargs)
+    device = model.get_input_embeddings().weight.device
+    settings = _settings(model, tokenizer, kwargs)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    out = []
+    with _eval_mode(model), _plain_generation(model), torch.no_grad(), _seeded(device, seed):
+        for index, example in enumerate(examples[:n]):
+            chosen = example.pairs[0][0] if example.pairs else 0
+            prompt = example.prompt_of(chosen)
+            ids = torch.from_numpy(prompt).long().to(device)[None]
+            # Learnt positions end: beyond them lies an index error.
+            room = positions - len(prompt) if positions else settings.max_new_tokens
+            if "max_length" not in kwargs:
+                settings.max_new_tokens = max(1, min(kwargs.get("max_new_tokens", MAX_NEW_TOKENS), room))
+            try:
+                tokens = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings)
+            except Exception as error:
+                if is_out_of_memory(error):
+                    raise
+                raise ConfigError(f"generation_kwargs: {' '.join(str(error).split())}") from error
+            answer = tokens[0, ids.shape[1] :].tolist()
+            out.append(
+                {
+                    "index": index,
+                    "prompt": tokenizer.decode(prompt.tolist()),
+                    "answer": tokenizer.decode(answer, skip_special_tokens=True),
+                    "chosen": tokenizer.decode(example.responses[chosen].tolist(), skip_special_tokens=True),
+                    "new_tokens": len(answer),
+                    "ended": bool(answer) and answer[-1] in _ends(settings),
+                }
+            )
+    return out
+
+
+def _settings(model: Any, tokenizer: Any, kwargs: dict[str, Any]) -> GenerationConfig:
+    """Greedy decoding to the end of the answer."""
+    theirs = getattr(model, "generation_config", None)
+    ends = getattr(theirs, "eos_token_id", None)
+    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
+        ends.append(tokenizer.eos_token_id)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends or [0])[0]
+    length = {} if "max_length" in kwargs else {"max_new_tokens": MAX_NEW_TOKENS}
+    # use_cache: the model's configuration has it off where layers are recomputed in training.
+    given = {
+        "do_sample": False,
+        "use_cache": True,
+        "eos_token_id": ends or None,
+        "pad_token_id": pad,
+        **length,
+        **kwargs,
+    }
+    return GenerationConfig(bos_token_id=getattr(theirs, "bos_token_id", None), **given)
+
+
+def _ends(settings: GenerationConfig) -> list[int]:
+    ends = settings.eos_token_id
+    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+
+
+@contextmanager
+def _plain_generation(model: nn.Module) -> Iterator[None]:
+    """generate() fills what it is not told from the checkpoint's own settings, a repetition penalty for one."""
+    owners = [m for m in model.modules() if isinstance(getattr(m, "generation_config", None), GenerationConfig)]
+    found = [(m, vars(m).get("generation_config")) for m in owners]
+    for module, own in found:
+        if own is not None:
+            module.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        for module, own in found:
+            if own is not None:
+                module.generation_config = own
+            else:  # set by PEFT on a wrapper that asks the model inside
+                vars(module).pop("generation_config", None)
+
+
+@contextmanager
+def _seeded(device: torch.device, seed: int) -> Iterator[None]:
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    """Every module's own mode is put back: a frozen part may be in eval mode while the rest trains."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

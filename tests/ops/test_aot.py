@@ -1,0 +1,127 @@
+"""bench/aot.py: its committed table has no fault and every kernel, and what CI can afford of it is compiled anew.
+
+The rest of the table is compiled by `python bench/aot.py --check`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton", reason="compiling the kernels ahead of time needs triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("TRITON_INTERPRET=1 replaces the compiler by the interpreter", allow_module_level=True)
+
+from fastpo.kernels.pair_losses import RECIPES  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[2]
+spec = importlib.util.spec_from_file_location("aot", ROOT / "bench/aot.py")
+aot = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(aot)
+
+# Each kernel, the fused forward on every target, and the configurations nearest to spilling.
+SUBSET = [
+    *(("fused-bf16-4096", target) for target in aot.TARGETS),
+    *(("fused-bf16-4096-all", target) for target in ("sm_80", "sm_90", "sm_100")),
+    ("fused-bf16-2896-ragged", "sm_80"),
+    ("fused-bf16-4096-50257", "sm_100"),
+    ("fused-bf16-123-unaligned-all", "sm_80"),
+    ("row-bf16-128256", "sm_90"),
+    ("row-bf16-128256-all", "sm_80"),
+    ("row-bf16-151665-unaligned-all", "sm_80"),
+    ("row-fp32-128256-all", "sm_90"),
+    ("row-bf16-128256", "gfx942"),
+    ("split-100-bf16-128256-all", "sm_90"),
+    ("split-grad-100-bf16-128256-all", "sm_90"),
+    ("combine-splits-all", "sm_90"),
+    ("slice-fwd-bf16-8192-entropy", "sm_90"),
+    ("slice-grad-bf16-8192-all", "sm_80"),
+    ("pairs-sppo", "sm_90"),
+    ("pairs-ld_dpo-weights", "gfx942"),
+    ("dlogp-ld_dpo", "sm_90"),
+    ("tree-dkv-bf16-64-all", "sm_80"),
+    ("tree-fwd-bf16-80-ungrouped", "sm_80"),
+    ("tree-dq-bf16-64-all", "sm_90"),
+    ("tree-dkv-bf16-64-all", "gfx942"),
+    ("tree-fwd-bf16-256-all", "sm_80"),
+    ("tree-dq-bf16-192-128", "sm_80"),
+    ("tree-dkv-bf16-256-all", "sm_90"),
+    ("tree-dq-bf16-256-all", "gfx942"),
+    ("tree-dkv-fp32-128-all", "sm_100"),
+]
+
+
+@pytest.fixture(scope="module")
+def committed() -> dict[tuple[str, str], dict]:
+    return {(row["case"], row["target"]): row for row in aot.read_record()["kernels"]}
+
+
+@pytest.mark.parametrize("case, target", SUBSET)
+def test_compiles_no_worse_than_the_committed_table(case, target, committed):
+    version = aot.read_record()["triton"]
+    if triton.__version__ != version:
+        pytest.skip(f"the committed table is of triton {version}, this is {triton.__version__}")
+    assert not aot.regressions([aot.measure(case, target)], list(committed.values()))
+
+
+def test_the_committed_table_is_whole_and_has_no_fault(committed):
+    assert set(committed) == {(case, target) for case in aot.CASES for target in aot.TARGETS}
+    assert not [fault for row in committed.values() for fault in aot.faults(row)]
+    for kernel in ("fused", "tree"):
+        rows = [row for row in committed.values() if row["case"].startswith(kernel)]
+        assert {row["tensor_cores"] for row in rows} >= {names[0] for names in aot.TENSOR_CORES.values()}
+    # Rows that start on 16 bytes are read so; only the odd rest of an odd vocabulary may go by elements.
+    aligned = {"row-bf16-128256": "16 B", "row-fp32-128256-all": "16 B", "row-bf16-50257-padded": "16 B and rest"}
+    for case, expected in aligned.items():
+        for target in ("sm_80", "sm_90", "sm_100"):
+            assert committed[case, target]["loads"] == expected
+    assert {committed["fused-bf16-4096", t]["loads"] for t in ("sm_90", "sm_100")} == {"TMA"}
+
+
+def test_the_pages_table_is_the_records():
+    rows = aot.read_record()["kernels"]
+    assert aot.table(rows) in aot.RECORD.with_suffix(".md").read_text()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"spills": 8}, "spills 8 bytes"),
+        ({"tensor_cores": ""}, "has no tcgen05.mma"),
+        ({"loads": "elements"}, "loads by elements, before by TMA"),
+        ({"case": "fused-bf16-4096-entropy", "target": "sm_80", "tensor_cores": ""}, "lost mma.sync"),
+        ({"case": "tree-fwd-bf16-64", "target": "sm_90", "tensor_cores": "mma.sync"}, "lost wgmma"),
+        ({"case": "tree-fwd-bf16-64", "target": "sm_90", "tensor_cores": ""}, "has no wgmma.mma_async or mma.sync"),
+        ({"registers": 255, "warps": 16}, "more registers"),
+        ({"shared": 300_000}, "needs 300000 bytes of shared memory of 232448"),
+    ],
+    ids=["spill", "tensor-core", "loads", "lost", "narrower", "tree-tensor-core", "registers", "shared"],
+)
+def test_a_regression_is_found(change, message, committed):
+    row = committed["fused-bf16-4096", "sm_100"] | change
+    assert any(message in found for found in aot.regressions([row], list(committed.values())))
+
+
+def test_check_exits_1_on_a_regression(committed, monkeypatch, capsys):
+    """Scalar registers that AMD moves to vector ones are counted, and are no spill."""
+    monkeypatch.setattr("sys.argv", ["aot.py", "--check", "--only", "dlogp-ld_dpo-weights", "--target", "gfx942"])
+    moved = {"registers": 10, "spills": 0, "sgprs_moved": 20, "shared": 16}
+    monkeypatch.setattr(aot, "resources", lambda *_: moved)
+    assert aot.main() == 0
+    monkeypatch.setattr(aot, "resources", lambda *_: {**moved, "spills": 4})
+    assert aot.main() == 1
+    assert "dlogp-ld_dpo-weights on gfx942 spills 4 bytes a thread" in capsys.readouterr().out
+
+
+def test_every_kernel_is_compiled():
+    """A kernel added without a case in bench/aot.py fails, also in a new file of kernels/; and so does a pair loss."""
+    compiled = {kernel for kernel, _ in aot.CASES.values()}
+    assert {f"pairs-{loss_type}" for loss_type in RECIPES} <= set(aot.CASES)
+    written = set()
+    for path in sorted((ROOT / "kernels").glob("*.py")):
+        written |= set(re.findall(r"^def (_\w+_kernel)\(", path.read_text(), re.MULTILINE))
+    assert written == compiled

@@ -1,0 +1,89 @@
+"""fastpo.chips: a GPU that Triton does not know, the choice of the forward; and the size of blocks on a GPU."""
+
+from __future__ import annotations
+
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fastpo.ops import backends, chips
+from fastpo.ops import head as ops
+
+
+@pytest.fixture
+def unknown_gpu(monkeypatch):
+    """CUDA device 0 is a chip that Triton cannot compile for."""
+
+    def fail(index: int) -> None:
+        raise RuntimeError("PassManager::run failed\nand more")
+
+    monkeypatch.setattr(chips, "_compile_probe", fail)
+    monkeypatch.setattr(ops, "HAS_TRITON", True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "NVIDIA X900")
+    chips._triton_compiles.cache_clear()
+    yield SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.bfloat16)
+    chips._triton_compiles.cache_clear()
+
+
+def test_unknown_gpu_falls_back_with_one_warning(unknown_gpu):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert [ops._choose("auto", unknown_gpu) for _ in range(3)] == ["torch"] * 3
+    (warning,) = caught
+    assert "NVIDIA X900" in str(warning.message) and "PassManager::run failed" in str(warning.message)
+    assert "\n" not in str(warning.message)
+
+
+def test_known_gpu_takes_triton(unknown_gpu, monkeypatch):
+    monkeypatch.setattr(chips, "_compile_probe", lambda index: None)
+    assert ops._choose("auto", unknown_gpu) == "triton"
+
+
+def test_the_probe_does_not_break_a_graph(unknown_gpu):
+    def choose(x):
+        return x + 1 if chips.triton_compiles(0) else x - 1
+
+    compiled = torch.compile(choose, fullgraph=True, backend="eager")
+    assert compiled(torch.zeros(2)).tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    "setting, dtype, transposed, expected",
+    [
+        ("1", torch.bfloat16, False, True),
+        ("1", torch.float16, False, True),
+        ("1", torch.float32, False, False),
+        ("1", torch.bfloat16, True, False),
+        ("0", torch.bfloat16, False, False),
+        ("", torch.bfloat16, False, False),  # nothing is measured, so nothing is the default
+    ],
+)
+def test_choice_of_the_forward(setting, dtype, transposed, expected, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setenv(chips.FUSED_FORWARD_VARIABLE, setting)
+    weight = torch.zeros(8, 6, dtype=dtype)
+    weight = weight.t().contiguous().t() if transposed else weight
+    assert chips.use_fused_forward(torch.zeros(3, 6, dtype=dtype), weight) is expected
+
+
+def test_setting_that_makes_no_sense(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setenv(chips.FUSED_FORWARD_VARIABLE, "yes")
+    with pytest.raises(chips.ChipError, match="must be 0, 1 or unset, not 'yes'"):
+        chips.use_fused_forward(torch.zeros(1, 1), torch.zeros(1, 1))
+
+
+@pytest.mark.parametrize(
+    "n, columns, itemsize, expected",
+    [
+        (100_000, 32_000, 2, 8192),  # 512 MiB in whole steps of 256 rows
+        (100_000, 128_256, 2, 2048),
+        (100_000, 256_000, 4, 2048),  # the floor, over the budget
+        (100, 256_000, 4, 100),
+        (0, 256_000, 4, 1),
+    ],
+)
+def test_rows_of_a_block(n, columns, itemsize, expected):
+    assert backends._device_rows(n, columns * itemsize) == expected
