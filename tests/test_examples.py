@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -16,9 +17,10 @@ ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted((ROOT / "examples").glob("*.yaml"))
 
 # What only a large machine has, and what the toy's tokenizer needs. Everything else stays as the file says.
-SMALL = ["--use-cpu", "--dtype", "float32", "--bf16", "false", "--fsdp", "no", "--max-steps", "1", "--logging-first-step",
-         "--max-tokens", "512", "--save-strategy", "no", "--no-report", "--disable-tqdm",
-         "--eval-strategy", "no"]  # fmt: skip
+SMALL = shlex.split(
+    "--use-cpu --dtype float32 --bf16 false --fsdp no --max-tokens 512 --max-steps 1 --logging-first-step "
+    "--eval-strategy no --save-strategy no --no-report --disable-tqdm"
+)
 
 
 @pytest.fixture(scope="module")
