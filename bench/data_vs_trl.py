@@ -28,8 +28,8 @@ import trl
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from fastpo.data import prepare_examples
 from fastpo.data.arrow import without_nulls
-from fastpo.data.prepare import prepare_examples
 from fastpo.errors import DataError
 
 # Written in templates as tokens: the usual ways.

@@ -24,8 +24,8 @@ sys.path.append(str(Path(__file__).resolve().parent))
 import harness  # noqa: E402
 import roofline  # noqa: E402
 
+from fastpo import ops  # noqa: E402
 from fastpo.kernels import reference  # noqa: E402
-from fastpo.ops import head as ops  # noqa: E402
 
 GIB = 1 << 30
 LARGE, SQUARE = [8192, 4096, 151936], [4096, 4096, 128256]
@@ -102,7 +102,7 @@ def fused_forward(shape: list[int], dtype: torch.dtype, device: str, rounds: int
     weight = torch.randn(v, d, device=device).div_(d**0.5).to(dtype)
     target = torch.randint(0, v, (n,), device=device)
     rule = {"softcap": None, "logit_scale": 1.0}
-    rows = backends._device_rows(n, v * dtype.itemsize)
+    rows = backends.device_rows(n, v * dtype.itemsize)
 
     def unfused() -> Tensor:
         logits, out = logprob.empty_logits(rows, v, dtype, device), hidden.new_empty(n, dtype=torch.float32)

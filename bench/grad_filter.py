@@ -28,8 +28,9 @@ from torch import Tensor
 sys.path.append(str(Path(__file__).resolve().parent))
 import common  # noqa: E402
 
+from fastpo import ops  # noqa: E402
 from fastpo.ops import grad_filter  # noqa: E402
-from fastpo.ops import head as ops  # noqa: E402
+from fastpo.ops.inputs import choose_backend  # noqa: E402
 
 BUDGETS = (0.0, 1e-4, 1e-3, 1e-2, 5e-2)
 REGIMES = {"kept": (True, None), "sliced": (True, 0), "frozen": (False, None)}
@@ -83,7 +84,7 @@ def relative(ours: Tensor, wanted: Tensor) -> float:
 
 def kept_share(x: dict[str, Tensor], scale: float, budget: float) -> float:
     head = ops.Head(x["hidden"], x["weight"], x["target"], None, None, scale)
-    compiled = ops._choose("auto", x["hidden"]) == "cpu"
+    compiled = choose_backend("auto", x["hidden"]) == "cpu"
     return grad_filter.forward(head, budget, False, False, compiled).keep.float().mean().item() if budget else 1.0
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 sys.path.append(str(Path(__file__).resolve().parent))
 import common  # noqa: E402
 
-from fastpo.ops import head as ops  # noqa: E402
+from fastpo import ops  # noqa: E402
 
 VOCABULARY, HIDDEN, CONTEXT, BATCH = 32_000, 128, 256, 6
 ROWS = 4096

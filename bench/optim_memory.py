@@ -76,7 +76,7 @@ def measure_memory(mode: str, optim: str) -> dict:
     import common
     import torch
 
-    import fastpo.optim
+    import fastpo.training.optim
 
     # As small beside this model as they are beside one of some billions of parameters.
     fastpo.training.optim.CHUNK_BYTES, fastpo.training.optim.PIECE = 4 << 20, 1 << 18

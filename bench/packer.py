@@ -25,10 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leave
 import common  # noqa: E402
 import numpy as np  # noqa: E402
 
-from fastpo.data import packer
+from fastpo.data import Example, packer, prepare_examples
 from fastpo.data.kway import Forming
 from fastpo.data.packing import TrunkCost, sequence_tokens, set_sharing, step_batches, step_trees, tree_size
-from fastpo.data.prepare import Example, prepare_examples
 
 VOCAB = 32_000
 BUDGETS = (2_048, 16_384)  # the defaults on a CPU and on a GPU

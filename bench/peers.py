@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastpo.ops import head as ops
+from fastpo import ops
 
 PAIRS = 4
 BETA = 0.1

@@ -296,8 +296,7 @@ def count(name: str, steps: int) -> dict:
     """What the rows of a scenario are in tokens, and the useful FLOPs of a step."""
     import torch
 
-    from fastpo.data import kway
-    from fastpo.data import prepare as data
+    from fastpo.data import kway, prepare_examples
     from fastpo.data.packing import sequence_tokens, set_sharing, trunk_tokens
 
     scenario = SCENARIOS[name]
@@ -307,7 +306,7 @@ def count(name: str, steps: int) -> dict:
 
     def examples(rows: list[dict]) -> list:
         forming = kway.Forming("all" if rows is ours and name == "kway" else "best_worst")
-        return data.prepare_examples(rows, tokenizer, max_length=limit, forming=forming)[0]
+        return prepare_examples(rows, tokenizer, max_length=limit, forming=forming)[0]
 
     prepared, as_pairs = examples(ours), examples(theirs)
     micro = scenario.pairs // scenario.accumulation

@@ -28,7 +28,7 @@ import common  # noqa: E402
 from train_vs_peers import CPU_SHAPES, GPU_SHAPES, VOCAB  # noqa: E402
 
 from fastpo.config.train_config import TrainConfig  # noqa: E402
-from fastpo.data import prepare as data  # noqa: E402
+from fastpo.data import prepare_examples  # noqa: E402
 from fastpo.data.packing import PackedBatch, TrunkCost, collate, pass_batches, set_sharing  # noqa: E402
 from fastpo.models import adapters  # noqa: E402
 from fastpo.models.compiled import compiled_layers  # noqa: E402
@@ -41,7 +41,7 @@ TOKENS = {"cpu": 2048, "cuda": 16_384}
 def micro_batches(count: int, max_tokens: int, bucket: int | None, device: torch.device) -> list[PackedBatch]:
     rows = common.synthetic_rows(max(64, count * max_tokens // 100), VOCAB)
     tokenizer = common.word_tokenizer(VOCAB)
-    examples, _ = data.prepare_examples(rows, tokenizer, kind="preference", max_length=1024)
+    examples, _ = prepare_examples(rows, tokenizer, kind="preference", max_length=1024)
     set_sharing(examples, "always", TrunkCost(1.0))
     parts = pass_batches(examples, range(len(examples)), max_tokens)[:count]
     return [collate(examples, part, token_bucket=bucket).to(device) for part in parts]

@@ -42,6 +42,7 @@ struct Tile {
   float* others;          // [rows], sum of exp(z - m) without the target
   float* z_target;        // [rows]
   float* ez;              // [rows], sum of (z - m) exp(z - m) without the target, or null
+  float* top;             // [rows], the largest z so far, the target's among them; null where ez is
   float* past;            // [rows, past_cols] fp32 sums that share the shift, or null
   const float* factor;    // [rows], of the backward pass, else null
   int64_t ld_raw, ld_out, rows, cols, col_offset;
@@ -172,13 +173,13 @@ T* pointer(unsigned long long address) {
 }
 
 PyObject* tile_pass(PyObject*, PyObject* args) {
-  unsigned long long raw, out, bias, target, m, others, z_target, ez, past, factor;
+  unsigned long long raw, out, bias, target, m, others, z_target, ez, top, past, factor;
   long long ld_raw, ld_out, rows, cols, col_offset, out_past, past_cols;
   float softcap, scale;
   int bf16, threads;
-  if (!PyArg_ParseTuple(args, "KKKKKKKKKKLLLLLLLffpi", &raw, &out, &bias, &target, &m, &others, &z_target, &ez, &past,
-                        &factor, &ld_raw, &ld_out, &rows, &cols, &col_offset, &out_past, &past_cols, &softcap, &scale, &bf16,
-                        &threads))
+  if (!PyArg_ParseTuple(args, "KKKKKKKKKKKLLLLLLLffpi", &raw, &out, &bias, &target, &m, &others, &z_target, &ez, &top,
+                        &past, &factor, &ld_raw, &ld_out, &rows, &cols, &col_offset, &out_past, &past_cols, &softcap, &scale,
+                        &bf16, &threads))
     return nullptr;
   Tile tile{pointer<void>(raw),
             pointer<void>(out),
@@ -188,6 +189,7 @@ PyObject* tile_pass(PyObject*, PyObject* args) {
             pointer<float>(others),
             pointer<float>(z_target),
             pointer<float>(ez),
+            pointer<float>(top),
             pointer<float>(past),
             pointer<float>(factor),
             ld_raw,

@@ -9,12 +9,12 @@ from fastpo.moved import MOVED, install
 
 if TYPE_CHECKING:
     from fastpo.config.train_config import TrainConfig as TrainConfig
-    from fastpo.ops.head import available_backends as available_backends
-    from fastpo.ops.head import linear_logprob as linear_logprob
-    from fastpo.ops.head import preference_loss as preference_loss
+    from fastpo.face import TrainResult as TrainResult
+    from fastpo.ops import available_backends as available_backends
+    from fastpo.ops import linear_logprob as linear_logprob
+    from fastpo.ops import preference_loss as preference_loss
     from fastpo.ops.vocab_parallel import VocabParallel as VocabParallel
     from fastpo.trainer import Trainer as Trainer
-    from fastpo.trainer import TrainResult as TrainResult
     from fastpo.trainer import train as train
     from fastpo.training.evaluation import Evaluated as Evaluated
 
@@ -36,7 +36,7 @@ install()
 _EXPORTS = {
     "train": "fastpo.trainer",
     "Trainer": "fastpo.trainer",
-    "TrainResult": "fastpo.trainer",
+    "TrainResult": "fastpo.face",
     "TrainConfig": "fastpo.config",
     "Evaluated": "fastpo.training.evaluation",
     "linear_logprob": "fastpo.ops",

@@ -3,7 +3,7 @@
 import os
 import sys
 
-from fastpo.cli.command_line import main
+from fastpo.cli import main
 
 code = main()
 if code and int(os.environ.get("WORLD_SIZE", 1)) > 1:

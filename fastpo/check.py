@@ -8,7 +8,6 @@ error, which is one draw, may be 4 times plain PyTorch's.
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastpo import ops
 from fastpo.errors import DeviceError
 from fastpo.kernels import reference
 from fastpo.losses.table import LOSSES
-from fastpo.models.policy import resolve_device
-from fastpo.ops import head as ops
+from fastpo.models.loading import resolve_device
 
 REGIMES = ("none", "frozen", "kept", "sliced")
 SOFTCAPPED: dict[str, Any] = {"softcap": 20.0, "logit_scale": 0.5}
@@ -303,15 +302,8 @@ def _table(results: list[Result]) -> str:
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in [header, *rows])
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
-    parser.add_argument("--quiet", action="store_true", help="print failures and the count only")
-
-
-def run_check(options: argparse.Namespace | None = None, *, device: str | None = None, verbose: bool = True) -> int:
+def run_check(device: str | None = None, *, verbose: bool = True) -> int:
     """Check everything that runs on `device`, print a table; 0 if all is within the criterion, else 1."""
-    if options is not None:
-        device, verbose = options.device, not options.quiet
     device = str(resolve_device(device))
     if not device.startswith(("cpu", "cuda")):
         raise DeviceError(f"device {device!r} is not supported; use cuda or cpu")

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy", "accelerate", "datasets", "peft",
-            "bitsandbytes", "flash-attn", "trl", "liger-kernel", "cut-cross-entropy", "kernels")  # fmt: skip
+            "bitsandbytes", "scipy", "scikit-learn", "flash-attn", "trl", "liger-kernel", "cut-cross-entropy",
+            "kernels")  # fmt: skip
 VARIABLES = ("FASTPO_ATTENTION", "FASTPO_CACHE", "FASTPO_CHECK_INPUTS", "FASTPO_FUSED_FORWARD", "FASTPO_NO_CSRC",
              "FASTPO_TRACEBACK", "HF_HOME", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "PYTHONSAFEPATH", "TRITON_INTERPRET",
              "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")  # fmt: skip
@@ -125,7 +126,7 @@ def _extension() -> str:
 
 
 def _backends() -> list[str]:
-    from fastpo.ops.head import available_backends
+    from fastpo.ops import available_backends
 
     return available_backends()
 

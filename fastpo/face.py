@@ -1,24 +1,58 @@
 """What a script reads of a trainer, before a run and after it, under the names of transformers' Trainer."""
 
 import abc
+import contextlib
 import copy
 import json
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
+from tqdm.auto import tqdm
+from transformers import TrainerState
 
-from fastpo.checkpoints import saving
+from fastpo.checkpoints.saving import ModelFiles
+from fastpo.config.train_config import TrainConfig
 from fastpo.data.prepare import Example
+from fastpo.errors import ConfigError
+from fastpo.models.policy import Policy
 from fastpo.reference.cache import MovingReference
-from fastpo.report import outputs
+from fastpo.reference.roles import PREV, REF, Given
+from fastpo.reference.sources import References
+from fastpo.report.callbacks import Callbacks, best
 from fastpo.report.hub import Hub
-from fastpo.training import evaluation
+from fastpo.report.outputs import Reporter, RunFacts
+from fastpo.training import run_data
+from fastpo.training.distributed import World
+from fastpo.training.evaluation import Evaluation
+from fastpo.training.guardrails import Guardrails
+from fastpo.training.inputs import Origin
+from fastpo.training.metrics import Window
+from fastpo.training.micro_batches import MicroBatches
+from fastpo.training.objective import Objective
+from fastpo.training.progress import Progress
+from fastpo.training.run_data import DataSets
+from fastpo.training.samples import Answers
+from fastpo.training.signals import Signals
+from fastpo.training.stepwide import StepWide
 
 log = logging.getLogger("fastpo")
+
+
+@dataclass
+class TrainResult:
+    """What `fastpo.train` returns: model, logged lines, last metrics, transformers' TrainerState, warnings."""
+
+    model: nn.Module = field(repr=False)
+    log_history: list[dict[str, float]] = field(repr=False)
+    metrics: dict[str, float]
+    state: TrainerState = field(repr=False)
+    warnings: list[Any] = field(default_factory=list)
 
 
 class TokenizedRows(Sequence[dict[str, Any]]):
@@ -95,17 +129,71 @@ def write_metrics(folder: Path, split: str, metrics: Mapping[str, Any], combined
         os.replace(temporary, path)
 
 
+_GIVEN = "rows given to "  # what the name of a set given to `evaluate` begins with inside a run; `eval` follows
+
+
 class Face(abc.ABC):
     """The methods and attributes; `fastpo.trainer.Trainer` has them."""
 
-    examples: list[Example]
-    eval_sets: dict[str, list[Example]]
-    output_dir: Path
+    config: TrainConfig
+    world: World
+    device: torch.device
+    objective: Objective
+    origin: Origin
+    data: DataSets
     tokenizer: Any
-    callbacks: Any
-    world: Any
-    config: Any
+    callbacks: Callbacks
+    output_dir: Path
+    reporter: Reporter
     hub: Hub | None
+    model: nn.Module
+    policy: Policy
+    parameters: Mapping[str, nn.Parameter]
+    loaded_dtype: torch.dtype
+    tags: list[str]
+    batches: MicroBatches
+    stepwide: StepWide
+    evaluation: Evaluation
+    fixed: Given
+    moving_model: nn.Module | None
+    references: References
+    files: ModelFiles
+    signals: Signals
+    in_loop: bool
+    progress: Progress
+    window: Window
+    guards: Guardrails
+    answers: Answers | None
+
+    @property
+    def state(self) -> TrainerState:
+        """transformers' TrainerState: the step, the epoch, the log."""
+        return self.callbacks.state
+
+    @property
+    def step_size(self) -> int:
+        """Pairs of an optimiser step, over all processes."""
+        return self.config.step_size * self.world.size
+
+    @property
+    def max_tokens(self) -> int:
+        """Of a micro-batch."""
+        return self.evaluation.passes.budget.max_tokens
+
+    @property
+    def examples(self) -> list[Example]:
+        """The rows as they are trained on."""
+        return self.data.train
+
+    @property
+    def ref_model(self) -> Any:
+        """The model given as the reference, or the one that moves; None where that is the policy's start."""
+        return self.fixed[REF] if self.moving_model is None else self.moving_model
+
+    @property
+    def prev_model(self) -> Any:
+        """The model given as the previous policy, or None."""
+        return self.fixed[PREV]
 
     @property
     def processing_class(self) -> Any:
@@ -120,16 +208,29 @@ class Face(abc.ABC):
     @property
     def train_dataset(self) -> TokenizedRows:
         """The rows as token ids."""
-        return TokenizedRows(self.examples)
+        return TokenizedRows(self.data.train)
 
     @property
     def eval_dataset(self) -> Any:
         """The same of the evaluation set; a dict of several, None of none."""
-        return rows_of_sets(self.eval_sets)
+        return rows_of_sets(self.data.evals)
 
     @abc.abstractmethod
     def ready(self) -> None:
         """Bring the model to where it is trained, once."""
+
+    def facts(self) -> RunFacts:
+        """What the model's card and the report say of this run."""
+        return RunFacts(
+            model_name=self.origin.model_name, architecture=type(self.policy.causal_lm).__name__,
+            adapter=hasattr(self.model, "peft_config"), dtype=str(self.loaded_dtype).removeprefix("torch."),
+            chat=bool(getattr(self.tokenizer, "chat_template", None)),
+            parameters=sum(p.numel() for p in self.model.parameters()),
+            trainable_parameters=sum(p.numel() for p in self.parameters.values()),
+            terms=self.objective.terms, rows=len(self.data.train), dataset_name=self.origin.dataset_name,
+            step_size=self.step_size, device=str(self.device), world_size=self.world.size, tags=self.tags,
+            repo_id=self.hub.repo_id if self.hub is not None else None,
+        )  # fmt: skip
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
@@ -139,16 +240,87 @@ class Face(abc.ABC):
         Before or after `train()`; logged, and given to on_evaluate. After it, given rows need a reference that is still
         there: an adapter's base, a ref_model, or a model given by name. `ignore_keys` is accepted and has no meaning.
         """
-        run: Any = self
-        return evaluation.evaluate_now(run, eval_dataset, metric_key_prefix)
+        if self.in_loop:
+            raise ConfigError("evaluate() within a run: set control.should_evaluate in the callback, or eval_strategy")
+        self.ready()
+        if eval_dataset is None and not self.data.evals:
+            raise ConfigError("evaluate() needs rows: pass them, or an eval_dataset to the trainer")
+        metrics: dict[str, float] = {}
+        with self._sets(eval_dataset) as sets:
+            for name, examples in sets.items():
+                shown = metric_key_prefix + name.removeprefix(_GIVEN).removeprefix("eval")
+                metrics |= self.evaluation(examples, self.references.of_set, name, shown)
+        state = self.callbacks.state
+        line = {**metrics, "epoch": round(state.epoch or 0.0, 4), "step": state.global_step}
+        state.log_history.append(line)
+        self.callbacks.log(metrics)
+        self.callbacks.call("on_evaluate", metrics={**metrics, "epoch": state.epoch})
+        return metrics
+
+    @contextlib.contextmanager
+    def _sets(self, dataset: Any) -> Iterator[dict[str, list[Example]]]:
+        """The sets to evaluate, with their reference known; that of rows given only inside."""
+        references, trained = self.references, self.callbacks.state.global_step > 0
+        if dataset is None:
+            sets = self.data.evals
+            references.hold({**sets, **self.stepwide.reference_sets(sets)}, trained=trained)
+            yield sets
+            return
+        references.check_other_rows(trained=trained)
+        run_data.check_precomputed(self.config, dataset)
+        if isinstance(dataset, Mapping):
+            given = {f"{_GIVEN}eval_{name}": rows for name, rows in dataset.items()}
+        else:
+            given = {f"{_GIVEN}eval": dataset}
+        split = self.config.dataset_test_split
+        sets = {name: self.data.prepare(rows, split, name) for name, rows in given.items()}
+        for name, examples in sets.items():
+            self.batches.place(name, examples)
+        self.stepwide.prepare(sets)
+        try:
+            with references.held({**sets, **self.stepwide.reference_sets(sets)}, trained=trained):
+                yield sets
+        finally:
+            self.stepwide.forget(sets)
+
+    def evaluate_in_run(self) -> bool:
+        """Evaluates and logs every set; returns whether the result is the best so far. What a run cut short had done is
+        not done again."""
+        todo, done = self.progress.todo, self.progress.todo.setdefault("evaluated", {})
+        with self.window.paused():
+            for name, examples in self.data.evals.items():
+                if name not in done:
+                    metrics = self.evaluation(examples, self.references.of_set, name)
+                    with self.signals.whole():
+                        done[name] = metrics
+                        self.log(metrics)
+            if self.answers is not None:
+                self.reporter.add_samples(self.answers(self.config.sample_generations), self.state.global_step)
+        for metrics in done.values():
+            self.callbacks.call("on_evaluate", metrics={**metrics, "epoch": self.state.epoch})
+        del todo["evaluated"]
+        if self.state.global_step == 0:
+            return False  # as in transformers: what a run begins with is not its best
+        return best(self.state, {k: v for metrics in done.values() for k, v in metrics.items()}, self.config)
 
     def save_model(self, output_dir: str | os.PathLike | None = None) -> None:
         """Model and tokenizer as they are now, as `from_pretrained` reads them. Every rank calls it."""
         self.ready()
         folder = Path(output_dir) if output_dir is not None else self.output_dir
         folder.mkdir(parents=True, exist_ok=True)
-        run: Any = self
-        saving.save_model(run, folder)
+        with self.signals.whole():
+            self.files.save(folder)
+
+    def finish(self, summary: dict[str, float]) -> None:
+        """The card of the trained model, its merged form, the report; then the hub."""
+        if self.config.save_final:
+            self.reporter.write_card(self.facts(), self.state)
+            if self.config.save_merged and self.world.main:
+                self.files.save_merged()
+        self.reporter.finish(self.facts(), self.state, summary, self.data.reports, self.guards.warnings)
+        if self.hub is not None:
+            self.callbacks.call("on_push_begin")
+            self.hub.push(self.output_dir)
 
     def push_to_hub(self, commit_message: str = "End of training") -> str | None:
         """Save model and card in output_dir, and upload them to `hub_model_id`; the commit's address."""
@@ -156,9 +328,21 @@ class Face(abc.ABC):
         if not self.world.main:
             return None
         self.hub = self.hub or Hub(self.config)
-        run: Any = self
-        outputs.write_card(run)
+        self.reporter.write_card(self.facts(), self.callbacks.state)
         return self.hub.push(self.output_dir, commit_message)
+
+    def log(self, metrics: dict[str, float], bar: tqdm | None = None) -> None:
+        """Metrics become a line of the log, of metrics.jsonl, of the terminal and of the trackers."""
+        epoch, step = round(self.state.epoch or 0.0, 4), self.state.global_step
+        self.state.log_history.append({**metrics, "epoch": epoch, "step": step})
+        self.reporter.add_line(self.state.log_history)
+        self.reporter.show(metrics, self.state, bar)
+        self.callbacks.log(metrics)
+        self.warn(self.guards.check(step, metrics))
+
+    def warn(self, warnings: Sequence[Any]) -> None:
+        for warning in warnings if self.config.guardrails else []:
+            log.warning("%s", warning)
 
     def log_metrics(self, split: str, metrics: Mapping[str, Any]) -> None:
         """One line a metric, in fastpo's log."""

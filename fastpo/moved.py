@@ -32,7 +32,7 @@ MOVED = {
     "endings": "checkpoints.endings",
     "evaluation": "training.evaluation",
     "function_state": "reference.function_state",
-    "games_cli": "games.cli",
+    "games_cli": "games.curves",
     "grad_filter": "ops.grad_filter",
     "guardrails": "training.guardrails",
     "hub": "report.hub",

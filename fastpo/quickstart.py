@@ -9,7 +9,6 @@ Supervision on the right answers (the control) keeps the lucky guesses among the
 right from wrong. All of it runs on the CPU, in about half a minute.
 """
 
-import argparse
 import contextlib
 import copy
 import json
@@ -436,19 +435,3 @@ def _quiet_log() -> Iterator[None]:
         log.removeHandler(handler)
         if bars:
             transformers.logging.enable_progress_bar()
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of `fastpo quickstart`."""
-    add = parser.add_argument
-    add("--loss-type", choices=list(PREFERENCE), default="dpo", help="preference loss [dpo]")
-    add("--seed", type=int, default=0, metavar="INT", help="seed of everything [0]")
-    add("--output-dir", default="fastpo-quickstart", metavar="DIR", help="where to write [fastpo-quickstart]")
-    add("--control", action="store_true", help="compare with as many supervised steps on the chosen answers")
-    add("--fast", action="store_true", help="a smaller run, less accurate")
-
-
-def run(args: argparse.Namespace) -> int:
-    """`fastpo quickstart`: 0 if greedy accuracy rose, else 1."""
-    summary = run_quickstart(args.output_dir, args.loss_type, args.seed, args.control, args.fast)
-    return int(summary["after_greedy"] <= summary["before_greedy"])

@@ -39,37 +39,33 @@ def length_controlled_win_rate(prefs: Tensor, len_model: Tensor, len_baseline: T
     """(win rate in percent at equal lengths, coefficient of length) of P(the model beats the baseline), [N] in [0, 1].
 
     AlpacaEval 2's logistic regression in its minimal form: an intercept and tanh of the standardised difference of
-    lengths, by maximum likelihood. Without its instruction difficulties, gamed baselines and L1 penalty, so not equal
-    to the leaderboard's figures.
+    lengths, by maximum likelihood (scikit-learn's). Without its instruction difficulties, gamed baselines and L1
+    penalty, so not equal to the leaderboard's figures. Where a length separates won from lost there is no finite
+    maximum: a ridge of 1e-9 a row then decides, the coefficient is large and the rate says little. ConfigError without
+    scikit-learn.
     """
+    try:
+        from sklearn.linear_model import LogisticRegression
+    except ImportError:
+        raise ConfigError(
+            "length_controlled_win_rate needs scikit-learn, which is not installed: pip install 'fastpo[evals]'"
+        ) from None
     p, model, baseline = (torch.as_tensor(v, dtype=torch.float64) for v in (prefs, len_model, len_baseline))
     if not (p.dim() == 1 and p.shape == model.shape == baseline.shape and len(p) > 1):
         raise ConfigError("length_controlled_win_rate needs three vectors of one length, two rows or more")
     if not ((p >= 0) & (p <= 1)).all():
         raise ConfigError("length_controlled_win_rate: preferences must be in [0, 1]")
-    difference = model - baseline
+    n, difference = len(p), model - baseline
     spread = difference.std()  # the sample's, over N - 1
     feature = torch.tanh(difference / spread) if spread > 0 else torch.zeros_like(difference)
-    x = torch.stack([torch.ones_like(feature), feature], 1)
-    ridge = 1e-9 * len(p) * torch.eye(2, dtype=torch.float64)  # data that a threshold separates have no finite optimum
-
-    def value(beta: Tensor) -> Tensor:
-        z = x @ beta
-        nll = -(p * torch.nn.functional.logsigmoid(z) + (1 - p) * torch.nn.functional.logsigmoid(-z)).sum()
-        return nll + 0.5 * beta @ ridge @ beta
-
-    beta = torch.zeros(2, dtype=torch.float64)
-    for _ in range(100):  # Newton's method on a convex function
-        q = torch.sigmoid(x @ beta)
-        gradient = x.T @ (q - p) + ridge @ beta
-        step = torch.linalg.solve((x.T * (q * (1 - q))) @ x + ridge, gradient)
-        t = 1.0
-        while t > 1e-8 and value(beta - t * step) > value(beta):
-            t /= 2
-        beta = beta - t * step
-        if step.abs().max() < 1e-12:
-            break
-    return 100 * torch.sigmoid(beta[0]).item(), beta[1].item()
+    # A preference p is a win of weight p and a loss of weight 1 - p. The intercept is a column, so that the ridge holds
+    # it too: without, it has no finite value where all is won.
+    x = torch.stack([torch.ones_like(feature), feature], 1).repeat(2, 1)  # [2N, 2]
+    won = torch.arange(2 * n) < n
+    fit = LogisticRegression(C=1e9 / n, fit_intercept=False, solver="newton-cholesky", tol=1e-12, max_iter=1000)
+    fit.fit(x.numpy(), won.numpy(), sample_weight=torch.cat([p, 1 - p]).numpy())
+    intercept, of_length = torch.from_numpy(fit.coef_[0])
+    return 100 * torch.sigmoid(intercept).item(), of_length.item()
 
 
 def ensemble_reward(scores: Tensor, rule: str = "uwo", *, coefficient: float = 0.5, unbiased: bool = False) -> Tensor:

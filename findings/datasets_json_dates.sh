@@ -1,6 +1,7 @@
 #!/bin/sh
 # datasets 5.2.0 reads JSON texts that look like dates as timestamps; asking for strings with features= does not give the
 # texts back, it gives the timestamps written out. A column of answers such as "2024-01-02" is trained as another text.
+# Seen: datasets 5.2.0: '2024-01-02' is datetime.datetime(2024, 1, 2, 0, 0), with features=string '2024-01-02 00:00:00'
 set -e
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

@@ -2,7 +2,7 @@
 
 T = packed tokens, H = query heads, G = key and value heads (H a multiple of G), D = head size of queries and keys,
 E = head size of values. Inputs are fp32, bf16 or fp16, the softmax fp32, products of fp32 inputs in full fp32; one cast
-at the store. Which tokens see which is in small integer tables that `fastpo.layout` computes on the host:
+at the store. Which tokens see which is in small integer tables that `fastpo.models.layout` computes on the host:
     chain_start [T]       the first token of each token's chain
     query blocks [NQ, 5]  first token, end, where its own keys begin, the prompt [first, end) that all of it continues
     key blocks [NK, 6]    first token, end, where the queries of its own chains end, the branch [first, end) to which
@@ -322,7 +322,7 @@ def _tree_attention_dkv_kernel(
 
 
 class TreeTables(NamedTuple):
-    """Who sees whom, on the device of the tensors; made by `fastpo.layout` for the blocks of `tree_config`."""
+    """Who sees whom, on the device of the tensors; made by `fastpo.models.layout` for the blocks of `tree_config`."""
 
     chain_start: Tensor  # [T] int32
     fwd_blocks: Tensor  # [NQ, 5] int32

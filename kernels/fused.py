@@ -197,10 +197,11 @@ def fused_logprob_fwd(
     softcap: float | None,
     logit_scale: float,
     entropy: bool = False,
+    top1: Tensor | None = None,  # [N] fp32, out
     config: FusedConfig | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(logp, lse, entropy | None), each [N] fp32, of logits that are never rounded nor stored. A -100 row has logp 0;
-    a target outside the vocabulary gives NaN. `config` None: the chip's."""
+    a target outside the vocabulary gives NaN. `top1` as in `logprob_row_fwd`. `config` None: the chip's."""
     (n, d), v = hidden.shape, weight.shape[0]
     assert takes(hidden, weight) and weight.shape == (v, d) and v > 0, (
         f"hidden and weight must be bf16 or fp16 [N, D] and [V, D] with inner stride 1, got {hidden.dtype} "
@@ -208,6 +209,7 @@ def fused_logprob_fwd(
     )
     assert target.shape == (n,) and target.is_contiguous(), f"target must be contiguous [N], got {tuple(target.shape)}"
     assert bias is None or (bias.shape == (v,) and bias.is_contiguous()), "bias must be contiguous [V]"
+    assert top1 is None or (top1.shape == (n,) and top1.is_contiguous()), "top1 must be contiguous [N]"
     logp, lse = (torch.empty(n, dtype=torch.float32, device=hidden.device) for _ in range(2))
     ent = torch.empty_like(logp) if entropy else None
     if n == 0:
@@ -251,5 +253,5 @@ def fused_logprob_fwd(
             num_stages=c.num_stages,
             enable_fp_fusion=True,
         )
-    combine(m, s, e, None, t_logit, target, v, logp, lse, ent, None)
+    combine(m, s, e, None, t_logit, target, v, logp, lse, ent, None, top1)
     return logp, lse, ent

@@ -19,176 +19,17 @@ from torch import Tensor
 
 from fastpo.kernels.online_softmax import (
     _IGNORE,
-    _NO_COLUMN,
     IGNORE_INDEX,
     _finite,
-    _logit_rule,
     _rescale,
     combine,
     device_guard,
     multiprocessors,
 )
+from fastpo.kernels.row_passes import _row_grad, _row_stats, _target_logit
 
 # A row is cut into parts of at least this many columns: 8 KiB of bf16, two steps of 128 threads with two 16-byte loads.
 MIN_SPLIT = 4096
-
-
-@triton.jit
-def _load_logits(
-    row_ptr,
-    bias_ptr,
-    cols,
-    n_cols,
-    softcap,
-    logit_scale,
-    MASKED: tl.constexpr,
-    EVICT: tl.constexpr,
-):
-    """One block of one row: (z, dz/draw), columns past V at -inf. Only the last block is masked: an unmasked
-    load is one 16-byte access whatever V is."""
-    bias = 0.0
-    if MASKED:
-        mask = cols < n_cols
-        raw = tl.load(row_ptr + cols, mask=mask, other=0.0, eviction_policy=EVICT)
-        if bias_ptr is not None:
-            bias = tl.load(bias_ptr + cols, mask=mask, other=0.0).to(tl.float32)
-        z, slope = _logit_rule(raw, bias, softcap, logit_scale)
-        z = tl.where(mask, z, float("-inf"))
-    else:
-        raw = tl.load(row_ptr + cols, eviction_policy=EVICT)
-        if bias_ptr is not None:
-            bias = tl.load(bias_ptr + cols).to(tl.float32)
-        z, slope = _logit_rule(raw, bias, softcap, logit_scale)
-    return z, slope
-
-
-@triton.jit
-def _block_columns(BLOCK_V: tl.constexpr, VEC: tl.constexpr, ALIGNED: tl.constexpr):
-    """Columns [LANES, VEC] of one block, a lane's in one thread: VEC neighbours where rows start on 16 bytes, so that
-    they come in one access; else LANES apart, so that neighbouring threads still read neighbouring elements."""
-    LANES: tl.constexpr = BLOCK_V // VEC
-    lanes = tl.arange(0, LANES)[:, None]
-    if ALIGNED:
-        return lanes * VEC + tl.arange(0, VEC)[None, :]
-    else:
-        return lanes + tl.arange(0, VEC)[None, :] * LANES
-
-
-@triton.jit
-def _accumulate(z, cols, m, s, e, i, ENTROPY: tl.constexpr, ARGMAX: tl.constexpr):
-    """Adds z [LANES, VEC] to the lanes' online softmax: maximum m, first column i that has it, s = sum exp(z - m),
-    e = sum (z - m) exp(z - m)."""
-    m_block = tl.max(z, axis=1)
-    if ARGMAX:  # a lane's columns ascend from block to block, so only a larger maximum moves i
-        first = tl.min(tl.where(z == m_block[:, None], cols, _NO_COLUMN), axis=1)
-        i = tl.where(m_block > m, first, i)
-    m_new = tl.maximum(m, m_block)
-    m_safe = _finite(m_new)
-    shifted = z - m_safe[:, None]
-    p = tl.exp(shifted)
-    if ENTROPY:
-        s, e = _rescale(m, s, e, m_safe)
-        e += tl.sum(tl.where(shifted == float("-inf"), 0.0, shifted * p), axis=1)
-    else:
-        s *= tl.exp(m - m_safe)
-    return m_new, s + tl.sum(p, axis=1), e, i
-
-
-@triton.jit
-def _row_stats(
-    row_ptr,
-    bias_ptr,
-    begin,
-    end,
-    softcap,
-    logit_scale,
-    ENTROPY: tl.constexpr,
-    ARGMAX: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    VEC: tl.constexpr,
-    ALIGNED: tl.constexpr,
-):
-    """(m, s, e, i) of the columns begin to end of one row. Every lane keeps its own maximum over its own 16-byte
-    vectors, so warps run through the row without meeting; the price is one more exp per VEC logits."""
-    LANES: tl.constexpr = BLOCK_V // VEC
-    offs_v = _block_columns(BLOCK_V, VEC, ALIGNED)
-    m = tl.full([LANES], float("-inf"), tl.float32)
-    s = tl.zeros([LANES], tl.float32)
-    e = tl.zeros([LANES], tl.float32)
-    i = begin + tl.min(offs_v, axis=1)
-    tail = begin + (end - begin) // BLOCK_V * BLOCK_V
-    for start in range(begin, tail, BLOCK_V):
-        cols = start + offs_v
-        z, _ = _load_logits(row_ptr, bias_ptr, cols, end, softcap, logit_scale, False, "evict_last")
-        m, s, e, i = _accumulate(z, cols, m, s, e, i, ENTROPY, ARGMAX)
-    if tail < end:
-        cols = tail + offs_v
-        z, _ = _load_logits(row_ptr, bias_ptr, cols, end, softcap, logit_scale, True, "evict_last")
-        m, s, e, i = _accumulate(z, cols, m, s, e, i, ENTROPY, ARGMAX)
-    m_row = tl.max(m, axis=0)
-    s, e = _rescale(m, s, e, _finite(m_row))
-    i_row = tl.min(tl.where(m == m_row, i, _NO_COLUMN), axis=0)
-    return m_row, tl.sum(s, axis=0), tl.sum(e, axis=0), i_row
-
-
-@triton.jit
-def _store_grad(row_ptr, z, slope, cols, end, target, u_target, shift, factor, MASKED: tl.constexpr):
-    """Stores U for one block, with softmax = exp(z - shift) * factor; a -100 row (factor 0 and no target) stores 0.
-    u_target is 1 - softmax(z)[target] where the caller knows it, else None."""
-    p = tl.exp(z - shift) * factor
-    if u_target is not None:
-        u = tl.where(cols == target, u_target, -p) * slope
-    else:
-        u = tl.where(cols == target, 1.0 - p, -p) * slope
-    u = tl.where(factor == 0.0, 0.0, u).to(row_ptr.dtype.element_ty)
-    if MASKED:
-        tl.store(row_ptr + cols, u, mask=cols < end)
-    else:
-        tl.store(row_ptr + cols, u)
-
-
-@triton.jit
-def _row_grad(
-    row_ptr,
-    bias_ptr,
-    begin,
-    end,
-    n_cols,
-    target,
-    u_target,
-    shift,
-    factor,
-    softcap,
-    logit_scale,
-    BLOCK_V: tl.constexpr,
-    VEC: tl.constexpr,
-    ALIGNED: tl.constexpr,
-):
-    """Overwrites the columns begin to end of one row with U, from their end to their start: what the first pass read
-    last is still in cache."""
-    target = tl.where((target >= 0) & (target < n_cols), target, -1).to(tl.int32)
-    offs_v = _block_columns(BLOCK_V, VEC, ALIGNED)
-    tail = begin + (end - begin) // BLOCK_V * BLOCK_V
-    if tail < end:
-        cols = tail + offs_v
-        z, slope = _load_logits(row_ptr, bias_ptr, cols, end, softcap, logit_scale, True, "evict_first")
-        _store_grad(row_ptr, z, slope, cols, end, target, u_target, shift, factor, True)
-    for done in range(0, tail - begin, BLOCK_V):
-        cols = tail - BLOCK_V - done + offs_v
-        z, slope = _load_logits(row_ptr, bias_ptr, cols, end, softcap, logit_scale, False, "evict_first")
-        _store_grad(row_ptr, z, slope, cols, end, target, u_target, shift, factor, False)
-
-
-@triton.jit
-def _target_logit(row_ptr, bias_ptr, target, n_cols, softcap, logit_scale):
-    """(hit, z[target]); a target outside [0, V) reads nothing."""
-    hit = (target >= 0) & (target < n_cols)
-    raw = tl.load(row_ptr + target, mask=hit, other=0.0)
-    bias = 0.0
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + target, mask=hit, other=0.0).to(tl.float32)
-    z, _ = _logit_rule(raw, bias, softcap, logit_scale)
-    return hit, z
 
 
 @triton.jit
@@ -200,6 +41,7 @@ def _logprob_row_fwd_kernel(
     lse_ptr,  # [N] fp32, out
     entropy_ptr,  # [N] fp32, out, or None
     argmax_ptr,  # [N] int, out, or None
+    top1_ptr,  # [N] fp32, out, or None
     n_cols,
     stride_ln,
     softcap,  # or None
@@ -239,6 +81,9 @@ def _logprob_row_fwd_kernel(
         tl.store(entropy_ptr + pid_n, log_s - e / s)
     if argmax_ptr is not None:
         tl.store(argmax_ptr + pid_n, i)
+    if top1_ptr is not None:
+        # Only a NaN differs from itself: one logit makes it the row's log-probability.
+        tl.store(top1_ptr + pid_n, tl.where(live & (z_target >= m) & (logp == logp), 1.0, 0.0))
     if WRITE_GRAD:
         factor = tl.where(live, 1.0 / s, 0.0)
         _row_grad(
@@ -466,16 +311,19 @@ def logprob_row_fwd(
     entropy: bool = False,
     write: str | None = None,
     argmax: Tensor | None = None,  # [N] int32 or int64, out
+    top1: Tensor | None = None,  # [N] fp32, out
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(logp, lse, entropy | None), each [N] fp32; write="grad" turns the logits into U. A -100 row has logp 0, U 0.
 
     `argmax` is filled with each row's first column of the largest logit; NaN logits are passed over there, their row's
-    logp and lse are NaN. Few rows are split over several programs: three launches instead of one.
+    logp and lse are NaN. `top1` is filled with 1 where no logit is above the target's, else 0; `reference.row_top1`.
+    Few rows are split over several programs: three launches instead of one.
     """
     assert write in (None, "grad"), f"write must be None or 'grad', got {write!r}"
     _check(logits, target, bias, softcap)
     n, v = logits.shape
-    assert argmax is None or (argmax.shape == (n,) and argmax.is_contiguous()), "argmax must be contiguous [N]"
+    for name, out in (("argmax", argmax), ("top1", top1)):
+        assert out is None or (out.shape == (n,) and out.is_contiguous()), f"{name} must be contiguous [N]"
     logp = logits.new_empty(n, dtype=torch.float32)
     lse = torch.empty_like(logp)
     ent = torch.empty_like(logp) if entropy else None
@@ -505,7 +353,7 @@ def logprob_row_fwd(
                 float(logit_scale),
                 **options,
             )
-        combine(m, s, e, columns, t_logit, target, v, logp, lse, ent, argmax)
+        combine(m, s, e, columns, t_logit, target, v, logp, lse, ent, argmax, top1)
         if write == "grad":
             rule = {"softcap": softcap, "logit_scale": logit_scale}
             logprob_slice_grad(logits, target, lse, bias, **rule, col_offset=0, logp=logp)
@@ -519,6 +367,7 @@ def logprob_row_fwd(
             lse,
             ent,
             argmax,
+            top1,
             v,
             logits.stride(0),
             softcap,
@@ -558,10 +407,16 @@ def logprob_slice_fwd(
         )
 
 
-def logprob_slice_finish(state: SliceState, target: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(logp, lse, entropy | None), each [N] fp32, after the last slice."""
+def logprob_slice_finish(
+    state: SliceState,
+    target: Tensor,  # [N] int
+    top1: Tensor | None = None,  # [N] fp32, out
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(logp, lse, entropy | None), each [N] fp32, after the last slice; `top1` as in `logprob_row_fwd`."""
     log_s = state.s.log()
     logp = torch.where(target == IGNORE_INDEX, 0.0, state.t_logit - state.m - log_s)
+    if top1 is not None:
+        top1.copy_((state.t_logit >= state.m) & (target != IGNORE_INDEX) & ~logp.isnan())
     entropy = None if state.e_acc is None else log_s - state.e_acc / state.s
     return logp, state.m + log_s, entropy
 
@@ -619,6 +474,7 @@ def compile_only() -> None:
         None,
         fp32,
         fp32,
+        None,
         None,
         None,
         32_000,

@@ -67,6 +67,7 @@ def _logprob_combine_kernel(
     lse_ptr,  # [N] fp32, out
     entropy_ptr,  # [N] fp32, out, or None
     argmax_ptr,  # [N] int, out, or None
+    top1_ptr,  # [N] fp32, out, or None
     n_rows,
     n_parts,
     n_cols,
@@ -105,12 +106,17 @@ def _logprob_combine_kernel(
     target = tl.load(target_ptr + offs_n, mask=mask_n, other=_IGNORE).to(tl.int64)
     hit = (target >= 0) & (target < n_cols)
     t_logit = tl.load(t_logit_ptr + offs_n, mask=mask_n & hit, other=float("nan"))
-    tl.store(logp_ptr + offs_n, tl.where(target != _IGNORE, t_logit - m - log_s, 0.0), mask=mask_n)
+    live = target != _IGNORE
+    logp = t_logit - m - log_s
+    tl.store(logp_ptr + offs_n, tl.where(live, logp, 0.0), mask=mask_n)
     tl.store(lse_ptr + offs_n, m + log_s, mask=mask_n)
     if entropy_ptr is not None:
         tl.store(entropy_ptr + offs_n, log_s - e / s, mask=mask_n)
     if argmax_ptr is not None:
         tl.store(argmax_ptr + offs_n, i, mask=mask_n)
+    if top1_ptr is not None:
+        # Only a NaN differs from itself: one logit makes it the row's log-probability.
+        tl.store(top1_ptr + offs_n, tl.where(live & (t_logit >= m) & (logp == logp), 1.0, 0.0), mask=mask_n)
 
 
 def device_guard(tensor: Tensor) -> contextlib.AbstractContextManager:
@@ -135,6 +141,7 @@ def combine(
     lse: Tensor,  # [N] fp32, out
     entropy: Tensor | None,  # [N] fp32, out
     argmax: Tensor | None,  # [N] int, out
+    top1: Tensor | None,  # [N] fp32, out
 ) -> None:
     """Statistics of parts of a row, in ascending order of columns, to those of the row."""
     parts, n = m.shape
@@ -150,6 +157,7 @@ def combine(
             lse,
             entropy,
             argmax,
+            top1,
             n,
             parts,
             n_cols,

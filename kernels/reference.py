@@ -38,6 +38,18 @@ def row_logprob(
     return picked.where(live, 0.0), z.detach().logsumexp(dim=-1), entropy
 
 
+def row_top1(raw: Tensor, target: Tensor, *, softcap: float | None = None, logit_scale: float = 1.0) -> Tensor:
+    """1 where no logit of a row of `raw` [N, V] is above its target's, else 0 -> [N], in the dtype of `row_logprob`.
+
+    Ties are 1. Rows with target -100 have 0, and so have rows whose log-probability is NaN.
+    """
+    z = logit_rule(raw.float() if raw.dtype in (torch.bfloat16, torch.float16) else raw, softcap, logit_scale).detach()
+    live = target != IGNORE_INDEX
+    column = target.where(live, 0).long().unsqueeze(1)
+    likeliest = (z.gather(1, column) == z.amax(dim=1, keepdim=True)).squeeze(1)
+    return (likeliest & live & ~z.log_softmax(dim=-1).gather(1, column).squeeze(1).isnan()).to(z.dtype)
+
+
 def row_argmax(raw: Tensor, *, softcap: float | None = None, logit_scale: float = 1.0) -> Tensor:
     """First column of the largest logit of each row of `raw` [N, V] -> [N] int64."""
     z = logit_rule(raw.float() if raw.dtype in (torch.bfloat16, torch.float16) else raw, softcap, logit_scale)
@@ -54,11 +66,16 @@ def linear_logprob(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     return_entropy: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """log_softmax(softcap(logit_scale * (hidden W^T + b)))[target] -> logp [N] (fp32, or fp64 for fp64 inputs)."""
+    return_top1: bool = False,
+) -> Tensor | tuple[Tensor, ...]:
+    """log_softmax(softcap(logit_scale * (hidden W^T + b)))[target] -> logp [N] (fp32, or fp64 for fp64 inputs); then,
+    where asked for, the entropy [N] and `row_top1` [N]."""
     raw = F.linear(hidden, weight, bias)
     logp, _, entropy = row_logprob(raw, target, softcap=softcap, logit_scale=logit_scale)
-    return (logp, entropy) if return_entropy else logp
+    if not (return_entropy or return_top1):
+        return logp
+    top1 = [row_top1(raw, target, softcap=softcap, logit_scale=logit_scale)] if return_top1 else []
+    return logp, *([entropy] if return_entropy else []), *top1
 
 
 def log_sum_sq(

@@ -253,7 +253,7 @@ class Stage:
         return "trained"
 
     def command(self, chosen, inputs) -> str:
-        from fastpo.cli import command_line as cli
+        from fastpo import cli
 
         argv = ["train", "--print-config"]
         for name, v in {

@@ -19,7 +19,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from fastpo.data.prepare import prepare_examples
+from fastpo.data import prepare_examples
 from fastpo.errors import DataError
 
 CHATML = (

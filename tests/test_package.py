@@ -1,5 +1,6 @@
 """The package as users get it: wheel and editable, with and without the other package called `kernels`."""
 
+import importlib
 import os
 import shutil
 import subprocess
@@ -8,6 +9,7 @@ import sysconfig
 import tarfile
 import tomllib
 import venv
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -15,6 +17,7 @@ import pytest
 from packaging.requirements import Requirement
 
 import fastpo
+from fastpo.moved import MOVED
 
 ROOT = Path(__file__).resolve().parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -230,6 +233,64 @@ def test_import_is_light_and_exports_resolve(tmp_path):
     assert fastpo.train.__module__ == "fastpo.trainer"
     with pytest.raises(AttributeError, match="no attribute 'trian'"):
         fastpo.trian  # noqa: B018
+
+
+# --- the paths of before the rooms
+
+
+# A name that each module had whose own name is another now.
+RENAMED = {
+    "data_docs": "table", "data_report": "DataReport", "games_cli": "make_game", "live_reference": "LiveReference",
+    "loss_cpo": "cpo_hinge", "loss_docs": "page", "loss_functions": "dpo", "loss_statistics": "dno", "model": "Policy",
+    "op_parts": "OpError", "prepare": "training_mode", "ref_policy": "cache_folder", "references": "Role",
+    "row_conversions": "Unfit", "row_layouts": "Reading",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("old, new", MOVED.items())
+def test_an_old_path_is_the_same_module_with_one_warning(old, new, monkeypatch):
+    assert not (ROOT / "fastpo" / old).exists() and not (ROOT / "fastpo" / f"{old}.py").exists()
+    monkeypatch.delitem(sys.modules, f"fastpo.{old}", raising=False)
+    monkeypatch.delitem(vars(fastpo), old, raising=False)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        exec(f"import fastpo.{old}; import fastpo.{old}", {})
+    said = [w for w in caught if f"fastpo.{old} is fastpo.{new} now" in str(w.message)]
+    assert [w.category for w in said] == [FutureWarning]
+    assert said[0].filename == "<string>"  # the line that imports it
+    module = importlib.import_module(f"fastpo.{new}")
+    assert sys.modules[f"fastpo.{old}"] is module and getattr(fastpo, old) is module
+    assert module.__name__ == f"fastpo.{new}"
+    assert hasattr(module, RENAMED[old]) if old in RENAMED else new.endswith(f".{old}")
+
+
+def test_names_of_an_old_path(tmp_path):
+    code = (
+        "import sys, warnings\n"
+        "warnings.simplefilter('error')\n"
+        "import fastpo\n"
+        "assert not [name for name in sys.modules if name.startswith('fastpo.') and name != 'fastpo.moved']\n"
+        "warnings.simplefilter('always')\n"
+        "with warnings.catch_warnings(record=True) as caught:\n"
+        "    from fastpo.ref_policy import RefCache\n"
+        "    from fastpo.ref_policy import cache_folder\n"
+        "    import fastpo.callbacks\n"
+        "    fastpo.callbacks, fastpo.guardrails\n"
+        "from fastpo.reference import cache\n"
+        "from fastpo.report import callbacks\n"
+        "assert RefCache is cache.RefCache and cache_folder is cache.cache_folder\n"
+        "assert fastpo.callbacks is callbacks\n"
+        "said = [str(w.message).split()[0] for w in caught if 'the old path goes' in str(w.message)]\n"
+        "assert said == ['fastpo.ref_policy', 'fastpo.callbacks', 'fastpo.guardrails'], said\n"
+    )
+    run(sys.executable, "-c", code, cwd=tmp_path)
+
+
+def test_a_path_that_never_was():
+    with pytest.raises(ModuleNotFoundError, match="No module named 'fastpo.nonsense'"):
+        importlib.import_module("fastpo.nonsense")
+    with pytest.raises(ModuleNotFoundError):  # an old name of the top level is none of a room's
+        importlib.import_module("fastpo.models.callbacks")
 
 
 # --- what is built

@@ -1,6 +1,5 @@
 """The quickstart: its task and judge, its pairs, its sampling, and one short run from end to end."""
 
-import argparse
 import contextlib
 import io
 import json
@@ -9,7 +8,7 @@ import random
 import pytest
 import torch
 
-from fastpo import quickstart
+from fastpo import cli, quickstart
 from fastpo.errors import ConfigError
 
 
@@ -233,8 +232,6 @@ def test_command_line(monkeypatch, after, code):
         calls.append(args)
         return {"before_greedy": 0.5, "after_greedy": after}
 
-    monkeypatch.setattr(quickstart, "run_quickstart", run_quickstart)
-    parser = argparse.ArgumentParser()
-    quickstart.add_arguments(parser)
-    assert quickstart.run(parser.parse_args(["--loss-type", "sppo", "--seed", "3", "--fast"])) == code
+    monkeypatch.setattr("fastpo.cli.quickstart.run_quickstart", run_quickstart)
+    assert cli.main(["quickstart", "--loss-type", "sppo", "--seed", "3", "--fast"]) == code
     assert calls == [("fastpo-quickstart", "sppo", 3, False, True)]

@@ -1,6 +1,7 @@
 """Judges' and reward models' scores (section 4.5, item 6 of the specification)."""
 
 import itertools
+import sys
 
 import pytest
 import torch
@@ -49,6 +50,54 @@ def test_length_controlled_win_rate_recovers_its_model_and_is_symmetric():
     assert beta == pytest.approx(1.3, abs=0.1) and rate == pytest.approx(40.13, abs=1.5)
     equal = torch.full((4,), 100.0)
     assert selection.length_controlled_win_rate(torch.tensor([1, 0.5, 1, 0.5]), equal, equal)[0] == pytest.approx(75)
+
+
+# prefs, len_model, len_baseline, and what the Newton iteration gave that was here before scikit-learn did the fit.
+FITS_BEFORE = {
+    "preferences": (
+        [0.9, 0.2, 0.7, 0.5, 0.35], [1200, 300, 2500, 800, 90], [1000] * 5, (57.408128173899186, 1.442366636734349),
+    ),
+    "votes": (
+        [1, 0, 1, 1, 0, 1], [500, 400, 900, 100, 1200, 650], [700, 300, 950, 400, 800, 20],
+        (75.89990752780577, -1.952968679883777),
+    ),
+    "separable": ([0, 0, 1, 1], [1, 2, 3, 4], [2.5] * 4, (50.0, 41.481809564437306)),
+    "separable_elsewhere": ([0, 0, 1, 1, 0], [1, 2, 3, 4, 2.9], [2.5] * 5, (0.0, 284.07467178410184)),
+    "all_won": ([1, 1, 1], [10, 20, 60], [15] * 3, (99.99999775259764, 1.32629042431108)),
+    "all_lost_at_one_length": ([0, 0, 0], [7] * 3, [7] * 3, (1.7841725950526672e-06, 0.0)),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("error")  # a fit that does not converge warns
+@pytest.mark.parametrize("prefs, model, baseline, expected", FITS_BEFORE.values(), ids=FITS_BEFORE.keys())
+def test_length_controlled_win_rate_as_by_the_newton_iteration_of_before(prefs, model, baseline, expected):
+    """Data that a length separates too: the ridge of 1e-9 a row decides there, in both, on a plateau 1e-5 wide."""
+    got = selection.length_controlled_win_rate(
+        *(torch.tensor(v, dtype=torch.float64) for v in (prefs, model, baseline))
+    )
+    tight = len(prefs) > 4 and expected[0] > 0
+    assert got == pytest.approx(expected, rel=1e-9 if tight else 1e-4, abs=1e-9)
+
+
+@pytest.mark.filterwarnings("error")
+def test_length_controlled_win_rate_is_the_maximum_of_the_likelihood():
+    g = torch.Generator().manual_seed(3)
+    for n in (5, 40, 1000):
+        for votes in (False, True):
+            model, baseline = (torch.randint(1, 4000, (n,), generator=g).double() for _ in range(2))
+            p = torch.rand(n, generator=g, dtype=torch.float64)
+            p = torch.bernoulli(p, generator=g) if votes else p
+            rate, beta = selection.length_controlled_win_rate(p, model, baseline)
+            feature = torch.tanh((model - baseline) / (model - baseline).std())
+            residual = torch.sigmoid(torch.logit(torch.tensor(rate / 100, dtype=torch.float64)) + beta * feature) - p
+            # The ridge's pull, 1e-9 of a coefficient a row, is all that is left of the gradient.
+            assert max(abs(residual.mean()), abs((residual * feature).mean())) < 1e-8 * (1 + abs(beta)), (n, votes)
+
+
+def test_without_scikit_learn_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.linear_model", None)  # as where it is not installed
+    with pytest.raises(ConfigError, match=r"needs scikit-learn, .*: pip install 'fastpo\[evals\]'$"):
+        selection.length_controlled_win_rate(torch.tensor([1.0, 0]), torch.ones(2), torch.ones(2))
 
 
 def test_ensembles_by_both_variances():

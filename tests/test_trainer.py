@@ -10,7 +10,7 @@ from torch.nn.functional import logsigmoid
 
 import fastpo
 from fastpo.errors import ConfigError, DataError, DeviceError, FastpoError, TrainingError, UnsupportedModelError
-from fastpo.reference import sources as references
+from fastpo.reference.passes import reference_logps
 
 LR = 1e-2
 
@@ -132,8 +132,8 @@ def test_sharing_prompts_changes_nothing(toy, run, options):
 def test_prompts_are_shared_where_it_pays():
     import numpy as np
 
+    from fastpo.data import Example
     from fastpo.data.packing import TrunkCost, sequence_tokens, set_sharing, trunk_tokens
-    from fastpo.data.prepare import Example
 
     def example(prompt, *responses, **rest):
         return Example(np.arange(prompt), [np.arange(n) for n in responses], [(0, 1)], **rest)
@@ -243,9 +243,9 @@ def test_the_reference_is_the_policy_in_memory(toy, run):
 
 def test_the_reference_pass_is_shared_by_a_sweep(toy, run, monkeypatch):
     calls = []
-    real = references.reference_logps
+    real = reference_logps
     monkeypatch.setattr(
-        "fastpo.reference.sources.reference_logps",
+        "fastpo.reference.passes.reference_logps",
         lambda examples, needed, cache, compute, **kw: real(
             examples, needed, cache, lambda batch: (calls.append(1), compute(batch))[1], **kw
         ),
@@ -392,12 +392,12 @@ def test_non_finite_steps_are_skipped_counted_and_stop_the_run(toy, run, any_wei
 
 
 def test_a_start_away_from_the_reference_is_refused(run, monkeypatch):
-    real = fastpo.reference.sources.reference_logps
+    real = reference_logps
 
     def wrong(*args, **kwargs):
         return [[part + 0.5 for part in parts] for parts in real(*args, **kwargs)]
 
-    monkeypatch.setattr("fastpo.reference.sources.reference_logps", wrong)
+    monkeypatch.setattr("fastpo.reference.passes.reference_logps", wrong)
     with pytest.raises(TrainingError, match="should start at its reference"):
         run()
 
@@ -522,7 +522,7 @@ def test_adapter_settings_are_part_of_the_fingerprint(toy):
     assert key(8) == key(8) != key(64)
 
 
-@pytest.mark.parametrize("event", ["on_train_begin", "on_substep_end", "on_pre_optimizer_step", "outputs.start"])
+@pytest.mark.parametrize("event", ["on_train_begin", "on_substep_end", "on_pre_optimizer_step", "Reporter.start"])
 @pytest.mark.parametrize("mode", ["fp32", "stochastic"])
 def test_a_call_that_failed_leaves_the_model_as_good_as_new(toy, run, monkeypatch, event, mode):
     """Hooks that it left would take the gradients of the next call: its weights would not move."""
@@ -537,8 +537,8 @@ def test_a_call_that_failed_leaves_the_model_as_good_as_new(toy, run, monkeypatc
 
     model, callback = toy.model().bfloat16(), TrainerCallback()
     with monkeypatch.context() as patch:
-        if event == "outputs.start":
-            patch.setattr("fastpo.report.outputs.start", fail)
+        if event == "Reporter.start":
+            patch.setattr("fastpo.report.outputs.Reporter.start", fail)
         else:
             setattr(callback, event, fail)
         with pytest.raises(RuntimeError, match="on purpose"):

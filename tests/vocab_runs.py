@@ -24,14 +24,10 @@ from torch.distributed.tensor.debug import CommDebugMode  # noqa: E402
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module  # noqa: E402
 
 import fastpo  # noqa: E402
-from fastpo import check  # noqa: E402
+from fastpo import check, ops  # noqa: E402
 from fastpo.check import SOFTCAPPED, Case  # noqa: E402
 from fastpo.kernels import reference  # noqa: E402
-from fastpo.ops import (
-    backends,  # noqa: E402
-    vocab_parallel,  # noqa: E402
-)
-from fastpo.ops import head as ops  # noqa: E402
+from fastpo.ops import backends, vocab_parallel  # noqa: E402
 from fastpo.ops import parts as op_parts  # noqa: E402
 
 WORLD = 4
@@ -428,6 +424,7 @@ def bad_input(rank: int, two: dist.ProcessGroup, three: dist.ProcessGroup) -> di
     attempt("placements", op(hidden, rows, target, distribute_tensor(torch.zeros(10), mesh, [Replicate()])))
     attempt("rows", op(hidden, weight, target, vocab_parallel=split))
     attempt("bias", op(hidden, part, target, torch.zeros(4), vocab_parallel=split))
+    attempt("top1", op(hidden, part, target, vocab_parallel=split, return_top1=True))
     attempt("dtypes", op(hidden, part.bfloat16(), target, vocab_parallel=split))
     attempt("devices", op(hidden, part.to("meta"), target, vocab_parallel=split))
     attempt("target", op(hidden, part, torch.tensor([0, 9, 10]), vocab_parallel=split))

@@ -34,15 +34,13 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerState
 
 from fastpo.checkpoints.state_files import as_sharded, nonfinite_weights
-from fastpo.data.prepare import Example
+from fastpo.data import Example
 from fastpo.errors import ConfigError, TrainingError
 
 log = logging.getLogger("fastpo")
 
 FORMAT = 3  # of everything in a checkpoint but the model's own files
 MANIFEST = "manifest.json"
-REFERENCE = "reference.safetensors"
-PREVIOUS = "previous.safetensors"
 _NAME = re.compile(r"checkpoint-(\d+)$")
 TEMPORARY = ".saving-"
 _OLD = f"{TEMPORARY}old-"

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from fastpo.data.prepare import Example
+from fastpo.data import Example
 
 ROWS = 4096  # of the data, evenly spread: what all of them end with shows in these
 SHARE = 0.05  # of the responses; a token that ends fewer is a stray one

@@ -21,7 +21,7 @@ from transformers.utils import logging as logging_utils
 
 from fastpo.checkpoints.state_files import first_nonfinite, write_tensors
 from fastpo.errors import ConfigError
-from fastpo.models import loading
+from fastpo.models.carried import carry_over
 from fastpo.report import disks
 
 log = logging.getLogger("fastpo")
@@ -48,7 +48,7 @@ def write(
         given["max_shard_size"] = max_shard_size
     with _without_bars(), _generation_config(model) if whole else contextlib.nullcontext():
         model.save_pretrained(folder, **given)  # type: ignore[operator]
-    loading.carry_over(model, folder)
+    carry_over(model, folder)
     if weights is not None and (folder / "config.json").exists():
         # transformers writes the shards' dtype; the weights are in the one that they were loaded in.
         config = json.loads((folder / "config.json").read_text())

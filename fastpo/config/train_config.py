@@ -146,7 +146,7 @@ class TrainConfig:
     logging_steps: float = _opt(10, "logging", "steps between log lines; below 1, a share of all steps")
     logging_strategy: str = _opt("steps", "logging", "when to log", ("no", "steps", "epoch"))
     logging_first_step: bool = _opt(False, "logging", "log the first step too")
-    token_metrics: bool = _opt(True, "logging", "entropy and mean_token_accuracy of the steps that are logged, and of evaluations: one more pass of the head over their tokens")
+    token_metrics: bool = _opt(True, "logging", "entropy and mean_token_accuracy of the steps that are logged, and of evaluations, from the same pass of the head as their loss")
     disable_tqdm: bool = _opt(False, "logging", "no progress bar")
     report_to: str | list[str] = _opt("none", "logging", "trackers beside output_dir/metrics.jsonl: tensorboard, wandb, trackio, mlflow, ... as transformers names them; all; none")
     report: bool = _opt(True, "logging", "write report.html, one file with curves, settings, counts and warnings, after training")

@@ -12,7 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from fastpo.data.prepare import DataReport, Example, even_weights
+from fastpo.data.example import Example
+from fastpo.data.prepare import even_weights
+from fastpo.data.report import DataReport
 from fastpo.data.rows import RESPONSE_COLUMNS
 from fastpo.data.sources import Stream, column_names
 from fastpo.errors import DataError, nearest, quoted

@@ -19,9 +19,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from fastpo.errors import ConfigError
-from fastpo.ops.backends import _C
+from fastpo.ops.backends import load_extension
 
-COMPILED = getattr(_C, "pack", None)  # None without a compiler
+COMPILED = getattr(load_extension(), "pack", None)  # None without a compiler
 # Larger steps are not searched, evened out or filled by LPT: what each gains there, a few micro-batches or part of one,
 # is lost among the others.
 SEARCH_TREES, LEVEL_TREES, EVEN_TREES = 4_096, 1_024, 65_536

@@ -12,18 +12,15 @@ import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fastpo.data.example import Example
 from fastpo.data.packer import pack_all, pack_step
 from fastpo.data.prefetch import to_device
-from fastpo.data.prepare import Example
-
-if TYPE_CHECKING:
-    from fastpo.training.metrics import Flops
 
 
 class Branch(NamedTuple):
@@ -110,6 +107,14 @@ class PackedBatch:
 BRANCH_FLOPS = {"cpu": 75e6, "cuda": 6e9}
 
 
+class ModelWork(Protocol):
+    """What the cost of a trunk is made of, as models/flops.py counts it."""
+
+    layers: int
+    per_token: int  # FLOPs of a token in all layers' matrices
+    attention: int  # layers times the hidden size
+
+
 class TrunkCost(NamedTuple):
     """Estimated FLOPs of one layer, forward and backward: linear in tokens, quadratic in lengths, and of branches."""
 
@@ -118,7 +123,7 @@ class TrunkCost(NamedTuple):
     branch: float = BRANCH_FLOPS["cpu"]
 
     @classmethod
-    def of(cls, flops: "Flops", device: torch.device) -> Self:
+    def of(cls, flops: ModelWork, device: torch.device) -> Self:
         """Of a model whose work `flops` counts."""
         layers = max(flops.layers, 1)
         branch = BRANCH_FLOPS.get(device.type, BRANCH_FLOPS["cuda"])

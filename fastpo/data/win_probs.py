@@ -2,17 +2,14 @@
 
 from collections.abc import Sequence
 from hashlib import blake2b
-from typing import TYPE_CHECKING
 
+from fastpo.data.example import Example
 from fastpo.errors import DataError
-
-if TYPE_CHECKING:
-    from fastpo.data.prepare import Example
 
 WIN_PROB_TOLERANCE = 0.01 + 1e-9  # p and 1 - p, each rounded to two decimals, may be as far from adding up to 1
 
 
-def check_win_probs(examples: Sequence["Example"], numbers: Sequence[int]) -> None:
+def check_win_probs(examples: Sequence[Example], numbers: Sequence[int]) -> None:
     """DataError where two rows give one pair, in either order, or one response two win probabilities.
 
     Rows are compared by token ids, after truncation.

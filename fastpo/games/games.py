@@ -3,12 +3,14 @@
 n = responses of a single prompt; prefs [n, n] fp64, prefs[y, z] = P(y beats z), so prefs + prefs.T = 1. Policies are
 log-probabilities [n], fp64: in the log domain an update is a sum, and no probability underflows to a zero that it could
 never leave. `eta` divides: a larger one is a smaller step (the step of SPPO's and Nash-MD's papers is 1/eta).
-`fastpo.tabular` trains the same updates through the library's losses.
+`fastpo.games.tabular` trains the same updates through the library's losses.
 """
 
+import importlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -110,38 +112,37 @@ def regularised_gap(prefs: Tensor, log_pi: Tensor, log_ref: Tensor, tau: float) 
 
 
 def nash_equilibrium(prefs: Tensor) -> Tensor:
-    """The Nash policy, as probabilities [n], by linear programming; one vertex where there are several.
+    """The Nash policy, as probabilities [n], by linear programming (SciPy's HiGHS); one of them where there are more.
 
-    The value of the game is 1/2, so with x = 2 pi it is: maximise sum(x) subject to prefs x <= 1, x >= 0. Slack
-    variables are a feasible start and the diagonal of 1/2 bounds x, so one phase of the simplex method suffices, and
-    Bland's rule keeps it from cycling. No LP library: the duality gap certifies the answer, whatever found it.
+    With A = prefs - 1/2: the least v >= A pi, which is 0, over the probabilities pi. The duality gap certifies the
+    answer, whatever found it. ConfigError without SciPy.
     """
-    p = check_preferences(prefs).numpy()
-    n = len(p)
-    tableau = np.block([[p, np.eye(n), np.ones((n, 1))], [-np.ones(n), np.zeros(n + 1)]])
-    basis = list(range(n, 2 * n))
-    tolerance = 1e-11
-    for _ in range(100 * (n + 10)):  # Bland's worst case is exponential; games like these take about 2n pivots
-        improving = np.flatnonzero(tableau[-1, :-1] < -tolerance)
-        if not len(improving):
-            break
-        column = improving[0]
-        rows = np.flatnonzero(tableau[:-1, column] > tolerance)
-        ratios = tableau[rows, -1] / tableau[rows, column]
-        ties = rows[ratios <= ratios.min() + tolerance]
-        row = min(ties, key=lambda r: basis[r])
-        tableau[row] /= tableau[row, column]
-        others = np.arange(n + 1) != row
-        tableau[others] -= np.outer(tableau[others, column], tableau[row])
-        basis[row] = column
-    x = np.zeros(2 * n)
-    x[basis] = np.linalg.solve(np.hstack([p, np.eye(n)])[:, basis], np.ones(n))  # sheds the pivots' rounding
-    pi = np.maximum(x[:n], 0)
-    out = torch.from_numpy(pi / pi.sum())
-    gap = duality_gap(prefs, out.log())
-    if not gap < 1e-8:
-        raise ArithmeticError(f"the simplex method stopped at a duality gap of {gap:g} on a game of {n} responses")
-    return out
+    optimize = _scipy("optimize")
+    prefs = check_preferences(prefs)
+    n, advantage = len(prefs), (prefs - prefs.T) / 2  # skew to the last digit
+    # HiGHS's tolerances are absolute: preferences that all lie near 1/2 would be within them. No equilibrium moves.
+    scale = advantage.abs().max().item() or 1.0
+    found = optimize.linprog(
+        np.append(np.zeros(n), 1.0),  # of (pi, v)
+        A_ub=np.hstack([advantage.numpy() / scale, -np.ones((n, 1))]), b_ub=np.zeros(n),
+        A_eq=np.append(np.ones(n), 0.0)[None], b_eq=[1.0], bounds=[(0, None)] * n + [(None, None)], method="highs",
+    )  # fmt: skip
+    if found.x is None:
+        raise ArithmeticError(f"linear programming found no equilibrium of a game of {n} responses: {found.message}")
+    pi = torch.from_numpy(found.x[:n]).clamp_min(0)
+    pi /= pi.sum()
+    gap = 2 * (advantage @ pi).max().item()
+    if not gap < 1e-8 * scale:
+        raise ArithmeticError(f"linear programming stopped at a duality gap of {gap:g} on a game of {n} responses")
+    return pi
+
+
+def _scipy(module: str) -> Any:
+    """A module of SciPy, which is an extra: 140 MB that training does not need."""
+    try:
+        return importlib.import_module(f"scipy.{module}")
+    except ImportError:
+        raise ConfigError("fastpo.games needs SciPy, which is not installed: pip install 'fastpo[games]'") from None
 
 
 def regularised_nash(prefs: Tensor, log_ref: Tensor, tau: float) -> Tensor:
@@ -150,7 +151,8 @@ def regularised_nash(prefs: Tensor, log_ref: Tensor, tau: float) -> Tensor:
     F(u) = u - log ref - A softmax(u) / tau with A = prefs - 1/2 has the Jacobian I - A S / tau, S the softmax's. A is
     skew and S positive semi-definite, so A S has imaginary eigenvalues only and the Jacobian is never singular; F grows
     with u. Backtracking on |F| therefore ends at the one root, for any tau > 0, where the plain fixed point diverges
-    once tau is small. The root is followed from a large tau down: from afar Newton needs hundreds of steps.
+    once tau is small. The root is followed from a large tau down: from afar Newton needs hundreds of steps. SciPy's
+    `root` has no method with that guarantee: on the same way down its `lm` ended beside the root in 2 of 1440 cases.
     """
     _check_tau(tau)
     advantage = check_preferences(prefs) - 0.5
@@ -221,12 +223,14 @@ def sppo(prefs: Tensor, log_pi: Tensor, *, eta: float) -> Tensor:
     With g = log(pi/pi_t), c = (prefs pi_t - 1/2)/eta and m = KL(pi_t || pi) stationarity reads g + m exp(g) = c, so
     m exp(g) = w with w + log w = c + log m, and m is fixed by sum pi_t exp(g) = 1. That sum is convex and decreasing in
     m, so Newton from any m where it is at least 1 climbs to the only root. Differs from `mwu` by O(1/eta^3).
+    ConfigError without SciPy.
     """
+    omega = _scipy("special").wrightomega  # w > 0 with w + log w = x
     pi = log_pi.exp()
     c = (prefs @ pi - 0.5) / eta
     m = max(0.0, (pi * (c + log_pi)).max().item())  # 0, or where one term alone is 1: no exponential overflows
     for _ in range(200):
-        g = c if m == 0 else c - _lambert_w(c + math.log(m))
+        g = c if m == 0 else c - torch.from_numpy(omega((c + math.log(m)).numpy()))
         rho = g.exp()
         step = ((pi @ rho).item() - 1) / (pi @ (rho * rho / (1 + m * rho))).item()
         if step <= 1e-16 + 1e-15 * m:  # rounding
@@ -235,47 +239,33 @@ def sppo(prefs: Tensor, log_pi: Tensor, *, eta: float) -> Tensor:
     return torch.log_softmax(log_pi + g, 0)
 
 
-def _lambert_w(log_x: Tensor) -> Tensor:
-    """w > 0 with w + log w = log_x. Concave: Newton from below the root climbs to it."""
-    w = torch.where(log_x > 1, 1.0, torch.exp(log_x - 1))
-    for _ in range(60):
-        step = torch.where(w > 0, (log_x - w - w.log()) * w / (1 + w), 0.0)  # what underflows is 0
-        w = w + step
-        if (step.abs() <= 1e-15 * w).all():
-            break
-    return w
-
-
 def dno_prct(prefs: Tensor, log_pi: Tensor, *, eta: float) -> Tensor:
     """The minimiser of DNO-Prct (DPO with reference pi_t) over pairs from pi_t, labelled by `prefs`.
 
     g = log(pi/pi_t) solves sum_z pi_t(z) sigmoid(eta (g_y - g_z)) = P(y beats pi_t): the best Bradley-Terry fit to the
-    preferences, near the mwu step 4/eta once eta is large. Newton's method on a convex function.
+    preferences, near the mwu step 4/eta once eta is large. ConfigError without SciPy, and where there is none.
     """
-    pi = log_pi.exp()
-    target = prefs @ pi
-    drawn = torch.outer(pi, pi) * prefs
+    optimize, expit = _scipy("optimize"), _scipy("special").expit
+    pi = log_pi.exp().numpy()
+    target = prefs.numpy() @ pi
 
-    def objective(g: Tensor) -> Tensor:
-        return -(drawn * torch.nn.functional.logsigmoid(g[:, None] - g[None, :])).sum()
+    # Rows of gradient and Hessian are divided by pi_t, which may underflow. The added pi g fixes the constant that g
+    # leaves free.
+    def residual(g: np.ndarray) -> np.ndarray:
+        return expit(g[:, None] - g[None, :]) @ pi - target + pi @ g
 
-    g = torch.zeros_like(pi)
-    for _ in range(200):
-        s = torch.sigmoid(g[:, None] - g[None, :])
-        residual = s @ pi - target
-        if residual.abs().max() < 1e-14:
-            break
-        # Rows of gradient and Hessian are divided by pi_t, which may underflow. The added 1 pi^T fixes the constant
-        # that g leaves free.
+    def jacobian(g: np.ndarray) -> np.ndarray:
+        s = expit(g[:, None] - g[None, :])
         curvature = s * (1 - s) * pi
-        step = torch.linalg.solve(torch.diag(curvature.sum(1)) - curvature + pi, residual)
-        t, before, slope = 1.0, objective(g), (pi * residual) @ step
-        while t > 1e-10 and objective(g - t * step) > before + 1e-16 - 1e-4 * t * slope:
-            t /= 2
-        g = g - t * step
-        if g.max() - g.min() > 30:  # a sigmoid within 1e-13 of 1: g grows for ever
-            raise ConfigError("dno_prct has no minimiser here: some responses always beat all others")
-    return torch.log_softmax(log_pi + g / eta, 0)
+        return np.diag(curvature.sum(1)) - curvature + pi
+
+    options = {"ftol": 1e-15, "xtol": 1e-15, "maxiter": 1000}
+    found = optimize.root(residual, np.zeros(len(pi)), jac=jacobian, method="lm", options=options)
+    if np.ptp(found.x) > 30:  # a sigmoid within 1e-13 of 1: g grows for ever
+        raise ConfigError("dno_prct has no minimiser here: some responses always beat all others")
+    if not np.abs(found.fun).max() < 1e-10:
+        raise ArithmeticError(f"dno_prct: least squares stopped at a residual of {np.abs(found.fun).max():g}")
+    return torch.log_softmax(log_pi + torch.from_numpy(found.x) / eta, 0)
 
 
 def inpo(prefs: Tensor, log_pi: Tensor, *, log_ref: Tensor, eta: float, tau: float) -> Tensor:

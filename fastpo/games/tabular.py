@@ -14,7 +14,7 @@ from torch import Tensor
 from fastpo.errors import ConfigError
 from fastpo.games.games import Algorithm, kappa
 from fastpo.losses.table import LOSSES
-from fastpo.ops.head import linear_logprob
+from fastpo.ops import linear_logprob
 
 
 class TabularPolicy(torch.nn.Module):

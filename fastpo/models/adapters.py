@@ -25,6 +25,8 @@ from transformers import PreTrainedModel
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from fastpo.errors import ConfigError, UnsupportedModelError, shown
+from fastpo.models.carried import carry_over
+from fastpo.models.trunk import towers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -88,8 +90,6 @@ def with_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
 def _spare_towers(model: nn.Module, peft_config: Any) -> Any:
     """The same configuration, which leaves out what text rows do not reach: names such as q_proj lie in encoders of
     images too."""
-    from fastpo.models.loading import towers
-
     outside = "|".join(rf"{re.escape(name)}(\..*)?" for name in towers(model))
     if not outside or not hasattr(peft_config, "exclude_modules"):
         return peft_config
@@ -273,7 +273,7 @@ def all_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def _base_tensors(module: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
     # Told apart by where the tensors lie: their names differ with every kind of adapter (lora_, vera_A, hada_, ...).
-    while (inner := _wrapped(module)) is not None:
+    while (inner := wrapped(module)) is not None:
         module = inner
     for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
         if tensor is None:
@@ -290,7 +290,7 @@ def _base_tensors(module: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
             yield from _base_tensors(child, f"{prefix}{name}.")
 
 
-def _wrapped(module: Any) -> Any | None:
+def wrapped(module: Any) -> Any | None:
     """The module that PEFT has put an adapter around, or None."""
     if hasattr(module, "token_adapter"):
         return module.token_adapter
@@ -315,8 +315,6 @@ def save_merged(
     goes onto the unquantised base, loaded again by its name. So it is where `adapter_folder` is given, the adapter
     saved before: a sharded model has no whole weights to copy.
     """
-    from fastpo.models.loading import carry_over
-
     check_mergeable(model, sharded=adapter_folder is not None)
     if adapter_folder is not None or is_quantized(model):
         merged = _merged_from_disk(model, adapter_folder)
@@ -402,12 +400,12 @@ def _merge(model: Any) -> PreTrainedModel:
 def _untie(causal_lm: PreTrainedModel) -> None:
     """An adapter on one of two tied matrices must not reach the other: give the head a weight of its own."""
     head, embedding = causal_lm.get_output_embeddings(), causal_lm.get_input_embeddings()
-    if _wrapped(head) is None and _wrapped(embedding) is None:
+    if wrapped(head) is None and wrapped(embedding) is None:
         return
     inner, source = head, embedding
-    while (deeper := _wrapped(inner)) is not None:
+    while (deeper := wrapped(inner)) is not None:
         inner = deeper
-    while (deeper := _wrapped(source)) is not None:
+    while (deeper := wrapped(source)) is not None:
         source = deeper
     if inner is not None and inner.weight is source.weight:
         inner.weight = nn.Parameter(inner.weight.detach().clone(), requires_grad=False)

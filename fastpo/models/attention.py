@@ -25,7 +25,7 @@ from transformers import AttentionInterface
 from fastpo.errors import ConfigError, UnsupportedModelError
 from fastpo.models.layout import Layout, prompts_of_chains
 from fastpo.models.tree_attention import cpu_tree_attention, triton_tree_attention, varlen_tree_attention
-from fastpo.ops.head import HAS_TRITON, INTERPRETED
+from fastpo.ops.inputs import HAS_TRITON, INTERPRETED
 
 NAME = "fastpo"
 BACKENDS = ("flash_attn", "varlen", "triton", "sdpa")  # in order of preference
@@ -76,7 +76,7 @@ def packed_attention(
         query = _tempered(module, query, fastpo_layout)
     if (chunk := chunk_of(module)) is not None:
         fastpo_layout = fastpo_layout.chunked(chunk)
-    dtype = _compute_dtype(query, value)
+    dtype = compute_dtype(query, value)
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     dropout = dropout if module.training else 0.0
@@ -170,7 +170,7 @@ def _refuse_what_is_not_computed(
         raise UnsupportedModelError(f"{name}: {shapes} are not one packed row of {tokens} tokens; {UNPACKED}")
 
 
-def _compute_dtype(query: Tensor, value: Tensor) -> torch.dtype:
+def compute_dtype(query: Tensor, value: Tensor) -> torch.dtype:
     """Rotary embeddings and norms may leave queries and keys in fp32 where the projections are in 16 bits."""
     device_type = query.device.type
     if torch.is_autocast_enabled(device_type) and value.dtype != torch.float64:

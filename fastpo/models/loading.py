@@ -2,48 +2,27 @@
 
 What a checkpoint holds must come back in the folder that is saved. So weights that the class would make up, and tensors
 that it would leave out, end the run before it begins; what the class itself declares that it never reads (heads that
-predict further tokens) is carried over as it is (`carry_over`). Of a model that sees images or hears, text rows train
-the language part; everything outside it is frozen (`freeze_towers`).
+predict further tokens) is carried over as it is (models/carried.py).
 """
 
 import difflib
-import json
-import logging
 import os
-import re
-import shutil
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, PreTrainedModel
 from transformers.generation import GenerationMixin
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-from transformers.utils import cached_file
 
 from fastpo.errors import ConfigError, DeviceError
 from fastpo.models import adapters
 from fastpo.models.adapters import first_line
+from fastpo.models.carried import COMPUTED, WHERE, left_out
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-log = logging.getLogger("fastpo")
-
-# Arguments of from_pretrained that say where the files are, for everything that is read beside the weights.
-_WHERE = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "force_download", "proxies", "gguf_file")
-# Buffers that older checkpoints hold and that every model computes by itself.
-_COMPUTED = re.compile(
-    r"(^|\.)((original_)?inv_freq|position_ids|masked_bias|(cross)?(attn|attention)\.bias|(cos|sin)_cached|"
-    r"relative_position_index)$"
-)
-# What processors of images and sound lie in, beside the tokenizer.
-_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 
 
 def load_model(
@@ -96,7 +75,7 @@ def _config_of(where: str, kwargs: Mapping[str, Any]) -> Any:
     """The checkpoint's config, or the one that is given in its place."""
     if isinstance(kwargs.get("config"), transformers.PreTrainedConfig):
         return kwargs["config"]
-    of_files = {key: kwargs[key] for key in (*_WHERE, "trust_remote_code") if kwargs.get(key) is not None}
+    of_files = {key: kwargs[key] for key in (*WHERE, "trust_remote_code") if kwargs.get(key) is not None}
     return AutoConfig.from_pretrained(kwargs.get("config") or where, **of_files)
 
 
@@ -168,7 +147,7 @@ def _check_whole(model: Any, info: Mapping[str, Any], where: str, kwargs: Mappin
         )
     parameters = {key for key, _ in model.named_parameters()}
     missing = sorted(parameters & set(info["missing_keys"]))
-    unexpected = sorted(key for key in info["unexpected_keys"] if not _COMPUTED.search(key))
+    unexpected = sorted(key for key in info["unexpected_keys"] if not COMPUTED.search(key))
     if missing:
         also = f", and has {_listed(unexpected)} in their place" if unexpected else ""
         raise ConfigError(
@@ -180,137 +159,15 @@ def _check_whole(model: Any, info: Mapping[str, Any], where: str, kwargs: Mappin
             f"{where!r} holds {_listed(unexpected)}, for which {name}, the class of its config, has no place: they "
             "would be missing from the model that is saved"
         )
-    model.fastpo_source = (where, {key: kwargs[key] for key in _WHERE if kwargs.get(key) is not None})
+    model.fastpo_source = (where, {key: kwargs[key] for key in WHERE if kwargs.get(key) is not None})
     patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None)
     if patterns and not adapters.is_quantized(model) and not kwargs.get("gguf_file"):
-        model.fastpo_left_out = _left_out(model, where, list(patterns), kwargs)
+        model.fastpo_left_out = left_out(model, where, list(patterns), kwargs)
 
 
 def _listed(names: list[str], most: int = 3) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
-
-
-def _left_out(model: Any, where: str, patterns: list[str], kwargs: Mapping[str, Any]) -> dict[str, str]:
-    """Tensors of the checkpoint that the class declares it does not read, by name, and the files that hold them."""
-    declared = re.compile("|".join(f"({p})" for p in patterns))
-    own = set(model.state_dict())
-    out = {}
-    for file in _weight_files(where, kwargs):
-        with safe_open(file, framework="pt") as f:
-            for name in f.keys():  # noqa: SIM118  # no mapping
-                if name not in own and declared.search(name) and not _COMPUTED.search(name):
-                    out[name] = file
-    return out
-
-
-def _weight_files(where: str, kwargs: Mapping[str, Any]) -> list[str]:
-    """The safetensors files of a checkpoint; empty where it has none."""
-    single = _file_of(where, "model.safetensors", kwargs)
-    if single is not None:
-        return [single]
-    index = _file_of(where, "model.safetensors.index.json", kwargs)
-    if index is None:
-        return []
-    names = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
-    return [file for name in names if (file := _file_of(where, name, kwargs)) is not None]
-
-
-def _file_of(where: str, name: str, kwargs: Mapping[str, Any]) -> str | None:
-    of_files = {key: kwargs[key] for key in _WHERE if kwargs.get(key) is not None and key != "gguf_file"}
-    try:
-        return cached_file(
-            where, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_gated_repo=False,
-            _raise_exceptions_for_connection_errors=False, **of_files,
-        )  # fmt: skip
-    except (OSError, ValueError):
-        return None
-
-
-def carry_over(model: Any, folder: str | os.PathLike[str]) -> None:
-    """Into the folder of a whole model that was saved: the tensors of its checkpoint that its class does not read, bit
-    for bit, and of a model that sees or hears, its processor's files. Nothing for an adapter's folder."""
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model
-    folder = Path(folder)
-    if not (folder / "config.json").exists() or not hasattr(model, "fastpo_source"):
-        return
-    where, of_files = model.fastpo_source
-    if model.config.get_text_config(decoder=True) is not model.config:
-        for name in _PROCESSOR_FILES:
-            if not (folder / name).exists() and (file := _file_of(where, name, of_files)):
-                shutil.copyfile(file, folder / name)
-    if left_out := getattr(model, "fastpo_left_out", None):
-        _add_tensors(folder, {name: _tensor_of(name, file) for name, file in left_out.items()})
-
-
-def _tensor_of(name: str, file: str) -> Tensor:
-    with safe_open(file, framework="pt") as f:
-        return f.get_tensor(name)
-
-
-def _add_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Put tensors into the safetensors of a saved model: a file more of a sharded one, else the one file anew."""
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        single = folder / "model.safetensors"
-        save_file({**tensors, **load_file(single)}, folder / "model.safetensors.new", metadata={"format": "pt"})
-        os.replace(folder / "model.safetensors.new", single)
-        return
-    described = json.loads(index.read_text())
-    added = {name: tensor for name, tensor in tensors.items() if name not in described["weight_map"]}
-    save_file(added, folder / "model-left-out.safetensors", metadata={"format": "pt"})
-    described["weight_map"].update(dict.fromkeys(added, "model-left-out.safetensors"))
-    size = sum(tensor.nbytes for tensor in added.values())
-    described["metadata"]["total_size"] = described["metadata"].get("total_size", 0) + size
-    index.write_text(json.dumps(described, indent=2) + "\n")
-
-
-# ---- what text rows do not train
-
-
-def towers(model: Any) -> list[str]:
-    """Names of the largest modules, and of single parameters, that lie outside the text's trunk, its embeddings and its
-    head: encoders of images and sound, and what carries their output over. Empty for a text model."""
-    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
-    language = _language(causal_lm)
-    return list(_outside(causal_lm, "", language)) if language else []
-
-
-def _language(causal_lm: Any) -> set[int]:
-    """Ids of the parameters that text rows reach; empty where the model is none that fastpo can train."""
-    from fastpo.models.policy import _trunk
-
-    if not isinstance(causal_lm, PreTrainedModel) or causal_lm.get_output_embeddings() is None:
-        return set()
-    parts = (_trunk(causal_lm), causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings())
-    return {id(p) for part in parts for p in part.parameters()}
-
-
-def _outside(module: nn.Module, prefix: str, language: set[int]) -> Iterator[str]:
-    for name, parameter in module._parameters.items():
-        if parameter is not None and id(parameter) not in language:
-            yield prefix + name
-    for name, child in module.named_children():
-        ids = {id(p) for p in child.parameters()}
-        if ids and not ids & language:
-            yield prefix + name
-        elif ids - language:
-            yield from _outside(child, f"{prefix}{name}.", language)
-
-
-def freeze_towers(model: Any) -> list[str]:
-    """Set requires_grad to False for all that text rows cannot train; returns the names of what was not frozen yet."""
-    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
-    language = _language(causal_lm)
-    if not language:
-        return []
-    outside = [p for p in causal_lm.parameters() if p.requires_grad and id(p) not in language]
-    names = list(_outside(causal_lm, "", language)) if outside else []
-    for parameter in outside:
-        parameter.requires_grad_(False)
-    if names:
-        log.info("text rows do not train %s: frozen, and saved as they are", ", ".join(names))
-    return names
 
 
 # ---- tokenizer, device, dtype

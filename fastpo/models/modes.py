@@ -15,7 +15,7 @@ from transformers import enable_full_determinism
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fastpo.config.train_config import TrainConfig
-from fastpo.data import prepare as data
+from fastpo.data import Example
 from fastpo.errors import ConfigError, DataError, UnsupportedModelError
 from fastpo.models.adapters import is_quantized
 from fastpo.models.compiled import compiled_layers
@@ -188,7 +188,7 @@ def on_device(model: nn.Module, device: torch.device) -> Iterator[None]:
                 model.to(home)
 
 
-def check_ids(policy: Policy, examples: Sequence[data.Example], name: str) -> None:
+def check_ids(policy: Policy, examples: Sequence[Example], name: str) -> None:
     """Token ids and positions must exist in the model: on a GPU the look-up of one that does not is a lost context."""
     rows = policy.causal_lm.get_input_embeddings().weight.shape[0]
     largest = max(int(ids.max()) for e in examples for ids in (e.prompt_ids, *e.responses))

@@ -4,7 +4,7 @@ import copy
 import inspect
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from fastpo.data.packing import collate
-from fastpo.data.prepare import Example
+from fastpo.data import Example
+from fastpo.data.packing import PackedBatch, collate
 from fastpo.errors import ConfigError
 from fastpo.models.policy import Policy
 
@@ -92,41 +92,54 @@ def check_quiet(policy: Policy, examples: Sequence[Example]) -> None:
     model = policy.model
     device = policy.causal_lm.get_input_embeddings().weight.device
     modes = [(m, m.training) for m in model.modules()]
-    traces: list[list[tuple[str, Tensor]]] = []
-    names = {m: n for n, m in policy.causal_lm.named_modules()}
-
-    def note(module: nn.Module, _inputs: Any, out: Any) -> None:
-        out = out[0] if isinstance(out, tuple | list) and out else out
-        if isinstance(out, Tensor) and out.is_floating_point():
-            traces[-1].append((names[module], out.detach().double().sum()))
-
+    eps = 2.0**-9 if policy.low_precision or torch.is_autocast_enabled(device.type) else 2.0**-20
     states = random.getstate(), np.random.get_state()  # fork_rng knows PyTorch's alone
     model.train()
-    handles = [m.register_forward_hook(note) for m in policy.trunk.modules() if m in names]
-    runs: list[Tensor] = []
     try:
         with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []), policy.attach():
             batch = collate(examples, range(len(examples))).to(device)
-            for seed in (1, 2):
-                traces.append([])
-                torch.manual_seed(seed)
-                runs.append(policy.logp(batch).double())
+            first, second = _with_two_seeds(policy, batch)
+            allowed = eps * (1 + first.abs()) if device.type == "cuda" else torch.zeros_like(first)
+            if not ((first - second).abs() > allowed).any():
+                return
+            where = _first_difference(policy, batch)
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
-        for handle in handles:
-            handle.remove()
         for module, training in modes:
             module.training = training
-    first, second = runs
-    eps = 2.0**-9 if policy.low_precision or torch.is_autocast_enabled(device.type) else 2.0**-20
-    allowed = eps * (1 + first.abs()) if device.type == "cuda" else torch.zeros_like(first)
-    if not ((first - second).abs() > allowed).any():
-        return
-    where = next((a[0] for a, b in zip(*traces, strict=False) if a[0] != b[0] or not torch.equal(a[1], b[1])), "")
     kind = f", first behind {where} ({type(policy.causal_lm.get_submodule(where)).__name__})" if where else ""
     raise ConfigError(
         f"{type(policy.causal_lm).__name__} is random in train mode though disable_dropout is on: the same rows run "
         f"twice differ by up to {float((first - second).abs().max()):.2g} a token{kind}; switch its noise off in the "
         "model, or pass disable_dropout=False"
     )
+
+
+def _with_two_seeds(policy: Policy, batch: PackedBatch, each: Callable[[], None] = lambda: None) -> tuple[Tensor, ...]:
+    """Log-probabilities [N] fp64 of a batch run twice, each time under another seed and after a call of `each`."""
+    runs = []
+    for seed in (1, 2):
+        each()
+        torch.manual_seed(seed)
+        runs.append(policy.logp(batch).double())
+    return tuple(runs)
+
+
+def _first_difference(policy: Policy, batch: PackedBatch) -> str:
+    """The name of the first module of the trunk whose outputs differ between two runs; "" where none does."""
+    names = {m: n for n, m in policy.causal_lm.named_modules()}
+    traces: list[list[tuple[str, Tensor]]] = []
+
+    def note(module: nn.Module, _inputs: Any, out: Any) -> None:
+        out = out[0] if isinstance(out, tuple | list) and out else out
+        if isinstance(out, Tensor) and out.is_floating_point():
+            traces[-1].append((names[module], out.detach().double().sum()))
+
+    handles = [m.register_forward_hook(note) for m in policy.trunk.modules() if m in names]
+    try:
+        _with_two_seeds(policy, batch, each=lambda: traces.append([]))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return next((a[0] for a, b in zip(*traces, strict=False) if a[0] != b[0] or not torch.equal(a[1], b[1])), "")

@@ -19,18 +19,22 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
+from fastpo import ops
 from fastpo.data.packing import PackedBatch
 from fastpo.errors import ConfigError, UnsupportedModelError
 from fastpo.models import adapters, attention, rotary
 from fastpo.models.layout import Layout, prompts_of_chains
 from fastpo.models.loading import load_model, load_tokenizer, resolve_device
-from fastpo.ops import head as ops
+from fastpo.models.trunk import trunk_of
 
-__all__ = ["DROPPED_MASS", "Head", "Policy", "load_model", "load_tokenizer", "resolve_device"]
+# The last three are loading's; scripts have them from here.
+__all__ = ["DROPPED_MASS", "ENTROPY", "TOP1", "Head", "Policy", "load_model", "load_tokenizer", "resolve_device"]
 
 log = logging.getLogger("fastpo")
 
-DROPPED_MASS = "dropped_mass"  # name in PackedBatch.rows
+# Names in PackedBatch.rows.
+DROPPED_MASS = "dropped_mass"
+ENTROPY, TOP1 = "entropy", "top1"  # of the head rows [N], where a log line asks for them
 
 # Layers in which tokens meet in plain attention; the others (recurrent, convolutional, sparse) would mix the chains.
 _PACKABLE_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
@@ -63,7 +67,7 @@ class Policy:
     def __init__(self, model: nn.Module):
         self.model = model
         self.causal_lm = _causal_lm(model)
-        self.trunk = _trunk(self.causal_lm)
+        self.trunk = trunk_of(self.causal_lm)
         self.softcap, self.logit_scale = _logit_rule(self.causal_lm)
         self.head()  # refuses here what it would refuse in the first step
         self.unpacked = attention.runs_unpacked()
@@ -77,6 +81,11 @@ class Policy:
     def low_precision(self) -> bool:
         """Whether a matrix multiply of the model runs below fp32, autocast aside; a quantised base's do."""
         return weights_eps(self) > torch.finfo(torch.float32).eps
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether FSDP holds the parameters: then all ranks must run the same forwards."""
+        return any(isinstance(module, FSDPModule) for module in self.trunk.modules())
 
     @property
     def dtype(self) -> torch.dtype:
@@ -126,12 +135,14 @@ class Policy:
         observe: Callable[[Tensor, Head], None] | None = None,
         prompts: bool = False,
         grad_filter: float = 0.0,
+        token_metrics: bool = False,
     ) -> Any:
         """Token log-probabilities [N] fp32 of the targets; with `return_entropy`, a pair with the entropies [N].
 
         `observe` is called with what `head_rows` returns, for other numbers of the same rows. With `prompts`, [N + M]:
         the batch's prompt tokens follow, from the same pass of the head. With a `grad_filter`, the probability that the
-        backward leaves out, of the same rows, is put into `batch.rows`.
+        backward leaves out, of the same rows, is put into `batch.rows`; with `token_metrics`, the entropies and whether
+        the target is the likeliest token (0 or 1), each [N], of the targets alone.
         """
         hidden, head = self.head_rows(batch, prompts)
         if observe is not None:
@@ -144,15 +155,19 @@ class Policy:
             head.bias,
             softcap=head.softcap,
             logit_scale=head.logit_scale,
-            return_entropy=return_entropy,
+            return_entropy=return_entropy or token_metrics,
+            return_top1=token_metrics,
             memory_budget=memory_budget,
             grad_filter=grad_filter,
             return_dropped=grad_filter > 0,
         )
+        logp, *further = out if isinstance(out, tuple) else (out,)
         if grad_filter:
-            *rest, batch.rows[DROPPED_MASS] = out
-            out = (rest[0], rest[1]) if return_entropy else rest[0]
-        return out
+            batch.rows[DROPPED_MASS] = further[-1]
+        if token_metrics:
+            n = batch.target.numel()
+            batch.rows[ENTROPY], batch.rows[TOP1] = further[0][:n], further[1][:n]
+        return (logp, further[0]) if return_entropy else logp
 
     @contextlib.contextmanager
     def attach(self) -> Iterator["Policy"]:
@@ -196,7 +211,7 @@ class Policy:
 
     def _hidden_unpacked(self, input_ids: Tensor, layout: Layout) -> Tensor:
         """The same for a model that cannot be packed: chain by chain, a branch's each after its prompt."""
-        if any(isinstance(module, FSDPModule) for module in self.trunk.modules()):
+        if self.is_sharded:
             raise ConfigError(
                 f"{type(self.causal_lm).__name__} runs unpacked, which fsdp's sharded parameters cannot: ranks differ "
                 "in their forwards; leave fsdp out"
@@ -246,30 +261,6 @@ def _unpackable(causal_lm: PreTrainedModel) -> str | None:
     if others:
         return f"{name} has {others[0]} layers, in which packed sequences would meet"
     return None if causal_lm._can_set_attn_implementation() else f"{name} does not take custom attention"
-
-
-def _trunk(causal_lm: PreTrainedModel) -> nn.Module:
-    """The module from token ids to the last hidden states: all but the head, and of a multimodal model the text."""
-    composite = causal_lm.config.get_text_config(decoder=True) is not causal_lm.config
-    trunk = causal_lm.get_decoder() if composite else _below(causal_lm)
-    while isinstance(trunk, PreTrainedModel) and trunk.get_output_embeddings() is not None:
-        trunk = _below(trunk)  # a decoder that is itself a causal model
-    if trunk is None:
-        raise UnsupportedModelError(
-            f"{type(causal_lm).__name__} has no trunk apart from its head (base_model_prefix "
-            f"'{causal_lm.base_model_prefix}'); fastpo cannot run the head on completion tokens only"
-        )
-    return trunk
-
-
-def _below(model: PreTrainedModel) -> nn.Module | None:
-    """The model around which `model` puts its head, if there is one."""
-    inner = getattr(model, model.base_model_prefix, None)
-    if inner is None and (inner := model.get_decoder()) is model:
-        # Llama 4's text model has the prefix of its multimodal one.
-        children = [module for module in model.children() if isinstance(module, PreTrainedModel)]
-        inner = children[0] if len(children) == 1 else None
-    return inner
 
 
 def _name_of(causal_lm: PreTrainedModel, module: nn.Module) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastpo.data.prepare import Example
+from fastpo.data import Example
 from fastpo.errors import UnsupportedModelError
 from fastpo.models.attention import chunk_of
 from fastpo.models.layout import Layout, prompts_of_chains

@@ -26,7 +26,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -66,6 +66,7 @@ class Kept(NamedTuple):
 
     logp: Tensor  # [N], accumulation dtype
     entropy: Tensor  # [N], or [0] when not asked for
+    top1: Tensor  # [N]: 1 where no logit is above the target's, else 0; [0] when the entropy is not asked for
     saved: Tensor  # by regime: [0], [N, D], [N, V], [0]
     stats: Tensor  # [stats_rows(regime, backend), N]
     shift: Tensor  # [N], sum exp(z) = total * exp(shift)
@@ -171,6 +172,11 @@ def _finish_rows(m: Tensor, others: Tensor, z_target: Tensor, ez: Tensor, live: 
     return logp.where(live, 0.0), total, total.log() - ez / total
 
 
+def _top1(z_target: Tensor, top: Tensor, logp: Tensor, live: Tensor) -> Tensor:
+    """1 where no logit is above the target's, for the largest logit `top` of each row; as reference.row_top1. [rows]"""
+    return ((z_target >= top) & live & ~logp.isnan()).to(logp.dtype)
+
+
 def _new_saved(head: Head, regime: str) -> Tensor:
     if regime in ("kept", "logits"):
         return head.hidden.new_empty(head.hidden.shape[0], head.weight.shape[0])
@@ -200,20 +206,21 @@ def torch_forward(head: Head, regime: str, entropy: bool) -> Kept:
     n, v_size, acc = head.hidden.shape[0], head.weight.shape[0], acc_dtype(head.hidden.dtype)
     new = head.hidden.new_empty
     saved = _new_saved(head, regime)
-    logp, stats, entropies = new(n, dtype=acc), new(3, n, dtype=acc), new(n if entropy else 0, dtype=acc)
+    logp, stats = new(n, dtype=acc), new(3, n, dtype=acc)
+    entropies, top1 = (new(n if entropy else 0, dtype=acc) for _ in range(2))
     for r, columns in _tiles(n, v_size, head.hidden.device, 4 * acc.itemsize):  # a tile has about four temporaries
         block = head._replace(hidden=head.hidden[r], target=head.target[r])
-        logp[r], stats[:, r], row_entropy = _torch_forward_rows(block, columns, regime, saved[r])
+        logp[r], stats[:, r], *numbers = _torch_forward_rows(block, columns, regime, saved[r])
         if entropy:
-            entropies[r] = row_entropy
+            entropies[r], top1[r] = numbers
     # NaN, never a plausible number: where the op does not look at the targets, to save a synchronisation.
     outside = (head.target >= v_size) | ((head.target < 0) & (head.target != IGNORE_INDEX))
     logp.masked_fill_(outside, torch.nan)
-    return Kept(logp, entropies, saved, stats[: stats_rows(regime, "torch")].clone(), *stats[:2])
+    return Kept(logp, entropies, top1, saved, stats[: stats_rows(regime, "torch")].clone(), *stats[:2])
 
 
-def _torch_forward_rows(head: Head, columns: list[slice], regime: str, saved: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """One block of rows: (logp [rows], stats [3, rows], entropy [rows]); fills `saved` as the regime asks."""
+def _torch_forward_rows(head: Head, columns: list[slice], regime: str, saved: Tensor) -> tuple[Tensor, ...]:
+    """One block of rows: (logp, stats [3, rows], entropy, top1), each [rows]; fills `saved` as the regime asks."""
     x, y = head.hidden, head.target
     m = x.new_full((len(y), 1), -torch.inf, dtype=acc_dtype(x.dtype))
     z_target, others, ez = m, torch.zeros_like(m), torch.zeros_like(m)  # an ignored row keeps z_target = -inf
@@ -247,7 +254,7 @@ def _torch_forward_rows(head: Head, columns: list[slice], regime: str, saved: Te
     if regime == "kept":
         for v in columns:
             saved[:, v] = _torch_tile_grad(head, saved[:, v], stats, v)
-    return logp, stats, entropy
+    return logp, stats, entropy, _top1(z_target, m, logp, live)
 
 
 def _torch_tile_grad(head: Head, raw: Tensor, stats: Tensor, v: slice) -> Tensor:
@@ -326,7 +333,7 @@ def _cpu_pass(
     v: slice,
     *,
     keep: bool = True,
-    entropy: bool = False,
+    top: Tensor | None = None,  # [rows] fp32, the largest logit so far; only with it, `ez` is summed
     sums: Tensor | None = None,  # [rows, D] fp32, restated with the rows when their shift changes
     past: int = 0,  # columns of E before the tile, in the same rows, restated too
     factor: Tensor | None = None,  # [rows], for the backward
@@ -337,7 +344,7 @@ def _cpu_pass(
     sums_ptr, sums_columns = (0, 0) if sums is None else (sums.data_ptr(), sums.shape[1])
     _C.tile_pass(
         tile.data_ptr(), tile.data_ptr() if keep else 0, bias, head.target.data_ptr(), m, others, z_target,
-        ez if entropy else 0, sums_ptr, 0 if factor is None else factor.data_ptr(),
+        *((0, 0) if top is None else (ez, top.data_ptr())), sums_ptr, 0 if factor is None else factor.data_ptr(),
         tile.stride(0), tile.stride(0), *tile.shape, v.start, past, sums_columns,
         head.softcap or 0.0, head.logit_scale, tile.dtype == torch.bfloat16, torch.get_num_threads(),
     )  # fmt: skip
@@ -360,9 +367,11 @@ def cpu_forward(head: Head, regime: str, entropy: bool) -> Kept:
     rows = torch.empty(4, len(x), dtype=torch.float32)
     rows[0::2] = -torch.inf
     rows[1::2] = 0.0
+    top = rows.new_full((len(x) if entropy else 0,), -torch.inf)
     scratch = None
     for r, columns in _tiles(len(x), len(w), x.device, 4, kept=regime in ("kept", "logits")):
         block = head._replace(hidden=x[r], target=head.target[r])
+        of_block = top[r] if entropy else None
         for v in columns:
             shape = (r.stop - r.start, v.stop - v.start)
             if regime in ("kept", "logits"):
@@ -372,11 +381,11 @@ def cpu_forward(head: Head, regime: str, entropy: bool) -> Kept:
                 tile = scratch[: shape[0] * shape[1]].view(shape)
             torch.mm(block.hidden, w[v].t(), out=tile)
             if regime == "frozen":
-                _cpu_pass(block, tile, rows[:, r], v, entropy=entropy, sums=saved[r])
+                _cpu_pass(block, tile, rows[:, r], v, top=of_block, sums=saved[r])
                 _add_mm(saved[r], tile, w[v])
             else:
                 keep = regime == "kept" and not keep_logits
-                _cpu_pass(block, tile, rows[:, r], v, keep=keep, entropy=entropy, past=v.start)
+                _cpu_pass(block, tile, rows[:, r], v, keep=keep, top=of_block, past=v.start)
     live = head.target != IGNORE_INDEX
     m, others, z_target, ez = rows
     logp, total, entropies = _finish_rows(m, others, z_target, ez, live)
@@ -394,7 +403,8 @@ def cpu_forward(head: Head, regime: str, entropy: bool) -> Kept:
             saved.scatter_(1, column, (target_grad / -head.logit_scale).unsqueeze(1))
     elif regime == "sliced":
         stats = torch.stack([m, total, others])
-    return Kept(logp, entropies if entropy else rows.new_empty(0), saved, stats, m, total)
+    entropies, top1 = (entropies, _top1(z_target, top, logp, live)) if entropy else (top, top.clone())
+    return Kept(logp, entropies, top1, saved, stats, m, total)
 
 
 def cpu_sliced_backward(head: Head, grad: Tensor, stats: Tensor, need: list[bool]) -> tuple[Tensor | None, ...]:
@@ -432,7 +442,7 @@ def cpu_sliced_backward(head: Head, grad: Tensor, stats: Tensor, need: list[bool
     return dhidden, dweight, dbias
 
 
-def _device_rows(n: int, row_bytes: int) -> int:
+def device_rows(n: int, row_bytes: int) -> int:
     """Rows of one block of whole rows of `row_bytes`. By shape alone, never by free memory: results would differ."""
     rows = DEVICE_TILE_BYTES // row_bytes // DEVICE_ROW_STEP * DEVICE_ROW_STEP
     return max(1, min(n, max(rows, DEVICE_MIN_ROWS)))
@@ -446,11 +456,11 @@ def triton_forward(head: Head, regime: str, entropy: bool) -> Kept:
     head = _contiguous(head)
     x, w = head.hidden, head.weight
     n, v_size = len(x), len(w)
-    rule = {"softcap": head.softcap, "logit_scale": head.logit_scale, "entropy": entropy}
+    rule: dict[str, Any] = {"softcap": head.softcap, "logit_scale": head.logit_scale, "entropy": entropy}
     logp, lse = (x.new_empty(n, dtype=torch.float32) for _ in range(2))
-    entropies = torch.empty_like(logp) if entropy else logp.new_empty(0)
+    entropies, top1 = (logp.new_empty(n if entropy else 0) for _ in range(2))
     use_fused = regime in ("none", "sliced") and chips.use_fused_forward(x, w)
-    block = _device_rows(n, fused.fused_partial_bytes(v_size) if use_fused else v_size * x.element_size())
+    block = device_rows(n, fused.fused_partial_bytes(v_size) if use_fused else v_size * x.element_size())
     saved = logp.new_empty(x.shape if regime == "frozen" else 0)
     if regime in ("kept", "logits"):
         saved, block = x.new_empty(n, saved_columns(v_size, "triton")), max(n, 1)
@@ -461,6 +471,7 @@ def triton_forward(head: Head, regime: str, entropy: bool) -> Kept:
     write = "grad" if regime in ("frozen", "kept") else None
     for begin in range(0, n, block):
         r = slice(begin, min(begin + block, n))
+        rule["top1"] = top1[r] if entropy else None
         if use_fused:
             rows = fused.fused_logprob_fwd(x[r], w, head.target[r], head.bias, **rule)
         else:
@@ -472,7 +483,7 @@ def triton_forward(head: Head, regime: str, entropy: bool) -> Kept:
         if regime == "frozen":
             saved[r] = _mm_wide(u, w, saved.dtype)
     stats = torch.stack([lse, logp]) if regime == "sliced" else lse.new_empty(0, n)
-    return Kept(logp, entropies, saved, stats, lse, None)
+    return Kept(logp, entropies, top1, saved, stats, lse, None)
 
 
 def triton_sliced_backward(head: Head, grad: Tensor, stats: Tensor, need: list[bool]) -> tuple[Tensor | None, ...]:

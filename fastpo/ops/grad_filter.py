@@ -59,6 +59,7 @@ class Filtered(NamedTuple):
 
     logp: Tensor  # [N], accumulation dtype
     entropy: Tensor  # [N], or [0] when not asked for
+    top1: Tensor  # [N], as backends.Kept has it
     dropped: Tensor  # [N], probability that the backward leaves out
     saved: Tensor  # [N, V] logits of the GEMM, or [0]
     stats: Tensor  # [3, N]: m, sum, sum without target
@@ -93,14 +94,14 @@ def forward(head: Head, mass: float, keep_logits: bool, entropy: bool, compiled:
     tiles = tile_count(v_size)
     saved = x.new_empty(n, v_size) if keep_logits else x.new_empty(0)
     logp, dropped, stats = (x.new_empty(shape, dtype=acc) for shape in ((n,), (n,), (3, n)))
-    entropies = x.new_empty(n if entropy else 0, dtype=acc)
+    entropies, top1 = (x.new_empty(n if entropy else 0, dtype=acc) for _ in range(2))
     keep = x.new_empty(n, tiles, dtype=torch.bool)
     scratch = None
     for r, columns in _row_blocks(n, v_size, x.device, x.element_size() if compiled else 4 * acc.itemsize):
         block = head._replace(hidden=x[r], target=head.target[r])
         rows = r.stop - r.start
         m, others, ez = (x.new_zeros(tiles, rows, dtype=acc) for _ in range(3))
-        z_target = x.new_full((rows,), -torch.inf, dtype=acc)
+        z_target, top = (x.new_full((rows,), -torch.inf, dtype=acc) for _ in range(2))
         m.fill_(-torch.inf)
         for v in columns:
             if keep_logits:
@@ -114,18 +115,20 @@ def forward(head: Head, mass: float, keep_logits: bool, entropy: bool, compiled:
                 for t in _tile_slices(v):
                     i = t.start // TILE_COLUMNS
                     part = raw[:, t.start - v.start : t.stop - v.start]
-                    _cpu_pass(block, part, (m[i], others[i], z_target, ez[i]), t, keep=False, entropy=entropy)
+                    numbers = (m[i], others[i], z_target, ez[i])
+                    _cpu_pass(block, part, numbers, t, keep=False, top=top if entropy else None)
             else:
                 i = slice(v.start // TILE_COLUMNS, -(-v.stop // TILE_COLUMNS))
                 m[i], others[i], ez[i] = _tile_sums(block, raw, v, z_target)
+                top = torch.maximum(top, m[i].amax(0))
         live = block.target != IGNORE_INDEX
         logp[r], stats[:, r], row_entropy, shares = _combine(m, others, ez, z_target, live)
         if entropy:
-            entropies[r] = row_entropy
+            entropies[r], top1[r] = row_entropy, backends._top1(z_target, top, logp[r], live)
         keep[r], dropped[r] = choose(shares, block.target, mass)
     # NaN, never a plausible number: where the op does not look at the targets, to save a synchronisation.
     logp.masked_fill_((head.target >= v_size) | ((head.target < 0) & (head.target != IGNORE_INDEX)), torch.nan)
-    return Filtered(logp, entropies, dropped, saved, stats, keep)
+    return Filtered(logp, entropies, top1, dropped, saved, stats, keep)
 
 
 def _tile_sums(head: Head, raw: Tensor, v: slice, z_target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -239,15 +242,12 @@ def filtered_logprob(
     mass: float,
     keep_logits: bool,
     entropy: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(logp [N], entropy [N] or [0], dropped [N], logits [N, V] or [0], stats [3, N], keep [N, T])."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(logp [N], entropy and top1 [N] or [0], dropped [N], logits [N, V] or [0], stats [3, N], keep [N, T])."""
     head = Head(hidden, weight, target, bias, softcap, logit_scale)
     op_parts.check_targets(target, weight.shape[0])
     with torch.autocast(hidden.device.type, enabled=False):
-        logp, entropies, dropped, saved, stats, keep = forward(
-            head, mass, keep_logits, entropy, compiled=backend == "cpu"
-        )
-    return logp, entropies, dropped, saved, stats, keep
+        return forward(head, mass, keep_logits, entropy, compiled=backend == "cpu")[:]
 
 
 @filtered_logprob.register_fake
@@ -256,7 +256,8 @@ def _(hidden, weight, target, bias, softcap, logit_scale, backend, mass, keep_lo
     logp, dropped, stats = (hidden.new_empty(shape, dtype=acc) for shape in ((n,), (n,), (3, n)))
     saved = hidden.new_empty((n, v_size) if keep_logits else 0)
     keep = hidden.new_empty(n, tile_count(v_size), dtype=torch.bool)
-    return logp, hidden.new_empty(n if entropy else 0, dtype=acc), dropped, saved, stats, keep
+    entropies, top1 = (hidden.new_empty(n if entropy else 0, dtype=acc) for _ in range(2))
+    return logp, entropies, top1, dropped, saved, stats, keep
 
 
 @torch.library.custom_op("fastpo::filtered_logprob_backward", mutates_args=())
@@ -295,7 +296,7 @@ def _setup(ctx, inputs, output) -> None:
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.options = options
-    ctx.save_for_backward(hidden, weight, target, bias, *output[3:])
+    ctx.save_for_backward(hidden, weight, target, bias, *output[4:])
 
 
 def _backward(ctx, grad, *_):

@@ -1,4 +1,4 @@
-"""The public ops: fused linear log-probabilities and the preference loss over them.
+"""The ops of the head: fused linear log-probabilities, and the preference loss over them.
 
 N = head rows (completion tokens), D = hidden, V = vocabulary, S = responses, P = pairs. 16-bit inputs: GEMMs in the
 input dtype, row arithmetic and results in fp32. Definitions: `kernels/reference.py`; cost regimes: `ops/backends.py`.
@@ -7,40 +7,21 @@ All are `torch.library` ops, so they compile without a graph break.
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastpo import losses
 from fastpo.kernels import reference
 from fastpo.kernels.pair_losses import RECIPES, Recipe, recipe
-from fastpo.losses import table as losses
-from fastpo.ops import backends, chips, vocab_ops
+from fastpo.ops import backends, vocab_ops
 from fastpo.ops import grad_filter as filters
 from fastpo.ops import parts as op_parts
 from fastpo.ops.backends import Head, acc_dtype
-from fastpo.ops.parts import OpError as OpError
-
-GIB = 1 << 30
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-NATIVE_DTYPES = {"triton": DTYPES[:3], "cpu": DTYPES[:2], "torch": DTYPES}
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"  # Triton kernels on CPU tensors, for tests
-
-
-def available_backends() -> list[str]:
-    """Backends that run on this machine: `triton` on GPUs, `cpu` (compiled, fp32 and bf16), `torch` anywhere."""
-    triton = HAS_TRITON and (torch.cuda.is_available() or INTERPRETED)
-    found = {"triton": triton, "cpu": backends._C is not None, "torch": True}
-    return [name for name in found if found[name]]
-
-
-def default_memory_budget(weight: Tensor) -> int:
-    """Bytes the N x V matrix may take: the larger of 1 GiB and an fp32 gradient of `weight` [V, D]."""
-    return max(GIB, 4 * weight.shape[0] * weight.shape[1])
+from fastpo.ops.inputs import autocast, check_inputs, check_softcap, choose_backend, fits_budget, regime_of
+from fastpo.ops.parts import OpError
 
 
 def linear_logprob(
@@ -52,54 +33,33 @@ def linear_logprob(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     return_entropy: bool = False,
+    return_top1: bool = False,
     memory_budget: int | None = None,
     backend: str = "auto",
     grad_filter: float = 0.0,
     return_dropped: bool = False,
-    vocab_parallel: Any = None,
 ) -> Tensor | tuple[Tensor, ...]:
-    """log_softmax(softcap(logit_scale * (hidden W^T + b)))[target] -> logp [N], or (logp, entropy [N]), fp32 or fp64.
-
-    Differentiable once in hidden, weight and bias; the entropy is detached; rows with target -100 give 0. One N x V
-    matrix in the input dtype is kept for the backward where it fits `memory_budget` bytes (default:
-    `default_memory_budget`); over that, and with 0, the backward recomputes it a vocabulary slice at a time.
-
-    grad_filter, in [0, 1): the backward leaves out each row's least likely tiles of the vocabulary, never its target's,
-    that hold at most this much of the row's probability; the error that this allows is in ops/grad_filter.py. A matrix
-    N x V is then kept by `memory_budget` with a frozen head too; on a GPU it runs plain PyTorch operations and the
-    backward waits for the device twice. 0.0 is the exact gradient. return_dropped adds an output, the last: the mass
-    left out [N], detached, 0 where no gradient is asked for.
-
-    Targets outside the vocabulary: OpError on a CPU, and on a GPU with FASTPO_CHECK_INPUTS=1; else NaN. DTensors, and
-    `vocab_parallel` (the group, mesh or VocabParallel over which the vocabulary is split): docs/vocab-parallel.md.
-    """
-    if vocab_parallel is not None or any(hasattr(t, "device_mesh") for t in (hidden, weight, target, bias)):
-        from fastpo.ops import vocab_parallel as several
-
-        return several.linear_logprob(
-            hidden, weight, target, bias, vocab_parallel, softcap=softcap, logit_scale=logit_scale,
-            return_entropy=return_entropy, memory_budget=memory_budget, backend=backend, grad_filter=grad_filter,
-            return_dropped=return_dropped,
-        )  # fmt: skip
-    hidden, weight, bias = _autocast(hidden, weight, bias)
-    _check_softcap(softcap)
-    backend = _check(hidden, weight, target, bias, memory_budget, backend)
+    """`fastpo.ops.linear_logprob` of plain tensors and a whole vocabulary, which says what it takes and gives."""
+    hidden, weight, bias = autocast(hidden, weight, bias)
+    check_softcap(softcap)
+    backend = check_inputs(hidden, weight, target, bias, memory_budget, backend)
     if not 0 <= grad_filter < 1:
         raise OpError(f"grad_filter must be in [0, 1), a share of each row's probability, not {grad_filter}")
-    regime = _regime(hidden, weight, bias, memory_budget)
+    regime = regime_of(hidden, weight, bias, memory_budget)
+    numbers = return_entropy or return_top1
     if grad_filter and regime != "none":
-        logp, entropy, dropped, _, _, _ = filters.filtered_logprob(
+        logp, entropy, top1, dropped, _, _, _ = filters.filtered_logprob(
             hidden, weight, target.long(), bias, softcap, logit_scale, backend, grad_filter,
-            _fits(hidden, weight, memory_budget), return_entropy,
+            fits_budget(hidden, weight, memory_budget), numbers,
         )  # fmt: skip
     else:
-        logp, entropy, _, _ = _linear_logprob(
-            hidden, weight, target.long(), bias, softcap, logit_scale, regime, backend, return_entropy
+        logp, entropy, top1, _, _ = _linear_logprob(
+            hidden, weight, target.long(), bias, softcap, logit_scale, regime, backend, numbers
         )
         dropped = torch.zeros_like(logp) if return_dropped else logp
-    if return_entropy or return_dropped:
-        return logp, *([entropy] if return_entropy else []), *([dropped.detach()] if return_dropped else [])
-    return logp
+    asked = zip((return_entropy, return_top1, return_dropped), (entropy, top1, dropped.detach()))
+    further = [tensor for wanted, tensor in asked if wanted]
+    return (logp, *further) if further else logp
 
 
 def log_sum_sq(
@@ -117,10 +77,10 @@ def log_sum_sq(
     One GEMM in tiles, nothing of size N x V is kept. Plain PyTorch on every device: no Triton kernel yet. OpError for
     shapes, dtypes or devices that do not fit.
     """
-    hidden, weight, bias = map(op_parts.detached, _autocast(hidden, weight, bias))
-    _check_softcap(softcap)
+    hidden, weight, bias = map(op_parts.detached, autocast(hidden, weight, bias))
+    check_softcap(softcap)
     target = hidden.new_zeros(hidden.shape[:1], dtype=torch.int64) if target is None else target
-    _check(hidden, weight, target, bias, None, "torch")
+    check_inputs(hidden, weight, target, bias, None, "torch")
     return vocab_ops.log_sum_sq_op(hidden, weight, bias, target.long(), softcap, logit_scale)
 
 
@@ -145,13 +105,13 @@ def token_kl(
     -100 give 0. Tiles of the logits are formed in the forward and again in the backward: nothing of size N x V is ever
     alive. Plain PyTorch on every device: no Triton kernel yet. OpError for shapes, dtypes or devices that do not fit.
     """
-    hidden, weight, bias = _autocast(hidden, weight, bias)
-    ref_hidden, ref_weight, ref_bias = map(op_parts.detached, _autocast(ref_hidden, ref_weight, ref_bias))
-    _check_softcap(softcap)
-    _check_softcap(ref_softcap)
+    hidden, weight, bias = autocast(hidden, weight, bias)
+    ref_hidden, ref_weight, ref_bias = map(op_parts.detached, autocast(ref_hidden, ref_weight, ref_bias))
+    check_softcap(softcap)
+    check_softcap(ref_softcap)
     target = hidden.new_zeros(hidden.shape[:1], dtype=torch.int64) if target is None else target
-    _check(hidden, weight, target, bias, None, "torch")
-    _check(ref_hidden, ref_weight, target, ref_bias, None, "torch")
+    check_inputs(hidden, weight, target, bias, None, "torch")
+    check_inputs(ref_hidden, ref_weight, target, ref_bias, None, "torch")
     if weight.shape[0] != ref_weight.shape[0]:
         raise OpError(f"the vocabularies differ: weight {list(weight.shape)}, ref_weight {list(ref_weight.shape)}")
     if hidden.device != ref_hidden.device:
@@ -161,80 +121,6 @@ def token_kl(
         ref_logit_scale,
     )  # fmt: skip
     return kl
-
-
-def _autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """The tensors in autocast's dtype where it is on; fp64 stays."""
-    device_type = next(t for t in tensors if t is not None).device.type
-    if not (torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)):
-        return tensors
-    dtype = torch.get_autocast_dtype(device_type)
-    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
-
-
-def _check_softcap(softcap: float | None) -> None:
-    if softcap is not None and not softcap > 0:
-        raise OpError(f"softcap must be positive or None, not {softcap}")
-
-
-def _check(
-    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, memory_budget: int | None, backend: str
-) -> str:
-    """Refuse what the ops cannot take; the backend to use."""
-    if any(hasattr(t, "device_mesh") for t in (hidden, weight, target, bias)):
-        raise OpError("only linear_logprob takes DTensors: pass weight.full_tensor(), and the rows of this rank")
-    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
-        raise OpError(f"hidden {list(hidden.shape)} and weight {list(weight.shape)} must be [N, D] and [V, D]")
-    if weight.shape[0] == 0:
-        raise OpError("weight has no rows: the vocabulary is empty")
-    if target.shape != hidden.shape[:1]:
-        raise OpError(f"target {list(target.shape)} must be [N] = {list(hidden.shape[:1])}")
-    if target.dtype.is_floating_point or target.dtype.is_complex or target.dtype == torch.bool:
-        raise OpError(f"target must be an integer tensor, not {target.dtype}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise OpError(f"bias {list(bias.shape)} must be [V] = {list(weight.shape[:1])}")
-    tensors = [t for t in (hidden, weight, bias) if t is not None]
-    if hidden.dtype not in DTYPES or any(t.dtype != hidden.dtype for t in tensors):
-        raise OpError(f"hidden, weight and bias must share one floating dtype, not {[str(t.dtype) for t in tensors]}")
-    if any(t.device != hidden.device for t in (*tensors, target)):
-        raise OpError(f"tensors are on several devices: {[str(t.device) for t in (*tensors, target)]}")
-    if memory_budget is not None and memory_budget < 0:
-        raise OpError(f"memory_budget must be at least 0 bytes, not {memory_budget}")
-    return _choose(backend, hidden)
-
-
-def _choose(backend: str, tensor: Tensor) -> str:
-    """The backend to use: the one asked for, or the best one for the tensor's device and dtype."""
-    on_cpu = tensor.device.type == "cpu"
-    if backend == "auto":
-        native = "torch"
-        if on_cpu and backends._C is not None:
-            native = "cpu"
-        elif tensor.device.type == "cuda" and HAS_TRITON and chips.triton_compiles(tensor.device.index):
-            native = "triton"
-        return native if tensor.dtype in NATIVE_DTYPES[native] else "torch"
-    if backend not in available_backends():
-        raise OpError(f"backend {backend!r} is not available here; one of auto, {', '.join(available_backends())}")
-    on_right_device = {"cpu": on_cpu, "triton": not on_cpu or INTERPRETED, "torch": True}[backend]
-    if tensor.dtype not in NATIVE_DTYPES[backend] or not on_right_device:
-        raise OpError(f"backend {backend!r} does not take {tensor.dtype} on {tensor.device.type}; use 'auto'")
-    return backend
-
-
-def _regime(hidden: Tensor, weight: Tensor, bias: Tensor | None, memory_budget: int | None) -> str:
-    """Decided outside the op, inside which grad mode always reads False: none, frozen, kept or sliced."""
-    trained = weight.requires_grad or (bias is not None and bias.requires_grad)
-    if not torch.is_grad_enabled() or not (hidden.requires_grad or trained):
-        return "none"
-    if not trained:
-        return "frozen"
-    return "kept" if _fits(hidden, weight, memory_budget) else "sliced"
-
-
-def _fits(hidden: Tensor, weight: Tensor, memory_budget: int | None) -> bool:
-    """Whether an N x V matrix in the input dtype is within the budget."""
-    budget = default_memory_budget(weight) if memory_budget is None else memory_budget
-    return hidden.shape[0] * weight.shape[0] * hidden.dtype.itemsize <= budget
 
 
 @torch.library.custom_op("fastpo::linear_logprob", mutates_args=())
@@ -248,13 +134,13 @@ def _linear_logprob(
     regime: str,
     backend: str,
     entropy: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(logp [N], entropy [N] or [0], saved, stats [k, N]); see ops/backends.py for what each regime saves."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(logp [N], entropy and top1 [N] or [0], saved, stats [k, N]); see ops/backends.py for what each regime saves."""
     head = Head(hidden, weight, target, bias, softcap, logit_scale)
     op_parts.check_targets(target, weight.shape[0])
     with torch.autocast(hidden.device.type, enabled=False):
         kept = backends.FORWARD[backend](head, regime, entropy)
-    return kept.logp, kept.entropy, kept.saved, kept.stats
+    return kept[:5]
 
 
 @_linear_logprob.register_fake
@@ -265,7 +151,8 @@ def _(hidden, weight, target, bias, softcap, logit_scale, regime, backend, entro
         "kept": lambda: hidden.new_empty(n, backends.saved_columns(weight.shape[0], backend)),
     }.get(regime, lambda: hidden.new_empty(0, dtype=acc))()
     stats = hidden.new_empty(backends.stats_rows(regime, backend), n, dtype=acc)
-    return hidden.new_empty(n, dtype=acc), hidden.new_empty(n if entropy else 0, dtype=acc), saved, stats
+    entropies, top1 = (hidden.new_empty(n if entropy else 0, dtype=acc) for _ in range(2))
+    return hidden.new_empty(n, dtype=acc), entropies, top1, saved, stats
 
 
 @torch.library.custom_op("fastpo::linear_logprob_backward", mutates_args=())
@@ -317,9 +204,9 @@ for _op in (_linear_logprob_backward, _scaled):
 
 def _setup_linear_logprob(ctx, inputs, output) -> None:
     hidden, weight, target, bias, *options, _ = inputs
-    _, entropy, saved, stats = output
+    _, entropy, top1, saved, stats = output
     # A frozen head's `saved` stays differentiable in name, so that a second derivative meets once_only.
-    ctx.mark_non_differentiable(*([entropy, stats] if options[2] == "frozen" else [entropy, saved, stats]))
+    ctx.mark_non_differentiable(entropy, top1, stats, *([] if options[2] == "frozen" else [saved]))
     ctx.set_materialize_grads(False)  # else autograd makes zeros of the size of `saved` for the backward
     ctx.options, ctx.dtype = options, hidden.dtype
     if options[2] == "frozen":  # neither hidden nor weight is needed again
@@ -415,7 +302,7 @@ def preference_loss(
     made = recipe(loss_type, **hyper)
     if made is None and backend == "auto":
         backend = "torch"
-    if _choose(backend, logp) != "triton":
+    if choose_backend(backend, logp) != "triton":
         return plain_preference_loss(loss_type, hyper, x)
     if made is None:
         raise OpError(f"{loss_type} with this NLL has no kernel (see fastpo/kernels/pair_losses.py); use 'auto'")

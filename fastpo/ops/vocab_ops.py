@@ -1,14 +1,12 @@
 """Numbers of a row's whole distribution beside the log-probability of its target: tensors in, tensors out, no checks.
 
-`log_sum_sq` (WPO) and `token_kl` (TDPO), public in ops/head.py and defined in kernels/reference.py; and `entropy_top1`,
-for the log lines.
+`log_sum_sq` (WPO) and `token_kl` (TDPO), public in ops/head.py and defined in kernels/reference.py.
 Both walk tiles [rows, columns] of the logits as ops/backends.py does and keep nothing of size N x V: a backward
 computes the tiles again. They are plain PyTorch on every device; there are no Triton or C++ kernels for them yet, so on
 a GPU they cost more passes over a tile than `linear_logprob` does.
 
 op           GEMMs of size N x V: forward, backward
 log_sum_sq   1, none
-entropy_top1 1, none
 token_kl     2 (policy, reference), 3 or 4: the same again, and one each for dhidden and dweight
 
 N = head rows, D and E = hidden sizes of policy and reference, V = vocabulary.
@@ -60,40 +58,6 @@ def log_sum_sq_op(
 @log_sum_sq_op.register_fake
 def _(hidden, weight, bias, target, softcap, logit_scale):
     return hidden.new_empty(hidden.shape[0], dtype=acc_dtype(hidden.dtype))
-
-
-@torch.library.custom_op("fastpo::entropy_top1", mutates_args=())
-def entropy_top1_op(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, softcap: float | None, logit_scale: float
-) -> tuple[Tensor, Tensor]:
-    """(entropy [N] in nats, whether no logit is above the target's [N] as 0 or 1) in the accumulation dtype; 0 where
-    the target is -100."""
-    head = Head(hidden, weight, target, bias, softcap, logit_scale)
-    acc = acc_dtype(hidden.dtype)
-    entropy, top1 = hidden.new_empty(2, hidden.shape[0], dtype=acc).unbind()
-    with torch.autocast(hidden.device.type, enabled=False):
-        for r, columns in _tiles(hidden.shape[0], weight.shape[0], hidden.device, TEMPORARIES * acc.itemsize):
-            m = hidden.new_full((r.stop - r.start, 1), -torch.inf, dtype=acc)
-            total, moment, of_target = torch.zeros_like(m), torch.zeros_like(m), m
-            for v in columns:
-                z, _ = _rule(head, torch.mm(hidden[r], weight[v].t()), v)
-                at = target[r].unsqueeze(1) - v.start
-                inside = (at >= 0) & (at < z.shape[1])
-                of_target = torch.where(inside, z.gather(1, at.clamp(0, z.shape[1] - 1)).to(acc), of_target)
-                before, before_total = m, total
-                m, total, decay, e = _lse_step(m, total, z)
-                moment = decay * (moment + _difference(before, m) * before_total)  # sum of (z - m) exp(z - m)
-                moment += torch.where(e > 0, e * (z - m), 0.0).sum(1, keepdim=True)
-            entropy[r] = (total.log() - moment / total).squeeze(1)
-            top1[r] = (of_target >= m).to(acc).squeeze(1)
-    live = target != IGNORE_INDEX
-    return entropy.where(live, 0.0), top1.where(live, 0.0)
-
-
-@entropy_top1_op.register_fake
-def _(hidden, weight, bias, target, softcap, logit_scale):
-    out = hidden.new_empty(2, hidden.shape[0], dtype=acc_dtype(hidden.dtype))
-    return out[0].clone(), out[1].clone()
 
 
 @torch.library.custom_op("fastpo::token_kl", mutates_args=())
@@ -231,4 +195,4 @@ def _backward_token_kl(ctx, grad, *_):
 
 token_kl_op.register_autograd(_backward_token_kl, setup_context=_setup_token_kl)
 _token_kl_backward.register_autograd(op_parts.once_only)
-op_parts.reverse_mode_only(log_sum_sq_op, entropy_top1_op, token_kl_op, _token_kl_backward)
+op_parts.reverse_mode_only(log_sum_sq_op, token_kl_op, _token_kl_backward)

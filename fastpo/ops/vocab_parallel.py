@@ -22,9 +22,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from fastpo.ops import backends
-from fastpo.ops import head as ops
 from fastpo.ops import parts as op_parts
 from fastpo.ops.backends import ELSEWHERE, IGNORE_INDEX, Head, acc_dtype
+from fastpo.ops.inputs import autocast, check_inputs, check_softcap, regime_of
 from fastpo.ops.parts import OpError
 
 
@@ -72,12 +72,26 @@ class VocabParallel(NamedTuple):
         return max(self.stops)
 
 
-def linear_logprob(
+def local_tensors(
     hidden: Tensor,
     weight: Tensor,
     target: Tensor,
     bias: Tensor | None,
     vocab_parallel: VocabParallel | DeviceMesh | dist.ProcessGroup | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, VocabParallel | None]:
+    """Plain tensors of this rank, and how the vocabulary is split: None where weight and bias are whole, those of
+    sharded storage gathered."""
+    hidden, target = _whole(hidden, "hidden"), _whole(target, "target")
+    weight, bias, split = _unshard(weight, bias, vocab_parallel)
+    return hidden, weight, target, bias, split
+
+
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    split: VocabParallel,
     *,
     softcap: float | None,
     logit_scale: float,
@@ -86,18 +100,12 @@ def linear_logprob(
     backend: str,
     **rest: Any,
 ) -> Tensor | tuple[Tensor, ...]:
-    """`ops.linear_logprob` for DTensors or a split vocabulary; called by it."""
-    options: dict[str, Any] = {"softcap": softcap, "logit_scale": logit_scale, "return_entropy": return_entropy}
-    options |= {"memory_budget": memory_budget, "backend": backend, **rest}
-    hidden, target = _whole(hidden, "hidden"), _whole(target, "target")
-    weight, bias, split = _unshard(weight, bias, vocab_parallel)
-    if split is None:
-        return ops.linear_logprob(hidden, weight, target, bias, **options)
+    """`fastpo.ops.linear_logprob` of what `local_tensors` gives where the vocabulary is split; called by it."""
     if any(rest.values()):
         asked = ", ".join(name for name, value in rest.items() if value)
         raise OpError(f"{asked} is not built for vocab_parallel; leave it out")
-    hidden, weight, bias = ops._autocast(hidden, weight, bias)
-    ops._check_softcap(softcap)
+    hidden, weight, bias = autocast(hidden, weight, bias)
+    check_softcap(softcap)
     rows = split.stop - split.start
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.shape[:1] != (rows,):
@@ -105,10 +113,10 @@ def linear_logprob(
             raise OpError(f"{name} {list(tensor.shape)} must have the {rows} rows of this rank's slice, {where}")
     # A slice may be empty, which a vocabulary may not: then one row is checked in its place.
     checked = [t if rows or t is None else t.new_empty(1, *t.shape[1:]) for t in (weight, bias)]
-    backend = ops._check(hidden, checked[0], target, checked[1], memory_budget, backend)
+    backend = check_inputs(hidden, checked[0], target, checked[1], memory_budget, backend)
     if op_parts.CHECK_INPUTS and not torch.compiler.is_compiling():
         _check_replicated(hidden, target, split)
-    regime = ops._regime(hidden, weight, bias, memory_budget)
+    regime = regime_of(hidden, weight, bias, memory_budget)
     logp, entropy, _, _ = _vocab_parallel_logprob(
         hidden, weight, target.long(), bias, softcap, logit_scale, regime, backend, return_entropy,
         split.group_name, split.rank, list(split.starts), list(split.stops),
@@ -162,7 +170,7 @@ def _unshard(weight: Any, bias: Any, vocab_parallel: Any) -> tuple[Tensor, Tenso
     placements = [Shard(0) if i == kept else Replicate() for i in range(mesh.ndim)]
     grads = [Shard(0) if i == kept else Partial("avg") for i in range(mesh.ndim)]
     # Autocast's dtype travels in the gather; gradients are reduced in the parameter's.
-    dtypes = [ops._autocast(t.to_local().detach())[0].dtype for t in given]
+    dtypes = [autocast(t.to_local().detach())[0].dtype for t in given]
     weight, *rest = (
         t.redistribute(placements=placements, forward_dtype=dtype).to_local(grad_placements=grads)
         for t, dtype in zip(given, dtypes)
@@ -276,7 +284,7 @@ def _vocab_parallel_logprob(
     starts: list[int],
     stops: list[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `ops._linear_logprob`, for this rank's slice; what it saves gives the gradients of whole rows."""
+    """As `head._linear_logprob`, for this rank's slice; what it saves gives the gradients of whole rows."""
     n, v_size, acc = hidden.shape[0], weight.shape[0], acc_dtype(hidden.dtype)
     op_parts.check_targets(target, max(stops))
     head = Head(hidden, weight, _local(target, starts[rank], v_size), bias, softcap, logit_scale)

@@ -7,44 +7,41 @@ T, and the peak is the largest of them at the T asked for. To it comes what the 
 T = packed tokens, N = head rows, D = hidden, V = vocabulary.
 """
 
+import bisect
 import contextlib
 import json
 import os
 import re
 import resource
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastpo import ops
 from fastpo.config.train_config import TrainConfig
-from fastpo.data import layouts as row_layouts
-from fastpo.data import mixing, rows, sources
-from fastpo.data import prepare as data
+from fastpo.data import Example, layouts, mixing, prepare_examples, rows, sources
 from fastpo.data.kway import Forming
 from fastpo.data.packing import TrunkCost, set_sharing, sharing_mode, trunk_tokens
-from fastpo.data.prepare import Example
 from fastpo.errors import ConfigError, FastpoError, UnsupportedModelError, shown
-from fastpo.losses import table as losses
+from fastpo.losses import LOSSES
 from fastpo.models import rotary
 from fastpo.models.adapters import first_line
+from fastpo.models.flops import Flops
+from fastpo.models.loading import load_tokenizer, resolve_device
 from fastpo.models.noise import disable_dropout
-from fastpo.models.policy import load_tokenizer, resolve_device
 from fastpo.ops import backends
-from fastpo.ops import head as ops
 from fastpo.plan.weightless import Blueprint, simulate
 from fastpo.training import run_data
+from fastpo.training.distributed import World
 from fastpo.training.memory import MAX_TOKENS, log
-from fastpo.training.metrics import Flops
+from fastpo.training.metrics import TOKEN_KL
+from fastpo.training.objective import Objective
 from fastpo.training.optim import NARROW
-from fastpo.training.row_statistics import TOKEN_KL
-
-if TYPE_CHECKING:
-    from fastpo.trainer import Trainer
 
 GIB = 1 << 30
 MOST_BYTES = 1 << 60
@@ -138,10 +135,9 @@ class Estimate:
             first, last = -(-low // STEP_TOKENS), high // STEP_TOKENS
             if first > last or self.total(first * STEP_TOKENS) > memory:
                 continue
-            while first < last:
-                middle = (first + last + 1) // 2
-                first, last = (middle, last) if self.total(middle * STEP_TOKENS) <= memory else (first, middle - 1)
-            return first * STEP_TOKENS
+            rising = range(first, last + 1)
+            fit = bisect.bisect_right(rising, memory, key=lambda k: self.total(k * STEP_TOKENS))
+            return rising[fit - 1] * STEP_TOKENS
         return 0
 
     def check_fixed(self, memory: float, what: str) -> None:
@@ -292,25 +288,45 @@ def gib(nbytes: float) -> str:
     return f"{nbytes / 2**20:.2f} MiB" if nbytes >= 1e5 else f"{nbytes / 2**10:.2f} KiB"
 
 
-def largest_max_tokens(run: "Trainer") -> int:
+def max_tokens_of_run(
+    model: nn.Module, config: TrainConfig, world: World, examples: Sequence[Example], objective: Objective,
+    *, autocast: bool, ref_model: Any = None,
+) -> int:  # fmt: skip
+    """The run's tokens of a micro-batch, alike on all ranks; `auto` is what the device's memory holds."""
+    if config.max_tokens == "auto":
+        mine = largest_max_tokens(
+            model, config, world.device, examples, objective, autocast=autocast, ref_model=ref_model
+        )
+        found = min(world.gather(mine))
+    else:
+        found = int(config.max_tokens or MAX_TOKENS[world.device.type])
+    if config.token_bucket and found % config.token_bucket:
+        nearest = max(1, found // config.token_bucket) * config.token_bucket
+        raise ConfigError(f"max_tokens={found} is no multiple of token_bucket={config.token_bucket}: {nearest} is one")
+    return found
+
+
+def largest_max_tokens(
+    model: nn.Module, config: TrainConfig, device: torch.device, examples: Sequence[Example], objective: Objective,
+    *, autocast: bool, ref_model: Any = None,
+) -> int:  # fmt: skip
     """max_tokens=auto: what is estimated to fit on the run's device; no more than its largest step has."""
-    config = run.config
     if config.fsdp != "no":
         raise ConfigError("max_tokens=auto does not know how much fsdp leaves on a rank: set max_tokens to a number")
-    memory = device_memory(run.device)
+    memory = device_memory(device)
     if memory is None:
         raise ConfigError("max_tokens=auto: the memory of this device is unknown: set max_tokens to a number")
-    sizes = sorted(map(trunk_tokens, run.examples), reverse=True)
+    sizes = sorted(map(trunk_tokens, examples), reverse=True)
     step = sum(sizes[: config.step_size])
-    share = 1.0 if run.reads_prompts else sum(len(r) for e in run.examples for r in e.responses) / sum(sizes)
+    share = 1.0 if objective.reads_prompts else sum(len(r) for e in examples for r in e.responses) / sum(sizes)
     found = estimate(
-        Blueprint.of_model(run.model), config, run.device.type, row_share=min(1.0, share),
-        autocast=run.autocast_dtype is not None, ref_model=_ref_model_bytes(run), live=TOKEN_KL in run.row_statistics,
+        Blueprint.of_model(model), config, device.type, row_share=min(1.0, share), autocast=autocast,
+        ref_model=_ref_model_bytes(ref_model, config, device), live=TOKEN_KL in objective.row_statistics,
     )  # fmt: skip
     # The model is in this process already, on a CPU.
     found.process = max(0, found.process - found.weights)
     room = memory * (1 - HEADROOM)
-    found.check_fixed(room, f"this {run.device.type} has for it")
+    found.check_fixed(room, f"this {device.type} has for it")
     bucket = config.token_bucket or 1  # to a multiple of which every micro-batch is padded
     tokens = found.largest(room) // bucket * bucket
     if not tokens:
@@ -328,12 +344,12 @@ def largest_max_tokens(run: "Trainer") -> int:
     return tokens
 
 
-def _ref_model_bytes(run: "Trainer") -> int:
+def _ref_model_bytes(ref_model: Any, config: TrainConfig, device: torch.device) -> int:
     """Weights of a reference that is still to come into this process, or onto the device."""
-    if isinstance(run.ref_model, str | os.PathLike):
-        return Blueprint.of_name(os.fspath(run.ref_model), run.config, argument="ref_model").weights
-    if isinstance(run.ref_model, nn.Module) and next(run.ref_model.parameters()).device != run.device:
-        return sum(p.nbytes for p in run.ref_model.parameters())
+    if isinstance(ref_model, str | os.PathLike):
+        return Blueprint.of_name(os.fspath(ref_model), config, argument="ref_model").weights
+    if isinstance(ref_model, nn.Module) and next(ref_model.parameters()).device != device:
+        return sum(p.nbytes for p in ref_model.parameters())
     return 0
 
 
@@ -362,7 +378,7 @@ def run(inputs: dict[str, Any], config: TrainConfig, memory: str | None, as_json
     autocast = config.bf16 if config.bf16 is not None else device_type == "cuda"
     ref_name = inputs.get("ref_model")
     ref_model = Blueprint.of_name(ref_name, config, argument="ref_model").weights if ref_name else 0
-    terms = [losses.LOSSES.get(name) for name in config.losses]
+    terms = [LOSSES.get(name) for name in config.losses]
     live = any(t is not None and "chosen_kl" in t.needs for t in terms)
     found = estimate(blueprint, config, device_type, row_share=share, autocast=autocast, ref_model=ref_model, live=live)
     if given is not None:
@@ -418,9 +434,9 @@ def _examples(inputs: dict[str, Any], config: TrainConfig) -> list[Example]:
         table = run_data.open_table(part, config.dataset_train_split, config.dataset_config)
         names, head = set(sources.column_names(table)), sources.head_rows(table)
         kinds = ("unpaired", "preference") if names & {"label", "kto_tag"} else ("preference", "sft")
-        layout = row_layouts.find(names, head, kinds)
+        layout = layouts.find(names, head, kinds)
         own = "preference" if names & {"chosen", rows.RESPONSES} else "unpaired" if rows.LABEL in names else "sft"
-        examples += data.prepare_examples(
+        examples += prepare_examples(
             table, tokenizer, kind=own if layout is None else layout.kind, max_length=config.max_length, columns=[],
             truncation_mode=config.truncation_mode, invalid="drop", num_proc=config.dataset_num_proc,
             forming=Forming(config.pair_policy, config.pair_margin), recognise=config.recognise_layouts,

@@ -24,14 +24,15 @@ from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AutoConfig
 
 from fastpo.config.train_config import TrainConfig
+from fastpo.data import Example
 from fastpo.data.packing import collate
-from fastpo.data.prepare import Example
 from fastpo.errors import ConfigError
 from fastpo.models import adapters, attention
 from fastpo.models.adapters import first_line
-from fastpo.models.loading import empty_model, freeze_towers, loading_dtype
+from fastpo.models.loading import empty_model, loading_dtype
 from fastpo.models.modes import training_mode
 from fastpo.models.policy import Policy
+from fastpo.models.trunk import freeze_towers
 from fastpo.training.inputs import model_name
 from fastpo.training.optim import NARROW, Gradients
 
@@ -91,7 +92,7 @@ class _PackedAttention(torch.autograd.Function):
 
 
 def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
-    dtype = attention._compute_dtype(query, value)
+    dtype = attention.compute_dtype(query, value)
     return _PackedAttention.apply(query.to(dtype), key.to(dtype), value.to(dtype)), None
 
 

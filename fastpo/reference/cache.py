@@ -28,8 +28,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import nn
 
+from fastpo.data import Example
 from fastpo.data.packing import PackedBatch, collate, pass_batches
-from fastpo.data.prepare import Example
 from fastpo.models import adapters
 from fastpo.training.distributed import World, local
 
@@ -455,8 +455,16 @@ class MovingReference:
     weights and no second model; with an adapter, the copy is the adapter's.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], alpha: float, every: int):
-        self.parameters, self.alpha, self.every = dict(parameters), alpha, every
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        alpha: float,
+        every: int,
+        whole: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
+    ):
+        """parameters: the policy's trainable ones. whole: entered while weights are exchanged, when nothing may be
+        saved."""
+        self.parameters, self.alpha, self.every, self.whole = dict(parameters), alpha, every, whole
         self.values = {name: local(p).detach().clone() for name, p in self.parameters.items()}
 
     @torch.no_grad()
@@ -466,14 +474,14 @@ class MovingReference:
             self.values[name].lerp_(local(p), self.alpha)
 
     @contextlib.contextmanager
-    def in_place(self, whole: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
-        """Inside, the policy's parameters hold the reference's weights. `whole`: entered while they are exchanged."""
-        with whole():
+    def in_place(self) -> Iterator[None]:
+        """Inside, the policy's parameters hold the reference's weights."""
+        with self.whole():
             self._swap()
         try:
             yield
         finally:
-            with whole():
+            with self.whole():
                 self._swap()
 
     @torch.no_grad()

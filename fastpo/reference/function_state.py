@@ -71,7 +71,7 @@ def function_digest(model: nn.Module, *, without_adapter: bool = False) -> str:
 
 
 def _modules(module: Any, prefix: str, without_adapter: bool) -> Iterator[tuple[str, nn.Module]]:
-    while without_adapter and (inner := adapters._wrapped(module)) is not None:
+    while without_adapter and (inner := adapters.wrapped(module)) is not None:
         module = inner
     yield prefix, module
     for name, child in module._modules.items():

@@ -13,11 +13,12 @@ import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastpo import ops
 from fastpo.config.train_config import TrainConfig
 from fastpo.data.packing import PackedBatch
 from fastpo.errors import ConfigError, DataError
@@ -25,11 +26,9 @@ from fastpo.losses.table import Term
 from fastpo.models import adapters
 from fastpo.models.modes import eval_mode
 from fastpo.models.policy import Head, Policy
-from fastpo.ops import head as ops
-from fastpo.reference import sources as references
-
-if TYPE_CHECKING:
-    from fastpo.trainer import Trainer
+from fastpo.reference.kept import Kept
+from fastpo.reference.policies import Policies
+from fastpo.reference.roles import REF, Sets
 
 
 class LiveReference:
@@ -75,40 +74,51 @@ def check(config: TrainConfig, terms: Sequence[Term]) -> None:
         )
 
 
-def start(run: "Trainer", rows: list[int]) -> LiveReference:
-    """The reference of this run, before its weights are restored or trained. `rows`: of the first step."""
-    sets = references.sets_of(run)
+def start(
+    policies: Policies,
+    kept: Kept,
+    sets: Sets,
+    parameters: Mapping[str, nn.Parameter],
+    *,
+    loss: str,
+    whole: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
+) -> LiveReference:
+    """The reference of a run, before its weights are restored or trained.
+
+    parameters: those that are trained. loss: the name of the one that reads it. whole: entered while the policy's
+    weights are exchanged for the reference's, when nothing may be saved.
+    """
+    given, begin = policies.given[REF], policies.start
     for name, examples in sets.items():
-        if any("ref_logps" in e.response_columns for e in examples) and run.ref_model is None:
+        if any(REF.columns in e.response_columns for e in examples) and given is None:
             raise DataError(
-                f"the {name} data have ref_chosen_logps and ref_rejected_logps, and {run.pair_terms[0].name} needs the "
-                "reference's logits: drop the columns, and pass the model they are of as ref_model"
+                f"the {name} data have ref_chosen_logps and ref_rejected_logps, and {loss} needs the reference's "
+                "logits: drop the columns, and pass the model they are of as ref_model"
             )
-    policy, fingerprint = run.policy, run.fingerprint
+    policy, fingerprint = begin.engine.policy, begin.fingerprint
     within: Callable[[], AbstractContextManager[Any]]
     with contextlib.ExitStack() as held:
-        if run.ref_model is not None:
-            engine, fingerprint = references.load(run, references.REF, sets, held)
+        if given is not None:
+            engine, fingerprint = policies.load(REF, sets, held)
             policy = engine.policy
-            _refuse_shared(policy.model, run.parameters)
-            run.verify(engine, rows)
+            _refuse_shared(policy.model, parameters)
+            policies.verify(engine)
             held.enter_context(policy.attach())
             within = contextlib.nullcontext
-            vocabulary, other = policy.head().weight.shape[0], run.policy.head().weight.shape[0]
+            vocabulary, other = policy.head().weight.shape[0], begin.engine.policy.head().weight.shape[0]
             if vocabulary != other:
                 raise ConfigError(f"ref_model has {vocabulary} tokens and the model {other}: they have no KL")
-        elif run.reference_is_base:
+        elif begin.is_base:
             base = {id(tensor) for tensor in adapters.base_tensors(policy.model).values()}
-            trained = {name: p for name, p in run.parameters.items() if id(p) in base}
-            whole = functools.partial(references.exchanging, run) if trained else contextlib.nullcontext
+            trained = {name: p for name, p in parameters.items() if id(p) in base}
+            whole = whole if trained else contextlib.nullcontext
             within = functools.partial(_adapter_off, policy.model, Exchange(trained), whole)
         else:
-            whole = functools.partial(references.exchanging, run)
-            within = functools.partial(Exchange(run.parameters).in_place, policy.model, whole)
-        if not references.is_as_begun(run, references.REF, fingerprint):
+            within = functools.partial(Exchange(parameters).in_place, policy.model, whole)
+        if not kept.is_as_begun(REF, policies.key(fingerprint)):
             raise ConfigError(
-                f"{run.resume} was trained against another reference, which is not in it: to go on, pass the model "
-                f"{'and ref_model ' if run.ref_model is not None else ''}that the run began with"
+                f"{kept.resume} was trained against another reference, which is not in it: to go on, pass the model "
+                f"{'and ref_model ' if given is not None else ''}that the run began with"
             )
         return LiveReference(policy, within, held.pop_all())
 

@@ -56,6 +56,7 @@ _CLOSES = {
     "on_save": ("should_save",),
 }
 _FLAGS = tuple(f.name for f in dataclasses.fields(TrainerControl))
+_DUE = ("should_log", "should_evaluate", "should_save")
 _TRACKERS_KEY = "fastpo.trackers"  # in TrainerState.stateful_callbacks: the run that each tracker goes on with
 _SECRETS = {"token", "use_auth_token", "auth_token", "access_token", "hub_token", "api_key", "password"}
 
@@ -166,7 +167,7 @@ def _as_enum(name: str, value: Any) -> Any:
 class Callbacks:
     """All callbacks of one run: trackers of `report_to` first, then the user's in their order, as in transformers.
 
-    model, tokenizer, optimizer, scheduler, state: what handlers are given; the trainer sets the last three when it has
+    model, tokenizer, optimizer, scheduler, state: what handlers are given; the last three when there are any
     them (after a resume, a new state too). around: entered where any handler runs (a clock paused, the model as it
     came). Raises ConfigError for a tracker that is unknown or not installed.
     """
@@ -205,6 +206,14 @@ class Callbacks:
         self._started: list[Any] = []
         self._opened_wandb = False
         _check_early_stopping(self.user, config)
+
+    def take(self, model: nn.Module) -> None:
+        """The run has its model."""
+        self.model = model
+
+    def begin(self, optimizer: Any, scheduler: Any) -> None:
+        """The run has its optimiser and its schedule."""
+        self.optimizer, self.scheduler = optimizer, scheduler
 
     def call(self, event: str, **extra: Any) -> TrainerControl:
         """Run an event's handlers, from on_init_end to on_push_begin; returns `control` as they leave it."""
@@ -299,6 +308,15 @@ class Callbacks:
         flags = (state.stateful_callbacks or {}).get("TrainerControl", {}).get("args", {})
         # The other flags were answered at the step that was saved; a stop of the epoch outlives it.
         self.control.should_epoch_stop = bool(flags.get("should_epoch_stop", False))
+
+    def flags(self) -> dict[str, bool]:
+        """What is due after the step at hand, for a checkpoint that is made before it is done."""
+        return {name: getattr(self.control, name) for name in _DUE}
+
+    def set_flags(self, flags: Mapping[str, bool]) -> None:
+        """What `flags` returned; none of them, of a checkpoint after which nothing is due."""
+        for name, value in flags.items():
+            setattr(self.control, name, value)
 
     def agree(self, group: dist.ProcessGroup | None = None) -> None:
         """Several processes: what a callback decides on one rank holds on all (a clock, a file, a random number).

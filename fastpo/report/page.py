@@ -17,7 +17,7 @@ from typing import Any
 
 from fastpo.config.train_config import TrainConfig
 from fastpo.errors import ConfigError
-from fastpo.losses import table as losses
+from fastpo.losses.table import OPTIONS, resolve_terms
 from fastpo.report.charts import LEARNING, MACHINE, Curves, draw, is_finite, number, others, read_curves
 
 TABLE_ROWS = 200  # of the table of values
@@ -121,9 +121,9 @@ def _loss_text(config: Mapping[str, Any]) -> str:
     names = config.get("loss_type", "dpo")
     names = [names] if isinstance(names, str) else list(names)
     weights = config.get("loss_weights")
-    given = {k: config[k] for k in (*losses.OPTIONS, "loss_kwargs") if k in config}
+    given = {k: config[k] for k in (*OPTIONS, "loss_kwargs") if k in config}
     try:
-        terms = losses.resolve_terms(names, weights, **given)
+        terms = resolve_terms(names, weights, **given)
     except ConfigError:  # the report of a run that failed for it
         return " + ".join(map(str, names))
     parts = []

@@ -22,7 +22,8 @@ from torch.distributed.tensor import DTensor
 
 from fastpo.config.train_config import TrainConfig
 from fastpo.errors import ConfigError, DeviceError, UnsupportedModelError
-from fastpo.models.policy import Policy, resolve_device
+from fastpo.models.loading import resolve_device
+from fastpo.models.policy import Policy
 
 T = TypeVar("T")
 
@@ -267,6 +268,30 @@ def shard(policy: Policy, config: TrainConfig, world: World, autocast_dtype: tor
             if experts and hasattr(module, "set_reduce_scatter_unused_params"):  # PyTorch 2.13
                 module.set_reduce_scatter_unused_params(True)
     return Engine(policy, root, reduce_always=experts or config.fsdp_gradients == "micro_batch")
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that training moves, by name; ConfigError where there is none."""
+    found = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    if not found:
+        raise ConfigError("no parameter of the model requires a gradient (an adapter is loaded with is_trainable=True)")
+    return found
+
+
+def hold(
+    policy: Policy, config: TrainConfig, world: World, autocast_dtype: torch.dtype | None
+) -> tuple[Engine, dict[str, nn.Parameter], dict[str, torch.dtype]]:
+    """The model as this run's processes hold it, alike or sharded: (engine, trainable parameters, the dtypes of all as
+    they were). Keep no parameter of a model that is to be sharded: it would stay whole on the device."""
+    dtypes = {n: p.dtype for n, p in policy.model.named_parameters()}
+    if config.fsdp != "no":
+        engine = shard(policy, config, world, autocast_dtype)
+    else:
+        engine = Engine(policy)
+        world.agree_(policy.model)
+    if world.several and not config.disable_dropout:
+        torch.manual_seed(config.seed + world.rank)  # every rank draws its own masks
+    return engine, trainable(policy.model), dtypes
 
 
 def _layers(policy: Policy) -> nn.ModuleList:

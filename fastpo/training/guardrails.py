@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from fastpo.config.train_config import TrainConfig
-from fastpo.data.prepare import DataReport
+from fastpo.data import DataReport
 from fastpo.losses.table import LOSSES, SFT, Term
 
 # Highest rates of the losses' own recipes, all full fine-tunes with Adam or RMSprop (shared/ALGORITHMS.md, sections 1

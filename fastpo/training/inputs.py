@@ -9,6 +9,7 @@ import inspect
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fastpo.config.bounds import check_content
+from fastpo.data import mixing, rows
 from fastpo.errors import ConfigError, shown
+from fastpo.training.distributed import World
 
 # What a folder has that a model, or an adapter, can be loaded from.
 MODEL_MARKS = ("config.json", "adapter_config.json")
@@ -174,3 +177,45 @@ def construct(argument: str, kind: Any, arguments: dict[str, Any]) -> Any:
 def _did_you_mean(name: str, known: Any) -> str:
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+# ---- what a run is made from
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The model and the data of a run as they were passed, and their names and paths for its files."""
+
+    model: Any
+    model_name: str  # or that in the config of a model in memory; empty where there is none
+    by_name: bool
+    ref_model: Any
+    prev_model: Any
+    dataset_name: str | None
+    paths: dict[str, Any]  # by argument, of what was given by name or path
+
+    @classmethod
+    def of(
+        cls, model: Any, train_dataset: Any, eval_dataset: Any, ref_model: Any, prev_model: Any, world: World
+    ) -> "Origin":
+        """ConfigError or DataError for a path that is not there."""
+        name = model_name("model", model)
+        if isinstance(model, nn.Module) and ref_model is model:
+            raise ConfigError("ref_model is the model that is trained: leave it out for its weights at the start")
+        if ref_model is not None:
+            ref_model = model_name("ref_model", ref_model) or ref_model
+        if prev_model is not None:
+            prev_model = model_name("prev_model", prev_model) or prev_model
+        of_arguments = {"model": name, "train_dataset": train_dataset, "eval_dataset": eval_dataset,
+                        "ref_model": ref_model, "prev_model": prev_model}  # fmt: skip
+        paths: dict[str, Any] = {k: os.fspath(v) for k, v in of_arguments.items() if isinstance(v, str | os.PathLike)}
+        evaluated = eval_dataset if isinstance(eval_dataset, Mapping) else {"": eval_dataset}
+        named = [path for d in (train_dataset, *evaluated.values()) for path in mixing.paths_of(d)]
+        world.first(lambda: [rows.check_path(dataset) for dataset in named])  # before the hub is asked for a model
+        paths |= mixing.described(train_dataset)
+        if isinstance(eval_dataset, Mapping) and all(isinstance(v, str | os.PathLike) for v in eval_dataset.values()):
+            paths["eval_dataset"] = {name: os.fspath(v) for name, v in eval_dataset.items()}
+        return cls(
+            model, name or getattr(getattr(model, "config", None), "_name_or_path", "") or "", name is not None,
+            ref_model, prev_model, train_dataset if isinstance(train_dataset, str) else None, paths,
+        )  # fmt: skip

@@ -14,18 +14,19 @@ import errno
 import gc
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import torch
+from torch import nn
 
-from fastpo.data.packing import packed_size, pass_batches, step_batches, trunk_tokens
+from fastpo.config.train_config import TrainConfig
+from fastpo.data.packing import packed_size, pass_batches, trunk_tokens
 from fastpo.data.prepare import Example
 from fastpo.errors import TrainingError
 from fastpo.models.adapters import first_line, is_quantized
+from fastpo.training.distributed import World
 from fastpo.training.guardrails import Warning_
-
-if TYPE_CHECKING:
-    from fastpo.trainer import Trainer
+from fastpo.training.random_state import rng_state, set_rng_state
 
 log = logging.getLogger("fastpo")
 
@@ -50,20 +51,20 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(m in str(error).lower() for m in _MESSAGES)
 
 
-def savings(run: "Trainer", training: bool = True) -> str:
-    """The options that would save memory and are not in use, the cheapest first; `training`: with gradients."""
-    config = run.config
-    full = not hasattr(run.model, "peft_config")
-    wide = run.policy.dtype in (torch.float32, torch.float64)
+def savings(config: TrainConfig, model: nn.Module, dtype: torch.dtype, device: torch.device, training: bool) -> str:
+    """The options that would save memory and are not in use, the cheapest first; `training`: with gradients. dtype: of
+    the model's weights."""
+    full = not hasattr(model, "peft_config")
+    wide = dtype in (torch.float32, torch.float64)
     length = f"max_length (now {config.max_length})" if config.max_length else "max_length"
     ways = {
         "gradient_checkpointing": not config.gradient_checkpointing,
         "gradient_checkpointing_layers=None": config.gradient_checkpointing and config.gradient_checkpointing_layers,
         "logits_memory_budget=0": full and config.logits_memory_budget != 0,
-        "activation_offloading": not config.activation_offloading and run.device.type != "cpu",
+        "activation_offloading": not config.activation_offloading and device.type != "cpu",
         "optim=adamw_8bit": full and "8bit" not in config.optim and config.fsdp == "no",
         "master_weights=stochastic": full and not wide and config.master_weights == "fp32",
-        "dtype=bfloat16": wide and not is_quantized(run.model),
+        "dtype=bfloat16": wide and not is_quantized(model),
         "an adapter (peft_config)": full,
         "a smaller token_bucket": bool(config.token_bucket),
         f"a shorter {length}": True,
@@ -76,43 +77,46 @@ def savings(run: "Trainer", training: bool = True) -> str:
 MAX_TOKENS = {"cuda": 16_384, "cpu": 2_048}
 
 
-def resolve_max_tokens(run: "Trainer") -> int:
-    """The run's tokens of a micro-batch, alike on all ranks; `auto` is what the device's memory holds."""
-    if run.config.max_tokens != "auto":
-        return int(run.config.max_tokens or MAX_TOKENS[run.device.type])
-    from fastpo.plan.estimate import largest_max_tokens
-
-    return min(run.world.gather(largest_max_tokens(run)))
-
-
 class Budget:
     """Tokens that a micro-batch of this process may have: `max_tokens`, until the device has run out at that."""
 
-    def __init__(self, run: "Trainer"):
-        self.run = run
-        self.tokens = run.max_tokens  # with gradients
-        self.pass_tokens = run.max_tokens  # without
-        self.part: Sequence[int] = ()  # rows of the micro-batch that is under way in training
+    def __init__(
+        self,
+        max_tokens: int,
+        config: TrainConfig,
+        world: World,
+        advice: Callable[[bool], str],
+        name_of: Callable[[Sequence[Example], int], str],
+    ):
+        """advice: what would save memory, with gradients or without (`savings`). name_of: a row, as people count."""
+        self.max_tokens, self.config, self.world = max_tokens, config, world
+        self.advice, self.name_of = advice, name_of
+        self.tokens = max_tokens  # with gradients
+        self.pass_tokens = max_tokens  # without
+        self.examples: Sequence[Example] = ()
+        self.part: Sequence[int] = ()  # rows of the micro-batch that is under way in training, of `examples`
         self._forgiven: set[int] = set()  # budgets at which a step was repeated as it was
 
     # ------------------------------------------------------------- training
 
-    def fit(self, parts: list[list[int]], rows: Sequence[int]) -> list[list[int]]:
-        """This process's micro-batches of a step's `rows`; packed anew where the budget is lower than max_tokens."""
-        if self.tokens >= self.run.max_tokens:
-            return parts
-        mine = {i for part in parts for i in part}
-        run = self.run
-        return step_batches(run.examples, [i for i in rows if i in mine], self.tokens, run.trunk_cost)[0]
+    @property
+    def lowered(self) -> bool:
+        """Whether micro-batches of training are smaller than max_tokens."""
+        return self.tokens < self.max_tokens
 
-    def repeat(self, work: Callable[[], T], restart: Callable[[], object]) -> T:
-        """`work()`, which leaves a step's gradients; after `restart()` again where memory ran out.
+    def tries(self, examples: Sequence[Example], part: Sequence[int]) -> None:
+        """A micro-batch of training begins."""
+        self.examples, self.part = examples, part
+
+    def repeat(
+        self, work: Callable[[], T], drop: Callable[[], object], restart: Callable[[], object], step: int,
+        warn: Callable[[Warning_], object],
+    ) -> T:  # fmt: skip
+        """`work()`, which leaves a step's gradients; after `drop()` of them and `restart()` again where memory ran out.
 
         A first failure at a budget may have been a fragmented allocator's, or another process's: the caches are given
         back and the step is repeated as it was, bit for bit. The next one lowers the budget for good.
         """
-        from fastpo.checkpoints.saving import rng_state, set_rng_state
-
         rng, self.part = rng_state(), ()
         while True:
             try:
@@ -120,17 +124,19 @@ class Budget:
             except Exception as error:
                 reason = self._reason(error)
             # Outside the handler: its traceback would keep the micro-batch's activations alive.
-            self.run.gradients.begin(1, self.run.state.global_step + 1)
-            release(self.run.device)
-            self._lower(reason)
+            drop()
+            release(self.world.device)
+            self._lower(reason, step, warn)
             set_rng_state(rng)
             restart()
 
-    def _lower(self, reason: str) -> None:
-        run, step, part = self.run, self.run.state.global_step + 1, self.part
-        tokens = packed_size(run.examples, part)
+    def _lower(self, reason: str, step: int, warn: Callable[[Warning_], object]) -> None:
+        part = self.part
+        tokens = packed_size(self.examples, part)
         if not part:
-            raise TrainingError(f"out of memory before the first micro-batch of a step ({reason}); use {savings(run)}")
+            raise TrainingError(
+                f"out of memory before the first micro-batch of a step ({reason}); use {self.advice(True)}"
+            )
         if self.tokens not in self._forgiven:
             self._forgiven.add(self.tokens)
             log.warning(
@@ -139,20 +145,20 @@ class Budget:
             )  # fmt: skip
             return
         if len(part) == 1:
-            raise self._too_large(run.examples, part[0], reason, training=True)
+            raise self._too_large(self.examples, part[0], reason, training=True)
         self.tokens = self._half(tokens)
-        run.window.max_tokens = self.tokens
         message = (
             f"out of memory in a micro-batch of {tokens:,} tokens ({reason}): this step and the following ones are "
             f"trained in micro-batches of {self.tokens:,} tokens, which changes the results by rounding only; "
             f"max_tokens={self.tokens} from the start spares the failed attempts"
         )
-        run.guards.warnings.append(Warning_("out_of_memory", step, message))
-        log.warning("%s", run.guards.warnings[-1])
+        warning = Warning_("out_of_memory", step, message)
+        warn(warning)
+        log.warning("%s", warning)
 
     def _half(self, tokens: int) -> int:
         """Of a budget; what token_bucket pads a micro-batch to is within it."""
-        half, bucket = tokens // 2, self.run.config.token_bucket or 1
+        half, bucket = tokens // 2, self.config.token_bucket or 1
         return max(1, half // bucket * bucket or half)
 
     # ------------------------------------------------------- without gradients
@@ -178,7 +184,7 @@ class Budget:
                 yield result
                 del result
                 continue
-            release(self.run.device)
+            release(self.world.device)
             stack.append(part)
             if len(part) > 1:
                 self.pass_tokens = self._half(size)
@@ -195,47 +201,41 @@ class Budget:
         if not is_out_of_memory(error):
             raise error
         reason = first_line(error)[:160]
-        if self.run.config.fsdp != "no":
+        if self.config.fsdp != "no":
             raise TrainingError(
-                f"out of memory on rank {self.run.world.rank} ({reason}): with fsdp the ranks run each layer together, "
-                f"so one cannot repeat its part alone; lower max_tokens (now {self.run.max_tokens}), or use "
-                f"{savings(self.run)}; resume_from_checkpoint goes on from the last checkpoint"
+                f"out of memory on rank {self.world.rank} ({reason}): with fsdp the ranks run each layer together, "
+                f"so one cannot repeat its part alone; lower max_tokens (now {self.max_tokens}), or use "
+                f"{self.advice(True)}; resume_from_checkpoint goes on from the last checkpoint"
             ) from error
         return reason
 
     def _too_large(self, examples: Sequence[Example], row: int, reason: str, training: bool) -> TrainingError:
-        run, example = self.run, examples[row]
-        sets = {"train": run.examples, **run.eval_sets}
-        name = next((name for name, of_set in sets.items() if of_set is examples), "")
-        kept = run.data_reports[name.replace("eval_", "eval ", 1)].kept_rows if name else []
-        number = kept[row] if len(kept) == len(examples) else row  # rows that were dropped count for people
-        count = len(example.responses)
+        count = len(examples[row].responses)
         return TrainingError(
-            f"out of memory: row {number}{f' of the {name} data' if name else ''} alone, {trunk_tokens(example):,} "
-            f"tokens in {count} response{'s' * (count > 1)}, does not fit ({reason}); use {savings(run, training)}"
+            f"out of memory: {self.name_of(examples, row)} alone, {trunk_tokens(examples[row]):,} "
+            f"tokens in {count} response{'s' * (count > 1)}, does not fit ({reason}); use {self.advice(training)}"
         )
 
     # ------------------------------------------------------------------ state
 
     def state_dict(self) -> dict[str, object]:
         """For a checkpoint: a resumed run packs as this one would have. Every rank calls it."""
-        run = self.run
-        auto = run.config.max_tokens == "auto"
-        tokens, pass_tokens = map(list, zip(*run.world.gather((self.tokens, self.pass_tokens)), strict=True))
-        return {"max_tokens": run.max_tokens, "auto": auto, "tokens": tokens, "pass_tokens": pass_tokens}
+        auto = self.config.max_tokens == "auto"
+        tokens, pass_tokens = map(list, zip(*self.world.gather((self.tokens, self.pass_tokens)), strict=True))
+        return {"max_tokens": self.max_tokens, "auto": auto, "tokens": tokens, "pass_tokens": pass_tokens}
 
     def load_state_dict(self, state: dict) -> None:
         """Go on where `state_dict` was taken; not with another max_tokens, which was set to try that."""
-        run, rank = self.run, self.run.world.rank
-        if run.config.max_tokens == "auto" and state.get("auto"):  # the memory that is free changes from day to day
-            lowered = self.pass_tokens < run.max_tokens  # by this process's own passes, before its first step
-            run.max_tokens = run.window.max_tokens = self.tokens = state["max_tokens"]
-            self.pass_tokens = min(self.pass_tokens, run.max_tokens) if lowered else run.max_tokens
+        rank = self.world.rank
+        if self.config.max_tokens == "auto" and state.get("auto"):  # the memory that is free changes from day to day
+            lowered = self.pass_tokens < self.max_tokens  # by this process's own passes, before its first step
+            self.max_tokens = self.tokens = state["max_tokens"]
+            self.pass_tokens = min(self.pass_tokens, self.max_tokens) if lowered else self.max_tokens
         # Sharded ranks count their rounds by max_tokens, all alike: one with more micro-batches would leave some out.
-        if state.get("max_tokens") != run.max_tokens or run.engine.sharded:
+        if state.get("max_tokens") != self.max_tokens or self.config.fsdp != "no":
             return
         if rank < len(state["tokens"]):
-            self.tokens = run.window.max_tokens = state["tokens"][rank]
+            self.tokens = state["tokens"][rank]
             self.pass_tokens = min(self.pass_tokens, state["pass_tokens"][rank])
 
 

@@ -3,24 +3,25 @@
 import contextlib
 import resource
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fastpo import ops
 from fastpo.data.packing import PackedBatch
 from fastpo.data.prefetch import to_device
 from fastpo.errors import TrainingError
 from fastpo.kernels import reference
 from fastpo.losses.table import KL, Pairs, Term, segment_sum
-from fastpo.ops import head as ops
+from fastpo.models.flops import Flops
+from fastpo.models.policy import ENTROPY, TOP1
 
 # Names in PackedBatch.rows: of the head rows [N], and of the prompts' tokens [M].
 LOG_SUM_SQ, TOKEN_KL = "log_sum_sq", "token_kl"
 PROMPT_LOGP = "prompt_logp"
-ENTROPY, TOP1 = "entropy", "top1"  # of the head rows, where a log line asks for them
 TOKEN_SUMS = 4  # entropy, tokens, chosen tokens that are the likeliest, chosen tokens
 # Sums over pairs that every pair loss reports, in this order; of unpaired rows, the desirable ones are the chosen.
 PAIR_METRICS = ("chosen_logratios", "rejected_logratios", "accuracies", "logps/chosen", "logps/rejected", "chosen",
@@ -188,7 +189,15 @@ def metric_means(sums: Sequence[float], terms: Sequence[Term]) -> dict[str, floa
 class Window:
     """Metrics since the last log line, kept on the device until `flush`; and the run's totals."""
 
-    def __init__(self, device: torch.device, policy: Any, terms: Sequence[Term], max_tokens: int, max_nonfinite: int):
+    def __init__(
+        self,
+        device: torch.device,
+        policy: Any,
+        terms: Sequence[Term],
+        max_tokens: Callable[[], int],
+        max_nonfinite: int,
+    ):
+        """max_tokens: of a micro-batch as it is at the time. max_nonfinite: steps in a row that end the run."""
         self.device, self.max_tokens, self.max_nonfinite = device, max_tokens, max_nonfinite
         self.pair_terms = [t for t in terms if t.loss is not None]
         self.flops = Flops(policy, device)
@@ -245,6 +254,10 @@ class Window:
         self.has_aux = True
         self.aux += torch.where(finite, aux.to(self.device), 0.0)
 
+    def add_tokens(self, tokens: Tensor) -> None:
+        """What one step's tokens say of their distributions [TOKEN_SUMS], of all ranks; it replaces the last ones."""
+        self.tokens = tokens
+
     def add_dropped(self, parts: Sequence[Tensor], world: Any) -> None:
         """One step's probability mass left out by `grad_filter`, of this process's rows. Every rank calls it."""
         of_ranks = torch.zeros(2 + world.size, device=self.device)
@@ -292,7 +305,7 @@ class Window:
         out |= token_means(of_tokens)
         out["num_tokens"] = num_tokens
         out["tokens_per_second"] = (num_tokens - self.tokens_at_flush) / seconds
-        out["packing_efficiency"] = self.trunk_tokens / max(1, self.micro_batches * self.max_tokens)
+        out["packing_efficiency"] = self.trunk_tokens / max(1, self.micro_batches * self.max_tokens())
         out["shared_prompt_savings"] = 1 - self.trunk_tokens / self.alone_tokens if self.alone_tokens else 0.0
         if rows:
             out |= {"grad_filter/dropped_mass": dropped / rows, "grad_filter/dropped_mass_max": largest}
@@ -341,41 +354,6 @@ class Window:
             "skipped_steps": int(skipped),
             "peak_memory_gb": peak_memory_gb(self.device),
         }
-
-
-# Dense bf16 peaks in FLOP/s, from the vendors' data sheets; other devices report no mfu.
-_PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "B200": 2250e12,
-               "L40S": 362e12, "MI300X": 1307e12}  # fmt: skip
-
-
-class Flops:
-    """Model FLOPs of the work done: 6 per parameter and token (4 if frozen), attention's scores, the head's rows."""
-
-    def __init__(self, policy: Any, device: torch.device):
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-        self.peak = next((peak for chip, peak in _PEAK_FLOPS.items() if chip in name), None)
-        head = policy.head().weight
-        embeddings = policy.model.get_input_embeddings().weight
-        skip = {id(head), id(embeddings)}
-        trunk = [p for p in policy.model.parameters() if id(p) not in skip]
-        self.per_token = sum((6 if p.requires_grad else 4) * p.numel() for p in trunk)
-        self.per_row = (6 if head.requires_grad else 4) * head.numel()
-        config = policy.model.config
-        config = config.get_text_config() if hasattr(config, "get_text_config") else config
-        self.layers = getattr(config, "num_hidden_layers", 0)
-        self.attention = self.layers * getattr(config, "hidden_size", 0)
-        self.reset()
-
-    def reset(self) -> None:
-        self.total = 0.0
-
-    def add(self, batch: PackedBatch) -> None:
-        tokens = batch.cu_seqlens[-1] - batch.padding
-        chains = zip(batch.cu_seqlens, batch.cu_seqlens[1:], strict=False)
-        squares = sum((b - a) ** 2 for a, b in chains if b <= tokens)
-        squares += sum(2 * (b.stop - b.start) * (b.prompt_stop - b.prompt) for b in batch.branches)
-        self.total += self.per_token * tokens + 6 * self.attention * squares
-        self.total += self.per_row * (batch.target.numel() + (batch.prompts.target.numel() if batch.prompts else 0))
 
 
 def peak_memory_gb(device: torch.device) -> float:

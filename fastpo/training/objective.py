@@ -1,22 +1,68 @@
-"""What a run minimises: its weighted loss terms, of one micro-batch of a step."""
+"""What a run minimises: its weighted loss terms, and what they read beside the policy's log-probabilities."""
 
 from collections.abc import Iterable, Sequence
+from typing import Self
 
 from torch import Tensor
 
-from fastpo.data import prepare as data
+from fastpo.config.train_config import TrainConfig
+from fastpo.data.kway import Forming
 from fastpo.data.packing import PackedBatch, nll_count
-from fastpo.losses.table import ORDER, SFT, Term
+from fastpo.data.prepare import Example
+from fastpo.errors import ConfigError
+from fastpo.losses.table import ORDER, SFT, Term, resolve_terms
 from fastpo.training.metrics import PAIR_METRICS, fused_pair_loss, has_kernel, nll_sum, pair_inputs, pair_metrics
-from fastpo.training.stepwide import Statistics
+from fastpo.training.row_statistics import needs_reference_tokens, row_statistics
+from fastpo.training.step_statistics import Statistics
 
 
 class Objective:
     """The terms of `losses.resolve_terms`, summed. Those of pairs come first in the metrics, the sft terms apart."""
 
     def __init__(self, terms: Sequence[Term]):
+        self.terms = list(terms)
         self.pair_terms = [t for t in terms if t.loss is not None]
         self.sft_terms = [t for t in terms if t.name == SFT]
+        self.uses_reference = any(t.loss.reference for t in self.pair_terms)
+        self.reads_prompts = any(t.reads_prompt for t in self.terms)
+        self.draws = any(t.loss.drawn for t in self.pair_terms)  # tokens of each response
+        self.unpaired = any(t.loss.shape == "unpaired" for t in self.pair_terms)
+        self.kappa = next((t.hyper["kappa"] for t in self.pair_terms if t.loss.previous), None)  # of a previous policy
+        self.row_statistics = row_statistics(self.pair_terms)
+        self.of_lists = next((t.name for t in self.pair_terms if t.loss.shape == "lists"), None)
+        # The first loss to which the reference's sums over whole responses do not say enough.
+        self.of_tokens = next((t.name for t in self.pair_terms if needs_reference_tokens(t.loss)), None)
+
+    @classmethod
+    def of_options(cls, config: TrainConfig) -> Self:
+        """The losses of `loss_type`, with their weights and hyper-parameters; ConfigError as `resolve_terms` raises."""
+        return cls(
+            resolve_terms(
+                config.losses, config.loss_weights, loss_kwargs=config.loss_kwargs, beta=config.beta,
+                label_smoothing=config.label_smoothing, gamma_beta_ratio=config.gamma_beta_ratio,
+                ipo_reduce=config.ipo_reduce, discopop_tau=config.discopop_tau,
+                f_divergence_type=config.f_divergence_type, ld_alpha=config.ld_alpha,
+                f_alpha_divergence_coef=config.f_alpha_divergence_coef, use_weighting=config.use_weighting,
+            )
+        )  # fmt: skip
+
+    def forming(self, config: TrainConfig) -> Forming:
+        """Which pairs are formed of rows with K responses."""
+        if self.of_lists and config.pair_policy != "best_worst":
+            raise ConfigError(
+                f"{self.of_lists} reads whole lists of responses: leave pair_policy={config.pair_policy} out"
+            )
+        return Forming(config.pair_policy, config.pair_margin, whole=bool(self.of_lists))
+
+    def check_reference(self, config: TrainConfig, ref_model: object) -> None:
+        """ConfigError where a reference is given, or to be moved, that no loss reads."""
+        names = "+".join(config.losses)
+        if config.sync_ref_model and not self.uses_reference:
+            raise ConfigError(f"sync_ref_model moves a reference, and {names} has none")
+        if config.sync_ref_model and ref_model is not None:
+            raise ConfigError("sync_ref_model starts from the policy: leave ref_model out, or sync_ref_model")
+        if ref_model is not None and not self.uses_reference:
+            raise ConfigError(f"ref_model is given, and {names} has no reference: leave it out")
 
     def __call__(
         self, logp: Tensor, batch: PackedBatch, stats: Statistics, pair_count: int, nlls: Sequence[float]
@@ -33,7 +79,7 @@ class Objective:
             total = total + share / pair_count
         return total, metrics
 
-    def nll_counts(self, examples: Iterable[data.Example]) -> list[float]:
+    def nll_counts(self, examples: Iterable[Example]) -> list[float]:
         """What each sft term is a mean over, of these examples."""
         rows = list(examples)
         return [sum(nll_count(e, t.hyper["nll_reduction"], t.reads_prompt) for e in rows) for t in self.sft_terms]

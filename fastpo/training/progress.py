@@ -1,6 +1,8 @@
 """Where a run stands, beside its weights, its optimiser and transformers' TrainerState."""
 
+import contextlib
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +30,17 @@ class Progress:
     def seconds(self) -> float:
         """Of training so far."""
         return time.monotonic() - self.started
+
+    @contextlib.contextmanager
+    def exchanging(self) -> Iterator[None]:
+        """Inside, the weights are neither the policy's nor another's: nothing may be saved, nor after an error here."""
+        before, self.updating = self.updating, True
+        yield
+        self.updating = before
+
+    def saved(self, step: int) -> None:
+        """The checkpoint of this step is whole."""
+        self.saved_step = step
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint."""

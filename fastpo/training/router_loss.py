@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from fastpo.config.train_config import TrainConfig
+from fastpo.data import Example
 from fastpo.data.packing import PackedBatch, collate
-from fastpo.data.prepare import Example
 from fastpo.errors import ConfigError, UnsupportedModelError
 from fastpo.models.layout import prompts_of_chains
 from fastpo.models.modes import eval_mode

@@ -4,22 +4,18 @@ N = head rows (completion tokens), D = hidden, P = pairs, S = responses.
 """
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fastpo import ops
 from fastpo.data.packing import PackedBatch
 from fastpo.data.prepare import Example
 from fastpo.losses.table import Loss, Pairs, Term, segment_sum
 from fastpo.models.policy import Head
-from fastpo.ops import head as ops
-from fastpo.ops import vocab_ops
-from fastpo.training.metrics import ENTROPY, LOG_SUM_SQ, TOKEN_KL, TOP1, prompt_sums
-
-if TYPE_CHECKING:
-    from fastpo.trainer import Trainer
+from fastpo.training.metrics import LOG_SUM_SQ, TOKEN_KL, prompt_sums
 
 # Which random draw: of a training step, or of an evaluation, the same at every one.
 TRAIN, EVALUATION = 1, 0
@@ -37,28 +33,22 @@ def needs_reference_tokens(loss: Loss) -> bool:
     return loss.drawn or "ref_chosen_tail_logps" in loss.needs
 
 
-def observer(run: "Trainer", batch: PackedBatch) -> Callable[[Tensor, Head], None] | None:
-    """What Policy.logp calls with the rows' hidden states [N, D] and its head; it fills `batch.rows`, and with a live
-    reference `batch.ref_logp`. None where nothing is wanted.
+def observer(
+    batch: PackedBatch,
+    wanted: set[str],
+    live: Callable[[PackedBatch], tuple[Tensor, Head] | None],
+) -> Callable[[Tensor, Head], None]:
+    """What Policy.logp calls with the rows' hidden states [N, D] and its head; it fills `batch.rows` with what is
+    `wanted`. `live`: the rows of a reference in memory.
     """
-    wanted = run.row_statistics
-    if not (wanted or run.watch_tokens):
-        return None
-    if run.live is not None:
-        # Before the policy's own forward pass, whose weights it may borrow; and in an autocast of its own, at the end
-        # of which the casts of those weights are forgotten.
-        with run.autocast():
-            ref_hidden, ref = run.live.rows(batch)
+    of_reference = live(batch)
 
     def observe(hidden: Tensor, head: Head) -> None:
         rule: dict[str, Any] = {"target": batch.target, "softcap": head.softcap, "logit_scale": head.logit_scale}
-        if run.watch_tokens:
-            inputs = [None if t is None else t.detach() for t in ops._autocast(hidden, head.weight, head.bias)]
-            numbers = vocab_ops.entropy_top1_op(*inputs, batch.target.long(), head.softcap, head.logit_scale)
-            batch.rows[ENTROPY], batch.rows[TOP1] = numbers
         if LOG_SUM_SQ in wanted:
             batch.rows[LOG_SUM_SQ] = ops.log_sum_sq(hidden, head.weight, head.bias, **rule)
         if TOKEN_KL in wanted:
+            ref_hidden, ref = of_reference
             batch.rows[TOKEN_KL] = ops.token_kl(
                 hidden, head.weight, ref_hidden, ref.weight, head.bias, ref.bias, **rule,
                 ref_softcap=ref.softcap, ref_logit_scale=ref.logit_scale,

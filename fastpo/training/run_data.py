@@ -1,22 +1,17 @@
-"""The rows of a run: read, made into token ids, checked against what its losses need; whether they share prompts."""
+"""The rows of a run: read, made into token ids, checked against what its losses need."""
 
 import logging
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 from fastpo.config.train_config import TrainConfig
-from fastpo.data import layouts as row_layouts
-from fastpo.data import mixing, rows, sources
-from fastpo.data import prepare as data
-from fastpo.data.packing import repeated_prompts, sequence_tokens, set_sharing, sharing_mode, trunk_tokens
+from fastpo.data import layouts, mixing, rows, sources
+from fastpo.data.packing import repeated_prompts, sequence_tokens, trunk_tokens
+from fastpo.data.prepare import DataReport, Example, describe_example, prepare_examples, require_columns
 from fastpo.errors import ConfigError, DataError
-from fastpo.models import rotary
-from fastpo.models.modes import check_ids
+from fastpo.training.distributed import World
 from fastpo.training.metrics import PAIR_METRICS, metric_means
-from fastpo.training.row_statistics import needs_reference_tokens
-
-if TYPE_CHECKING:
-    from fastpo.trainer import Trainer
+from fastpo.training.objective import Objective
 
 log = logging.getLogger("fastpo")
 
@@ -32,64 +27,150 @@ def check_precomputed(config: TrainConfig, *datasets: Any) -> None:
         )
 
 
-def prepare(run: "Trainer", dataset: Any, split: str, name: str) -> list[data.Example]:
-    """Rows to token ids, on rank 0 for all: the others would only do the same work again."""
-    examples, report = run.world.first(lambda: _examples(run, dataset, split, name))
-    if report.streamed and run.config.train_sampling_strategy != "sequential":
-        run.config.train_sampling_strategy = "sequential"
-        log.info("the data are streamed: %d rows were read, and are trained in their order "
-                 "(train_sampling_strategy=sequential)", report.rows)  # fmt: skip
-    run.data_reports[name] = report
-    log.info("%s data: %s", name, report.summary())
-    if name == "train":
-        shown = data.describe_example(examples[0], run.tokenizer, prompt_loss=run.reads_prompts)
-        log.info("an example, as it is trained on:\n%s", shown)
-    return examples
+class DataSets:
+    """The rows of a run: `train`, `evals` by the prefix of their metrics, and `reports` of how each set was read.
+
+    given: the fixed policies that come as models (`ref_model`, `prev_model`): the columns that would stand for them are
+    not read.
+    """
+
+    def __init__(
+        self, config: TrainConfig, world: World, tokenizer: Any, objective: Objective, given: Collection[str] = ()
+    ):
+        self.config, self.world, self.tokenizer, self.objective = config, world, tokenizer, objective
+        self.forming = objective.forming(config)
+        self.columns = _columns(config, objective, given)
+        self.train: list[Example] = []
+        self.evals: dict[str, list[Example]] = {}
+        self.reports: dict[str, DataReport] = {}
+
+    @property
+    def all(self) -> dict[str, list[Example]]:
+        """Every set by its name, `train` first."""
+        return {"train": self.train, **self.evals}
+
+    # ------------------------------------------------------------- reading
+
+    def read(self, train_dataset: Any, eval_dataset: Any) -> None:
+        """Rows to token ids; ConfigError where the options ask for an evaluation set that is missing."""
+        config = self.config
+        self.train = self.prepare(train_dataset, config.dataset_train_split, "train")
+        if eval_dataset is None or (isinstance(eval_dataset, Mapping) and not eval_dataset):
+            if config.eval_strategy != "no" or config.eval_on_start:
+                raise ConfigError("eval_strategy is set, but there is no eval_dataset")
+            return
+        if config.eval_strategy == "no" and not config.eval_on_start:
+            log.warning("eval_dataset is given, but eval_strategy=no: only a callback evaluates on it")
+        split = config.dataset_test_split
+        if isinstance(eval_dataset, Mapping):
+            self.evals = {f"eval_{k}": self.prepare(v, split, f"eval {k}") for k, v in eval_dataset.items()}
+        else:
+            self.evals = {"eval": self.prepare(eval_dataset, split, "eval")}
+
+    def prepare(self, dataset: Any, split: str, name: str) -> list[Example]:
+        """Rows to token ids, on rank 0 for all: the others would only do the same work again."""
+        examples, report = self.world.first(lambda: self._examples(dataset, split, name))
+        if report.streamed and self.config.train_sampling_strategy != "sequential":
+            self.config.train_sampling_strategy = "sequential"
+            log.info("the data are streamed: %d rows were read, and are trained in their order "
+                     "(train_sampling_strategy=sequential)", report.rows)  # fmt: skip
+        self.reports[name] = report
+        log.info("%s data: %s", name, report.summary())
+        if name == "train":
+            shown = describe_example(examples[0], self.tokenizer, prompt_loss=self.objective.reads_prompts)
+            log.info("an example, as it is trained on:\n%s", shown)
+        return examples
+
+    def _examples(self, dataset: Any, split: str, name: str) -> tuple[list[Example], DataReport]:
+        """The examples of one data set, or of a mixture of several."""
+        parts = mixing.parts_of(dataset)
+        if parts is None:
+            return self._of_one(mixing.Part("", dataset), split, name)
+        prepared = []
+        for part in parts:
+            try:
+                prepared.append(self._of_one(part, split, name))
+            except DataError as error:
+                raise DataError(f"{part.label}: {error}") from error
+        seed = self.config.seed if self.config.data_seed is None else self.config.data_seed
+        return mixing.mix(parts, prepared, seed, self.columns)
+
+    def _of_one(self, part: mixing.Part, split: str, name: str) -> tuple[list[Example], DataReport]:
+        config, pair_terms = self.config, self.objective.pair_terms
+        table = open_table(part, split, config.dataset_config)
+        losses = "unpaired" if self.objective.unpaired else "pairs" if pair_terms else "sft"
+        kind = layouts.kind_of(sources.column_names(table), sources.head_rows(table), losses)
+        limit = None
+        if isinstance(table, sources.Stream) and name == "train":
+            limit = _stream_limit(table, config, self.world.size, mixed=bool(part.label))
+        examples, report = prepare_examples(
+            table, self.tokenizer, kind=kind, max_length=config.max_length, truncation_mode=config.truncation_mode,
+            columns=self.columns, invalid=config.invalid_rows, num_proc=config.dataset_num_proc, forming=self.forming,
+            recognise=config.recognise_layouts, limit=limit, assistant_only=config.assistant_only_loss,
+            apart=losses == "unpaired" and kind == "preference",
+        )  # fmt: skip
+        if self.objective.of_tokens and report.masked_rows:
+            raise DataError(
+                f"{self.objective.of_tokens} takes tokens by their number, and in {report.masked_rows} rows the "
+                "responses have turns that are not trained on: set assistant_only_loss=false, or leave those rows out"
+            )
+        for term in pair_terms:
+            require_columns(examples, term.loss.columns, term.name, report.columns)
+        if losses == "unpaired" and kind == "preference" and "weight" in report.columns:
+            log.warning("the column 'weight' is not used: %s takes each response of a pair as a row of its own",
+                        pair_terms[0].name)  # fmt: skip
+        return examples, report
+
+    # ------------------------------------------------------ what is in them
+
+    def reported(self) -> dict[str, list[str]]:
+        """Metrics that an evaluation of each set will report: unpaired rows may be of one kind, and have no pairs."""
+        return {name: ["loss", *self._pair_metrics(examples)] for name, examples in self.evals.items()}
+
+    def _pair_metrics(self, examples: Sequence[Example]) -> list[str]:
+        if not self.objective.pair_terms:
+            return []
+        labels = {label for e in examples for label in e.response_columns.get(rows.LABEL, ())}
+        counts = dict.fromkeys(PAIR_METRICS, 1.0)
+        counts |= {"chosen": float(labels != {0.0}), "rejected": float(labels != {1.0}), "pairs": float(not labels)}
+        return list(metric_means(list(counts.values()), self.objective.pair_terms))
+
+    def name_of(self, examples: Sequence[Example], row: int) -> str:
+        """`row 12 of the train data`, as people count: rows that were dropped count too."""
+        name = next((name for name, of_set in self.all.items() if of_set is examples), "")
+        kept = self.reports[name.replace("eval_", "eval ", 1)].kept_rows if name else []
+        number = kept[row] if len(kept) == len(examples) else row
+        return f"row {number}{f' of the {name} data' if name else ''}"
+
+    def say_sharing(self, max_tokens: int) -> None:
+        """One line on what shared prompts save, and a warning for rows that no micro-batch fits."""
+        for name, examples in self.all.items():
+            over = [tokens for e in examples if (tokens := trunk_tokens(e)) > max_tokens]
+            if over:
+                log.warning("%d of %d %s rows have more tokens than max_tokens=%d, the largest %d: each is a "
+                            "micro-batch of its own, and takes the memory of one", len(over), len(examples), name,
+                            max_tokens, max(over))  # fmt: skip
+        repeated = repeated_prompts(self.train)
+        if any(e.share for e in self.train):
+            alone = sum(sequence_tokens(e) - len(e.responses) for e in self.train)
+            shared = sum(map(trunk_tokens, self.train))
+            log.info("prompts are shared by their responses: %d tokens an epoch instead of %d", shared, alone)
+        if repeated:
+            log.info("%d of %d rows have the prompt of another: they share it where a step has both", repeated,
+                     len(self.train))  # fmt: skip
+        elif self.config.share_prompts == "always" and not any(e.share for e in self.train):
+            log.warning("share_prompts=always has no effect: no two responses have the same prompt")
 
 
-def _examples(run: "Trainer", dataset: Any, split: str, name: str) -> tuple[list[data.Example], data.DataReport]:
-    """The examples of one data set, or of a mixture of several."""
-    parts = mixing.parts_of(dataset)
-    if parts is None:
-        return _of_one(run, mixing.Part("", dataset), split, name)
-    prepared = []
-    for part in parts:
-        try:
-            prepared.append(_of_one(run, part, split, name))
-        except DataError as error:
-            raise DataError(f"{part.label}: {error}") from error
-    seed = run.config.seed if run.config.data_seed is None else run.config.data_seed
-    return mixing.mix(parts, prepared, seed, _columns(run))
-
-
-def _of_one(run: "Trainer", part: mixing.Part, split: str, name: str) -> tuple[list[data.Example], data.DataReport]:
-    config = run.config
-    table = open_table(part, split, config.dataset_config)
-    losses = "sft" if not run.pair_terms else "pairs"
-    if any(t.loss.shape == "unpaired" for t in run.pair_terms):
-        losses = "unpaired"
-    kind = row_layouts.kind_of(sources.column_names(table), sources.head_rows(table), losses)
-    limit = None
-    if isinstance(table, sources.Stream) and name == "train":
-        limit = _stream_limit(table, config, run.world.size, mixed=bool(part.label))
-    examples, report = data.prepare_examples(
-        table, run.tokenizer, kind=kind, max_length=config.max_length, truncation_mode=config.truncation_mode,
-        columns=_columns(run), invalid=config.invalid_rows, num_proc=config.dataset_num_proc, forming=run.forming,
-        recognise=config.recognise_layouts, limit=limit, assistant_only=config.assistant_only_loss,
-        apart=losses == "unpaired" and kind == "preference",
-    )  # fmt: skip
-    placed = [t.name for t in run.pair_terms if needs_reference_tokens(t.loss)]
-    if placed and report.masked_rows:
-        raise DataError(
-            f"{placed[0]} takes tokens by their number, and in {report.masked_rows} rows the responses have turns that "
-            "are not trained on: set assistant_only_loss=false, or leave those rows out"
-        )
-    for term in run.pair_terms:
-        data.require_columns(examples, term.loss.columns, term.name, report.columns)
-    if losses == "unpaired" and kind == "preference" and "weight" in report.columns:
-        log.warning("the column 'weight' is not used: %s takes each response of a pair as a row of its own",
-                    run.pair_terms[0].name)  # fmt: skip
-    return examples, report
+def _columns(config: TrainConfig, objective: Objective, given: Collection[str]) -> list[str]:
+    """The optional columns that a run reads; others may hold anything."""
+    columns = ["weight", *rows.TOKEN_COLUMNS]
+    if objective.uses_reference and "ref_model" not in given and not config.sync_ref_model:
+        columns += [*rows.RESPONSE_COLUMNS["ref_logps"], "ref_greedy_logps"]
+    if objective.kappa is not None and "prev_model" not in given:
+        columns += rows.RESPONSE_COLUMNS["prev_logps"]
+    of_losses = [name for t in objective.pair_terms for names in (*t.loss.columns, t.loss.may_read) for name in names]
+    return [*columns, *dict.fromkeys(of_losses)]
 
 
 def open_table(part: mixing.Part, split: str, config_name: str | None) -> Any:
@@ -112,68 +193,3 @@ def _stream_limit(table: sources.Stream, config: "TrainConfig", processes: int, 
         raise ConfigError("a streamed train_dataset is read as far as the run needs, and only max_steps says how far: "
                           "set max_steps, or pass a Dataset, or list(dataset.take(n))")  # fmt: skip
     return None
-
-
-def _columns(run: "Trainer") -> list[str]:
-    """The optional columns that this run reads; others may hold anything."""
-    columns = ["weight", *rows.TOKEN_COLUMNS]
-    if run.uses_reference and run.ref_model is None and not run.config.sync_ref_model:
-        columns += [*rows.RESPONSE_COLUMNS["ref_logps"], "ref_greedy_logps"]
-    if run.kappa is not None and run.prev_model is None:
-        columns += rows.RESPONSE_COLUMNS["prev_logps"]
-    of_losses = [name for t in run.pair_terms for names in (*t.loss.columns, t.loss.may_read) for name in names]
-    return [*columns, *dict.fromkeys(of_losses)]
-
-
-def prepare_eval(run: "Trainer", eval_dataset: Any) -> dict[str, list[data.Example]]:
-    """The evaluation sets by the prefix of their metrics; ConfigError where the options ask for one that is missing."""
-    config = run.config
-    if eval_dataset is None or (isinstance(eval_dataset, Mapping) and not eval_dataset):
-        if config.eval_strategy != "no" or config.eval_on_start:
-            raise ConfigError("eval_strategy is set, but there is no eval_dataset")
-        return {}
-    if config.eval_strategy == "no" and not config.eval_on_start:
-        log.warning("eval_dataset is given, but eval_strategy=no: only a callback evaluates on it")
-    split = config.dataset_test_split
-    if isinstance(eval_dataset, Mapping):
-        return {f"eval_{k}": prepare(run, v, split, f"eval {k}") for k, v in eval_dataset.items()}
-    return {"eval": prepare(run, eval_dataset, split, "eval")}
-
-
-def place(run: "Trainer", sets: Mapping[str, list[data.Example]]) -> None:
-    """What a run must know of sets that it did not begin with: ids, shared prompts, mismatched rows."""
-    for name, examples in sets.items():
-        check_ids(run.policy, examples, name)
-        set_sharing(examples, sharing_mode(run.config.share_prompts, run.device.type), run.trunk_cost)
-        rotary.unshare(run.policy.trunk, examples)
-    run.stepwide.prepare(dict(sets))
-
-
-def reported(run: "Trainer", examples: Sequence[data.Example]) -> list[str]:
-    """Pair metrics of an evaluation of `examples`: unpaired rows may be of one kind, and have no pairs."""
-    if not run.pair_terms:
-        return []
-    labels = {label for e in examples for label in e.response_columns.get(rows.LABEL, ())}
-    counts = dict.fromkeys(PAIR_METRICS, 1.0)
-    counts |= {"chosen": float(labels != {0.0}), "rejected": float(labels != {1.0}), "pairs": float(not labels)}
-    return list(metric_means(list(counts.values()), run.pair_terms))
-
-
-def say_sharing(run: "Trainer") -> None:
-    """One line on what shared prompts save, and a warning for rows that no micro-batch fits."""
-    for name, examples in {"train": run.examples, **run.eval_sets}.items():
-        over = [tokens for e in examples if (tokens := trunk_tokens(e)) > run.max_tokens]
-        if over:
-            log.warning("%d of %d %s rows have more tokens than max_tokens=%d, the largest %d: each is a "
-                        "micro-batch of its own, and takes the memory of one", len(over), len(examples), name,
-                        run.max_tokens, max(over))  # fmt: skip
-    repeated = repeated_prompts(run.examples)
-    if any(e.share for e in run.examples):
-        alone = sum(sequence_tokens(e) - len(e.responses) for e in run.examples)
-        shared = sum(map(trunk_tokens, run.examples))
-        log.info("prompts are shared by their responses: %d tokens an epoch instead of %d", shared, alone)
-    if repeated:
-        log.info("%d of %d rows have the prompt of another: they share it where a step has both", repeated,
-                 len(run.examples))  # fmt: skip
-    elif run.config.share_prompts == "always" and not any(e.share for e in run.examples):
-        log.warning("share_prompts=always has no effect: no two responses have the same prompt")

@@ -11,6 +11,7 @@ from transformers import GenerationConfig
 
 from fastpo.data.prepare import Example
 from fastpo.errors import ConfigError, shown
+from fastpo.training.forward import Forward
 from fastpo.training.memory import is_out_of_memory
 
 MAX_NEW_TOKENS = 128
@@ -42,6 +43,26 @@ def check_generation_kwargs(kwargs: dict[str, Any] | None) -> None:
 
 def _did_you_mean(near: list[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+class Answers:
+    """A policy's answers to the first prompts of `examples`, as it gives them at the time."""
+
+    def __init__(self, forward: Forward, tokenizer: Any, examples: Sequence[Example], kwargs: dict[str, Any] | None):
+        """kwargs: arguments of generate()."""
+        self.forward, self.tokenizer, self.examples, self.kwargs = forward, tokenizer, examples, kwargs
+
+    @torch.no_grad()
+    def __call__(self, n: int, kwargs: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+        """To `n` prompts; with other arguments, if `kwargs` are given. Sharded ranks call it together."""
+        policy = self.forward.policy
+
+        def generate() -> list[dict[str, Any]]:
+            with policy.detached(), self.forward.autocast():
+                given = self.kwargs if kwargs is None else kwargs
+                return generate_samples(policy.model, self.tokenizer, self.examples, n, given)
+
+        return self.forward.engine(generate)
 
 
 def generate_samples(

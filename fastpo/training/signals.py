@@ -36,6 +36,10 @@ class Signals:
             raise KeyboardInterrupt
         raise SystemExit(128 + self.asked)
 
+    def end(self) -> None:
+        """The run is being ended: what comes from here on waits for ever."""
+        self.ending = True
+
     @contextlib.contextmanager
     def whole(self) -> Iterator[None]:
         """Inside, signals wait until the block has ended."""

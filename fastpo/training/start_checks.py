@@ -2,8 +2,9 @@
 
 import logging
 import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,24 +17,25 @@ from fastpo.models.adapters import first_line
 from fastpo.models.attention import BACKENDS
 from fastpo.models.modes import check_offloading
 from fastpo.ops.chips import FUSED_FORWARD_VARIABLE
+from fastpo.training.distributed import World
 from fastpo.training.optim import NARROW, Gradients, build_optimizer, build_scheduler
-from fastpo.training.samples import check_generation_kwargs, generate_samples
-
-if TYPE_CHECKING:
-    from fastpo.trainer import Trainer
+from fastpo.training.samples import Answers, check_generation_kwargs
 
 log = logging.getLogger("fastpo")
 
 
-def check_options(config: TrainConfig, device: torch.device) -> None:
-    """ConfigError for options that need no model to be seen to fail."""
+def check_options(config: TrainConfig, device: torch.device, cache: Path) -> None:
+    """ConfigError for options that need no model to be seen to fail, and for variables of the environment. cache: the
+    folder of cached log-probabilities."""
     check_generation_kwargs(config.generation_kwargs)
     check_offloading(config, device)
-    check_environment()
+    check_environment(cache)
     check_output_dir(config.output_dir)
     build_scheduler(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0), config, steps=100)
     _check_optimizer(config)
     _check_checkpointing(config)
+    if config.grad_filter and device.type == "cuda":
+        log.warning("grad_filter runs plain PyTorch operations on a GPU, unmeasured: compare tokens_per_second")
     if config.torch_compile:
         from fastpo.models.compiled import check_backend
 
@@ -76,18 +78,15 @@ def _check_checkpointing(config: TrainConfig) -> None:
         ) from error
 
 
-def check_environment() -> None:
-    """ConfigError for a FASTPO_ variable that says nothing, or a cache of log-probabilities that would lie below a
+def check_environment(cache: Path) -> None:
+    """ConfigError for a FASTPO_ variable that says nothing, or a `cache` of log-probabilities that would lie below a
     file."""
-    from fastpo.reference.cache import cache_folder
-
     attention = os.environ.get("FASTPO_ATTENTION") or "own"
     if attention not in (*BACKENDS, "own"):
         raise ConfigError(f"FASTPO_ATTENTION={shown(attention)}: expected one of {', '.join(BACKENDS)}, or own")
     if (fused := os.environ.get(FUSED_FORWARD_VARIABLE, "")) not in ("", "0", "1"):
         raise ConfigError(f"{FUSED_FORWARD_VARIABLE} must be 0, 1 or unset, not {shown(fused)}")
-    folder = cache_folder()
-    for part in (folder, *folder.parents):
+    for part in (cache, *cache.parents):
         if _is_file(part):
             raise ConfigError(f"FASTPO_CACHE: {shown(str(part))} is a file, and the cache is a folder")
 
@@ -113,30 +112,30 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def try_samples(run: "Trainer") -> None:
+def try_samples(config: TrainConfig, answers: Answers) -> None:
     """ConfigError where generate() does not take generation_kwargs with this model: one token of one answer."""
-    config = run.config
-    if not config.sample_generations or not config.generation_kwargs or run.engine.sharded or not run.world.main:
+    if not config.generation_kwargs or answers.forward.engine.sharded:
         return
     length = ("max_length", "min_length", "max_new_tokens", "min_new_tokens", "max_time")
     kwargs = {k: v for k, v in config.generation_kwargs.items() if k not in length} | {"max_new_tokens": 1}
-    examples = next(iter(run.eval_sets.values()), run.examples)
-    with torch.no_grad(), run.policy.detached(), run.autocast():
-        generate_samples(run.model, run.tokenizer, examples, 1, kwargs)
+    answers(1, kwargs)
 
 
-def say_without_effect(run: "Trainer", steps: int) -> None:
-    """One line for all options that are set and change nothing in this run."""
-    given: Any = run.inputs
-    of_eval = given.get("eval_dataset")
+def say_without_effect(
+    config: TrainConfig, paths: Mapping[str, Any], trained: Iterable[nn.Parameter],
+    optimizers: tuple[torch.optim.Optimizer | None, Any], world: World, steps: int,
+) -> None:  # fmt: skip
+    """One line for all options that are set and change nothing in this run. paths: what it is made from, by argument.
+    optimizers: those passed in. steps: of the run."""
+    of_eval = paths.get("eval_dataset")
     names = list(of_eval.values()) if isinstance(of_eval, dict) else [of_eval]
+    optimizer, scheduler = optimizers
     facts = Facts(
-        device_type=run.device.type, processes=run.world.size, steps=steps,
-        own_optimizer=run.optimizer is None, own_scheduler=run.scheduler is None,
-        narrow=any(p.dtype in NARROW for p in run.parameters.values()),
-        from_hub=_has_splits(given.get("train_dataset")), eval_from_hub=any(map(_has_splits, names)),
+        device_type=world.device.type, processes=world.size, steps=steps, own_optimizer=optimizer is None,
+        own_scheduler=scheduler is None, narrow=any(p.dtype in NARROW for p in trained),
+        from_hub=_has_splits(paths.get("train_dataset")), eval_from_hub=any(map(_has_splits, names)),
     )  # fmt: skip
-    if found := without_effect(run.config, facts):
+    if found := without_effect(config, facts):
         log.warning("without effect in this run: %s", "; ".join(found))
 
 

@@ -1,4 +1,4 @@
-"""Which checkpoint is the best (fastpo.callbacks); transformers' own Trainer is the reference."""
+"""Which checkpoint is the best (fastpo.report.callbacks); transformers' own Trainer is the reference."""
 
 import math
 import types

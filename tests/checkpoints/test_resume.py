@@ -194,16 +194,16 @@ def test_cut_short_between_a_step_and_its_checkpoint(toy, run, tmp_path, monkeyp
 
 def test_cut_short_as_a_line_is_written(run, tmp_path, monkeypatch):
     """Ctrl-C at any place: the line is in the log, and no callback has closed should_log."""
-    from fastpo.report import outputs
+    from fastpo.report.outputs import Reporter
 
     whole = run("whole")
 
-    def killed(run, line):
-        if line["step"] == 3:
+    def killed(self, history):
+        if history[-1]["step"] == 3:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(outputs, "write_line", killed)
+        patch.setattr(Reporter, "add_line", killed)
         with pytest.raises(KeyboardInterrupt):
             run()
     assert timeless(run(resume_from_checkpoint=True).log_history) == timeless(whole.log_history)
@@ -471,17 +471,17 @@ fastpo.train(model, Toy.rows(20), processing_class=Toy.tokenizer(), callbacks=[L
 @pytest.fixture
 def passes(monkeypatch, tmp_path):
     """Counts the reference pass's micro-batches; a cache of its own."""
-    from fastpo.reference import cache as ref_policy
+    from fastpo.reference import cache
 
     monkeypatch.setenv("FASTPO_CACHE", str(tmp_path / "cache"))
     rows = []
-    original = ref_policy._of_batch
+    original = cache._of_batch
 
     def counted(examples, indices, *rest):
         rows.extend(indices)
         return original(examples, indices, *rest)
 
-    monkeypatch.setattr(ref_policy, "_of_batch", counted)
+    monkeypatch.setattr(cache, "_of_batch", counted)
     return rows
 
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 import fastpo
 from fastpo.checkpoints import checkpoint, endings, model_files, state_files
 from fastpo.config import bounds
-from fastpo.data.prepare import Example
+from fastpo.data import Example
 from fastpo.errors import ConfigError, FastpoError, TrainingError
 from fastpo.report import disks
 
@@ -243,9 +243,8 @@ def test_card_report_and_configuration_cost_no_run(run, tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    for name in ("hub.write_card", "outputs.write_report", "outputs._rewrite"):
-        monkeypatch.setattr(f"fastpo.{name}", full)
-    monkeypatch.setattr("fastpo.report.outputs.yaml.safe_dump", full)
+    for name in ("hub.write_card", "outputs.write_report", "outputs._rewrite", "outputs.yaml.safe_dump"):
+        monkeypatch.setattr(f"fastpo.report.{name}", full)
     assert run(report=True).state.global_step == 6 and (tmp_path / "run" / "model.safetensors").exists()
 
 

@@ -10,9 +10,9 @@ import types
 import pytest
 import yaml
 
-import fastpo
-from fastpo.cli import command_line as cli
-from fastpo.config import train_config as config
+from fastpo import cli
+from fastpo.cli.options import kinds_of
+from fastpo.config import TrainConfig
 from fastpo.errors import DataError, TrainingError
 
 
@@ -56,7 +56,7 @@ def test_command_line_over_yaml_over_default(trained, tmp_path):
     assert call["train_dataset"] == "rows.jsonl"
     args = call["args"]
     assert (args.beta, args.learning_rate, args.loss_type) == (0.2, 1e-5, "ipo")
-    assert args.max_length == config.TrainConfig().max_length
+    assert args.max_length == TrainConfig().max_length
     assert "eval_dataset" not in call
 
 
@@ -140,7 +140,7 @@ def _other_value(field):
     }
     if field.name in special:
         return special[field.name]
-    kinds = cli._kinds(field.type)
+    kinds = kinds_of(field.type)
     if bool in kinds:
         return (("false", False), ("true", True))[field.default is not True]
     if dict in kinds:
@@ -161,7 +161,7 @@ NEEDS = {
 }
 
 
-@pytest.mark.parametrize("field", dataclasses.fields(config.TrainConfig), ids=lambda f: f.name)
+@pytest.mark.parametrize("field", dataclasses.fields(TrainConfig), ids=lambda f: f.name)
 def test_every_field_is_an_option_and_a_yaml_key(trained, tmp_path, field):
     text, value = _other_value(field)
     needs = NEEDS.get(field.name, {})
@@ -170,9 +170,9 @@ def test_every_field_is_an_option_and_a_yaml_key(trained, tmp_path, field):
     assert getattr(args, field.name) == value
     implied = {"eval_steps": "eval_strategy", "save_steps": "save_strategy", "save_total_limit": "save_strategy",
                "torch_compile_backend": "torch_compile", "torch_compile_mode": "torch_compile"}  # fmt: skip
-    for other in dataclasses.fields(config.TrainConfig):
+    for other in dataclasses.fields(TrainConfig):
         if other.name not in (field.name, implied.get(field.name), *needs):
-            assert getattr(args, other.name) == getattr(config.TrainConfig(), other.name)
+            assert getattr(args, other.name) == getattr(TrainConfig(), other.name)
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump({"model": "m", "train_dataset": "d.jsonl", **needs, field.name: value}))
     assert cli.main(["train", "--config", str(path)]) == 0
@@ -458,15 +458,22 @@ def test_traceback_on_request_and_for_bugs(monkeypatch, trained):
         cli.main(["train", *INPUTS])
 
 
-@pytest.mark.parametrize("command, function", [("quickstart", "run"), ("check", "run_check")])
-def test_other_commands_get_their_options_and_give_their_exit_code(monkeypatch, capsys, command, function):
-    module = types.ModuleType(f"fastpo.{command}")
+@pytest.mark.parametrize("command", ["quickstart", "check"])
+def test_other_commands_get_their_options_and_give_their_exit_code(monkeypatch, capsys, command):
+    module = types.ModuleType(f"fastpo.cli.{command}")
     module.add_arguments = lambda parser: parser.add_argument("--two-words", type=int)
-    setattr(module, function, lambda namespace: namespace.two_words)
+    module.run = lambda namespace: namespace.two_words
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr(fastpo, command, module, raising=False)
     assert cli.main([command, "--two_words", "1"]) == 1
     assert "--two" in fail(capsys, command, "--two", "1")
+
+
+def test_check_gets_its_options(monkeypatch):
+    calls = []
+    monkeypatch.setattr("fastpo.check.run_check", lambda *args, **kwargs: calls.append((args, kwargs)) or 1)
+    assert cli.main(["check", "--device", "cpu", "--quiet"]) == 1
+    assert cli.main(["check"]) == 1
+    assert calls == [(("cpu",), {"verbose": False}), ((None,), {"verbose": True})]
 
 
 # --- help, version, env
@@ -475,15 +482,19 @@ def test_other_commands_get_their_options_and_give_their_exit_code(monkeypatch, 
 def test_help_groups_the_fields_and_gives_defaults(capsys):
     assert cli.main(["train", "--help"]) == 0
     text = capsys.readouterr().out
-    for group in {f.metadata["group"] for f in dataclasses.fields(config.TrainConfig)}:
+    for group in {f.metadata["group"] for f in dataclasses.fields(TrainConfig)}:
         assert f"\n{group}:\n" in text
-    for field in dataclasses.fields(config.TrainConfig):
+    for field in dataclasses.fields(TrainConfig):
         assert "--" + field.name.replace("_", "-") in text
     flat = " ".join(text.split())
     assert "muon, sgd [adamw_torch_fused]" in flat and "peak learning rate [1e-06]" in flat
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["--version"], ["train", "--help"], []], ids=str)
+@pytest.mark.parametrize(
+    "argv",
+    [["--help"], ["--version"], [], *([name, "--help"] for name in ("train", "plan", "check", "losses", "env"))],
+    ids=str,
+)
 def test_help_and_version_do_not_import_torch(argv):
     code = (
         "import sys, fastpo.cli\n"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fastpo.cli.command_line import main
+from fastpo.cli import main
 
 
 @pytest.mark.parametrize(

@@ -131,7 +131,7 @@ def test_every_field_is_read(repo_root):
     """An option that is accepted is an option that has its effect: some module reads it from the configuration."""
     by_callbacks = {"project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"}
     train_alike = {"precompute_ref_log_probs", "per_device_eval_batch_size"}  # told to callbacks, the latter
-    tables = ("train_config.py", "options.py", "migration.py", "command_line.py")
+    tables = ("train_config.py", "options.py", "migration.py")  # of config/ and cli/
     modules = [path.read_text() for path in (repo_root / "fastpo").rglob("*.py") if path.name not in tables]
     through_properties = {"loss_type": "losses", "report_to": "report_names"}
     names = {through_properties.get(name, name): name for name in field_names()}

@@ -13,8 +13,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import fastpo
-from fastpo.data.prepare import DataError, prepare_examples, unpair
+from fastpo.data import prepare_examples, unpair
 from fastpo.data.rows import load_rows
+from fastpo.errors import DataError
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

@@ -7,12 +7,12 @@ from functools import partial
 import pytest
 import torch
 
-import fastpo
-from fastpo.data import prepare as data
+from fastpo import data
 from fastpo.data.kway import Forming
 from fastpo.data.packing import collate
-from fastpo.data.prepare import DataError
-from fastpo.errors import ConfigError, TrainingError
+from fastpo.data.sources import load_rows
+from fastpo.errors import ConfigError, DataError, TrainingError
+from fastpo.reference.passes import reference_logps
 
 LISTS = ["exo_rw", "infonca", "nca_rw"]
 
@@ -268,9 +268,9 @@ def test_mixtures_with_lists(toy, run):
 
 @pytest.mark.parametrize("loss", ["nca_rw", "selm", ["exo_rw", "dpo"]])
 def test_a_start_away_from_the_reference_is_refused(toy, run, monkeypatch, loss):
-    real = fastpo.reference.sources.reference_logps
+    real = reference_logps
     monkeypatch.setattr(
-        "fastpo.reference.sources.reference_logps", lambda *a, **k: [[p + 0.5 for p in row] for row in real(*a, **k)]
+        "fastpo.reference.passes.reference_logps", lambda *a, **k: [[p + 0.5 for p in row] for row in real(*a, **k)]
     )
     with pytest.raises(TrainingError, match=r"should start at its reference, .* loss \[[-\d., ]+\] instead of \["):
         run(with_greedy(toy) if loss == "selm" else kway_rows(toy), loss_type=loss)
@@ -436,7 +436,7 @@ def byte_tokenizer():
 
 def test_eight_real_responses(shared_data):
     """805 rows, 19 of them with identical responses."""
-    raw = data.load_rows(shared_data("alpaca_eval_kway.jsonl.gz"))
+    raw = load_rows(shared_data("alpaca_eval_kway.jsonl.gz"))
     with pytest.raises(DataError, match="rename 'win_prob_vs_baseline' to 'win_prob'"):
         data.prepare_examples(raw, byte_tokenizer())
     rows = [{"prompt": r["prompt"], "responses": [{"text": e["text"], "win_prob": e["win_prob_vs_baseline"]}
@@ -454,7 +454,7 @@ def test_eight_real_responses(shared_data):
 
 
 def test_the_command_reads_k_responses(toy, tmp_path):
-    from fastpo.cli import command_line as cli
+    from fastpo import cli
 
     toy.model().save_pretrained(tmp_path / "model")
     toy.tokenizer().save_pretrained(tmp_path / "model")

@@ -10,8 +10,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from fastpo.data import prepare_examples
 from fastpo.data.layouts import LAYOUTS, find, kind_of, read_as
-from fastpo.data.prepare import prepare_examples
 from fastpo.errors import DataError, FastpoError
 
 TEMPLATE = (
@@ -400,10 +400,10 @@ def test_a_prompt_under_any_other_name_is_not_lost(letters):
 def test_docs_page():
     from pathlib import Path
 
-    from fastpo.data import docs as data_docs
+    from fastpo.data import docs
 
     text = (Path(__file__).resolve().parents[2] / "docs" / "data.md").read_text()
-    assert data_docs.page(text) == text  # `python -m fastpo.data.docs` makes it
+    assert docs.page(text) == text  # `python -m fastpo.data.docs` makes it
     for layout in LAYOUTS:
         assert all(f"`{name}`" in text for name in layout.shapes), layout.name
 

@@ -7,8 +7,7 @@ import pytest
 import yaml
 
 import fastpo
-from fastpo.data import mixing
-from fastpo.data.prepare import prepare_examples
+from fastpo.data import mixing, prepare_examples
 from fastpo.errors import ConfigError, DataError
 
 
@@ -132,7 +131,7 @@ def test_rows_with_a_path_are_rows():
 
 
 def test_command_line(toy, sets, tmp_path, capsys):
-    from fastpo.cli import command_line as cli
+    from fastpo import cli
 
     config = tmp_path / "c.yaml"
     config.write_text(yaml.safe_dump({"model": "m", "datasets": [{"path": sets["a"], "fraction": 0.5}]}))

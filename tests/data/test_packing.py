@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import fastpo
+from fastpo.data import Example
 from fastpo.data.packer import pack_all, pack_step
 from fastpo.data.packing import (
     TrunkCost,
@@ -22,7 +23,6 @@ from fastpo.data.packing import (
     step_trees,
     trunk_tokens,
 )
-from fastpo.data.prepare import Example
 from fastpo.errors import ConfigError
 from fastpo.models.policy import Policy
 

@@ -16,7 +16,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from fastpo.data.prepare import DataError, describe_example, prepare_examples, require_columns
+from fastpo.data import describe_example, prepare_examples, require_columns
+from fastpo.errors import DataError
 
 HH = Path(__file__).resolve().parents[3] / "shared" / "data" / "hh_dialogues.jsonl.gz"
 WORDS = "the sky grass is blue green red of what colour system user assistant tool think : ?".split()

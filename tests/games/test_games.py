@@ -2,6 +2,7 @@
 papers claim. fp64, one thread. Section numbers are those of the specification (docs/games.md says what each shows)."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from fastpo.games import games, tabular
 from fastpo.games.games import ALGORITHMS
 from fastpo.games.tabular import TabularPolicy, fit, population_loss
 from fastpo.losses.table import LOSSES
-from fastpo.ops.head import linear_logprob, preference_loss
+from fastpo.ops import linear_logprob, preference_loss
 
 RPS = games.rock_paper_scissors()
 WEIGHTED = games.rock_paper_scissors(1 / 6, 2 / 6, 3 / 6)
@@ -65,7 +66,7 @@ def test_nash_by_linear_programming_on_many_games():
 
 @pytest.mark.parametrize("kind", ["uniform", "ties", "tournament", "near_half", "tenths", "copies"])
 def test_nash_on_degenerate_games(kind):
-    """Where a simplex method could cycle or lose digits: every answer is certified by its gap."""
+    """Where linear programming could cycle or lose digits: every answer is certified by its gap."""
     for n in (2, 3, 5, 8, 13, 30):
         for seed in range(5):
             g = torch.Generator().manual_seed(100 * n + seed)
@@ -75,7 +76,74 @@ def test_nash_on_degenerate_games(kind):
             prefs = u.triu(1) + (1 - u.T).tril(-1) + 0.5 * torch.eye(n, dtype=torch.float64)
             if kind == "copies":
                 prefs = prefs.repeat(2, 2)
-            assert games.duality_gap(prefs, games.nash_equilibrium(prefs).log()) < 1e-14
+            gap, scale = games.duality_gap(prefs, games.nash_equilibrium(prefs).log()), (prefs - 0.5).abs().max().item()
+            assert gap < 1e-12 * scale + 4 * torch.finfo(torch.float64).eps
+
+
+# What the simplex method and the Newton iterations gave that were here before SciPy did these.
+NASH_BEFORE = {
+    0: [0.47030019399446, 0, 0.46485013696327, 0, 0, 0.064849669042277],
+    1: [0, 0, 0, 1, 0, 0],
+    2: [0.078442762260095, 0.083689155783445, 0, 0.83786808195646, 0, 0],
+    3: [0.40084136512915, 0.32649890022882, 0, 0, 0.27265973464203, 0],
+}
+# From policy(6, seed) on RANDOM: (update, eta, steps, seed) -> log-policy.
+UPDATES_BEFORE = {
+    ("sppo", 1e-3, 1, 22): [
+        -0.0096535110910007, -173.20084283909, -37.487738362165, -116.17741762502, -4.6452564587996, -52.859510962608,
+    ],
+    ("sppo", 0.2, 1, 22): [
+        -0.46486678440035, -3.6054147412642, -2.5912364069354, -1.4869583387496, -4.8986218037191, -3.3197564200871,
+    ],
+    ("sppo", 30.0, 1, 22): [
+        -1.1270377460203, -2.6773665408893, -2.2672674848911, -0.8095646580092, -5.2347093619766, -2.9320168461322,
+    ],
+    ("sppo", 0.5, 50, 15): [
+        -0.15572628026331, -20.726397220922, -1.9365182922089, -37.517477411536, -13.45359176154, -23.037813206405,
+    ],
+    ("dno_prct", 0.5, 1, 15): [
+        -1.3824416921078, -3.0635219723558, -4.103431144855, -2.620083048115, -1.0401648649696, -1.3486017939683,
+    ],
+    ("dno_prct", 2.0, 1, 15): [
+        -2.4775531375866, -1.8630012864341, -3.0375865275895, -1.5746884793682, -1.0616044889137, -1.8330653043955,
+    ],
+    ("dno_prct", 2.0, 50, 15): [
+        -0.18218551317264, -21.976441349023, -1.7924453681497, -50.33841588047, -13.921312798764, -25.743742202409,
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("seed, expected", NASH_BEFORE.items())
+def test_nash_as_by_the_simplex_method_of_before(seed, expected):
+    got = games.nash_equilibrium(games.random_game(6, seed))
+    assert torch.allclose(got, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", UPDATES_BEFORE, ids=lambda case: "-".join(map(str, case)))
+def test_updates_as_by_the_newton_iterations_of_before(case):
+    (name, eta, steps, seed), expected = case, UPDATES_BEFORE[case]
+    got = games.run(RANDOM, getattr(games, name), steps, start=policy(6, seed), eta=eta)[-1]
+    assert torch.allclose(got, torch.tensor(expected, dtype=torch.float64), rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("size", [1e-3, 1e-6, 1e-9])
+def test_nash_of_preferences_that_all_lie_near_a_half(size):
+    """HiGHS's own tolerance, 1e-7, is wider than these games: unscaled, it calls any policy their equilibrium."""
+    near = 0.5 + size * (WEIGHTED - 0.5)
+    assert torch.allclose(games.nash_equilibrium(near), games.nash_equilibrium(WEIGHTED), rtol=0, atol=1e-15 / size)
+
+
+def test_without_scipy_the_error_says_what_to_install(monkeypatch):
+    for module in ("scipy.optimize", "scipy.special"):
+        monkeypatch.setitem(sys.modules, module, None)  # as where it is not installed
+    for call in (
+        lambda: games.nash_equilibrium(RPS),
+        lambda: games.sppo(RPS, REF, eta=1.0),
+        lambda: games.dno_prct(RPS, REF, eta=1.0),
+    ):
+        with pytest.raises(ConfigError, match=r"needs SciPy, .*: pip install 'fastpo\[games\]'$"):
+            call()
+    assert games.mwu(RPS, REF, eta=1.0).isfinite().all()  # the rest does without
 
 
 def test_nash_of_degenerate_and_transitive_games():

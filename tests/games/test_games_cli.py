@@ -2,7 +2,7 @@
 
 import pytest
 
-from fastpo.cli.command_line import main
+from fastpo.cli import main
 from fastpo.games.games import ALGORITHMS
 
 
@@ -47,8 +47,15 @@ def test_games_command_bad_input(capsys, options, message):
     assert len(lines) == 1 and lines[0].startswith("fastpo: error: ") and message in lines[0], lines
 
 
-def test_a_plot_without_matplotlib_is_refused_before_the_runs(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr("fastpo.games.cli.find_spec", lambda name: None)
+@pytest.mark.parametrize(
+    "missing, message",
+    [
+        ("matplotlib", "plot needs matplotlib, which is not installed: pip install matplotlib"),
+        ("scipy", "games needs scipy, which is not installed: pip install 'fastpo[games]'"),
+    ],
+)
+def test_what_a_missing_package_does_is_said_before_the_runs(capsys, monkeypatch, tmp_path, missing, message):
+    monkeypatch.setattr("fastpo.cli.games.find_spec", lambda name: None if name == missing else True)
     assert main(["games", "rps", "--plot", str(tmp_path / "x.png")]) == 2
     captured = capsys.readouterr()
-    assert "plot needs matplotlib, which is not installed: pip install matplotlib" in captured.err and not captured.out
+    assert captured.err == f"fastpo: error: {message}\n" and not captured.out

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastpo.cli import command_line as cli
+from fastpo import cli
 from fastpo.errors import ConfigError
-from fastpo.losses import docs as loss_docs
+from fastpo.losses import docs
 from fastpo.losses.table import LOSSES, STATISTICS, Pairs, canonical_name, resolve_terms
 
 P, K = 9, 4
@@ -538,7 +538,7 @@ def test_terms():
 
 def test_the_page(repo_root):
     page = (repo_root / "docs" / "losses.md").read_text()
-    assert page == loss_docs.page(), "run python -m fastpo.losses.docs > docs/losses.md"
+    assert page == docs.page(), "run python -m fastpo.losses.docs > docs/losses.md"
     for name, loss in LOSSES.items():
         assert f"\n## {name}\n" in page and loss.paper in page
     done = subprocess.run(
@@ -551,16 +551,16 @@ def test_the_page(repo_root):
 def test_every_loss_is_documented(name):
     loss = LOSSES[name]
     assert loss.paper in loss.fn.__doc__ or name == "sppo_hard"  # TRL's variant of SPPO
-    assert loss.gradient.__doc__ and loss_docs.NOTES[name].use
+    assert loss.gradient.__doc__ and docs.NOTES[name].use
     assert set(loss.needs) <= set(STATISTICS) and set(loss.needed(loss.hyper())) <= set(Pairs._fields)
 
 
 def test_what_is_unverified_says_so():
     """Section 6 of ALGORITHMS.md."""
-    marked = {name for name, note in loss_docs.NOTES.items() if note.unverified}
+    marked = {name for name, note in docs.NOTES.items() if note.unverified}
     gpo = {name for name in LOSSES if name.startswith("gpo_")}
     assert marked == gpo | {"online_ipo", "ipo_md", "sigmoid_norm", "kto", "rpo", "dno", "dno_prct"}
-    assert set(loss_docs.NOTES) == set(LOSSES)
+    assert set(docs.NOTES) == set(LOSSES)
 
 
 def test_the_command(capsys):

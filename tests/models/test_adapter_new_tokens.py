@@ -5,7 +5,7 @@ import torch
 
 import fastpo
 from fastpo.errors import UnsupportedModelError
-from fastpo.models import policy as models
+from fastpo.models.loading import load_model
 
 peft = pytest.importorskip("peft", reason="needs peft")
 LORA = dict(r=4, target_modules=["q_proj", "v_proj"])
@@ -28,10 +28,10 @@ def train(toy, tmp_path):
 @pytest.mark.parametrize("tied", [False, True], ids=["own head", "tied head"])
 def test_an_adapter_saved_with_resized_embeddings_continues_by_its_path(toy, train, tmp_path, tied):
     toy.model(vocab_size=90, tie_word_embeddings=tied).save_pretrained(tmp_path / "base")
-    base = models.load_model(tmp_path / "base", use_cpu=True)
+    base = load_model(tmp_path / "base", use_cpu=True)
     base.resize_token_embeddings(toy.words + 3)
     trained = train(base, "adapter", peft_config=peft.LoraConfig(**LORA), save_final=True).model
-    loaded = models.load_model(tmp_path / "adapter", use_cpu=True)
+    loaded = load_model(tmp_path / "adapter", use_cpu=True)
     ids = torch.arange(toy.words + 3)[None]
     with torch.no_grad():
         assert torch.equal(trained(input_ids=ids).logits, loaded(input_ids=ids).logits)
@@ -41,20 +41,20 @@ def test_an_adapter_saved_with_resized_embeddings_continues_by_its_path(toy, tra
     first, _, last = [line["loss"] for line in on.log_history if "loss" in line]
     assert first == pytest.approx(0.6931, abs=1e-4) and last < first - 1e-3
     assert train(str(tmp_path / "on"), "further", save_merged=True, save_final=True).metrics
-    assert models.load_model(tmp_path / "further" / "merged", use_cpu=True).vocab_size == toy.words + 3
+    assert load_model(tmp_path / "further" / "merged", use_cpu=True).vocab_size == toy.words + 3
 
 
 def test_another_base_is_still_refused(toy, train, tmp_path):
     toy.model(hidden_size=48).save_pretrained(tmp_path / "base")
     train(
-        models.load_model(tmp_path / "base", use_cpu=True),
+        load_model(tmp_path / "base", use_cpu=True),
         "adapter",
         peft_config=peft.LoraConfig(**LORA),
         save_final=True,
     )
     toy.model().save_pretrained(tmp_path / "base")
     with pytest.raises(fastpo.errors.ConfigError, match="was trained for another base"):
-        models.load_model(tmp_path / "adapter", use_cpu=True)
+        load_model(tmp_path / "adapter", use_cpu=True)
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from fastpo.data import Example
 from fastpo.data.packing import collate
-from fastpo.data.prepare import Example
 from fastpo.errors import ConfigError, UnsupportedModelError
 from fastpo.models import adapters
 from fastpo.models.adapters import base_tensors, save_merged, with_adapter
-from fastpo.models.policy import Policy, load_model, load_tokenizer
+from fastpo.models.loading import load_model, load_tokenizer
+from fastpo.models.policy import Policy
 from fastpo.models.verify import verify_policy
 
 peft = pytest.importorskip("peft", reason="needs peft")

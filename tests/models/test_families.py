@@ -19,7 +19,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPI
 
 import fastpo
 from fastpo.errors import ConfigError, FastpoError
-from fastpo.models.loading import freeze_towers, load_model, towers
+from fastpo.models.loading import load_model
+from fastpo.models.trunk import freeze_towers, towers
 
 # What a config's fields, at any depth, are set to.
 SMALL = dict(

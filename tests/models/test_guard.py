@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from fastpo.data import Example
 from fastpo.data.packing import PackedBatch, collate
-from fastpo.data.prepare import Example
 from fastpo.errors import UnsupportedModelError
 from fastpo.models import verify as module
 from fastpo.models.attention import packed_attention

@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import MistralConfig, MistralForCausalLM
 
+from fastpo.data import Example
 from fastpo.data.packing import collate
-from fastpo.data.prepare import Example
 from fastpo.errors import ConfigError
 from fastpo.models.adapters import apply_liger
 from fastpo.models.policy import Policy

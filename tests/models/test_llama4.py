@@ -8,8 +8,8 @@ import pytest
 import torch
 import transformers
 
+from fastpo.data import Example
 from fastpo.data.packing import collate
-from fastpo.data.prepare import Example
 from fastpo.errors import UnsupportedModelError
 from fastpo.models import rotary
 from fastpo.models.layout import Layout

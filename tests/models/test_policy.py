@@ -9,10 +9,11 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from fastpo.data import Example
 from fastpo.data.packing import collate
-from fastpo.data.prepare import Example
 from fastpo.errors import ConfigError, DeviceError, UnsupportedModelError
-from fastpo.models.policy import Policy, load_model, load_tokenizer, resolve_device
+from fastpo.models.loading import load_model, load_tokenizer, resolve_device
+from fastpo.models.policy import Policy
 from fastpo.models.verify import verify_policy
 
 VOCABULARY = 97  # odd, and not a multiple of any block
@@ -242,6 +243,10 @@ def test_head_rows_only() -> None:
     with torch.no_grad(), policy.attach():
         logp, entropy = policy.logp(batch, return_entropy=True)
         hidden = policy.hidden(batch)
+        assert not batch.rows
+        again = policy.logp(batch, token_metrics=True)
+    assert again.equal(logp) and batch.rows["entropy"].equal(entropy)
+    assert batch.rows["top1"].shape == logp.shape and not batch.rows["top1"].requires_grad
     assert hidden.shape == (len(batch.input_ids), 32)
     assert logp.shape == entropy.shape == batch.target.shape
     assert logp.dtype == torch.float32

@@ -8,8 +8,8 @@ import torch
 import transformers
 
 import fastpo
+from fastpo.data import Example
 from fastpo.data.packing import collate
-from fastpo.data.prepare import Example
 from fastpo.errors import UnsupportedModelError
 from fastpo.models.policy import Policy
 from fastpo.models.verify import verify_or_unpack

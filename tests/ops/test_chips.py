@@ -1,4 +1,4 @@
-"""fastpo.chips: a GPU that Triton does not know, the choice of the forward; and the size of blocks on a GPU."""
+"""fastpo.ops.chips: a GPU that Triton does not know, the choice of the forward; and the size of blocks on a GPU."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastpo.ops import backends, chips
-from fastpo.ops import head as ops
+from fastpo.ops import backends, chips, inputs
 
 
 @pytest.fixture
@@ -20,7 +19,7 @@ def unknown_gpu(monkeypatch):
         raise RuntimeError("PassManager::run failed\nand more")
 
     monkeypatch.setattr(chips, "_compile_probe", fail)
-    monkeypatch.setattr(ops, "HAS_TRITON", True)
+    monkeypatch.setattr(inputs, "HAS_TRITON", True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "NVIDIA X900")
     chips._triton_compiles.cache_clear()
     yield SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.bfloat16)
@@ -30,7 +29,7 @@ def unknown_gpu(monkeypatch):
 def test_unknown_gpu_falls_back_with_one_warning(unknown_gpu):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        assert [ops._choose("auto", unknown_gpu) for _ in range(3)] == ["torch"] * 3
+        assert [inputs.choose_backend("auto", unknown_gpu) for _ in range(3)] == ["torch"] * 3
     (warning,) = caught
     assert "NVIDIA X900" in str(warning.message) and "PassManager::run failed" in str(warning.message)
     assert "\n" not in str(warning.message)
@@ -38,7 +37,7 @@ def test_unknown_gpu_falls_back_with_one_warning(unknown_gpu):
 
 def test_known_gpu_takes_triton(unknown_gpu, monkeypatch):
     monkeypatch.setattr(chips, "_compile_probe", lambda index: None)
-    assert ops._choose("auto", unknown_gpu) == "triton"
+    assert inputs.choose_backend("auto", unknown_gpu) == "triton"
 
 
 def test_the_probe_does_not_break_a_graph(unknown_gpu):
@@ -86,4 +85,4 @@ def test_setting_that_makes_no_sense(monkeypatch):
     ],
 )
 def test_rows_of_a_block(n, columns, itemsize, expected):
-    assert backends._device_rows(n, columns * itemsize) == expected
+    assert backends.device_rows(n, columns * itemsize) == expected

@@ -5,8 +5,8 @@ import torch
 import torch.autograd.forward_ad as fw
 from torch import func
 
+from fastpo import ops
 from fastpo.models import tree_attention
-from fastpo.ops import head as ops
 from fastpo.ops import vocab_parallel
 from fastpo.ops.parts import OpError
 

@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 
 import fastpo
-from fastpo import check
+from fastpo import check, ops
 from fastpo.check import SOFTCAPPED, Case
 from fastpo.errors import ConfigError, FastpoError
 from fastpo.kernels import reference
 from fastpo.ops import backends, grad_filter
-from fastpo.ops import head as ops
 from fastpo.training.metrics import Window
 
 TILE = 32

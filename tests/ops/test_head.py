@@ -16,13 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastpo import check
+from fastpo import check, ops
 from fastpo.check import SOFTCAPPED, Case
 from fastpo.errors import FastpoError
 from fastpo.kernels import reference
 from fastpo.losses.table import LOSSES, Pairs
-from fastpo.ops import backends
-from fastpo.ops import head as ops
+from fastpo.ops import backends, inputs
 from fastpo.ops import parts as op_parts
 from fastpo.training.metrics import pair_metrics
 
@@ -39,7 +38,7 @@ ON_GPU = [
     pytest.param(("torch", "cuda"), id="torch-cuda", marks=GPU),
     pytest.param(("triton", "cuda"), id="triton-cuda", marks=GPU),
 ]
-INTERPRETED = [pytest.param(("triton", "cpu"), id="triton-interpreted")] if ops.INTERPRETED else []
+INTERPRETED = [pytest.param(("triton", "cpu"), id="triton-interpreted")] if inputs.INTERPRETED else []
 COMPILED = [*ON_CPU, *ON_GPU]
 EVERYWHERE = [*ON_CPU, *INTERPRETED, *ON_GPU]
 DTYPES = [pytest.param(getattr(torch, name), id=name) for name in ("float32", "bfloat16", "float16")]
@@ -377,6 +376,77 @@ def test_entropy_is_detached():
     assert logp.requires_grad and not entropy.requires_grad and entropy.dtype == torch.float32
 
 
+# ---- whether the target is the likeliest token
+
+
+def exact_problem(device: str, dtype: torch.dtype, rule: dict) -> dict[str, Tensor]:
+    """Small whole numbers: every logit, and so every tie, is the same in any dtype and in any order of summing. Targets
+    are the first or the last of the largest logits, the first of the second largest, masked, ignored, or any."""
+    g = torch.Generator().manual_seed(3)
+    x = {"hidden": torch.randint(-1, 2, (37, 8), generator=g), "weight": torch.randint(-3, 4, (1003, 8), generator=g)}
+    x["bias"] = torch.randint(-4, 5, (1003,), generator=g)
+    x = {name: t.to(device, dtype) for name, t in x.items()}
+    if not rule:  # a negative scale would make it +inf, and a cap finite
+        x["bias"][:100] = -torch.inf
+    z = reference.logit_rule(F.linear(*(t.double() for t in x.values())), **rule)
+    top = z == z.amax(1, keepdim=True)
+    assert (top.sum(1) > 1).sum() > 5, "else no tie is seen"
+    target = torch.randint(0, 1003, (37,), generator=g).to(device)
+    target[0::6], target[1::6] = top[0::6].int().argmax(1), 1002 - top[1::6].flip(1).int().argmax(1)
+    target[2::6], target[3::6], target[4::6] = z.masked_fill(top, -torch.inf)[2::6].argmax(1), 50, -100
+    return x | {"target": target}
+
+
+@pytest.mark.parametrize("where", EVERYWHERE)
+@pytest.mark.parametrize("dtype", [*DTYPES, pytest.param(torch.float64, id="float64")])
+@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize("rule", [{}, {"softcap": 40.0, "logit_scale": 0.5}, {"logit_scale": -2.0}],
+                         ids=["plain", "softcap", "negative-scale"])  # fmt: skip
+def test_top1(where, dtype, regime, rule, small_tiles):
+    """Exactly as in fp64, over many tiles, with and without a grad_filter; it changes nothing that is asked for with
+    it."""
+    backend, device = where
+    skip_unless_takes(backend, dtype)
+    x = exact_problem(device, dtype, rule)
+    trained = {"none": (), "frozen": ("hidden",)}.get(regime, ("hidden", "weight", "bias"))
+    leaves = {n: x[n].requires_grad_(n in trained) for n in ("hidden", "weight", "bias")}
+    args = (leaves["hidden"], leaves["weight"], x["target"], leaves["bias"])
+    wide = [t.detach().double() if t.is_floating_point() else t for t in args]
+    _, exact = reference.linear_logprob(*wide, return_top1=True, **rule)
+    assert 12 <= exact.sum() < 25
+    for grad_filter in (0.0, 0.01):
+        options = {"backend": backend, "memory_budget": BUDGETS[regime], "grad_filter": grad_filter, **rule}
+        *both, top1 = ops.linear_logprob(*args, return_entropy=True, return_top1=True, **options)
+        assert top1.tolist() == exact.tolist()
+        assert top1.dtype == backends.acc_dtype(dtype) and not top1.requires_grad
+        alone = ops.linear_logprob(*args, return_entropy=True, **options)
+        assert len(alone) == 2 and all(a.equal(b) for a, b in zip(both, alone, strict=True))
+        assert both[0].requires_grad == (regime != "none")
+
+
+@pytest.mark.parametrize("where", EVERYWHERE)
+@pytest.mark.parametrize("grad_filter", [0.0, 0.01], ids=["all", "filtered"])
+def test_top1_beside_logits_that_are_not_finite(where, grad_filter, small_tiles):
+    """A NaN or +inf anywhere in a row, and a row of nothing but -inf, have no likeliest token; no rows, none."""
+    backend, device = where
+    x = exact_problem(device, torch.float32, {})
+    live = x["target"] != -100
+    z = F.linear(x["hidden"], x["weight"], x["bias"])
+    x["target"] = z.argmax(1).where(live, x["target"])
+    x["weight"][700, 0] = torch.inf  # of which a hidden 0 makes NaN, and the others +inf or -inf
+    leaf = x["hidden"].requires_grad_()
+    options = {"return_top1": True, "backend": backend, "grad_filter": grad_filter}
+    logp, top1 = ops.linear_logprob(leaf, x["weight"], x["target"], x["bias"], **options)
+    finite = logp.isfinite() & live
+    assert 5 < finite.sum() < live.sum() - 5
+    assert top1.bool().equal(finite)
+    masked = torch.full_like(x["bias"], -torch.inf)
+    _, top1 = ops.linear_logprob(leaf.detach(), x["weight"].nan_to_num(posinf=1), x["target"], masked, **options)
+    assert not top1.any()
+    _, top1 = ops.linear_logprob(leaf[:0], x["weight"], x["target"][:0], x["bias"], **options)
+    assert top1.shape == (0,)
+
+
 # ---- the regime: decided by grad mode, requires_grad and the budget
 
 
@@ -384,7 +454,7 @@ def regime_of(hidden_grad: bool, weight_grad: bool, bias_grad: bool = False, bud
     x = problem(16, 8, 100)
     for name, flag in (("hidden", hidden_grad), ("weight", weight_grad), ("bias", bias_grad)):
         x[name].requires_grad_(flag)
-    return ops._regime(x["hidden"], x["weight"], x["bias"], budget)
+    return inputs.regime_of(x["hidden"], x["weight"], x["bias"], budget)
 
 
 def test_regime():
@@ -551,7 +621,7 @@ def test_opcheck(where, regime):
     torch.library.opcheck(torch.ops.fastpo.linear_logprob.default, (*inputs, *rule, True))
     if regime in ("kept", "sliced"):
         with torch.no_grad():
-            _, _, saved, stats = torch.ops.fastpo.linear_logprob(*inputs, *rule, False)
+            *_, saved, stats = torch.ops.fastpo.linear_logprob(*inputs, *rule, False)
         frozen = [t.detach() for t in inputs]
         for need in ([True, True, True], [True, False, True], [False, True, False]):
             args = (x["upstream"], *frozen, saved, stats, *rule, need)
@@ -563,10 +633,12 @@ def test_opcheck(where, regime):
 def test_compiled_is_eager_bit_for_bit(where, regime):
     backend, device = where
     trained = {"none": (), "frozen": ("hidden",)}.get(regime, ("hidden", "weight", "bias"))
-    options = {"backend": backend, "memory_budget": BUDGETS[regime], "return_entropy": True, "softcap": 20.0}
+    options = {"backend": backend, "memory_budget": BUDGETS[regime], "softcap": 20.0}
+    options |= {"return_entropy": True, "return_top1": True}
 
     def fn(hidden, weight, target, bias):
-        return ops.linear_logprob(hidden, weight, target, bias, **options)
+        logp, *numbers = ops.linear_logprob(hidden, weight, target, bias, **options)
+        return logp, torch.stack(numbers)
 
     torch.compiler.reset()
     compiled = torch.compile(fn, fullgraph=True)
@@ -703,10 +775,10 @@ def test_threads():
         for threads, openmp in ((1, None), (2, library), (5, None)):
             _C.use_openmp_of(openmp)
             torch.set_num_threads(threads)
-            tile, rows = logits.clone(), torch.zeros(4, 300)
+            tile, rows = logits.clone(), torch.zeros(5, 300)
             rows[0::2] = -torch.inf
             head = backends.Head(hidden, weight, x["target"], x["bias"], 20.0, 0.5)
-            backends._cpu_pass(head, tile, rows, slice(0, 5003), entropy=True)
+            backends._cpu_pass(head, tile, rows[:4], slice(0, 5003), top=rows[4])
             results.append((tile, rows))
     finally:
         _C.use_openmp_of(library)
@@ -751,7 +823,7 @@ def test_without_the_extension():
 DISTRIBUTED = """
 import os, sys, torch, torch.distributed as dist
 from torch import nn
-from fastpo.ops import head as ops
+from fastpo import ops
 child = os.fork()  # after the imports, which take longest
 rank = int(child == 0)
 os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=sys.argv[1])
@@ -1033,7 +1105,7 @@ def test_run_check(broken, monkeypatch, capsys):
     assert ("FAILED" in out) == broken and "linear_logprob" in out and "preference dpo" in out
 
 
-@pytest.mark.skipif(ops.INTERPRETED or not ops.HAS_TRITON, reason="runs itself in the interpreter, once")
+@pytest.mark.skipif(inputs.INTERPRETED or not inputs.HAS_TRITON, reason="runs itself in the interpreter, once")
 def test_triton_in_the_interpreter():
     """Every test of this file with the parameter `triton-interpreted`, in a process where Triton interprets."""
     output = python(

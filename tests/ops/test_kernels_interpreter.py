@@ -25,12 +25,12 @@ if not INTERPRET and not torch.cuda.is_available():
     pytest.skip("needs TRITON_INTERPRET=1 in its own process, or a GPU", allow_module_level=True)
 
 import fastpo  # noqa: E402
+from fastpo import ops  # noqa: E402
+from fastpo.data import Example  # noqa: E402
 from fastpo.data.packing import collate  # noqa: E402
-from fastpo.data.prepare import Example  # noqa: E402
 from fastpo.kernels import fused, logprob, pair_losses, preference, reference  # noqa: E402
 from fastpo.losses.table import LOSSES, resolve_terms  # noqa: E402
 from fastpo.ops import chips  # noqa: E402
-from fastpo.ops import head as ops  # noqa: E402
 from fastpo.ops import parts as op_parts  # noqa: E402
 from fastpo.training.row_statistics import LOG_SUM_SQ, TOKEN_KL, draw_rows  # noqa: E402
 from fastpo.training.stepwide import Statistics  # noqa: E402
@@ -92,14 +92,17 @@ def row_reference(logits: Tensor, target: Tensor, bias: Tensor | None, rule: dic
     logp, lse, entropy = reference.row_logprob(biased, target, **rule)
     (u,) = torch.autograd.grad(logp.sum(), raw)
     z = reference.logit_rule(biased.detach(), **rule)
-    return {"logp": logp.detach(), "lse": lse, "entropy": entropy, "U": u, "magnitude": largest(z)}
+    out = {"logp": logp.detach(), "lse": lse, "entropy": entropy, "U": u, "magnitude": largest(z)}
+    return out | {"top1": reference.row_top1(biased, target, **rule)}
 
 
 def check_rows(logits: Tensor, target: Tensor, bias: Tensor | None, rule: dict, entropy: bool = True) -> None:
     """One launch with everything asked for against fp64 and plain PyTorch."""
     exact = row_reference(logits, target, bias, rule, torch.float64)
     plain = row_reference(logits, target, bias, rule, logits.dtype)
-    outputs = logprob.logprob_row_fwd(logits, target, bias, **rule, entropy=entropy, write="grad")
+    top1 = torch.empty(len(target), device=DEVICE)
+    outputs = logprob.logprob_row_fwd(logits, target, bias, **rule, entropy=entropy, write="grad", top1=top1)
+    assert top1.tolist() == exact["top1"].tolist()
     assert all(x is None or x.dtype == torch.float32 for x in outputs)
     for name, ours in zip(("logp", "lse", "entropy"), outputs):
         if ours is not None:
@@ -257,7 +260,9 @@ def test_slices(dtype, rule, with_bias):
     for begin, end in spans:
         part = None if bias is None else bias[begin:end].clone()
         logprob.logprob_slice_fwd(logits[:, begin:end], target, part, state, **rule, col_offset=begin)
-    outputs = logprob.logprob_slice_finish(state, target)
+    top1 = torch.empty(3, device=DEVICE)
+    outputs = logprob.logprob_slice_finish(state, target, top1)
+    assert top1.tolist() == exact["top1"].tolist()
     for name, ours in zip(("logp", "lse", "entropy"), outputs):
         assert_within_budget(name, ours, plain[name], exact[name], exact["magnitude"])
     for begin, end in spans:
@@ -333,6 +338,46 @@ def test_argmax(dtype, split, request):
             assert torch.equal(argmax, logits.argmax(1))
 
 
+@pytest.mark.parametrize("way", ["one-program", "split", "slices"])
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+@pytest.mark.parametrize("rule, with_bias", RULES)
+def test_top1(dtype, rule, with_bias, way, request):
+    """A target that is the likeliest, one of several, the next; masked, ignored and outside; a NaN and +inf beside
+    it."""
+    if way == "split":
+        request.getfixturevalue("many_splits")
+    logits, _, bias = row_case(10, 3001, dtype, with_bias)
+    logits /= 4  # so that 12 is the largest, and the cap of 4 does not make one of it and 11.75
+    target = torch.tensor([700, 2500, 19, 3, 17, -100, 2**40, 40, 5, 2999], device=DEVICE)
+    if bias is not None:
+        bias[[700, 2500, 18, 19, 3, 40]] = 0.5
+    logits[0, [700, 2500]] = 12.0
+    logits[1, [700, 2500]] = 12.0
+    logits[2, 19], logits[2, 18] = 11.75, 12.0
+    logits[3] = -30.0
+    logits[3, 3] = -12.0
+    logits[4, 3:2400] = float("-inf")
+    logits[7, 40], logits[7, 41] = 12.0, float("nan")
+    logits[8, 5] = float("inf")
+    logits[9, 2999] = float("-inf")
+    biased = logits.float() if bias is None else logits.float() + bias.float()
+    inside = target.where(target < 3001, 0)
+    expected = reference.row_top1(biased, inside, **rule).where(target < 3001, 0.0)
+    capped = float(rule["softcap"] is not None)  # +inf, to a number
+    assert expected.tolist() == [1, 1, 0, 1, 0, 0, 0, 0, capped, 0]
+    top1 = torch.empty(10, device=DEVICE)
+    if way == "slices":
+        state = logprob.logprob_slice_init(10, DEVICE)
+        for begin, end in ((1000, 2000), (2000, 3001), (0, 1000)):
+            v = slice(begin, end)
+            part = None if bias is None else bias[v].clone()
+            logprob.logprob_slice_fwd(logits[:, v], target, part, state, **rule, col_offset=begin)
+        logprob.logprob_slice_finish(state, target, top1)
+    else:
+        logprob.logprob_row_fwd(logits, target, bias, **rule, top1=top1)
+    assert top1.tolist() == expected.tolist()
+
+
 def test_split_rows_masked_and_not_finite(many_splits):
     """Splits of nothing but -inf, a NaN in a split that is not the target's, +inf: as plain PyTorch."""
     logits, target, _ = row_case(4, 5000, torch.float32, False)
@@ -377,6 +422,11 @@ def check_fused(case: tuple, rule: dict, config: fused.FusedConfig | None) -> tu
 
     exact, plain = rows(torch.float64), rows(hidden.dtype)
     raw = hidden.double() @ weight.double().t() + (0.0 if bias is None else bias.double())
+    likeliest = reference.row_argmax(raw, **rule)
+    for aim in (target, likeliest.where(target != -100, target)):
+        top1 = torch.empty(len(target), device=DEVICE)
+        outputs = fused.fused_logprob_fwd(hidden, weight, aim, bias, **rule, entropy=True, top1=top1, config=config)
+        assert top1.tolist() == reference.row_top1(raw, aim, **rule).tolist()
     outputs = fused.fused_logprob_fwd(hidden, weight, target, bias, **rule, entropy=True, config=config)
     for name, ours, p, x in zip(("logp", "lse", "entropy"), outputs, plain, exact):
         assert ours.dtype == torch.float32
@@ -487,8 +537,8 @@ def test_fused_through_the_op(dtype, kind, regime, monkeypatch):
         arguments = (leaves["hidden"], leaves["weight"], target, leaves.get("bias"))
         if regime == "none":
             with torch.no_grad():
-                logp, entropy = op(*arguments, return_entropy=True, **rule, **options)
-            return {"logp": logp, "entropy": entropy}
+                logp, entropy, top1 = op(*arguments, return_entropy=True, return_top1=True, **rule, **options)
+            return {"logp": logp, "entropy": entropy, "top1": top1}
         logp = op(*arguments, **rule, **options)
         grads = torch.autograd.grad(logp, list(leaves.values()), upstream.to(logp.dtype))
         return {"logp": logp.detach(), **dict(zip(leaves, grads))}

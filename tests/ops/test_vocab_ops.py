@@ -5,11 +5,10 @@ import math
 import pytest
 import torch
 
+from fastpo import ops
 from fastpo.check import SOFTCAPPED, Case, budgeted_error
 from fastpo.kernels import reference
-from fastpo.ops import backends
-from fastpo.ops import head as ops
-from fastpo.ops.head import OpError
+from fastpo.ops import OpError, backends
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 DTYPES = [pytest.param(getattr(torch, name), id=name) for name in ("float32", "bfloat16", "float16")]

@@ -138,6 +138,7 @@ BAD = {
     "placements": "weight and bias are placed differently",
     "rows": "weight [10, 4] must have the 5 rows of this rank's slice",
     "bias": "bias [4] must have the 5 rows",
+    "top1": "return_top1 is not built for vocab_parallel; leave it out",
     "dtypes": "must share one floating dtype",
     "devices": "tensors are on several devices",
     "target": "target[2] = 10 is outside the vocabulary of 10",

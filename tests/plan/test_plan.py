@@ -8,7 +8,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import fastpo
-from fastpo.cli import command_line as cli
+from fastpo import cli
 from fastpo.config.train_config import TrainConfig
 from fastpo.data.packing import trunk_tokens
 from fastpo.errors import ConfigError
@@ -115,8 +115,8 @@ def gradients(model, batch, config) -> tuple[dict, int]:
 
 @pytest.fixture
 def batch(toy):
+    from fastpo.data import Example
     from fastpo.data.packing import collate
-    from fastpo.data.prepare import Example
 
     generator = torch.Generator().manual_seed(0)
     ids = [torch.randint(3, 100, (40,), generator=generator, dtype=torch.int32).numpy() for _ in range(12)]
@@ -142,17 +142,17 @@ def test_offloaded_activations(toy, batch, checkpointing, monkeypatch):
 
     On the CPU the copy is beside the original: that it frees a GPU's memory is not shown here.
     """
-    from fastpo.models import modes as prepare
+    from fastpo.models import modes
 
-    monkeypatch.setattr(prepare, "OFFLOADED_BYTES", 1)
+    monkeypatch.setattr(modes, "OFFLOADED_BYTES", 1)
     made = []
 
-    class Counted(prepare._Copy):
+    class Counted(modes._Copy):
         def __init__(self, values, device):
             super().__init__(values, device)
             made.append(values)
 
-    monkeypatch.setattr(prepare, "_Copy", Counted)
+    monkeypatch.setattr(modes, "_Copy", Counted)
     model = toy.model(**SIZES)
     plain = TrainConfig(gradient_checkpointing=checkpointing)
     expected, _ = gradients(model, batch, plain)
@@ -377,7 +377,7 @@ def test_quantised_and_saved_adapters(toy, folder, tmp_path, capsys):
     """A 4-bit base's weights as bitsandbytes has them, and a trained adapter's folder in place of a model."""
     peft = pytest.importorskip("peft")
     pytest.importorskip("bitsandbytes")
-    from fastpo.models.policy import load_model
+    from fastpo.models.loading import load_model
 
     toy.model(**SIZES).to(torch.bfloat16).save_pretrained(folder)
     found = planned(capsys, "--model", folder, "--memory", "1GiB", "--use-cpu", "--use-peft", "--load-in-4bit")

@@ -9,8 +9,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from fastpo.data.prepare import Example
-from fastpo.reference import cache as ref_policy
+from fastpo.data import Example
+from fastpo.reference import cache as module
 from fastpo.reference.cache import (
     RefCache,
     cache_folder,
@@ -41,7 +41,7 @@ class Counting:
 
 def compute(examples, needed, cache, reference=None, **options):
     """(log-probabilities, responses computed apart from those of the rows that are compared)."""
-    with mock.patch.object(ref_policy, "_of_batch", wraps=ref_policy._of_batch) as of_batch:
+    with mock.patch.object(module, "_of_batch", wraps=module._of_batch) as of_batch:
         out = reference_logps(examples, needed, cache, reference or Counting(), max_tokens=20, **options)
     return out, sum(len(examples[i].responses) for call in of_batch.call_args_list for i in call.args[1])
 
@@ -247,8 +247,8 @@ def test_a_full_disk_costs_the_keeping(examples, tmp_path, caplog, monkeypatch):
         path.write_bytes(b"half of")
         raise SafetensorError("No space left on device")
 
-    monkeypatch.setattr(ref_policy, "save_file", full)
-    monkeypatch.setattr(ref_policy, "SHARD_SECONDS", 0.0)  # it is tried once
+    monkeypatch.setattr(module, "save_file", full)
+    monkeypatch.setattr(module, "SHARD_SECONDS", 0.0)  # it is tried once
     out, _ = compute(examples, range(6), RefCache("m", tmp_path))
     assert len(out[5]) == 2 and caplog.text.count("cannot write to") == 1
     assert not list((tmp_path / "ref_logps" / "m").iterdir())

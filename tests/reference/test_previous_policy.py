@@ -3,7 +3,6 @@
 import contextlib
 import json
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,10 +10,16 @@ import torch
 from torch.nn.functional import logsigmoid
 
 import fastpo
-from fastpo.data.prepare import DataError, Example
-from fastpo.errors import ConfigError, TrainingError
+from fastpo.config.train_config import TrainConfig
+from fastpo.data import Example
+from fastpo.errors import ConfigError, DataError, TrainingError
 from fastpo.losses.table import resolve_terms
+from fastpo.models.policy import Policy
 from fastpo.reference import sources as references
+from fastpo.reference.passes import reference_logps
+from fastpo.reference.policies import Policies, Start
+from fastpo.reference.roles import PREV, Given
+from fastpo.training.distributed import Engine, World
 
 ETA = 0.05
 KAPPA = 0.25
@@ -217,9 +222,9 @@ def test_a_first_iteration_stays_one(toy, run, tmp_path):
 @pytest.mark.parametrize("given", ["ref_model", "prev_model"])
 def test_a_start_that_is_not_the_other_policy_is_refused(toy, run, monkeypatch, given):
     """The guard of the first step also where only one of the two is the start."""
-    real = references.reference_logps
+    real = reference_logps
     monkeypatch.setattr(
-        "fastpo.reference.sources.reference_logps",
+        "fastpo.reference.passes.reference_logps",
         lambda *args, **kwargs: [[part + 0.5 for part in parts] for parts in real(*args, **kwargs)],
     )
     with pytest.raises(TrainingError, match=r"differ by 0.5 .*loss \[.*\] instead of \["):
@@ -269,8 +274,10 @@ def test_a_model_that_is_split_already(toy):
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
-        run = SimpleNamespace(config=SimpleNamespace(fsdp="full_shard"), prev_model=fully_shard(toy.model(), mesh=mesh))
+        given = Given(prev_model=fully_shard(toy.model(), mesh=mesh))
+        start = Start(Engine(Policy(toy.model())), "", torch.float32)
+        policies = Policies(given, start, TrainConfig(fsdp="full_shard"), World(torch.device("cpu")))
         with contextlib.ExitStack() as stack, pytest.raises(ConfigError, match="prev_model .* pass a copy, or its"):
-            references.load(run, references.PREV, {}, stack)
+            policies.load(PREV, {}, stack)
     finally:
         dist.destroy_process_group()

@@ -10,7 +10,7 @@ import pytest
 
 from fastpo import env
 from fastpo.config.train_config import TrainConfig
-from fastpo.data.prepare import DataReport
+from fastpo.data import DataReport
 from fastpo.report import charts
 from fastpo.report.page import write_report
 

@@ -9,7 +9,7 @@ import torch
 
 import fastpo
 from fastpo.errors import ConfigError
-from fastpo.models.policy import load_model
+from fastpo.models.loading import load_model
 
 peft = pytest.importorskip("peft", reason="needs peft")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")

@@ -5,9 +5,9 @@ import math
 
 import pytest
 
+from fastpo import losses
 from fastpo.config.train_config import TrainConfig
-from fastpo.data.prepare import DataReport
-from fastpo.losses import table as losses
+from fastpo.data import DataReport
 from fastpo.training.guardrails import PUBLISHED_RATES, Guardrails, Warning_
 
 LENGTH = 200  # tokens of a response

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 import fastpo
-from fastpo.data.prepare import DataError
-from fastpo.errors import ConfigError
+from fastpo.errors import ConfigError, DataError
 from fastpo.losses.table import LOSSES, Term
 
 TRAINABLE = [name for name, loss in LOSSES.items() if loss.trainable]
@@ -250,7 +249,7 @@ def test_token_weights_that_cannot_be(toy, run):
 
 @pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
 def test_token_weights_are_truncated_with_the_tokens(toy, mode):
-    from fastpo.data.prepare import prepare_examples
+    from fastpo.data import prepare_examples
 
     rows = weigh(toy, toy.rows(30), float)
     examples, report = prepare_examples(rows, toy.tokenizer(), max_length=10, truncation_mode=mode)

@@ -1,4 +1,4 @@
-"""`fastpo.optim`: what the optimiser is given, how 16-bit weights are stepped, state that is saved, several ranks."""
+"""`fastpo.training.optim`: what the optimiser is given, how 16-bit weights are stepped, saved state, several ranks."""
 
 import copy
 import os

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from fastpo.data import Example, prepare_examples
 from fastpo.data.kway import Forming
 from fastpo.data.packing import collate, nll_count
-from fastpo.data.prepare import Example, prepare_examples
 from fastpo.losses.table import LOSSES
 
 REDUCTIONS = ("token_mean", "seq_mean", "seq_sum")

@@ -10,8 +10,8 @@ from torch.nn.functional import logsigmoid
 
 import fastpo
 from fastpo.config.train_config import TrainConfig
+from fastpo.data import Example
 from fastpo.data.packing import collate
-from fastpo.data.prepare import Example
 from fastpo.errors import ConfigError, DataError
 from fastpo.losses.table import resolve_terms
 from fastpo.reference import live as live_reference

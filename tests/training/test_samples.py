@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from fastpo.data import prepare as data
+from fastpo import data
 from fastpo.errors import ConfigError
 from fastpo.training.samples import generate_samples
 

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastpo.data import prepare as data
-from fastpo.data.prepare import DataError
-from fastpo.errors import ConfigError
+from fastpo import data
+from fastpo.errors import ConfigError, DataError
 
 WIDE = ["kto", "bco", "aot", "aot_unpaired"]
 
@@ -216,7 +215,7 @@ def test_bad_input(toy, run, rows, options, message):
 
 
 def test_the_command_reads_unpaired_rows(toy, tmp_path):
-    from fastpo.cli import command_line as cli
+    from fastpo import cli
 
     toy.model().save_pretrained(tmp_path / "model")
     toy.tokenizer().save_pretrained(tmp_path / "model")

@@ -1,10 +1,8 @@
-"""`fastpo games NAME`: self-play algorithms on a game whose equilibrium is known, a table and a plot of their gaps."""
+"""Named games, and the gap of each algorithm to their equilibrium, step by step: as numbers, a table, a plot."""
 
-import argparse
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +12,7 @@ from torch import Tensor
 from fastpo.config.bounds import SEED
 from fastpo.errors import ConfigError, shown
 from fastpo.games import games
-from fastpo.games.games import ALGORITHMS, Algorithm
-
-MOST_STEPS = 1_000_000  # whose policies are all kept
-LEAST = 1e-9  # of eta and tau: below, and above one over it, exp and log in fp64 say nothing
+from fastpo.games.games import Algorithm
 
 # name -> (what it is, its options with their defaults, the preferences)
 GAMES: dict[str, tuple[str, dict[str, Any], Callable[..., Tensor]]] = {
@@ -46,30 +41,6 @@ GAMES: dict[str, tuple[str, dict[str, Any], Callable[..., Tensor]]] = {
         ),
     ),
 }  # fmt: skip
-
-
-def _numbers(text: str) -> list[float]:
-    try:
-        return [float(part) for part in text.replace(",", " ").split()]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 0.5,0.3,0.2") from None
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Self-play algorithms on a game whose equilibrium is known: the gap to it, step by step."
-    listed = "; ".join(f"{name.replace('_', '-')}: {about}" for name, (about, _, _) in GAMES.items())
-    parser.add_argument("name", nargs="?", default="rps", metavar="NAME", help=f"the game [rps]. {listed}")
-    names = ", ".join(name.replace("_", "-") for name in ALGORITHMS)
-    parser.add_argument("--algorithm", nargs="+", default=["all"], metavar="NAME", help=f"which [all]: {names}")
-    parser.add_argument("--steps", type=int, default=200, help="iterations [200]")
-    parser.add_argument("--eta", type=float, help="a step is 1/eta [1; without a reference the best for --steps]")
-    parser.add_argument("--tau", type=float, default=0.1, help="weight of the KL to the reference [0.1]")
-    parser.add_argument("--start", type=_numbers, metavar="P,P,...", help="first policy and reference [1:2:...:n]")
-    parser.add_argument("--payoffs", type=_numbers, metavar="A,B,C", help="of rps, up to 0.5 [0.5,0.5,0.5]")
-    parser.add_argument("--size", type=int, help="responses of a game that has a choice")
-    parser.add_argument("--seed", type=int, help="of a random game [0]")
-    parser.add_argument("--trained", action="store_true", help="train a table of logits at every step, by the losses")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the curves too: .png, .svg or .pdf")
 
 
 def make_game(name: str, **options: Any) -> tuple[str, str, Tensor]:
@@ -153,7 +124,7 @@ def _milestones(steps: int) -> list[int]:
     return [0, *rows, steps]
 
 
-def _cell(value: float) -> str:
+def cell(value: float) -> str:
     return f"{max(value, 0):.1e}" if value < 1e-3 else f"{value:.4f}"  # rounding makes a gap of 0 negative
 
 
@@ -163,7 +134,7 @@ def format_table(curves: list[Curve]) -> str:
     lines = ["step  " + "".join(f"{c.algorithm.name:>{width}}" for c in curves)]
     lines.append("      " + "".join(f"{'last':>{width - 9}}{'average':>9}" for _ in curves))
     for t in _milestones(len(curves[0].last) - 1):
-        cells = "".join(f"{_cell(c.last[t]):>{width - 9}}{_cell(c.average[t]):>9}" for c in curves)
+        cells = "".join(f"{cell(c.last[t]):>{width - 9}}{cell(c.average[t]):>9}" for c in curves)
         lines.append(f"{t:<6}{cells}")
     return "\n".join(lines)
 
@@ -208,70 +179,3 @@ def plot(path: Path, title: str, curves: list[Curve]) -> None:
     handles = [Line2D([], [], color="0.3", ls=style, label=label) for style, label in styles]
     figure.legend(handles=handles, loc="outside lower right", ncols=len(handles), fontsize="small", frameon=False)
     figure.savefig(path, dpi=110)
-
-
-def _policy(probabilities: Tensor) -> str:
-    return " ".join(f"{p:.3f}" for p in probabilities.tolist())
-
-
-def run(namespace: argparse.Namespace) -> int:
-    """The command; prints tables, writes the plot, returns the exit code."""
-    name, about, prefs = make_game(
-        namespace.name, payoffs=namespace.payoffs, size=namespace.size, seed=namespace.seed
-    )  # fmt: skip
-    n, steps = len(prefs), namespace.steps
-    if not 1 <= steps <= MOST_STEPS:
-        raise ConfigError(f"steps must be from 1 to {MOST_STEPS:,}, not {shown(steps)}")
-    for option in ("tau", "eta"):
-        value = getattr(namespace, option)
-        if value is not None and not (value > 0 and LEAST <= value <= 1 / LEAST):
-            least = "positive" if not value > 0 else f"from {LEAST:g} to {1 / LEAST:g}"
-            raise ConfigError(f"{option} must be {least}, not {value:g}")
-    start = torch.tensor(namespace.start or [i + 1 for i in range(n)], dtype=torch.float64)
-    if len(start) != n or not (start > 0).all() or not (start / start.sum() > 0).all():
-        raise ConfigError(f"start must be {n} positive numbers, not {namespace.start}")
-    if namespace.plot and namespace.plot.suffix not in (".png", ".svg", ".pdf"):
-        raise ConfigError(f"plot must end in .png, .svg or .pdf, not {namespace.plot.name!r}")
-    if namespace.plot and not namespace.plot.absolute().parent.is_dir():
-        raise ConfigError(f"plot: no folder {namespace.plot.absolute().parent}")
-    if namespace.plot and not find_spec("matplotlib"):
-        raise ConfigError("plot needs matplotlib, which is not installed: pip install matplotlib")
-    log_start = (start / start.sum()).log()
-    asked = [part for text in namespace.algorithm for part in text.split(",") if part.strip()]
-    chosen = list(ALGORITHMS.values()) if "all" in asked else [games.algorithm(a) for a in asked]
-    chosen = list(dict.fromkeys(chosen))
-    if not chosen:
-        raise ConfigError(f"algorithm names none: all, or some of {', '.join(ALGORITHMS)}")
-    curves = [
-        follow(
-            prefs, a, steps, log_start=log_start, eta=namespace.eta, tau=namespace.tau, trained=namespace.trained
-        )
-        for a in chosen
-    ]  # fmt: skip
-
-    nash = games.nash_equilibrium(prefs)
-    regularised = games.regularised_nash(prefs, log_start, namespace.tau)
-    print(f"{name}: {about}, {n} responses")
-    print(f"Nash equilibrium          {_policy(nash)}   (linear programming; gap {_cell(_gap(prefs, nash))})")
-    print(f"regularised equilibrium   {_policy(regularised.exp())}   (tau {namespace.tau:g})")
-    print(f"start and reference       {_policy(log_start.exp())}")
-    groups = (
-        ("Gap to the Nash equilibrium", [c for c in curves if not c.algorithm.regularised]),
-        ("Gap to the regularised equilibrium", [c for c in curves if c.algorithm.regularised]),
-    )
-    for heading, group in groups:
-        if group:
-            etas = ", ".join(f"{c.algorithm.name} {c.eta:.3g}" for c in group if c.eta)
-            print(f"\n{heading}" + (f" (eta: {etas})" if etas else ""))
-            print(format_table(group))
-    if namespace.plot:
-        how = "trained through the losses" if namespace.trained else "exact updates"
-        if any(c.algorithm.regularised for c in curves):
-            how += f", tau {namespace.tau:g}"
-        plot(namespace.plot, f"{name.replace('_', '-')}: {about}; {how}", curves)
-        print(f"\nwrote {namespace.plot}")
-    return 0
-
-
-def _gap(prefs: Tensor, policy: Tensor) -> float:
-    return games.duality_gap(prefs, policy.log())

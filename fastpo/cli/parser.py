@@ -1,0 +1,48 @@
+"""How a command line is read: option names in kebab or snake case, mistakes answered in one line."""
+
+import argparse
+import difflib
+import re
+import shutil
+from collections.abc import Collection, Sequence
+from typing import Any, NoReturn
+
+from fastpo.errors import FastpoError
+
+
+class UsageError(FastpoError):
+    """A command line that cannot be read."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Options in kebab or snake case, no abbreviations; an unknown one is answered with the nearest."""
+
+    def __init__(self, *args: Any, commands: Collection[str] = (), **kwargs: Any) -> None:
+        kwargs.setdefault("allow_abbrev", False)
+        kwargs.setdefault("formatter_class", _help_formatter)
+        super().__init__(*args, **kwargs)
+        self.commands = commands
+
+    def error(self, message: str) -> NoReturn:
+        found = re.match(r"argument COMMAND: invalid choice: '(.*)' \(choose", message, re.DOTALL)
+        if found:
+            near = difflib.get_close_matches(found[1], self.commands, n=1, cutoff=0.6)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(self.commands)}"
+            raise UsageError(f"unknown command '{found[1]}'; {hint} (see {self.prog} --help)")
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+def _help_formatter(prog: str) -> argparse.HelpFormatter:
+    width = min(shutil.get_terminal_size((120, 24)).columns, 140)
+    return argparse.HelpFormatter(prog, max_help_position=44, width=width)
+
+
+def kebab(argv: Sequence[str]) -> list[str]:
+    """Option names to kebab case: --learning_rate=1e-5 becomes --learning-rate=1e-5."""
+    out = []
+    for token in argv:
+        if re.match(r"--[A-Za-z]", token):
+            name, equals, value = token.partition("=")
+            token = name.replace("_", "-") + equals + value
+        out.append(token)
+    return out

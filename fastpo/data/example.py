@@ -1,0 +1,32 @@
+"""A row as training sees it: the token ids of a prompt and its responses, and their numbers."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+
+@dataclass(slots=True)
+class Example:
+    """One prompt with its K responses; a classic pair is `responses = [chosen, rejected]`, `pairs = [(0, 1)]`."""
+
+    prompt_ids: np.ndarray  # [prompt_len] int32, never empty
+    responses: list[np.ndarray]  # K arrays [len_k] int32, never empty, with the EOS where there is one
+    pairs: list[tuple[int, int]] = field(default_factory=list)  # (preferred, other): indices into responses
+    pair_columns: dict[str, list[float]] = field(default_factory=dict)  # one value a pair, only columns in the data
+    response_columns: dict[str, list[float]] = field(default_factory=dict)  # one value a response
+    # Only where keep_end truncation left the responses with different prompts: K arrays, never empty. `prompt_ids` is
+    # then the shortest of them.
+    response_prompts: list[np.ndarray] | None = None
+    token_weights: list[np.ndarray] | None = None  # K arrays [len_k] fp32, where the data have them
+    share: bool = False  # the responses share one copy of the prompt in the trunk
+    # Rows of a step with the same prompt have one copy of it in the trunk from this many responses on; 0: each its own.
+    share_from: int = 0
+    whole: bool = False  # the last token of a response enters the trunk too: a router's loss counts it
+    greedy: int | None = None  # which response is the reference's greedy one (selm); it need not be in a pair
+    # Of responses that another one's tokens made begin inside the prompt: how many of their first tokens are the
+    # prompt's where each stands alone.
+    leads: tuple[int, ...] | None = None
+
+    def prompt_of(self, response: int) -> np.ndarray:
+        """The prompt ids that response number `response` continues."""
+        return self.prompt_ids if self.response_prompts is None else self.response_prompts[response]

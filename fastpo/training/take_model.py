@@ -1,0 +1,54 @@
+"""The model of a run: loaded or as it was passed, with its adapter, on its device, without dropout; and its policy."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastpo.config.train_config import TrainConfig
+from fastpo.errors import ConfigError
+from fastpo.models import adapters
+from fastpo.models.loading import load_model
+from fastpo.models.noise import disable_dropout
+from fastpo.models.policy import Policy
+from fastpo.models.trunk import freeze_towers
+from fastpo.training.inputs import Origin
+
+
+def take_model(
+    origin: Origin, config: TrainConfig, device: torch.device, peft_config: Any, quantization_config: Any
+) -> nn.Module:
+    """ConfigError for options that do not go with the model."""
+    home = torch.device("cpu") if config.fsdp != "no" else device  # FSDP moves its shards itself
+    if quantization_config is not None and peft_config is None and adapters.saved_adapter(origin.model_name) is None:
+        raise ConfigError("a quantised model cannot be trained itself: pass peft_config (--use-peft) for an adapter")
+    model = origin.model
+    if origin.by_name:
+        model = load_model(
+            origin.model_name, dtype=config.dtype, device=home, trust_remote_code=config.trust_remote_code,
+            quantization_config=quantization_config, model_init_kwargs=config.model_init_kwargs,
+        )  # fmt: skip
+    elif quantization_config is not None or config.model_init_kwargs or config.dtype:
+        raise ConfigError("quantization_config, model_init_kwargs and dtype need a model given by name or path")
+    if peft_config is not None:
+        if hasattr(model, "peft_config"):
+            raise ConfigError("peft_config is given, but the model has an adapter already")
+        model = adapters.with_adapter(model, peft_config)
+    adapters.check_quantized(model)
+    adapters.check_adapter_base(model)
+    if config.save_merged:
+        adapters.check_mergeable(model, sharded=config.fsdp != "no")
+    if not adapters.is_quantized(model):
+        model.to(home)
+    if config.disable_dropout:
+        disable_dropout(model)
+    return model
+
+
+def as_policy(model: nn.Module, config: TrainConfig, device: torch.device) -> Policy:
+    """The policy around it, which refuses what it cannot train before anything is changed for good."""
+    policy = Policy(model)
+    if config.use_liger_kernel:
+        adapters.apply_liger(model, config.liger_kernel_config, device)
+    freeze_towers(model)
+    return policy

@@ -1,0 +1,61 @@
+"""The optimiser step: gradients, optimiser and learning-rate schedule of a run."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastpo.config.train_config import TrainConfig
+from fastpo.errors import ConfigError
+from fastpo.training.distributed import World
+from fastpo.training.optim import Gradients, build_optimizer, build_scheduler, check_given
+
+
+class Update:
+    """Built from the options, or around an optimiser and a schedule that were passed in (`given`)."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: Mapping[str, nn.Parameter],
+        config: TrainConfig,
+        world: World,
+        given: tuple[torch.optim.Optimizer | None, Any],
+        steps: int,
+    ):
+        """parameters: the trainable ones by name. steps: of the run, over which the learning rate moves."""
+        optimizer, scheduler = given
+        self.own_optimizer = optimizer is None
+        self.max_grad_norm = config.max_grad_norm
+        self.gradients = Gradients(
+            dict(parameters), master_weights=config.master_weights if self.own_optimizer else "none", seed=config.seed,
+            group=world.group, sharded=config.fsdp != "no",
+        )  # fmt: skip
+        if optimizer is not None:
+            check_given(optimizer, dict(parameters))
+        self.optimizer = build_optimizer(model, config, self.gradients) if optimizer is None else optimizer
+        self.scheduler = build_scheduler(self.optimizer, config, steps) if scheduler is None else scheduler
+
+    def learning_rate(self) -> float:
+        """Of the next step."""
+        return float(self.scheduler.get_last_lr()[0])
+
+    def norm(self, loss: Tensor) -> tuple[Tensor, Tensor]:
+        """Clips the gradients; (their norm before, whether it and the loss are finite), both [] on the device."""
+        norm = self.gradients.clip_(self.max_grad_norm)
+        return norm, torch.isfinite(norm).to(loss.device) & torch.isfinite(loss)
+
+    def step(self, finite: Tensor, then: Callable[[], object]) -> None:
+        """The weights move, unless the step is not finite; `then()`, and the learning rate goes on in any case."""
+        self.gradients.step_(self.optimizer, finite)
+        then()
+        self.scheduler.step()
+
+
+def check_optimizers(given: tuple[Any, Any] | None, config: TrainConfig) -> tuple[Any, Any]:
+    """What was passed as `optimizers`; ConfigError for one that fsdp would leave behind."""
+    optimizer, scheduler = (None, None) if given is None else given
+    if optimizer is not None and config.fsdp != "no":
+        raise ConfigError("fsdp splits the parameters, so an optimiser made before does not fit: set optim instead")
+    return optimizer, scheduler
