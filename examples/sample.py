@@ -1,7 +1,7 @@
 """Answers of a model to questions, scored: rows of K responses that `fastpo train` takes..
 
-    python examples/sample.py MODEL ROWS.jsonl                 # 4 answers to each training question, into ROWS.jsonl
-    python examples/sample.py MODEL --held-out                 # prints how right and how long its greedy answers are
+    python examples/sample.py MODEL ROWS.jsonl                  # 4 answers to each training question, into ROWS.jsonl
+    python examples/sample.py MODEL --held-out --responses 8    # how right and how long its answers to the others are
 
 The questions are about capitals. An answer that names the capital scores 1, less a hundredth a word: right and short
 is better than right and long, and anything wrong scores 0. Answers that reach --max-new-tokens are left out: their end
@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("rows", nargs="?")
     parser.add_argument("--held-out", action="store_true")
-    parser.add_argument("--responses", type=int, default=4)
+    parser.add_argument("--responses", type=int, default=4, help="answers drawn to a question; 0: the greedy one")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -69,10 +69,11 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(args.model).eval()
     chosen = list(CAPITALS.items())[slice(TRAIN, None) if args.held_out else slice(TRAIN)]
     questions = [f"What is the capital of {country}?" for country, _ in chosen]
-    given = answers(model, tokenizer, questions, 0 if args.held_out else args.responses, args.max_new_tokens)
+    given = answers(model, tokenizer, questions, args.responses, args.max_new_tokens)
     scores = [[score(text, capital) for text in texts] for texts, (_, capital) in zip(given, chosen)]
     flat, words = sum(scores, []), [len(text.split()) for texts in given for text in texts]
-    print(f"{len(flat)} answers that end, {sum(s > 0 for s in flat)} of them right, "
+    asked = len(questions) * max(1, args.responses)
+    print(f"{asked} answers, {len(flat)} that end, {sum(s > 0 for s in flat)} of them right, "
           f"{sum(words) / max(1, len(words)):.1f} words on average")  # fmt: skip
     if not args.rows:
         return

@@ -113,11 +113,11 @@ def test_sample_scores_and_writes_rows(toy, tmp_path, monkeypatch, capsys):
     assert ", 0 of them right, " in main(str(out), *limit)
     assert out.read_text() == ""  # answers that are all wrong have one score
     monkeypatch.setattr(sample, "CAPITALS", {f"w{i}": "w" for i in range(48)})  # any word of the toy's is right
-    assert re.search(r"^(\d+) answers that end, \1 of them right, ", main(str(out), *limit))
+    assert re.search(r"^128 answers, (\d+) that end, \1 of them right, ", main(str(out), *limit))
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert rows and all(0 < r["score"] < 1 for row in rows for r in row["responses"])
-    held_out = main("--held-out", *limit)
-    assert re.search(r"^\d+ answers that end", held_out) and str(out) not in held_out
+    held_out = main("--held-out", "--responses", "0", *limit)
+    assert re.search(r"^16 answers, \d+ that end", held_out) and str(out) not in held_out
     args = {"output_dir": str(tmp_path / "run"), "use_cpu": True, "bf16": False, "max_steps": 1, "logging_steps": 1,
             "save_final": False, "report": False, "disable_tqdm": True}  # fmt: skip
     result = fastpo.train(str(tmp_path / "model"), rows, args=args)
