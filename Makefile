@@ -18,13 +18,14 @@ PIP_INSTALL = $(BIN)/python -m pip install -qq --no-compile --disable-pip-versio
 SOURCES = pyproject.toml constraints.txt $(wildcard setup.py csrc/*)
 
 .DEFAULT_GOAL = help
-.PHONY: help quickstart test real lint check bench bench-training clean
+.PHONY: help quickstart test real lint docs check bench bench-training clean
 
 help:
 	@echo "make quickstart  train a small model on a task with a checkable answer, and show that it got better"
 	@echo "make test        every test that needs no GPU"
 	@echo "make real        a real pretrained model of 135M parameters (from PyPI, 90 MB) through everything; QUICK=1"
 	@echo "make lint        ruff, mypy, and which room may import which"
+	@echo "make docs        the site of docs/, into site/; a broken link fails"
 	@echo "make check       kernels and backends of this machine against the fp64 reference"
 	@echo "make bench       kernels against every peer, tables and plots in bench/RESULTS.md (installs them); QUICK=1"
 	@echo "make bench-training   losses, parity and training runs against TRL and Liger"
@@ -55,6 +56,11 @@ $(VENV)/.installed-bench: $(SOURCES) | $(BIN)/python
 	@$(SAY_WITHOUT_EXTENSION)
 	@touch $@ $(VENV)/.installed $(VENV)/.installed-dev
 
+$(VENV)/.installed-docs: $(SOURCES) | $(BIN)/python
+	$(PIP_INSTALL) -e ".[docs]"
+	@$(SAY_WITHOUT_EXTENSION)
+	@touch $@ $(VENV)/.installed
+
 # Without its dependencies: they are a chat program and a C++ build of its engine; the model is a file in the package.
 $(VENV)/.installed-real: $(SOURCES) | $(BIN)/python
 	$(PIP_INSTALL) -e ".[test,lint,real]"
@@ -73,6 +79,10 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check --diff .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache --no-logo
+
+# The sources are read, not imported. The variable spares a notice about the future of MkDocs.
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir site $(ARGS)
 
 # Triton reads TRITON_INTERPRET when a kernel is decorated, so kernels in the interpreter have a process of their own.
 test: $(VENV)/.installed-dev
@@ -108,7 +118,7 @@ bench-training: $(VENV)/.installed-bench
 	$(BIN)/python bench/qlora_cpu.py
 
 clean:
-	rm -rf build dist *.egg-info fastpo/*.so .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	rm -rf build dist site *.egg-info fastpo/*.so .pytest_cache .mypy_cache .ruff_cache .benchmarks
 	find fastpo kernels tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
 	rm -f $(VENV)/.installed*
 	$(if $(VENV_TOO),rm -rf $(VENV))

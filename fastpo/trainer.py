@@ -86,16 +86,16 @@ def train(
 ) -> face.TrainResult:
     """Preference-train a causal language model, as TRL's `DPOTrainer(...).train()` with the same arguments.
 
-    model: a name or path (of a model, or of a trained adapter), or a transformers / PEFT model in memory (trained in
-    place; its weights at the call are the reference where a loss needs one and neither `ref_model` nor the data give
-    one). train_dataset: a `datasets.Dataset`, a list of dicts, a .jsonl/.jsonl.gz/.json/.parquet path or a hub id, with
-    `prompt`, `chosen`, `rejected` (or `prompt`, `completion` for loss_type="sft"). eval_dataset: the same, or a mapping
-    of names to several. ref_model: a model in memory, or a name or path, such as an earlier checkpoint. prev_model: the
-    same for the previous policy of inpo and dno_reg; without it (and without the columns `prev_chosen_logps`,
-    `prev_rejected_logps`) that is the policy as it is at the call, as in their papers' first iteration.
-    args: a `TrainConfig`, a dict, a YAML path or a TRL `DPOConfig` (`KTOConfig`, `CPOConfig`, `ORPOConfig`);
-    `overrides` go on top. compute_metrics: called at every evaluation with a `fastpo.Evaluated`, returns further
-    metrics of it.
+    * `model`: a name or path (of a model, or of a trained adapter), or a model of transformers or PEFT in memory,
+      trained in place; at the call it is the reference where a loss needs one and neither `ref_model` nor the data do.
+    * `train_dataset`: a `datasets.Dataset`, a list of dicts, a .jsonl, .jsonl.gz, .json or .parquet path or a hub id,
+      with `prompt`, `chosen`, `rejected` (sft: `prompt`, `completion`). `eval_dataset`: the same, or several by name.
+    * `ref_model`: a model in memory, or a name or path, such as an earlier checkpoint.
+    * `prev_model`: the same for the previous policy of inpo and dno_reg; without it and the columns `prev_*_logps` that
+      is the policy as it is at the call, as in their papers' first iteration.
+    * `args`: a `TrainConfig`, a dict, a YAML path or a config of TRL's (DPO, KTO, CPO, ORPO); `overrides` go on top.
+    * `compute_metrics`: called at every evaluation with a `fastpo.Evaluated`, returns further metrics of it.
+
     Under torchrun every process calls it alike. Raises fastpo.errors.FastpoError with one line for whatever a user can
     mend.
     """

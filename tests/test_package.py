@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -200,9 +201,19 @@ def test_constraints_satisfy_what_is_declared():
             pins[requirement.name.lower().replace("_", "-")] = specifier.version
     assert pins["torch"] == "2.13.0"
     extras = project["optional-dependencies"]
-    for line in [*project["dependencies"], *extras["test"], *extras["lint"], *extras["bench"], *extras["peft"]]:
+    pinned = ("test", "lint", "docs", "bench", "peft")
+    for line in [*project["dependencies"], *(line for name in pinned for line in extras[name])]:
         requirement = Requirement(line)
         assert requirement.specifier.contains(pins[requirement.name.lower().replace("_", "-")]), line
+
+
+def test_addresses_are_of_one_repository():
+    (home,) = re.findall(r"^repo_url: (\S+)", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    assert set(PYPROJECT["project"]["urls"]) == {"Documentation", "Source", "Issues", "Changelog"}
+    assert all(url.startswith(home) for url in PYPROJECT["project"]["urls"].values())
+    for url in PYPROJECT["project"]["urls"].values():
+        path = url.removeprefix(f"{home}/blob/main/")
+        assert path == url or (ROOT / path).is_file(), url
 
 
 def test_ci_runs_what_the_readme_names():

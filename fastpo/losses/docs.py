@@ -181,7 +181,7 @@ NAME` one entry.
 loss's default. Each is a function of its own, on any float dtype, differentiable, with its gradient in closed form:
 
 ```python
-from fastpo.losses.table import LOSSES
+from fastpo.losses import LOSSES
 
 losses = LOSSES["simpo"](chosen_logps, rejected_logps, chosen_len=n_w, rejected_len=n_l, beta=2.5)  # [P]
 d_chosen, d_rejected = LOSSES["simpo"].coefficients(chosen_logps, rejected_logps, chosen_len=n_w, rejected_len=n_l)

@@ -157,7 +157,9 @@ def test_a_failure_that_does_not_come_back_leaves_no_trace(toy, run, options):
     for call, backward, error in ((1, False, "cpu"), (0, True, "cuda"), (4, True, "python")):
         got = run(model(), {"calls": [call], "backward": backward, "error": OOM[error]}, **given)
         assert got.failed == 1 and lowered(got) == []
-        assert torch.equal(weights(got.model), weights(plain.model)) and numbers(got) == numbers(plain)
+        assert torch.equal(weights(got.model), weights(plain.model))
+        for line, expected in zip(numbers(got), numbers(plain), strict=True):  # rewards are differences near 0
+            assert line == pytest.approx(expected, rel=1e-6, abs=1e-7)
 
 
 def test_passes_without_gradients_are_split(toy, run, caplog):
