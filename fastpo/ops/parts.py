@@ -88,7 +88,7 @@ def reverse_mode_only(*ops: torch.library.CustomOpDef) -> None:
 
         with warnings.catch_warnings():  # that a kernel is registered in the place of another
             warnings.simplefilter("ignore", UserWarning)
-            op._lib.impl(op._name, checked, "Autograd", with_keyset=True)
+            op._lib.impl(op._name, checked, "Autograd", with_keyset=True, allow_override=True)
 
 
 def detached(tensor: Tensor | None) -> Tensor | None:
