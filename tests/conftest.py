@@ -9,9 +9,6 @@ import pytest
 
 # Before torch and transformers are imported.
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", MPLBACKEND="Agg", PYTHONSAFEPATH="1")
-# With this MKL gives the same bits wherever memory lies, on every processor; without, on AMD, they differ after a step
-# that ran out of memory. Many tests compare bits.
-os.environ.setdefault("MKL_CBWR", "COMPATIBLE")
 # Test models are tiny: a second thread costs more than it brings, ten times as much where the cores are busy.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

@@ -137,7 +137,7 @@ def test_as_trl(toy, run, tmp_path, name, lora):
     got = [line for line in out.log_history if "loss" in line]
     for a, b in zip(got, want, strict=True):
         for key in ("loss", "aux_loss", "grad_norm", "rewards/chosen", "entropy", "mean_token_accuracy"):
-            assert a[key] == pytest.approx(b[key], rel=1e-5, abs=2e-6), key
+            assert a[key] == pytest.approx(b[key], rel=1e-5, abs=1e-5), key
     assert got[0]["loss"] == pytest.approx(math.log(2) + COEFFICIENT * got[0]["aux_loss"], rel=1e-5)
 
 
