@@ -59,8 +59,8 @@ def run(toy, tmp_path):
     count = iter(range(1000))
 
     def call(model, scarce=None, rows=None, peft_config=None, **options):
-        # In every run: a hook is part of what the cache of reference log-probabilities knows a model by, and values that
-        # another packing has computed differ in their last bits.
+        # In every run: a hook is part of what the cache of reference log-probabilities knows a model by, and values
+        # that another packing has computed differ in their last bits.
         scarce = Scarce(model, **(scarce or {}))
         defaults = dict(
             output_dir=str(tmp_path / f"run{next(count)}"), disable_tqdm=True, use_cpu=True, logging_steps=1,
