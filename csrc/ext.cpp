@@ -1,12 +1,13 @@
-// fastpo._C: the passes over logits that PyTorch's GEMMs leave to be done on a CPU (tile.inc has the math), and the bin
-// packer (pack.inc). No PyTorch headers: pointers come in as integers, so it builds in seconds in an isolated environment
-// and serves every PyTorch.
+// fastpo._C: what PyTorch's GEMMs leave to be done on a CPU: the passes over logits (tile.inc), attention over packed trees
+// (attention.inc), a decoder's elementwise layers (layers.inc), and the bin packer (pack.inc). No PyTorch headers: pointers
+// come in as integers, so it builds in seconds in an isolated environment and serves every PyTorch.
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
 #include <math.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include <algorithm>
@@ -52,6 +53,41 @@ struct Tile {
   bool bf16;
 };
 
+constexpr int64_t kRows = 64;  // query rows of attention at a time
+constexpr int64_t kKeys = 64;  // and keys
+
+// Attention of T packed tokens; what comes as `strides` is (token, head), the last dimension is dense.
+struct Attention {
+  const void *q, *k, *v;       // [T, heads, size], [T, kv_heads, size] twice
+  void* out;                   // [T, heads, size]; of the backward the merged output
+  float* lse;                  // [T, heads]
+  const void* dout;            // [T, heads, size], or null in the forward
+  void *dq, *dk, *dv;          // as q, k and v, but dense
+  const int64_t* chains;       // [C, 4]: first token, end, and the same of the prompt that its tokens see, or 0, 0
+  const int64_t* tasks;        // forward [tasks, 3]: chain, its first token, end; backward [tasks, 2]: first chain, end
+  int64_t count;               // tasks
+  int64_t heads, kv_heads, size;
+  int64_t room;                // floats that a task needs
+  int64_t sq[2], sk[2], sv[2], sdo[2];
+  float scale;
+  bool bf16;
+};
+
+constexpr int64_t kLayerRows = 32;  // rows of a layer that a thread takes at a time, and of one partial sum
+enum LayerKind { kRmsNorm, kSiluMul, kRotary };
+
+// One elementwise layer over rows [rows, cols]; layers.inc says what of it each kind reads.
+struct Layer {
+  int kind;
+  const void *x, *w, *dy;
+  void *y, *dx, *dw;
+  float *rstd, *sums;  // [rows]; [chunks of kLayerRows, cols]
+  int64_t rows, cols, heads;
+  int64_t ld[3];
+  float eps, offset;
+  int x_bf16, w_bf16, y_bf16, back;
+};
+
 }  // namespace
 
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
@@ -61,6 +97,8 @@ struct Tile {
 #define TILE_NAMESPACE generic
 namespace {
 #include "tile.inc"
+#include "attention.inc"
+#include "layers.inc"
 }
 #undef TILE_NAMESPACE
 
@@ -74,6 +112,8 @@ namespace {
 #endif
 namespace {
 #include "tile.inc"
+#include "attention.inc"
+#include "layers.inc"
 }
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -91,6 +131,8 @@ namespace {
 #endif
 namespace {
 #include "tile.inc"
+#include "attention.inc"
+#include "layers.inc"
 }
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -105,10 +147,14 @@ namespace {
 #include "pack.inc"
 
 using RowsFn = void (*)(const Tile&, int64_t, int64_t);
+using AttentionFn = void (*)(const Attention&, const int64_t* task, int64_t kv_head, float* room);
+using LayerFn = void (*)(const Layer&, int64_t, int64_t);
 
 struct Isa {
   const char* name;
   RowsFn rows;
+  LayerFn layer;
+  AttentionFn attention_forward, attention_backward;
 };
 
 // The best instruction set that this machine has, or the one named; rows is null where it cannot run here.
@@ -119,11 +165,11 @@ Isa pick_isa(const char* wanted) {
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (has_avx512 && (any || !strcmp(wanted, "avx512"))) return {"avx512", avx512::rows};
-  if (has_avx2 && (any || !strcmp(wanted, "avx2"))) return {"avx2", avx2::rows};
+  if (has_avx512 && (any || !strcmp(wanted, "avx512"))) return {"avx512", avx512::rows, avx512::layer, avx512::attention_forward, avx512::attention_backward};
+  if (has_avx2 && (any || !strcmp(wanted, "avx2"))) return {"avx2", avx2::rows, avx2::layer, avx2::attention_forward, avx2::attention_backward};
 #endif
-  if (any || !strcmp(wanted, "generic")) return {"generic", generic::rows};
-  return {wanted, nullptr};
+  if (any || !strcmp(wanted, "generic")) return {"generic", generic::rows, generic::layer, generic::attention_forward, generic::attention_backward};
+  return {wanted, nullptr, nullptr, nullptr, nullptr};
 }
 
 Isa current_isa = pick_isa(nullptr);
@@ -133,13 +179,29 @@ Isa current_isa = pick_isa(nullptr);
 using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 GompParallel gomp_parallel = nullptr;
 
-struct Work {
+// `body(arg)` on so many threads, which share what there is to do among them.
+void on_threads(int threads, void (*body)(void*), void* arg) {
+  if (threads > 1 && gomp_parallel) {
+    gomp_parallel(body, arg, static_cast<unsigned>(threads), 0);
+    return;
+  }
+  std::vector<std::thread> helpers;
+  try {
+    for (int i = 1; i < threads; i++) helpers.emplace_back(body, arg);
+  } catch (const std::system_error&) {
+    // No more threads to be had: those that started do it all.
+  }
+  body(arg);
+  for (auto& helper : helpers) helper.join();
+}
+
+struct TileWork {
   const Tile* tile;
   std::atomic<int64_t> next{0};
 };
 
-void work_through(void* arg) {
-  Work* work = static_cast<Work*>(arg);
+void work_on_tile(void* arg) {
+  TileWork* work = static_cast<TileWork*>(arg);
   const int64_t rows = work->tile->rows;
   for (int64_t begin; (begin = work->next.fetch_add(kRowsPerTake)) < rows;)
     current_isa.rows(*work->tile, begin, begin + kRowsPerTake < rows ? begin + kRowsPerTake : rows);
@@ -147,24 +209,37 @@ void work_through(void* arg) {
 
 // A row's result does not depend on which thread computes it, so neither does anything on the number of threads.
 void run(const Tile& tile, int threads) {
-  Work work;
+  TileWork work;
   work.tile = &tile;
-  if (threads > 1 && tile.rows * tile.cols > 16384 && tile.rows > kRowsPerTake) {
-    if (gomp_parallel) {
-      gomp_parallel(work_through, &work, static_cast<unsigned>(threads), 0);
-      return;
-    }
-    std::vector<std::thread> helpers;
-    try {
-      for (int i = 1; i < threads; i++) helpers.emplace_back(work_through, &work);
-    } catch (const std::system_error&) {
-      // No more threads to be had: those that started share the rows.
-    }
-    work_through(&work);
-    for (auto& helper : helpers) helper.join();
-    return;
-  }
-  work_through(&work);
+  on_threads(tile.rows * tile.cols > 16384 && tile.rows > kRowsPerTake ? threads : 1, work_on_tile, &work);
+}
+
+struct LayerWork {
+  const Layer* layer;
+  std::atomic<int64_t> next{0};
+};
+
+void work_on_layer(void* arg) {
+  LayerWork* work = static_cast<LayerWork*>(arg);
+  const int64_t rows = work->layer->rows;
+  for (int64_t begin; (begin = work->next.fetch_add(kLayerRows)) < rows;)
+    current_isa.layer(*work->layer, begin, begin + kLayerRows < rows ? begin + kLayerRows : rows);
+}
+
+struct AttentionWork {
+  const Attention* attention;
+  std::atomic<int64_t> next{0};
+};
+
+void work_on_attention(void* arg) {
+  AttentionWork* work = static_cast<AttentionWork*>(arg);
+  const Attention& a = *work->attention;
+  float* room = static_cast<float*>(aligned_alloc(64, (sizeof(float) * a.room + 63) / 64 * 64));
+  if (!room) return;
+  const auto task = a.dout ? current_isa.attention_backward : current_isa.attention_forward;
+  for (int64_t i; (i = work->next.fetch_add(1)) < a.count * a.kv_heads;)
+    task(a, a.tasks + i / a.kv_heads * (a.dout ? 2 : 3), i % a.kv_heads, room);
+  free(room);
 }
 
 template <class T>
@@ -204,6 +279,53 @@ PyObject* tile_pass(PyObject*, PyObject* args) {
             bf16 != 0};
   Py_BEGIN_ALLOW_THREADS;
   run(tile, threads);
+  Py_END_ALLOW_THREADS;
+  Py_RETURN_NONE;
+}
+
+PyObject* tree_attention(PyObject*, PyObject* args) {
+  unsigned long long q, k, v, out, lse, dout, dq, dk, dv, chains, tasks;
+  Attention a;
+  long long n[13];
+  int bf16, threads;
+  if (!PyArg_ParseTuple(args, "KKKKKKKKKKKLLLLLLLLLLLLLfpi", &q, &k, &v, &out, &lse, &dout, &dq, &dk, &dv, &chains, &tasks,
+                        &n[0], &n[1], &n[2], &n[3], &n[4], &n[5], &n[6], &n[7], &n[8], &n[9], &n[10], &n[11], &n[12],
+                        &a.scale, &bf16, &threads))
+    return nullptr;
+  a.q = pointer<void>(q), a.k = pointer<void>(k), a.v = pointer<void>(v), a.out = pointer<void>(out);
+  a.lse = pointer<float>(lse), a.dout = pointer<void>(dout);
+  a.dq = pointer<void>(dq), a.dk = pointer<void>(dk), a.dv = pointer<void>(dv);
+  a.chains = pointer<int64_t>(chains), a.tasks = pointer<int64_t>(tasks);
+  a.count = n[0], a.heads = n[1], a.kv_heads = n[2], a.size = n[3], a.room = n[4];
+  for (int i = 0; i < 2; i++) a.sq[i] = n[5 + i], a.sk[i] = n[7 + i], a.sv[i] = n[9 + i], a.sdo[i] = n[11 + i];
+  a.bf16 = bf16 != 0;
+  AttentionWork work;
+  work.attention = &a;
+  Py_BEGIN_ALLOW_THREADS;
+  on_threads(threads, work_on_attention, &work);
+  Py_END_ALLOW_THREADS;
+  // A thread without memory has left its share to the others; one had it, or nothing has been done.
+  if (work.next.load() == 0) return PyErr_NoMemory();
+  Py_RETURN_NONE;
+}
+
+PyObject* layer_pass(PyObject*, PyObject* args) {
+  unsigned long long x, w, dy, y, dx, dw, rstd, sums;
+  long long rows, cols, heads, ld[3];
+  Layer t;
+  int threads;
+  if (!PyArg_ParseTuple(args, "iKKKKKKKKLLLLLLffppppi", &t.kind, &x, &w, &dy, &y, &dx, &dw, &rstd, &sums, &rows, &cols,
+                        &heads, &ld[0], &ld[1], &ld[2], &t.eps, &t.offset, &t.x_bf16, &t.w_bf16, &t.y_bf16, &t.back,
+                        &threads))
+    return nullptr;
+  t.x = pointer<void>(x), t.w = pointer<void>(w), t.dy = pointer<void>(dy), t.y = pointer<void>(y);
+  t.dx = pointer<void>(dx), t.dw = pointer<void>(dw), t.rstd = pointer<float>(rstd), t.sums = pointer<float>(sums);
+  t.rows = rows, t.cols = cols, t.heads = heads;
+  for (int i = 0; i < 3; i++) t.ld[i] = ld[i];
+  LayerWork work;
+  work.layer = &t;
+  Py_BEGIN_ALLOW_THREADS;
+  on_threads(rows > kLayerRows && rows * cols * heads > 16384 ? threads : 1, work_on_layer, &work);
   Py_END_ALLOW_THREADS;
   Py_RETURN_NONE;
 }
@@ -251,6 +373,10 @@ PyObject* use_isa(PyObject*, PyObject* args) {
 PyMethodDef methods[] = {
     {"tile_pass", tile_pass, METH_VARARGS,
      "One pass over a tile of logits; arguments are the fields of struct Tile in order, then the number of threads."},
+    {"tree_attention", tree_attention, METH_VARARGS,
+     "Attention over packed trees; the pointers of struct Attention, its numbers, strides, scale, bf16, then threads."},
+    {"layer_pass", layer_pass, METH_VARARGS,
+     "An elementwise layer; arguments are the fields of struct Layer in order, then the number of threads."},
     {"pack", pack_bins, METH_VARARGS,
      "The bin of each item, and how many bins; arguments as fastpo/data/packer.py passes them."},
     {"use_openmp_of", use_openmp_of, METH_VARARGS,

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
 from fastpo.errors import ConfigError, UnsupportedModelError
+from fastpo.models.cpu_attention import can_run, compiled_tree_attention
 from fastpo.models.layout import Layout, prompts_of_chains
 from fastpo.models.tree_attention import cpu_tree_attention, triton_tree_attention, varlen_tree_attention
 from fastpo.ops.inputs import HAS_TRITON, INTERPRETED
@@ -340,7 +341,9 @@ def _segment_attention(
     plain = window is None and softcap is None and s_aux is None and dropout == 0.0
     if plain and query.device.type == "cpu" and query.shape[-1] == value.shape[-1]:
         q, k, v = (_token_major(x) for x in (query, key, value))
-        return cpu_tree_attention(q, k, v, layout, scale=scale).unsqueeze(0)
+        compiled = can_run(q, k, v, scale)
+        run = compiled_tree_attention if compiled else cpu_tree_attention
+        return run(q, k, v, layout, scale=scale).unsqueeze(0)
     if query.shape[1] != key.shape[1]:
         groups = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)

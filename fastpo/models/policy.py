@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from fastpo import ops
 from fastpo.data.packing import PackedBatch
 from fastpo.errors import ConfigError, UnsupportedModelError
-from fastpo.models import adapters, attention, rotary
+from fastpo.models import adapters, attention, cpu_layers, rotary
 from fastpo.models.layout import Layout, prompts_of_chains
 from fastpo.models.loading import load_model, load_tokenizer, resolve_device
 from fastpo.models.trunk import trunk_of
@@ -179,7 +179,8 @@ class Policy:
         try:
             if not self.unpacked:
                 switch_attention(self.causal_lm, attention.NAME)
-            with rotary.by_chain(self.trunk), attention.own_temperatures(self.trunk, packed=not self.unpacked):
+            fused = contextlib.nullcontext() if self.unpacked else cpu_layers.fused_layers(self.trunk)
+            with fused, rotary.by_chain(self.trunk), attention.own_temperatures(self.trunk, packed=not self.unpacked):
                 yield self
         finally:
             restore_attention(self._originals)
