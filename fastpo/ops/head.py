@@ -24,21 +24,11 @@ from fastpo.ops.parts import OpError
 
 
 def linear_logprob(
-    hidden: Tensor,  # [N, D]
-    weight: Tensor,  # [V, D]
-    target: Tensor,  # [N] int
-    bias: Tensor | None = None,  # [V]
-    *,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    return_entropy: bool = False,
-    return_top1: bool = False,
-    memory_budget: int | None = None,
-    backend: str = "auto",
-    grad_filter: float = 0.0,
-    return_dropped: bool = False,
-) -> Tensor | tuple[Tensor, ...]:
-    """`fastpo.ops.linear_logprob` of plain tensors and a whole vocabulary, which says what it takes and gives."""
+    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, *, softcap: float | None, logit_scale: float,
+    return_entropy: bool, return_top1: bool, memory_budget: int | None, backend: str, grad_filter: float,
+    return_dropped: bool,
+) -> Tensor | tuple[Tensor, ...]:  # fmt: skip
+    """`fastpo.ops.linear_logprob`, which says what it takes and gives, of plain tensors and a whole vocabulary."""
     hidden, weight, bias = autocast(hidden, weight, bias)
     check_softcap(softcap)
     backend = check_inputs(hidden, weight, target, bias, memory_budget, backend)
