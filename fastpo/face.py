@@ -36,6 +36,7 @@ from fastpo.training.metrics import Window
 from fastpo.training.micro_batches import MicroBatches
 from fastpo.training.objective import Objective
 from fastpo.training.progress import Progress
+from fastpo.training.router_loss import RouterLoss
 from fastpo.training.run_data import DataSets
 from fastpo.training.samples import Answers
 from fastpo.training.signals import Signals
@@ -152,6 +153,7 @@ class Face(abc.ABC):
     loaded_dtype: torch.dtype
     tags: list[str]
     batches: MicroBatches
+    router: RouterLoss | None
     stepwide: StepWide
     evaluation: Evaluation
     fixed: Given
@@ -274,14 +276,20 @@ class Face(abc.ABC):
             given = {f"{_GIVEN}eval": dataset}
         split = self.config.dataset_test_split
         sets = {name: self.data.prepare(rows, split, name) for name, rows in given.items()}
-        for name, examples in sets.items():
-            self.batches.place(name, examples)
-        self.stepwide.prepare(sets)
         try:
+            self._place(sets)
             with references.held({**sets, **self.stepwide.reference_sets(sets)}, trained=trained):
                 yield sets
         finally:
             self.stepwide.forget(sets)
+
+    def _place(self, sets: dict[str, list[Example]]) -> None:
+        """What a run must know of sets that it did not begin with."""
+        for name, examples in sets.items():
+            if self.router is not None:
+                self.router.take_whole(examples)
+            self.batches.place(name, examples)
+        self.stepwide.prepare(sets)
 
     def evaluate_in_run(self) -> bool:
         """Evaluates and logs every set; returns whether the result is the best so far. What a run cut short had done is
