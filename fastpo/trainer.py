@@ -143,9 +143,8 @@ class Trainer(face.Face):
 
         # The losses, and what of the arguments and options would fail later.
         self.objective = objective = Objective.of_options(config)
-        objective.check_reference(config, ref_model)
+        objective.check_reference(config, ref_model, prev_model)
         objective.forming(config)
-        sources.check_previous(config, objective.pair_terms, prev_model)
         if TOKEN_KL in objective.row_statistics:
             live.check(config, objective.pair_terms)
         start_checks.check_options(config, self.device, cache.cache_folder())
@@ -274,7 +273,7 @@ class Trainer(face.Face):
             is_base=self.reference_is_base, is_exact=self.start_is_known,
         )  # fmt: skip
         self.references = sources.References.of_run(
-            config, self.objective.pair_terms, self.fixed, start, self.passes,
+            config, self.objective, self.fixed, start, self.passes,
             kept.Kept(self.output_dir, self.resume, self.identity), self.moving,
             verify=lambda engine: start_guard.verify(self.forward, engine, first, everything), bar=self.reporter.bar,
         )  # fmt: skip
@@ -282,7 +281,7 @@ class Trainer(face.Face):
 
     def _train(self) -> face.TrainResult:
         config, plan = self.config, self.plan
-        self.progress = Progress(num_tokens=self.progress.num_tokens)  # of this call: a second one begins anew
+        self.progress = Progress()  # of this call: a second one begins anew
         self.ready()
         if self.resume is not None:
             self.callbacks.restore(checkpoint.read_state(self.resume))
@@ -303,7 +302,7 @@ class Trainer(face.Face):
         if TOKEN_KL in self.objective.row_statistics:
             self.live = live.start(
                 self.references.policies, self.references.kept, sets, self.parameters,
-                loss=self.objective.pair_terms[0].name, whole=self._exchanging,
+                loss=live.reader(self.objective.pair_terms), whole=self._exchanging,
             )  # fmt: skip
             self.forward.begin(self.engine, self.router, self.live.rows)
         self.update = update = Update(self.model, self.parameters, config, self.world, self.optimizers, len(plan))
