@@ -98,15 +98,14 @@ def rows_of_sets(sets: Mapping[str, Sequence[Example]]) -> Any:
     return rows["eval"] if set(sets) == {"eval"} else rows
 
 
-def moving_reference(model: nn.Module, moving: MovingReference | None) -> nn.Module:
+def moving_reference(model: nn.Module, moving: MovingReference) -> nn.Module:
     """The reference of `sync_ref_model` as a model to look at: the policy's modules around the reference's weights.
 
     What does not move is shared with the policy, not copied; before training the reference is a copy of the policy.
     """
     memo: dict[int, Any] = {}
-    if moving is not None:
-        for name, parameter in moving.parameters.items():
-            memo[id(parameter)] = nn.Parameter(moving.values[name], requires_grad=False)
+    for name, parameter in moving.parameters.items():
+        memo[id(parameter)] = nn.Parameter(moving.values[name], requires_grad=False)
     for parameter in model.parameters():
         if id(parameter) not in memo and not parameter.requires_grad:
             memo[id(parameter)] = parameter

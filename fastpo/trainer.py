@@ -212,11 +212,11 @@ class Trainer(face.Face):
         self.progress = Progress()
         self.is_ready = self.in_loop = False
         alpha, every = config.ref_model_mixup_alpha, config.ref_model_sync_steps
-        move = functools.partial(cache.MovingReference, alpha=alpha, every=every, whole=self._exchanging)
-        self.moving_reference, self.moving = move, None
+        self.new_moving = functools.partial(cache.MovingReference, alpha=alpha, every=every, whole=self._exchanging)
+        self.moving: cache.MovingReference | None = None
         self.moving_model: nn.Module | None = None  # the same as a model to look at
         if config.sync_ref_model and config.fsdp == "no":  # else when its shards are there
-            self.moving = self.moving_reference(trainable(self.model))
+            self.moving = self.new_moving(trainable(self.model))
             self.moving_model = face.moving_reference(self.model, self.moving)
         self.live: live.LiveReference | None = None
         self.signals = Signals(busy=lambda: self.progress.updating)
@@ -261,7 +261,7 @@ class Trainer(face.Face):
         again, size = self.reporter.ensure_folder, config.max_shard_size
         self.files = saving.ModelFiles(self.weights, self.tokenizer, self.output_dir, size, again)
         if config.sync_ref_model and self.moving is None:
-            self.moving = self.moving_reference(self.parameters)
+            self.moving = self.new_moving(self.parameters)
         first = [self.data.train[i] for i in self.plan[0][1]]
         everything = self.data.all.values()
         self.router = start_guard.verify(
