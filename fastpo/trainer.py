@@ -300,10 +300,11 @@ class Trainer(face.Face):
         sets = {**sets, **self.stepwide.reference_sets(sets)}
         self.references.attach(plan, sets)
         if TOKEN_KL in self.objective.row_statistics:
-            self.live = live.start(
-                self.references.policies, self.references.kept, sets, self.parameters,
-                loss=live.reader(self.objective.pair_terms), whole=self._exchanging,
-            )  # fmt: skip
+            if self.live is None or self.fixed[roles.REF] is not None:  # else a first call's has the start's weights
+                self.live = live.start(
+                    self.references.policies, self.references.kept, sets, self.parameters,
+                    loss=live.reader(self.objective.pair_terms), whole=self._exchanging,
+                )  # fmt: skip
             self.forward.begin(self.engine, self.router, self.live.rows)
         self.update = update = Update(self.model, self.parameters, config, self.world, self.optimizers, len(plan))
         self.accumulation = Accumulation(

@@ -1,5 +1,6 @@
 """What scripts read of `fastpo.Trainer` before and after a run: evaluate, compute_metrics, rows, tags, files."""
 
+import copy
 import json
 import math
 
@@ -136,6 +137,28 @@ def test_a_second_call_counts_anew(trainer, capfd):
     for metrics in (first, second):
         rate = metrics["num_tokens"] / metrics["train_runtime"]
         assert metrics["tokens_per_second"] == pytest.approx(rate)
+
+
+@pytest.mark.parametrize("loss_type", ["dpo", "inpo", "tdpo2"])
+def test_a_second_call_keeps_the_reference(trainer, toy, tmp_path, monkeypatch, loss_type):
+    """It is the policy at its start, in the cache too, and not what the first call has made of it."""
+    monkeypatch.setenv("FASTPO_CACHE", str(tmp_path / "cache"))
+    sums = {"ref_chosen_logps": -20.0, "ref_rejected_logps": -21.0, "prev_chosen_logps": -22.0,
+            "prev_rejected_logps": -20.0}  # fmt: skip
+    rows = [{**row, **sums} for row in toy.rows(8)] if loss_type == "inpo" else toy.rows(8)
+    options = dict(
+        loss_type=loss_type, train_sampling_strategy="sequential", per_device_train_batch_size=8, max_steps=1
+    )  # fmt: skip
+    run = trainer(rows=rows, **options)
+    run.train()
+    cached = {path: path.read_bytes() for path in (tmp_path / "cache").rglob("*.safetensors")}
+    trained = copy.deepcopy(run.model)
+    run.train()
+    got = [line["loss"] for line in run.state.log_history if "loss" in line][-1]
+    assert {path: path.read_bytes() for path in (tmp_path / "cache").rglob("*.safetensors")} == cached
+    again = {} if loss_type == "inpo" else {"ref_model": toy.model()}
+    expected = trainer(trained, rows=rows, **again, **options).train().log_history[0]["loss"]
+    assert got == pytest.approx(expected, rel=1e-6)
 
 
 def test_moving_reference(trainer, toy):

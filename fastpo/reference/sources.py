@@ -58,6 +58,7 @@ class References:
         # Whether the policy's first losses have a closed form, and what it gives at the start where that is not it.
         self.starts_at_reference = policies.given[REF] is None and policies.start.is_exact
         self.start: TokenLogps | None = None
+        self._is_attached = False
         self._sets: Sets = {}
         self._logps: dict[str, TokenLogps | None] = {}
         self._refuse: str | None = None  # why the reference may not be computed: it is not the one of the start
@@ -86,7 +87,15 @@ class References:
         return batch.ref_logp if self.start is None else of_batch(self.start, batch)
 
     def attach(self, plan: StepPlan, sets: Sets) -> None:
-        """Know the token log-probabilities of every row of `sets` that the plan, or an evaluation, will visit."""
+        """Know the token log-probabilities of every row of `sets` that the plan, or an evaluation, will visit.
+
+        Once: at a second call, of the same plan and sets, the policy has left the start that they are of.
+        """
+        if not self._is_attached:
+            self._attach(plan, sets)
+        self._is_attached = True
+
+    def _attach(self, plan: StepPlan, sets: Sets) -> None:
         self._sets, self._logps = sets, {}
         if self.world.main:
             self.kept.clear()

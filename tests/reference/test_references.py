@@ -406,8 +406,10 @@ def test_a_resumed_run(toy, examples, parts, tmp_path, own_cache, monkeypatch):
     resumed, _ = parts(toy.model(), ref_model=toy.model(2), kept=Kept(tmp_path, begun, first.kept.keys))
     resumed.attach(plan(examples), sets)
     assert agree(resumed.of_set("train"), toy.model(1), examples, plan(examples).visited())
-    with pytest.raises(ConfigError, match="lacks the reference's log-probabilities for rows .* and ref_model that"):
-        resumed.attach(plan(examples, 3), sets)
+    resumed, _ = parts(toy.model(), ref_model=toy.model(2), kept=Kept(tmp_path, begun, first.kept.keys))
+    for _ in range(2):  # what has failed is not taken for done
+        with pytest.raises(ConfigError, match="lacks the reference's log-probabilities for rows .* and ref_model that"):
+            resumed.attach(plan(examples, 3), sets)
     with pytest.raises(ConfigError, match="lacks the reference's log-probabilities"):
         resumed.of_other_rows({"more": examples}, trained=True)
     same, _ = parts(toy.model(), ref_model=toy.model(1), kept=Kept(tmp_path, begun, first.kept.keys))
