@@ -1,6 +1,6 @@
 // fastpo._C: what PyTorch's GEMMs leave to be done on a CPU: the passes over logits (tile.inc), attention over packed trees
-// (attention.inc), a decoder's elementwise layers (layers.inc), and the bin packer (pack.inc). No PyTorch headers: pointers
-// come in as integers, so it builds in seconds in an isolated environment and serves every PyTorch.
+// (attention.inc), a decoder's elementwise layers (layers.inc), AdamW (adamw.inc), and the bin packer (pack.inc). No PyTorch
+// headers: pointers come in as integers, so it builds in seconds in an isolated environment and serves every PyTorch.
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -88,6 +88,24 @@ struct Layer {
   int x_bf16, w_bf16, y_bf16, back;
 };
 
+constexpr int64_t kAdamChunk = 1 << 14;  // numbers of a tensor that a thread takes at a time, and of one partial sum
+
+// One tensor of a step of AdamW.
+struct AdamW {
+  void* weight;  // bf16, or null where `master` is the model's own weight
+  const void* grad;
+  float *master, *m, *v;
+  double* sums;  // of each chunk's squared gradients: then nothing is stepped
+  int64_t count;
+  int grad_bf16;
+  float scale;  // of the gradient
+  float kept;   // 1 - rate * weight_decay
+  float one_less_beta1, beta2, one_less_beta2;
+  float rate;             // lr / (1 - beta1^step)
+  float over_root_bias2;  // 1 / sqrt(1 - beta2^step)
+  float eps;
+};
+
 }  // namespace
 
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
@@ -99,6 +117,7 @@ namespace {
 #include "tile.inc"
 #include "attention.inc"
 #include "layers.inc"
+#include "adamw.inc"
 }
 #undef TILE_NAMESPACE
 
@@ -114,6 +133,7 @@ namespace {
 #include "tile.inc"
 #include "attention.inc"
 #include "layers.inc"
+#include "adamw.inc"
 }
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -133,6 +153,7 @@ namespace {
 #include "tile.inc"
 #include "attention.inc"
 #include "layers.inc"
+#include "adamw.inc"
 }
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -149,11 +170,15 @@ namespace {
 using RowsFn = void (*)(const Tile&, int64_t, int64_t);
 using AttentionFn = void (*)(const Attention&, const int64_t* task, int64_t kv_head, float* room);
 using LayerFn = void (*)(const Layer&, int64_t, int64_t);
+using AdamFn = void (*)(const AdamW&, int64_t, int64_t);
+using SquaresFn = double (*)(const AdamW&, int64_t, int64_t);
 
 struct Isa {
   const char* name;
   RowsFn rows;
   LayerFn layer;
+  AdamFn adamw;
+  SquaresFn sum_of_squares;
   AttentionFn attention_forward, attention_backward;
 };
 
@@ -165,11 +190,11 @@ Isa pick_isa(const char* wanted) {
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (has_avx512 && (any || !strcmp(wanted, "avx512"))) return {"avx512", avx512::rows, avx512::layer, avx512::attention_forward, avx512::attention_backward};
-  if (has_avx2 && (any || !strcmp(wanted, "avx2"))) return {"avx2", avx2::rows, avx2::layer, avx2::attention_forward, avx2::attention_backward};
+  if (has_avx512 && (any || !strcmp(wanted, "avx512"))) return {"avx512", avx512::rows, avx512::layer, avx512::adamw, avx512::sum_of_squares, avx512::attention_forward, avx512::attention_backward};
+  if (has_avx2 && (any || !strcmp(wanted, "avx2"))) return {"avx2", avx2::rows, avx2::layer, avx2::adamw, avx2::sum_of_squares, avx2::attention_forward, avx2::attention_backward};
 #endif
-  if (any || !strcmp(wanted, "generic")) return {"generic", generic::rows, generic::layer, generic::attention_forward, generic::attention_backward};
-  return {wanted, nullptr, nullptr, nullptr, nullptr};
+  if (any || !strcmp(wanted, "generic")) return {"generic", generic::rows, generic::layer, generic::adamw, generic::sum_of_squares, generic::attention_forward, generic::attention_backward};
+  return {wanted, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
 }
 
 Isa current_isa = pick_isa(nullptr);
@@ -224,6 +249,23 @@ void work_on_layer(void* arg) {
   const int64_t rows = work->layer->rows;
   for (int64_t begin; (begin = work->next.fetch_add(kLayerRows)) < rows;)
     current_isa.layer(*work->layer, begin, begin + kLayerRows < rows ? begin + kLayerRows : rows);
+}
+
+struct AdamWork {
+  const AdamW* tensor;
+  std::atomic<int64_t> next{0};
+};
+
+void work_on_adamw(void* arg) {
+  AdamWork* work = static_cast<AdamWork*>(arg);
+  const AdamW& t = *work->tensor;
+  for (int64_t begin; (begin = work->next.fetch_add(kAdamChunk)) < t.count;) {
+    const int64_t end = begin + kAdamChunk < t.count ? begin + kAdamChunk : t.count;
+    if (t.sums)
+      t.sums[begin / kAdamChunk] = current_isa.sum_of_squares(t, begin, end);
+    else
+      current_isa.adamw(t, begin, end);
+  }
 }
 
 struct AttentionWork {
@@ -330,6 +372,49 @@ PyObject* layer_pass(PyObject*, PyObject* args) {
   Py_RETURN_NONE;
 }
 
+PyObject* adamw(PyObject*, PyObject* args) {
+  unsigned long long weight, grad, master, m, v;
+  long long count;
+  AdamW t{};
+  int threads;
+  if (!PyArg_ParseTuple(args, "KKKKKLpffffffffi", &weight, &grad, &master, &m, &v, &count, &t.grad_bf16, &t.scale, &t.kept,
+                        &t.one_less_beta1, &t.beta2, &t.one_less_beta2, &t.rate, &t.over_root_bias2, &t.eps, &threads))
+    return nullptr;
+  t.weight = pointer<void>(weight), t.grad = pointer<void>(grad), t.master = pointer<float>(master);
+  t.m = pointer<float>(m), t.v = pointer<float>(v), t.count = count;
+  AdamWork work;
+  work.tensor = &t;
+  Py_BEGIN_ALLOW_THREADS;
+  on_threads(count > kAdamChunk ? threads : 1, work_on_adamw, &work);
+  Py_END_ALLOW_THREADS;
+  Py_RETURN_NONE;
+}
+
+// Does not depend on the number of threads: chunks are summed in order.
+PyObject* sum_of_squares(PyObject*, PyObject* args) {
+  unsigned long long grad;
+  long long count;
+  AdamW t{};
+  int threads;
+  if (!PyArg_ParseTuple(args, "KLpi", &grad, &count, &t.grad_bf16, &threads)) return nullptr;
+  t.grad = pointer<void>(grad), t.count = count;
+  double total = 0.0;
+  bool failed = false;
+  Py_BEGIN_ALLOW_THREADS;
+  try {
+    std::vector<double> sums((count + kAdamChunk - 1) / kAdamChunk);
+    t.sums = sums.data();
+    AdamWork work;
+    work.tensor = &t;
+    on_threads(count > kAdamChunk ? threads : 1, work_on_adamw, &work);
+    for (double x : sums) total += x;
+  } catch (const std::bad_alloc&) {
+    failed = true;
+  }
+  Py_END_ALLOW_THREADS;
+  return failed ? PyErr_NoMemory() : PyFloat_FromDouble(total);
+}
+
 PyObject* pack_bins(PyObject*, PyObject* args) {
   unsigned long long sizes, cost, by_cost, out;
   long long n, capacity, ranks, least, nodes, nodes_a_bin, tries;
@@ -377,6 +462,9 @@ PyMethodDef methods[] = {
      "Attention over packed trees; the pointers of struct Attention, its numbers, strides, scale, bf16, then threads."},
     {"layer_pass", layer_pass, METH_VARARGS,
      "An elementwise layer; arguments are the fields of struct Layer in order, then the number of threads."},
+    {"adamw", adamw, METH_VARARGS,
+     "A step of AdamW of one tensor; pointers, count and numbers of struct AdamW, then the number of threads."},
+    {"sum_of_squares", sum_of_squares, METH_VARARGS, "Of a tensor: pointer, count, whether bf16, number of threads."},
     {"pack", pack_bins, METH_VARARGS,
      "The bin of each item, and how many bins; arguments as fastpo/data/packer.py passes them."},
     {"use_openmp_of", use_openmp_of, METH_VARARGS,

@@ -16,6 +16,7 @@ from transformers import get_scheduler
 
 from fastpo.config.train_config import TrainConfig
 from fastpo.errors import ConfigError
+from fastpo.training import cpu_adamw
 
 NARROW = (torch.bfloat16, torch.float16)
 MUON_KEEPS_MOMENTUM = tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) >= (2, 15)
@@ -171,7 +172,9 @@ class Gradients:
         return norm
 
     def _norm(self, grads: list[Tensor]) -> Tensor:
-        if grads:
+        if grads and (norm := cpu_adamw.norm(grads)) is not None:
+            pass
+        elif grads:
             wide = torch.float64 if any(g.dtype == torch.float64 for g in grads) else torch.float32
             norms = torch._foreach_norm(grads, 2, dtype=wide)
             norm = torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms])).float()
@@ -203,17 +206,32 @@ class Gradients:
         elif not finite:
             self._forget()
             return
+        given = self._give(optimizer, finite) if isinstance(optimizer, cpu_adamw.CpuAdamW) else {}
         late = {p: None for p in (*self.masters, *self.stand_ins) if self._gradient(p) is not None}  # in order
-        if not late or any(self.stepped(p).grad is not None for p in self.parameters):
+        if given or not late or any(self.stepped(p).grad is not None for p in self.parameters):
             optimizer.step()
             for p in self.parameters:
                 if p not in late:
                     self.stepped(p).grad = p.grad = None
         for chunk in _buckets(list(late)):
             self._step_chunk(optimizer, chunk)
-        if self.masters:
-            torch._foreach_copy_(list(self.masters), list(self.masters.values()))
+        if copied := [p for p in self.masters if p not in given]:
+            torch._foreach_copy_(copied, [self.masters[p] for p in copied])
         self._forget()
+
+    def _give(self, optimizer: cpu_adamw.CpuAdamW, finite: Tensor) -> dict[Tensor, None]:
+        """Hands over, if `finite`, what one pass can step; returns those parameters, whose gradients are gone then."""
+        given: dict[Tensor, None] = {}
+        scale = 1.0 if self.scale is None else float(self.scale)
+        for p, master in self.masters.items():
+            grad = self._gradient(p) if master.grad is None else master.grad
+            if grad is None or not cpu_adamw.can_step(master, grad, p):
+                continue
+            if finite:
+                optimizer.give(master, grad, p, scale if grad.dtype in NARROW else 1.0)
+            given[p] = master.grad = p.grad = None
+            self.buffers.pop(p, None)
+        return given
 
     def _step_chunk(self, optimizer: torch.optim.Optimizer, chunk: list[Tensor]) -> None:
         for p in chunk:
@@ -379,7 +397,9 @@ def build_optimizer(model: nn.Module, config: TrainConfig, gradients: Gradients)
         both = [{**group, "optim_bits": b} for part, b in parts for group in part]
         return _construct(config, _bitsandbytes_adamw(optim), both, lr=lr, optim_bits=bits, is_paged=paged, **adam)
     fused = True if optim == "adamw_torch_fused" else None
-    return _construct(config, torch.optim.AdamW, groups(names), lr=lr, fused=fused, **adam)
+    one_pass = fused and gradients.masters and cpu_adamw.available() and "amsgrad" not in (config.optim_args or "")
+    kind = cpu_adamw.CpuAdamW if one_pass else torch.optim.AdamW
+    return _construct(config, kind, groups(names), lr=lr, fused=fused, **adam)
 
 
 def check_given(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> None:
