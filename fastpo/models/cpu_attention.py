@@ -1,7 +1,7 @@
-"""Packed attention on a CPU by compiled code (csrc/attention.inc): whole trees, forward and backward, in fp32 and bf16.
+"""Packed attention on a CPU by compiled code (csrc/attention.inc): whole trees, forward and backward, fp32 and bf16.
 
-Arithmetic and sums are in fp32 whatever the dtype. A row's numbers depend on its own chain and prompt alone, not on what
-else is packed, and not on the number of threads.
+Arithmetic and sums are in fp32 whatever the dtype. A row's numbers depend on its own chain and prompt alone, not on
+what else is packed, and not on the number of threads.
 
 T = packed tokens, H = query heads, G = key and value heads, D = head size, C = chains.
 """
@@ -23,7 +23,7 @@ _ROWS = 64  # kRows of csrc/ext.cpp
 class Tasks(NamedTuple):
     """The tables of csrc/attention.inc, int64; the dearest tasks come first, since threads take them in turn."""
 
-    chains: Tensor  # [C, 4]: first token, end, and those of the prompt that its tokens see (0, 0 without); trees together
+    chains: Tensor  # [C, 4]: first token, end, and those of the prompt that it sees (0, 0 without); trees together
     forward: Tensor  # [tasks, 3]: chain, first token, end
     backward: Tensor  # [trees, 2]: first chain, the one that holds the others' prompts, and end
     seen: int  # keys that the longest task of the forward sees

@@ -1,4 +1,4 @@
-"""A decoder's elementwise layers on a CPU, each in one pass of compiled code (csrc/layers.inc) forward and one backward.
+"""A decoder's elementwise layers on a CPU, each in one pass of compiled code (csrc/layers.inc) and one backward.
 
 What Liger's kernels are to a GPU: RMSNorm, rotary embeddings and SiLU of the gate times up take several passes each as
 transformers writes them, with fp32 copies between. Here memory holds the model's dtype, arithmetic is fp32, and results
@@ -7,11 +7,10 @@ are rounded once. A layer is replaced only where a trial on random numbers shows
 T = tokens, H = heads, D = head size, M = columns.
 """
 
-import contextlib
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,7 +29,7 @@ _ROPE = "apply_rotary_pos_emb"  # transformers' name for it, in every family's f
 def _pass(
     kind: int, x: Tensor, w: Tensor, *, y: Tensor, dy: Tensor | None = None, dx: Tensor | None = None,
     dw: Tensor | None = None, rstd: Tensor | None = None, sums: Tensor | None = None, rows: int, cols: int,
-    heads: int = 1, ld: tuple[int, int, int] = (0, 0, 0), eps: float = 0.0, offset: float = 0.0, back: bool = False,
+    heads: int = 1, ld: tuple[int, ...] = (0, 0, 0), eps: float = 0.0, offset: float = 0.0, back: bool = False,
 ) -> None:  # fmt: skip
     pointers = (0 if t is None else t.data_ptr() for t in (x, w, dy, y, dx, dw, rstd, sums))
     half = (t.dtype == torch.bfloat16 for t in (x, w, y))
@@ -140,36 +139,37 @@ def available() -> bool:
     return backends._C is not None
 
 
-@contextlib.contextmanager
-def fused_layers(trunk: nn.Module) -> Iterator[None]:
-    """Inside, the layers of a trunk on the CPU run fused where they compute what is fused here; no name of the model's
-    changes, and generate() outside runs the layers as they came."""
-    replaced: list[nn.Module] = []
-    files: dict[str, Any] = {}
-    if available():
-        inner = {id(m) for layer in trunk.modules() if isinstance(layer, GradientCheckpointingLayer) for m in layer.modules()}
+class FusedLayers:
+    """The layers of a trunk that compute what is fused here, in place of their own while it is `on`; no name of the
+    model's changes."""
+
+    def __init__(self, trunk: nn.Module):
+        self._forwards: list[tuple[nn.Module, Callable[..., Tensor]]] = []
+        self._files: dict[str, Any] = {}  # of families, with their own rotary function
+        if not available():
+            return
+        layers = [m for m in trunk.modules() if isinstance(m, GradientCheckpointingLayer)]
+        inner = {id(m) for layer in layers for m in layer.modules()}
         for module in trunk.modules():
-            if "forward" in vars(module):
-                continue  # somebody else's
-            if (forward := _fused_forward(module, id(module) in inner)) is not None:
-                module.forward = forward  # type: ignore[assignment]
-                replaced.append(module)
+            forward = None if "forward" in vars(module) else _fused_forward(module, id(module) in inner)
+            if forward is not None:  # and nobody else has replaced it
+                self._forwards.append((module, forward))
             file = type(module).__module__
-            if file not in files and _turns_halves(file):
-                files[file] = getattr(sys.modules[file], _ROPE)
-        for file, original in files.items():
-            setattr(sys.modules[file], _ROPE, _rotary_or(original))
-    try:
-        yield
-    finally:
-        for module in replaced:
-            del module.forward
-        for file, original in files.items():
-            setattr(sys.modules[file], _ROPE, original)
+            if file not in self._files and _turns_halves(file):
+                self._files[file] = getattr(sys.modules[file], _ROPE)
+
+    def switch(self, on: bool) -> None:
+        for module, forward in self._forwards:
+            if on:
+                module.forward = forward
+            else:
+                vars(module).pop("forward", None)
+        for file, original in self._files.items():
+            setattr(sys.modules[file], _ROPE, _rotary_or(original) if on else original)
 
 
-def _fused_forward(module: nn.Module, inner: bool) -> Callable[..., Tensor] | None:
-    kind = type(module)
+def _fused_forward(module: Any, inner: bool) -> Callable[..., Tensor] | None:
+    kind: Any = type(module)
     as_it_came = module.forward
     if kind.__name__.endswith("RMSNorm"):
         if (rule := _norm_rule(kind, _eps(module))) is None:
@@ -178,7 +178,7 @@ def _fused_forward(module: nn.Module, inner: bool) -> Callable[..., Tensor] | No
 
         def norm(x: Tensor) -> Tensor:
             weight = module.weight
-            if not _dense(x, weight) or x.dtype == torch.bfloat16 != weight.dtype:
+            if torch.compiler.is_compiling() or not _dense(x, weight) or x.dtype == torch.bfloat16 != weight.dtype:
                 return as_it_came(x)
             # The matrix multiplies that read it would cast it, each for itself.
             cast = inner and torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
@@ -188,6 +188,8 @@ def _fused_forward(module: nn.Module, inner: bool) -> Callable[..., Tensor] | No
     if _is_gated_mlp(kind, module):
 
         def mlp(x: Tensor) -> Tensor:
+            if torch.compiler.is_compiling():  # torch_compile fuses by itself, and does not see through compiled code
+                return as_it_came(x)
             gate, up = module.gate_proj(x), module.up_proj(x)
             if not _dense(gate, up) or gate.dtype != up.dtype:
                 return module.down_proj(module.act_fn(gate) * up)
@@ -201,7 +203,7 @@ def _eps(module: nn.Module) -> float | None:
     return next((e for n in ("variance_epsilon", "eps") if isinstance(e := getattr(module, n, None), float)), None)
 
 
-def _stand_in(kind: type[nn.Module], **attributes: Any) -> nn.Module:
+def _stand_in(kind: Any, **attributes: Any) -> Any:
     """An instance of a class with these attributes and submodules alone."""
     module = kind.__new__(kind)
     nn.Module.__init__(module)
@@ -221,7 +223,7 @@ def _agree(ours: Tensor, theirs: Any) -> bool:
 
 @functools.cache
 @torch.no_grad()
-def _norm_rule(kind: type[nn.Module], eps: float | None) -> tuple[float, float] | None:
+def _norm_rule(kind: Any, eps: float | None) -> tuple[float, float] | None:
     """(eps, what is added to the weight) of a class of RMSNorms; None where it computes something else."""
     if eps is None:
         return None
@@ -235,11 +237,11 @@ def _norm_rule(kind: type[nn.Module], eps: float | None) -> tuple[float, float] 
     return (eps, found[0]) if found else None
 
 
-def _is_gated_mlp(kind: type[nn.Module], module: nn.Module) -> bool:
+def _is_gated_mlp(kind: Any, module: nn.Module) -> bool:
     names = {name for name, _ in module.named_children()}
     if not {"gate_proj", "up_proj", "down_proj"} <= names or not hasattr(module, "act_fn"):
         return False
-    return type(module.act_fn) in (nn.SiLU, _silu()) and _multiplies(kind, type(module.act_fn))
+    return type(module.act_fn) in (nn.SiLU, _silu()) and _multiplies(kind, nn.SiLU)
 
 
 def _silu() -> type:
@@ -250,11 +252,12 @@ def _silu() -> type:
 
 @functools.cache
 @torch.no_grad()
-def _multiplies(kind: type[nn.Module], activation: type[nn.Module]) -> bool:
+def _multiplies(kind: Any, activation: Any) -> bool:
     """Whether a class of MLPs is down(act(gate(x)) * up(x)) and no more."""
     if list(inspect.signature(kind.forward).parameters)[2:]:
         return False
-    gate, up, down = (nn.Linear(32, 32, bias=False) for _ in range(3))
+    # Without the random numbers that nn.Linear begins with: a run's are not to depend on what has been tried.
+    gate, up, down = (nn.utils.skip_init(nn.Linear, 32, 32, bias=False) for _ in range(3))
     for i, linear in enumerate((gate, up, down)):
         linear.weight.copy_(_numbers(3, 32, 32)[i])
     module = _stand_in(kind, gate_proj=gate, up_proj=up, down_proj=down, act_fn=activation())
@@ -284,9 +287,10 @@ def _turns_halves(file: str) -> bool:
 
 def _rotary_or(original: Callable[..., Any]) -> Callable[..., Any]:
     def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
-        plain = not args and not kwargs and q.dim() == 4 and len(q) == 1 and cos.dim() == 3 and len(cos) == 1
+        plain = not (args or kwargs or torch.compiler.is_compiling())
         if (
-            plain and _dense(q, k, cos, sin, multiple=2 * _LANES) and q.dtype == k.dtype and cos.dtype == sin.dtype
+            plain and q.dim() == 4 and cos.dim() == 3 and len(q) == len(cos) == 1
+            and _dense(q, k, cos, sin, multiple=2 * _LANES) and q.dtype == k.dtype and cos.dtype == sin.dtype
             and q.shape[-1] == k.shape[-1] == cos.shape[-1] and cos.shape == sin.shape
         ):  # fmt: skip
             return rotary(q, k, cos.contiguous(), sin.contiguous())

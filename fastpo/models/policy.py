@@ -74,6 +74,7 @@ class Policy:
         if not self.unpacked and (why := _unpackable(self.causal_lm)):
             self.unpack(why)
         self._originals: list[tuple[Any, str | None]] | None = None  # (config, implementation) while attached
+        self._fused: cpu_layers.FusedLayers | None = None  # while attached, on a CPU
         attention.register()
         adapters.settle_quantized(self.causal_lm)
 
@@ -179,12 +180,16 @@ class Policy:
         try:
             if not self.unpacked:
                 switch_attention(self.causal_lm, attention.NAME)
-            fused = contextlib.nullcontext() if self.unpacked else cpu_layers.fused_layers(self.trunk)
-            with fused, rotary.by_chain(self.trunk), attention.own_temperatures(self.trunk, packed=not self.unpacked):
+                self._fused = cpu_layers.FusedLayers(self.trunk)
+                self._fused.switch(True)
+            with rotary.by_chain(self.trunk), attention.own_temperatures(self.trunk, packed=not self.unpacked):
                 yield self
         finally:
             restore_attention(self._originals)
             self._originals = None
+            if self._fused is not None:
+                self._fused.switch(False)
+                self._fused = None
 
     @contextlib.contextmanager
     def detached(self) -> Iterator[nn.Module]:
@@ -193,12 +198,16 @@ class Policy:
         if originals is not None:
             attached = [(config, config._attn_implementation_internal) for config, _ in originals]
             restore_attention(originals)
+            if self._fused is not None:
+                self._fused.switch(False)
         try:
             yield self.model
         finally:
             if originals is not None:
                 restore_attention(attached)
                 self._originals = originals
+                if self._fused is not None:
+                    self._fused.switch(True)
 
     def _trunk_forward(self, input_ids: Tensor, position_ids: Tensor, layout: Layout) -> Tensor:
         outputs = self.trunk(

@@ -1,7 +1,7 @@
 """AdamW for 16-bit weights on a CPU, in one pass over memory by compiled code (csrc/adamw.inc).
 
-PyTorch's fused AdamW wants fp32 gradients beside fp32 weights, so that a 16-bit gradient is copied, scaled and stepped,
-and the result copied into the model's weight: four passes. Here one reads the gradient as it is and writes both weights.
+PyTorch's fused AdamW wants fp32 gradients beside fp32 weights, so that a 16-bit gradient is copied, scaled and
+stepped, and the result copied into the model's weight: four passes. Here one reads it as it is and writes both weights.
 """
 
 import math
@@ -14,27 +14,16 @@ from fastpo.ops import backends
 
 
 class CpuAdamW(torch.optim.AdamW):
-    """torch.optim.AdamW, of which `step` also takes what `give` handed over since the last one.
+    """torch.optim.AdamW, with a step of one parameter that reads and writes 16 bits.
 
     State and options are torch.optim.AdamW's, so that checkpoints are alike.
     """
 
-    _given: tuple[tuple[nn.Parameter, Tensor, Tensor, float], ...] = ()
-
-    def give(self, master: nn.Parameter, grad: Tensor, weight: Tensor, scale: float) -> None:
-        """To be stepped: an fp32 copy, the gradient in fp32 or bf16, times `scale`, and the bf16 weight to be written."""
-        self._given += ((master, grad, weight, scale),)
-
     @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        given, self._given = self._given, ()
-        loss = super().step(closure)
-        group_of = {p: group for group in self.param_groups for p in group["params"]}
-        for master, grad, weight, scale in given:
-            self._step(group_of[master], master, grad, weight, scale)
-        return loss
-
-    def _step(self, group: dict[str, Any], master: nn.Parameter, grad: Tensor, weight: Tensor, scale: float) -> None:
+    def step_one(self, master: nn.Parameter, grad: Tensor, weight: Tensor, scale: float) -> None:
+        """Steps an fp32 copy by a gradient in fp32 or bf16 times `scale`, and writes the bf16 weight; `can_step` says
+        of what. `step` leaves the copy alone, which has no gradient of its own."""
+        group = next(g for g in self.param_groups if any(p is master for p in g["params"]))
         state = self.state[master]
         if not state:  # as torch.optim.AdamW begins
             state["step"] = torch.zeros((), dtype=torch.float32)
@@ -67,12 +56,13 @@ def available() -> bool:
 
 def norm(grads: list[Tensor]) -> Tensor | None:
     """The 2-norm of fp32 and bf16 gradients on a CPU, [] fp32; None of others."""
-    plain = available() and all(
-        type(g) is Tensor and g.device.type == "cpu" and g.dtype in (torch.float32, torch.bfloat16) and g.is_contiguous()
-        for g in grads
-    )  # fmt: skip
-    if not plain:
+    if not (available() and all(map(_is_plain, grads))):
         return None
     threads = torch.get_num_threads()
     squares = (backends._C.sum_of_squares(g.data_ptr(), g.numel(), g.dtype == torch.bfloat16, threads) for g in grads)
     return torch.tensor(math.sqrt(math.fsum(squares)), dtype=torch.float32)
+
+
+def _is_plain(grad: Tensor) -> bool:
+    dtypes = (torch.float32, torch.bfloat16)
+    return type(grad) is Tensor and grad.device.type == "cpu" and grad.dtype in dtypes and grad.is_contiguous()

@@ -206,32 +206,32 @@ class Gradients:
         elif not finite:
             self._forget()
             return
-        given = self._give(optimizer, finite) if isinstance(optimizer, cpu_adamw.CpuAdamW) else {}
+        done = self._step_in_one_pass(optimizer, finite) if isinstance(optimizer, cpu_adamw.CpuAdamW) else {}
         late = {p: None for p in (*self.masters, *self.stand_ins) if self._gradient(p) is not None}  # in order
-        if given or not late or any(self.stepped(p).grad is not None for p in self.parameters):
+        if done or not late or any(self.stepped(p).grad is not None for p in self.parameters):
             optimizer.step()
             for p in self.parameters:
                 if p not in late:
                     self.stepped(p).grad = p.grad = None
         for chunk in _buckets(list(late)):
             self._step_chunk(optimizer, chunk)
-        if copied := [p for p in self.masters if p not in given]:
+        if copied := [p for p in self.masters if p not in done]:
             torch._foreach_copy_(copied, [self.masters[p] for p in copied])
         self._forget()
 
-    def _give(self, optimizer: cpu_adamw.CpuAdamW, finite: Tensor) -> dict[Tensor, None]:
-        """Hands over, if `finite`, what one pass can step; returns those parameters, whose gradients are gone then."""
-        given: dict[Tensor, None] = {}
+    def _step_in_one_pass(self, optimizer: cpu_adamw.CpuAdamW, finite: Tensor) -> dict[Tensor, None]:
+        """Steps, if `finite`, what compiled code takes as it is; returns those parameters, whose gradients are gone."""
+        done: dict[Tensor, None] = {}
         scale = 1.0 if self.scale is None else float(self.scale)
         for p, master in self.masters.items():
             grad = self._gradient(p) if master.grad is None else master.grad
             if grad is None or not cpu_adamw.can_step(master, grad, p):
                 continue
             if finite:
-                optimizer.give(master, grad, p, scale if grad.dtype in NARROW else 1.0)
-            given[p] = master.grad = p.grad = None
+                optimizer.step_one(master, grad, p, scale if grad.dtype in NARROW else 1.0)
+            done[p] = master.grad = p.grad = None
             self.buffers.pop(p, None)
-        return given
+        return done
 
     def _step_chunk(self, optimizer: torch.optim.Optimizer, chunk: list[Tensor]) -> None:
         for p in chunk:
