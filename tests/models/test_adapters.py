@@ -157,8 +157,6 @@ def test_adapter(kind: str, tied: bool, tmp_path) -> None:
 @pytest.mark.parametrize("init", [True, False, "gaussian", "orthogonal", "mica", "pissa", "olora"])
 def test_what_a_new_lora_starts_from(init) -> None:
     """`starts_at_base` and `rewrites_base` say what is measured, for every initialisation that is allowed."""
-    if init == "mica" and not hasattr(peft.tuners.lora.LoraLayer, "mica_init"):
-        pytest.skip(f"PEFT {peft.__version__} has no 'mica'; 0.20 has")
     base = make_model()
     want = own_logps(base).detach()
     config = lora(init_lora_weights=init)
