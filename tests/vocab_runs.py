@@ -474,7 +474,7 @@ def work(rank: int, port: int, folder: str) -> None:
         setattr(backends, name, 8 << 10)
     backends.CPU_TILE_ROWS = 32
     for name, (slices, backend, dtype, case) in CASES.items():
-        if rank < len(slices) and (backend != "cpu" or backends._C is not None):
+        if rank < len(slices) and (backend != "cpu" or backends.compiled is not None):
             out[name] = sliced_case(groups[len(slices)], slices, backend, DTYPES[dtype], case)
     torch.save(out, Path(folder) / f"{rank}.pt")
     dist.barrier()

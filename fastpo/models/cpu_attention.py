@@ -69,7 +69,7 @@ def can_run(query: Tensor, key: Tensor, value: Tensor, scale: float) -> bool:
     """Whether the compiled code is here and made for such tensors."""
     size = query.shape[-1]
     return (
-        backends._C is not None
+        backends.compiled is not None
         and query.device.type == "cpu"
         and query.dtype == key.dtype == value.dtype
         and query.dtype in (torch.float32, torch.bfloat16)
@@ -109,7 +109,7 @@ def _run(
     table = tasks.backward if is_backward else tasks.forward
     room = 5 * _ROWS * size + (4 * tasks.largest if is_backward else 2 * tasks.seen) * size
     strides = [s for x in (query, key, value, out if dout is None else dout) for s in x.stride()[:2]]
-    backends._C.tree_attention(
+    backends.compiled.tree_attention(
         query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr(), lse.data_ptr(),
         0 if dout is None else dout.data_ptr(), *(g.data_ptr() for g in grads or (out,) * 3),
         tasks.chains.data_ptr(), table.data_ptr(), len(table), heads, key.shape[1], size, room, *strides,

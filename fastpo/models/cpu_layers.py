@@ -33,7 +33,7 @@ def _pass(
 ) -> None:  # fmt: skip
     pointers = (0 if t is None else t.data_ptr() for t in (x, w, dy, y, dx, dw, rstd, sums))
     half = (t.dtype == torch.bfloat16 for t in (x, w, y))
-    backends._C.layer_pass(
+    backends.compiled.layer_pass(
         kind, *pointers, rows, cols, heads, *ld, eps, offset, *half, back, torch.get_num_threads()
     )  # fmt: skip
 
@@ -136,7 +136,7 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
 
 
 def available() -> bool:
-    return backends._C is not None
+    return backends.compiled is not None
 
 
 class FusedLayers:

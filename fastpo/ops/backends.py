@@ -94,15 +94,15 @@ def load_extension():
     if os.environ.get("FASTPO_NO_CSRC", "0") not in ("", "0"):
         return None
     try:
-        from fastpo import _C
+        from fastpo import _C as extension
     except ImportError:
         return None
     library = Path(torch.__file__).parent / "lib" / "libtorch_cpu"
-    _C.use_openmp_of(str(library.with_suffix(".dylib" if sys.platform == "darwin" else ".so")))
-    return _C
+    extension.use_openmp_of(str(library.with_suffix(".dylib" if sys.platform == "darwin" else ".so")))
+    return extension
 
 
-_C = load_extension()
+compiled = load_extension()  # fastpo._C, or None
 
 
 def _slices(columns: int, column_bytes: int, tile_bytes: int) -> list[slice]:
@@ -342,7 +342,7 @@ def _cpu_pass(
     m, others, z_target, ez = (row.data_ptr() for row in rows)
     bias = 0 if head.bias is None else head.bias[v].data_ptr()
     sums_ptr, sums_columns = (0, 0) if sums is None else (sums.data_ptr(), sums.shape[1])
-    _C.tile_pass(
+    compiled.tile_pass(
         tile.data_ptr(), tile.data_ptr() if keep else 0, bias, head.target.data_ptr(), m, others, z_target,
         *((0, 0) if top is None else (ez, top.data_ptr())), sums_ptr, 0 if factor is None else factor.data_ptr(),
         tile.stride(0), tile.stride(0), *tile.shape, v.start, past, sums_columns,

@@ -25,7 +25,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"  # Triton kernels o
 def available_backends() -> list[str]:
     """Backends that run on this machine: `triton` on GPUs, `cpu` (compiled, fp32 and bf16), `torch` anywhere."""
     triton = HAS_TRITON and (torch.cuda.is_available() or INTERPRETED)
-    found = {"triton": triton, "cpu": backends._C is not None, "torch": True}
+    found = {"triton": triton, "cpu": backends.compiled is not None, "torch": True}
     return [name for name in found if found[name]]
 
 
@@ -84,7 +84,7 @@ def choose_backend(backend: str, tensor: Tensor) -> str:
     on_cpu = tensor.device.type == "cpu"
     if backend == "auto":
         native = "torch"
-        if on_cpu and backends._C is not None:
+        if on_cpu and backends.compiled is not None:
             native = "cpu"
         elif tensor.device.type == "cuda" and HAS_TRITON and chips.triton_compiles(tensor.device.index):
             native = "triton"

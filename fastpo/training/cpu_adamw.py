@@ -5,7 +5,6 @@ stepped, and the result copied into the model's weight: four passes. Here one re
 """
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +30,7 @@ class CpuAdamW(torch.optim.AdamW):
             state["exp_avg_sq"] = torch.zeros_like(master, memory_format=torch.preserve_format)
         state["step"] += 1
         step, lr, (beta1, beta2) = int(state["step"]), float(group["lr"]), group["betas"]
-        backends._C.adamw(
+        backends.compiled.adamw(
             weight.data_ptr(), grad.data_ptr(), master.data_ptr(), state["exp_avg"].data_ptr(),
             state["exp_avg_sq"].data_ptr(), master.numel(), grad.dtype == torch.bfloat16, scale,
             1 - lr * group["weight_decay"], 1 - beta1, beta2, 1 - beta2, lr / (1 - beta1**step),
@@ -51,7 +50,7 @@ def can_step(master: Tensor, grad: Tensor, weight: Tensor) -> bool:
 
 
 def available() -> bool:
-    return backends._C is not None
+    return backends.compiled is not None
 
 
 def norm(grads: list[Tensor]) -> Tensor | None:
@@ -59,7 +58,9 @@ def norm(grads: list[Tensor]) -> Tensor | None:
     if not (available() and all(map(_is_plain, grads))):
         return None
     threads = torch.get_num_threads()
-    squares = (backends._C.sum_of_squares(g.data_ptr(), g.numel(), g.dtype == torch.bfloat16, threads) for g in grads)
+    squares = (
+        backends.compiled.sum_of_squares(g.data_ptr(), g.numel(), g.dtype == torch.bfloat16, threads) for g in grads
+    )
     return torch.tensor(math.sqrt(math.fsum(squares)), dtype=torch.float32)
 
 

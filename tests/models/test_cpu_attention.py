@@ -11,7 +11,7 @@ from fastpo.models.layout import Layout
 from fastpo.models.tree_attention import cpu_tree_attention
 from fastpo.ops import backends
 
-pytestmark = pytest.mark.skipif(backends._C is None, reason="needs the compiled extension")
+pytestmark = pytest.mark.skipif(backends.compiled is None, reason="needs the compiled extension")
 
 CHAINS = (0, 143, 230, 300, 310, 310, 600, 605, 700)  # one of no tokens
 BRANCHES = (Branch(143, 230, 0, 70), Branch(600, 700, 310, 500))  # the second of two chains
@@ -58,12 +58,12 @@ def test_no_further_from_fp64_than_pytorch(heads, dtype):
 def test_every_instruction_set(isa):
     layout = Layout.from_chains(CHAINS, BRANCHES)
     true = results(cpu_tree_attention, layout, *tensors("grouped", torch.float64))
-    if not backends._C.use_isa(isa):
+    if not backends.compiled.use_isa(isa):
         pytest.skip(f"this processor has no {isa}")
     try:
         got = results(compiled_tree_attention, layout, *tensors("grouped", torch.float32))
     finally:
-        backends._C.use_isa(None)
+        backends.compiled.use_isa(None)
     assert max(error(a, t) for a, t in zip(got, true, strict=True)) < 5e-7
 
 

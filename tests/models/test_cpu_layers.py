@@ -10,7 +10,7 @@ from transformers.activations import ACT2FN
 from fastpo.models import cpu_layers
 from fastpo.ops import backends
 
-pytestmark = pytest.mark.skipif(backends._C is None, reason="needs the compiled extension")
+pytestmark = pytest.mark.skipif(backends.compiled is None, reason="needs the compiled extension")
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -61,12 +61,12 @@ def test_no_further_from_fp64_than_pytorch(layer, dtype, isa):
         return [x.detach().double() for x in (*out, *grads)]
 
     true, theirs = results(plain, torch.float64), results(plain, DTYPES[dtype])
-    if not backends._C.use_isa(isa):
+    if not backends.compiled.use_isa(isa):
         pytest.skip(f"this processor has no {isa}")
     try:
         got = results(ours, DTYPES[dtype])
     finally:
-        backends._C.use_isa(None)
+        backends.compiled.use_isa(None)
     for a, b, t in zip(got, theirs, true, strict=True):
         assert (a - t).norm() <= 1.5 * (b - t).norm() + 1e-7 * t.norm()
 

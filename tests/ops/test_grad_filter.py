@@ -16,7 +16,7 @@ from fastpo.ops import backends, grad_filter
 from fastpo.training.metrics import Window
 
 TILE = 32
-BUILT = backends._C is not None
+BUILT = backends.compiled is not None
 BACKENDS = ["torch", pytest.param("cpu", marks=pytest.mark.skipif(not BUILT, reason="csrc/ was not built"))]
 DTYPES = [pytest.param(getattr(torch, name), id=name) for name in ("float32", "bfloat16", "float64")]
 TRAINED = {"kept": ("hidden", "weight", "bias"), "sliced": ("hidden", "weight", "bias"), "frozen": ("hidden",)}

@@ -25,7 +25,7 @@ from fastpo.ops import backends, inputs, parts
 from fastpo.training.metrics import pair_metrics
 
 HERE = Path(__file__).resolve()
-BUILT = backends._C is not None
+BUILT = backends.compiled is not None
 GPU = pytest.mark.gpu
 
 # In Triton's interpreter the small ones run on CPU tensors too, in a process of their own (the last test).

@@ -32,7 +32,7 @@ def cases(ranks):
         for regime, result in regimes.items()
     ]
     backs = {case.split()[0] for _, case, _, _ in found}
-    assert backs >= {"torch", "triton"} | ({"cpu"} if backends._C is not None else set())
+    assert backs >= {"torch", "triton"} | ({"cpu"} if backends.compiled is not None else set())
     assert len(found) > 100
     return found
 

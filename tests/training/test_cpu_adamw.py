@@ -9,7 +9,7 @@ from fastpo.ops import backends
 from fastpo.training import cpu_adamw
 from fastpo.training.optim import Gradients, build_optimizer
 
-pytestmark = pytest.mark.skipif(backends._C is None, reason="needs the compiled extension")
+pytestmark = pytest.mark.skipif(backends.compiled is None, reason="needs the compiled extension")
 
 
 def layer(seed: int = 0) -> nn.Module:
