@@ -57,8 +57,8 @@ def _store_rows(ptr, x, offs, stop, offs_d, size, stride_t):
 def _score_rule(products, scale, softcap):
     """(scores in units of log 2, d score / d (scale * product) without that unit)."""
     if softcap is not None:
-        t = _tanh(products * (scale / softcap))
-        return t * (softcap * _LOG2E), 1.0 - t * t
+        t, slope = _tanh(products * (scale / softcap))
+        return t * (softcap * _LOG2E), slope
     else:
         return products * (scale * _LOG2E), 1.0
 

@@ -70,7 +70,7 @@ class Kept(NamedTuple):
     saved: Tensor  # by regime: [0], [N, D], [N, V], [0]
     stats: Tensor  # [stats_rows(regime, backend), N]
     shift: Tensor  # [N], sum exp(z) = total * exp(shift)
-    total: Tensor | None  # [N], None for 1
+    total: Tensor  # [N]
 
 
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -78,9 +78,9 @@ def acc_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def stats_rows(regime: str, backend: str) -> int:
-    """How many numbers of each row the backward needs: (m, sum, sum without target), (lse, logp), or a factor."""
+    """How many numbers of each row the backward needs: (m, sum, sum without target; for Triton logp), or a factor."""
     if regime == "sliced":
-        return 2 if backend == "triton" else 3
+        return 3
     return int(regime == "kept" and backend == "cpu")
 
 
@@ -457,7 +457,8 @@ def triton_forward(head: Head, regime: str, entropy: bool) -> Kept:
     x, w = head.hidden, head.weight
     n, v_size = len(x), len(w)
     rule: dict[str, Any] = {"softcap": head.softcap, "logit_scale": head.logit_scale, "entropy": entropy}
-    logp, lse = (x.new_empty(n, dtype=torch.float32) for _ in range(2))
+    stats = x.new_empty(3, n, dtype=torch.float32)
+    logp = x.new_empty(n, dtype=torch.float32)
     entropies, top1 = (logp.new_empty(n if entropy else 0) for _ in range(2))
     use_fused = regime in ("none", "sliced") and chips.use_fused_forward(x, w)
     block = device_rows(n, fused.fused_partial_bytes(v_size) if use_fused else v_size * x.element_size())
@@ -471,19 +472,20 @@ def triton_forward(head: Head, regime: str, entropy: bool) -> Kept:
     write = "grad" if regime in ("frozen", "kept") else None
     for begin in range(0, n, block):
         r = slice(begin, min(begin + block, n))
-        rule["top1"] = top1[r] if entropy else None
+        rule |= {"top1": top1[r] if entropy else None, "norm": stats[:2, r]}
         if use_fused:
             rows = fused.fused_logprob_fwd(x[r], w, head.target[r], head.bias, **rule)
         else:
             u = torch.mm(x[r], w.t(), out=logits[: r.stop - begin])
             rows = logprob.logprob_row_fwd(u, head.target[r], head.bias, write=write, **rule)
-        logp[r], lse[r], row_entropy = rows
+        logp[r], _, row_entropy = rows
         if entropy:
             entropies[r] = row_entropy
         if regime == "frozen":
             saved[r] = _mm_wide(u, w, saved.dtype)
-    stats = torch.stack([lse, logp]) if regime == "sliced" else lse.new_empty(0, n)
-    return Kept(logp, entropies, top1, saved, stats, lse, None)
+    stats[2] = logp
+    kept_stats = stats.clone() if regime == "sliced" else logp.new_empty(0, n)
+    return Kept(logp, entropies, top1, saved, kept_stats, *stats[:2])
 
 
 def triton_sliced_backward(head: Head, grad: Tensor, stats: Tensor, need: list[bool]) -> tuple[Tensor | None, ...]:
@@ -503,7 +505,7 @@ def triton_sliced_backward(head: Head, grad: Tensor, stats: Tensor, need: list[b
         u = torch.mm(x, w[v].t(), out=logits[:, : v.stop - v.start])
         bias = None if head.bias is None else head.bias[v]
         rule = {"softcap": head.softcap, "logit_scale": head.logit_scale, "col_offset": v.start}
-        kernels.logprob_slice_grad(u, head.target, stats[0], bias, logp=stats[1], **rule)
+        kernels.logprob_slice_grad(u, head.target, stats[:2], bias, logp=stats[2], **rule)
         if dhidden is not None:
             _add_mm(dhidden, u, w[v])
         if cx is not None:
