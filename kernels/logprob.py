@@ -304,8 +304,8 @@ def row_config(n_cols: int, itemsize: int, aligned: bool, has_bias: bool, warp_s
 
     Every thread has two 16-byte loads in flight, which hides HBM latency with one block on a multiprocessor (32 KiB in
     flight; Little's law asks for about 20 KiB at 3.35 TB/s). Long rows take 1,024 threads, so that few rows are open at
-    once and the second pass finds much of its row in the L2 cache (128,256 bf16 logits are 250 KiB; one row on each of
-    132 multiprocessors is 33 MiB of an H100's 50).
+    once: with 32 registers a thread two programs share a multiprocessor, and on an H100 264 rows of 128,256 bf16 logits
+    are 65 MiB. Half of a row waits for its second look on average, 32 MiB of the 50 MB of L2 cache.
 
     Two cases would spill: rows that do not start on 16 bytes are read by elements, with an address each; a bias is a
     load of its own. They take one vector a thread, the former never more than 512 threads, both together half a vector

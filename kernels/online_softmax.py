@@ -1,10 +1,10 @@
 """What the row kernels and the fused forward share: the logit rule, and the merge of partial softmax statistics.
 
-N = head rows (completion tokens), V = vocabulary. Kernels see a logit as z = x bits ln 2, so that exp(z - shift) is one
-multiply-add and one base-2 exponential: x is the raw logit with its bias, of either sign, or the tanh of a soft cap, and
-`bits` >= 0 is what the rule leaves over. A part of a row leaves its largest x, s = sum 2^(x bits - m) and, for the
-entropy, e = sum (x bits - m) 2^(x bits - m), where m = max(x bits, FLOOR), a number that whoever has x finds again; parts
-are merged in a fixed order, in fp32, without atomics.
+N = head rows (completion tokens), V = vocabulary. Kernels see a logit as z = x bits ln 2, so that exp(z - shift) is
+one multiply-add and one base-2 exponential: x is the raw logit with its bias, of either sign, or the tanh of a soft
+cap, and `bits` > 0 is what the rule leaves over. A part of a row leaves its largest x, s = sum 2^(x bits - m) and, for
+the entropy, e = sum (x bits - m) 2^(x bits - m), where m = max(largest x bits, FLOOR), which whoever has that x finds
+again; parts are merged in a fixed order, in fp32, without atomics.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _LOG2E = tl.constexpr(1.4426950216293335)  # to fp32, and the rest
 _LOG2E_REST = tl.constexpr(math.log2(math.e) - 1.4426950216293335)
 _LN2 = tl.constexpr(math.log(2))
 # Below every logit of a model, in bits. A part of nothing but -inf has this maximum, and a sum of 0: no inf - inf
-# anywhere. So have logits masked with the least finite number, beside which 1e30 is nothing; a row of only these is NaN.
+# anywhere. So has one of logits masked with the least finite number; a row of only these is NaN.
 FLOOR = -1e30
 _FLOOR = tl.constexpr(FLOOR)
 COMBINE_BLOCK = 32  # rows, and parts a step: 128 bytes of consecutive rows in every access, 8 elements a thread

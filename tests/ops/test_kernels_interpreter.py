@@ -38,7 +38,7 @@ from fastpo.training.stepwide import Statistics  # noqa: E402
 DEVICE = "cpu" if INTERPRET else "cuda"
 # The interpreter evaluates both sides of tl.where in numpy, which warns about the side that is thrown away.
 pytestmark = [
-    pytest.mark.usefixtures("poison_empty", "round_to_bf16"),
+    pytest.mark.usefixtures("poison_empty", "round_to_bf16", "round_fma_once"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
 ]
 if not INTERPRET:
