@@ -368,7 +368,7 @@ _CUDA_TILES = {
     (False, 128): TreeConfig(Tile(64, 64, 4, 2), Tile(64, 64, 8, 2), Tile(64, 32, 8, 2)),
     (False, 256): TreeConfig(Tile(64, 64, 8, 2), Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)),
     (True, 64): TreeConfig(Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
-    (True, 128): TreeConfig(Tile(32, 16, 8, 1), Tile(16, 16, 8, 1), Tile(32, 32, 16, 1)),
+    (True, 128): TreeConfig(Tile(32, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 32, 16, 1)),
 }
 _HIP_TILES = {
     (False, 64): TreeConfig(Tile(128, 32, 4, 1), Tile(64, 32, 4, 1), Tile(32, 32, 4, 1)),

@@ -129,7 +129,8 @@ def _fused_logprob_fwd_kernel(
         bias = None
         if bias_ptr is not None:
             bias = tl.load(bias_ptr + offs_v, mask=offs_v < n_cols, other=0.0).to(tl.float32)[None, :]
-        x_logit, _ = _logit(acc, bias, inner, NEGATIVE)
+        # Not in base 2: Triton 3.7's warp specialisation for sm_100 fails on a second exp2 in the tile.
+        x_logit, _ = _logit(acc, bias, inner, NEGATIVE, False)
         x_logit = tl.where(offs_v[None, :] < n_cols, x_logit, float("-inf"))
         x_max = tl.max(x_logit, axis=1)
         above = tl.fma(x_logit, bits, -_shift(x_max, bits)[:, None])
@@ -158,12 +159,15 @@ def chip(device: torch.device) -> str:
 
 # Per chip: (plain logits, logits with a bias, a soft cap or the entropy). The softmax of a tile keeps all of it in
 # registers, and the options need more of them than a 128 x 256 tile leaves. Chosen so that nothing spills and the
-# shared memory fits (bench/aot.py); not measured: no GPU was at hand. Warp specialisation only where Triton 3.7 does
-# it: on sm_90 it ignores the request with 8 warps and fails to compile with 4.
+# shared memory fits (bench/aot.py); not measured: no GPU was at hand. Warp specialisation only where Triton up to 3.7
+# does it: on sm_90 it ignores the request with 8 warps and fails to compile with 4. Of 3.9's on sm_100 the registers
+# spill and the shared memory does not fit, nor do 256 columns fit the registers without it.
+_SPECIALIZES = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8)
+_SM_100 = FusedConfig(128, 128, 64, 8, 4, True, True, _SPECIALIZES)
 CONFIGS = {
     "sm_80": (FusedConfig(128, 256, 64, 8, 3), FusedConfig(128, 128, 64, 8, 3)),
     "sm_90": (FusedConfig(128, 256, 64, 8, 4, tma=True, flatten=True), FusedConfig(128, 128, 64, 8, 4, True, True)),
-    "sm_100": (FusedConfig(128, 256, 64, 8, 4, True, True, True), FusedConfig(128, 128, 64, 8, 4, True, True, True)),
+    "sm_100": (_SM_100._replace(BLOCK_V=256 if _SPECIALIZES else 128), _SM_100),
     "gfx942": (FusedConfig(128, 256, 64, 8, 2), FusedConfig(128, 128, 64, 8, 2)),
 }
 UNKNOWN = FusedConfig(128, 128, 32, 8, 3)  # 48 KiB of shared memory, which every chip with tensor cores has

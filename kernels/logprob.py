@@ -309,8 +309,10 @@ def row_config(n_cols: int, itemsize: int, aligned: bool, has_bias: bool, warp_s
 
     Two cases would spill: rows that do not start on 16 bytes are read by elements, with an address each; a bias is a
     load of its own. They take one vector a thread, the former never more than 512 threads, both together half a vector
-    (then Triton 3.7 and 3.9 spill nothing; 3.6 still keeps 8 bytes on the stack on sm_80)."""
+    and 256 threads."""
     threads = 128 if n_cols <= 4096 else 256 if n_cols <= 16384 else 512 if n_cols <= 65536 or not aligned else 1024
+    if not aligned and has_bias:
+        threads = min(threads, 256)
     vec = 16 // itemsize if aligned or not has_bias else 8 // itemsize
     vectors = 2 if aligned and not has_bias else 1
     return vectors * vec * threads, vec, threads // warp_size

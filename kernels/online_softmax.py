@@ -54,24 +54,28 @@ def kernel_rule(softcap: float | None, logit_scale: float) -> KernelRule:
 
 
 @triton.jit
-def _tanh(x):
+def _tanh(x, BASE_2: tl.constexpr = True):
     """(tanh x, 1 - tanh^2 x), to 2 ulp each: below 0.6 tanh is an odd polynomial, where 1 - q of q = 2 / (1 + e^2|x|)
     would cancel; 1 - tanh^2 is q (2 - q), which keeps its digits where tanh is nearly 1. Portable, unlike libdevice."""
-    q = 2.0 / (1.0 + tl.exp2(tl.abs(x) * (2.0 * _LOG2E)))
     t = x * x
     poly = -0.33333298 + t * (0.13331924 + t * (-0.05378383 + t * (0.02079597 - t * 0.00589516)))
-    return tl.where(tl.abs(x) < 0.6, x + x * t * poly, tl.where(x < 0, q - 1.0, 1.0 - q)), q * (2.0 - q)
+    if BASE_2:
+        q = 2.0 / (1.0 + tl.exp2(tl.abs(x) * (2.0 * _LOG2E)))
+    else:
+        q = 2.0 / (1.0 + tl.exp(2.0 * tl.abs(x)))
+    magnitude = 1.0 - q
+    return tl.where(tl.abs(x) < 0.6, x + x * t * poly, tl.where(x < 0, -magnitude, magnitude)), q * (2.0 - q)
 
 
 @triton.jit
-def _logit(raw, bias, inner, NEGATIVE: tl.constexpr):
+def _logit(raw, bias, inner, NEGATIVE: tl.constexpr, BASE_2: tl.constexpr = True):
     """(x, (dz/draw) / logit_scale) in fp32 of raw logits and of bias, or None."""
     x = raw.to(tl.float32)
     if bias is not None:
         x += bias
     slope = 1.0
     if inner is not None:
-        x, slope = _tanh(x * inner)
+        x, slope = _tanh(x * inner, BASE_2)
     if NEGATIVE:
         x = -x
     return x, slope
