@@ -2,10 +2,10 @@
 
     .venv/bin/python bench/loss_values.py [--seeds 5] [--no-write]
 
-TRL and Liger are what is installed; the formulas are those of shared/ALGORITHMS.md, written out a second time. The
-comparisons are those of tests/losses/test_peers.py, test_loss_table.py and test_losses.py: here their differences are
-kept instead of judged. A difference is the largest of a batch over the largest number of the other side, the worst of
-all seeds and of all settings that the tests have for a loss.
+TRL and Liger are what is installed; the papers' formulas are written out a second time. The comparisons are those of
+test_peers.py, test_table.py and test_functions.py in tests/losses: here their differences are kept instead of judged. A
+difference is the largest of a batch over the largest number of the other side, the worst of all seeds and of all
+settings that the tests have for a loss.
 """
 
 import argparse

@@ -60,6 +60,12 @@ def nearest(name: str, candidates: Iterable[str], cutoff: float) -> str | None:
     return by_lower[close[0]] if close else None
 
 
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: the nearest that there is, or nothing."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
 def quoted(names: Iterable[str]) -> str:
     return ", ".join(f"'{name}'" for name in names)
 

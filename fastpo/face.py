@@ -36,6 +36,7 @@ from fastpo.training.metrics import Window
 from fastpo.training.micro_batches import MicroBatches
 from fastpo.training.objective import Objective
 from fastpo.training.progress import Progress
+from fastpo.training.router_loss import RouterLoss
 from fastpo.training.run_data import DataSets
 from fastpo.training.samples import Answers
 from fastpo.training.signals import Signals
@@ -97,15 +98,14 @@ def rows_of_sets(sets: Mapping[str, Sequence[Example]]) -> Any:
     return rows["eval"] if set(sets) == {"eval"} else rows
 
 
-def moving_reference(model: nn.Module, moving: MovingReference | None) -> nn.Module:
+def moving_reference(model: nn.Module, moving: MovingReference) -> nn.Module:
     """The reference of `sync_ref_model` as a model to look at: the policy's modules around the reference's weights.
 
     What does not move is shared with the policy, not copied; before training the reference is a copy of the policy.
     """
     memo: dict[int, Any] = {}
-    if moving is not None:
-        for name, parameter in moving.parameters.items():
-            memo[id(parameter)] = nn.Parameter(moving.values[name], requires_grad=False)
+    for name, parameter in moving.parameters.items():
+        memo[id(parameter)] = nn.Parameter(moving.values[name], requires_grad=False)
     for parameter in model.parameters():
         if id(parameter) not in memo and not parameter.requires_grad:
             memo[id(parameter)] = parameter
@@ -152,6 +152,7 @@ class Face(abc.ABC):
     loaded_dtype: torch.dtype
     tags: list[str]
     batches: MicroBatches
+    router: RouterLoss | None
     stepwide: StepWide
     evaluation: Evaluation
     fixed: Given
@@ -274,14 +275,20 @@ class Face(abc.ABC):
             given = {f"{_GIVEN}eval": dataset}
         split = self.config.dataset_test_split
         sets = {name: self.data.prepare(rows, split, name) for name, rows in given.items()}
-        for name, examples in sets.items():
-            self.batches.place(name, examples)
-        self.stepwide.prepare(sets)
         try:
+            self._place(sets)
             with references.held({**sets, **self.stepwide.reference_sets(sets)}, trained=trained):
                 yield sets
         finally:
             self.stepwide.forget(sets)
+
+    def _place(self, sets: dict[str, list[Example]]) -> None:
+        """What a run must know of sets that it did not begin with."""
+        for name, examples in sets.items():
+            if self.router is not None:
+                self.router.take_whole(examples)
+            self.batches.place(name, examples)
+        self.stepwide.prepare(sets)
 
     def evaluate_in_run(self) -> bool:
         """Evaluates and logs every set; returns whether the result is the best so far. What a run cut short had done is

@@ -143,9 +143,8 @@ class Trainer(face.Face):
 
         # The losses, and what of the arguments and options would fail later.
         self.objective = objective = Objective.of_options(config)
-        objective.check_reference(config, ref_model)
+        objective.check_reference(config, ref_model, prev_model)
         objective.forming(config)
-        sources.check_previous(config, objective.pair_terms, prev_model)
         if TOKEN_KL in objective.row_statistics:
             live.check(config, objective.pair_terms)
         start_checks.check_options(config, self.device, cache.cache_folder())
@@ -213,11 +212,11 @@ class Trainer(face.Face):
         self.progress = Progress()
         self.is_ready = self.in_loop = False
         alpha, every = config.ref_model_mixup_alpha, config.ref_model_sync_steps
-        move = functools.partial(cache.MovingReference, alpha=alpha, every=every, whole=self._exchanging)
-        self.moving_reference, self.moving = move, None
+        self.new_moving = functools.partial(cache.MovingReference, alpha=alpha, every=every, whole=self._exchanging)
+        self.moving: cache.MovingReference | None = None
         self.moving_model: nn.Module | None = None  # the same as a model to look at
         if config.sync_ref_model and config.fsdp == "no":  # else when its shards are there
-            self.moving = self.moving_reference(trainable(self.model))
+            self.moving = self.new_moving(trainable(self.model))
             self.moving_model = face.moving_reference(self.model, self.moving)
         self.live: live.LiveReference | None = None
         self.signals = Signals(busy=lambda: self.progress.updating)
@@ -262,7 +261,7 @@ class Trainer(face.Face):
         again, size = self.reporter.ensure_folder, config.max_shard_size
         self.files = saving.ModelFiles(self.weights, self.tokenizer, self.output_dir, size, again)
         if config.sync_ref_model and self.moving is None:
-            self.moving = self.moving_reference(self.parameters)
+            self.moving = self.new_moving(self.parameters)
         first = [self.data.train[i] for i in self.plan[0][1]]
         everything = self.data.all.values()
         self.router = start_guard.verify(
@@ -274,7 +273,7 @@ class Trainer(face.Face):
             is_base=self.reference_is_base, is_exact=self.start_is_known,
         )  # fmt: skip
         self.references = sources.References.of_run(
-            config, self.objective.pair_terms, self.fixed, start, self.passes,
+            config, self.objective, self.fixed, start, self.passes,
             kept.Kept(self.output_dir, self.resume, self.identity), self.moving,
             verify=lambda engine: start_guard.verify(self.forward, engine, first, everything), bar=self.reporter.bar,
         )  # fmt: skip
@@ -282,7 +281,7 @@ class Trainer(face.Face):
 
     def _train(self) -> face.TrainResult:
         config, plan = self.config, self.plan
-        self.progress = Progress(num_tokens=self.progress.num_tokens)  # of this call: a second one begins anew
+        self.progress = Progress()  # of this call: a second one begins anew
         self.ready()
         if self.resume is not None:
             self.callbacks.restore(checkpoint.read_state(self.resume))
@@ -301,10 +300,11 @@ class Trainer(face.Face):
         sets = {**sets, **self.stepwide.reference_sets(sets)}
         self.references.attach(plan, sets)
         if TOKEN_KL in self.objective.row_statistics:
-            self.live = live.start(
-                self.references.policies, self.references.kept, sets, self.parameters,
-                loss=self.objective.pair_terms[0].name, whole=self._exchanging,
-            )  # fmt: skip
+            if self.live is None or self.fixed[roles.REF] is not None:  # else a first call's has the start's weights
+                self.live = live.start(
+                    self.references.policies, self.references.kept, sets, self.parameters,
+                    loss=live.reader(self.objective.pair_terms), whole=self._exchanging,
+                )  # fmt: skip
             self.forward.begin(self.engine, self.router, self.live.rows)
         self.update = update = Update(self.model, self.parameters, config, self.world, self.optimizers, len(plan))
         self.accumulation = Accumulation(

@@ -1,5 +1,6 @@
 """What scripts read of `fastpo.Trainer` before and after a run: evaluate, compute_metrics, rows, tags, files."""
 
+import copy
 import json
 import math
 
@@ -111,6 +112,55 @@ def test_rows_given_after_training(trainer, toy, tmp_path):
     assert math.isfinite(run.evaluate(rows)["eval_loss"])
 
 
+def test_a_prefix_of_nothing(trainer, toy):
+    """As in transformers; it is a prefix, and not that there is none."""
+    run = trainer(eval_dataset=toy.rows(3))
+    assert "_loss" in run.evaluate(metric_key_prefix="") and "_loss" in run.evaluate(toy.rows(3), metric_key_prefix="")
+
+
+def test_own_sets_with_sums_of_their_own(trainer, toy):
+    """They need no reference that is still there."""
+    sums = {"ref_chosen_logps": -20.0, "ref_rejected_logps": -21.0}
+    rows = [{**row, **sums} for row in toy.rows(8)]
+    run = trainer(rows=rows, eval_dataset=rows[:3], eval_strategy="steps", eval_steps=2)
+    before = run.evaluate()["eval_loss"]
+    history = run.train().log_history
+    after = run.evaluate()["eval_loss"]
+    assert after != before and after == [line["eval_loss"] for line in history if "eval_loss" in line][-2]
+
+
+def test_a_second_call_counts_anew(trainer, capfd):
+    """Tokens and the rates from them are of the call, as steps of the plan and seconds are."""
+    run = trainer()
+    first, second = run.train().metrics, run.train().metrics
+    assert first["num_tokens"] == second["num_tokens"] > 0
+    for metrics in (first, second):
+        rate = metrics["num_tokens"] / metrics["train_runtime"]
+        assert metrics["tokens_per_second"] == pytest.approx(rate)
+
+
+@pytest.mark.parametrize("loss_type", ["dpo", "inpo", "tdpo2"])
+def test_a_second_call_keeps_the_reference(trainer, toy, tmp_path, monkeypatch, loss_type):
+    """It is the policy at its start, in the cache too, and not what the first call has made of it."""
+    monkeypatch.setenv("FASTPO_CACHE", str(tmp_path / "cache"))
+    sums = {"ref_chosen_logps": -20.0, "ref_rejected_logps": -21.0, "prev_chosen_logps": -22.0,
+            "prev_rejected_logps": -20.0}  # fmt: skip
+    rows = [{**row, **sums} for row in toy.rows(8)] if loss_type == "inpo" else toy.rows(8)
+    options = dict(
+        loss_type=loss_type, train_sampling_strategy="sequential", per_device_train_batch_size=8, max_steps=1
+    )  # fmt: skip
+    run = trainer(rows=rows, **options)
+    run.train()
+    cached = {path: path.read_bytes() for path in (tmp_path / "cache").rglob("*.safetensors")}
+    trained = copy.deepcopy(run.model)
+    run.train()
+    got = [line["loss"] for line in run.state.log_history if "loss" in line][-1]
+    assert {path: path.read_bytes() for path in (tmp_path / "cache").rglob("*.safetensors")} == cached
+    again = {} if loss_type == "inpo" else {"ref_model": toy.model()}
+    expected = trainer(trained, rows=rows, **again, **options).train().log_history[0]["loss"]
+    assert got == pytest.approx(expected, rel=1e-6)
+
+
 def test_moving_reference(trainer, toy):
     """`ref_model` is the reference that moves, as it is; rows are compared with it."""
     rows = toy.rows(4, seed=3)
@@ -141,6 +191,11 @@ def test_evaluate_is_refused(trainer, toy):
         trainer().evaluate()
     with pytest.raises(ConfigError, match="evaluate\\(\\) takes no rows with inpo"):
         trainer(loss_type="inpo").evaluate(toy.rows(2))
+    own = trainer(loss_type="inpo", eval_dataset=toy.rows(2))
+    with pytest.raises(ConfigError, match="no reference with inpo before training: set eval_strategy"):
+        own.evaluate()
+    own.train()
+    assert math.isfinite(own.evaluate()["eval_loss"])
 
 
 def test_streams_and_precomputed(trainer, toy):

@@ -27,8 +27,7 @@ import fastpo  # noqa: E402
 from fastpo import check, ops  # noqa: E402
 from fastpo.check import SOFTCAPPED, Case  # noqa: E402
 from fastpo.kernels import reference  # noqa: E402
-from fastpo.ops import backends, vocab_parallel  # noqa: E402
-from fastpo.ops import parts as op_parts  # noqa: E402
+from fastpo.ops import backends, parts, vocab_parallel  # noqa: E402
 
 WORLD = 4
 BUDGETS = {"none": None, "frozen": None, "kept": 1 << 62, "sliced": 0}
@@ -429,14 +428,14 @@ def bad_input(rank: int, two: dist.ProcessGroup, three: dist.ProcessGroup) -> di
     attempt("devices", op(hidden, part.to("meta"), target, vocab_parallel=split))
     attempt("target", op(hidden, part, torch.tensor([0, 9, 10]), vocab_parallel=split))
     attempt("other op", lambda: ops.log_sum_sq(hidden, rows))
-    op_parts.CHECK_INPUTS = True
+    parts.CHECK_INPUTS = True
     try:
         attempt("replicated", op(hidden, part, target, vocab_parallel=split))
         attempt("hidden differs", op(hidden + torch.tensor([[0.0], [rank], [0.0]]), part, target, vocab_parallel=split))
         attempt("target differs", op(hidden, part, target + rank, vocab_parallel=split))
         attempt("other rows", op(hidden[: 2 + rank], part, target[: 2 + rank], vocab_parallel=split))
     finally:
-        op_parts.CHECK_INPUTS = False
+        parts.CHECK_INPUTS = False
     return said
 
 

@@ -144,7 +144,7 @@ class ModelFiles:
 class Checkpoints:
     """The `checkpoint-N` of a run, in the folder of its model's files.
 
-    identity: run.json, as it is when a checkpoint is written. callbacks: have transformers' TrainerState, of which they
+    identity: what run.json says. callbacks: have transformers' TrainerState, of which they
     keep their own part. hub: where checkpoints go too, on rank 0.
     """
 

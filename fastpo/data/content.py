@@ -9,7 +9,8 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from fastpo.data.rows import InvalidRow, Row, quoted
+from fastpo.data.rows import InvalidRow, Row
+from fastpo.errors import quoted
 
 Turn = Mapping[str, Any]
 Turns = Sequence[Turn]

@@ -6,14 +6,12 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastpo.data import content, turns
-from fastpo.data.rows import InvalidRow, Row, check_text, one_line
-from fastpo.errors import DataError
-
-if TYPE_CHECKING:
-    from fastpo.data.report import DataReport
+from fastpo.data.report import DataReport
+from fastpo.data.rows import InvalidRow, Row, check_text
+from fastpo.errors import DataError, one_line
 
 
 @dataclass(slots=True)
@@ -97,7 +95,7 @@ class Encoder:
         tail = written.rpartition("zqa")[2] if "zqa" in written else ""
         return {text: number for text, number in special.items() if text in tail}
 
-    def __call__(self, rows: Sequence[Row], report: "DataReport") -> list[Encoded]:
+    def __call__(self, rows: Sequence[Row], report: DataReport) -> list[Encoded]:
         """The rows' ids, in their order; InvalidRow for the first that cannot be rendered, with nothing counted."""
         if self.conversational:
             return self._conversations(rows, report)
@@ -109,7 +107,7 @@ class Encoder:
             out.append(Encoded(row, row_ids, [None] * len(row.completions)))
         return out
 
-    def _texts(self, row: Row, report: "DataReport") -> list[str]:
+    def _texts(self, row: Row, report: DataReport) -> list[str]:
         texts = [row.prompt]
         for completion in row.completions:
             if not completion.endswith(self.tokenizer.eos_token):
@@ -123,7 +121,7 @@ class Encoder:
     def _ids(self, texts: list[str], special: bool) -> list[list[int]]:
         return self.tokenizer(text=texts, add_special_tokens=special, return_attention_mask=False)["input_ids"]
 
-    def _undouble(self, row_ids: list[list[int]], report: "DataReport") -> None:
+    def _undouble(self, row_ids: list[list[int]], report: DataReport) -> None:
         """Removes, in place, what the tokenizer adds by itself although the text has it (an EOS or ending always)."""
         doubled = self.trailing is not None
         for index, ids in enumerate(row_ids):
@@ -135,7 +133,7 @@ class Encoder:
 
     # ---- conversations
 
-    def _conversations(self, rows: Sequence[Row], report: "DataReport") -> list[Encoded]:
+    def _conversations(self, rows: Sequence[Row], report: DataReport) -> list[Encoded]:
         if not _renders_as_text(self.tokenizer):
             direct = _Direct(self.tokenizer, self.assistant_only)
             done = [direct(row) for row in rows]

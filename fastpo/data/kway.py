@@ -23,8 +23,6 @@ from fastpo.data.rows import (
     Schema,
     check_text,
     form_of,
-    nearest,
-    quoted,
     read_number,
     read_texts,
     refuse_images,
@@ -32,9 +30,8 @@ from fastpo.data.rows import (
     template_kwargs,
     with_greedy,
 )
-from fastpo.errors import DataError
+from fastpo.errors import DataError, nearest, quoted
 
-PAIR_POLICIES = ("best_worst", "all", "margin", "explicit")
 PAIRS = "pairs"  # of pair_policy=explicit: [winner, loser] lists of places in `responses`
 _ROUNDING = 1e-9  # 0.9 - 0.8 is a margin of 0.1
 

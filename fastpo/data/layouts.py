@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastpo.data import conversions as to
-from fastpo.data.rows import PASSED, RESPONSES, InvalidRow, NoPair, one_line, quoted
-from fastpo.errors import DataError
+from fastpo.data.rows import PASSED, RESPONSES, InvalidRow, NoPair
+from fastpo.errors import DataError, one_line, quoted
 
 # Names of the scores of a pair in other data: chosen's and rejected's.
 SCORES = (

@@ -13,11 +13,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from fastpo.data import arrow
-from fastpo.data.sources import check_path as check_path
-from fastpo.data.sources import column_names as column_names
-from fastpo.data.sources import load_rows as load_rows
 from fastpo.errors import DataError, nearest, quoted
-from fastpo.errors import one_line as one_line
 
 COMPLETIONS = {"preference": ("chosen", "rejected"), "sft": ("completion",), "unpaired": ("completion",)}
 LABEL = "label"  # of unpaired rows: whether the completion is desirable

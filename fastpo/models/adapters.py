@@ -16,20 +16,17 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from fastpo.errors import ConfigError, UnsupportedModelError, shown
 from fastpo.models.carried import carry_over
 from fastpo.models.trunk import towers
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger("fastpo")
 
@@ -304,7 +301,7 @@ def wrapped(module: Any) -> Any | None:
 
 def save_merged(
     model: nn.Module,
-    tokenizer: "PreTrainedTokenizerBase | None",
+    tokenizer: PreTrainedTokenizerBase | None,
     folder: str | os.PathLike[str],
     max_shard_size: str = "5GB",
     adapter_folder: str | os.PathLike[str] | None = None,

@@ -8,11 +8,18 @@ predict further tokens) is carried over as it is (models/carried.py).
 import difflib
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.generation import GenerationMixin
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
@@ -20,9 +27,6 @@ from fastpo.errors import ConfigError, DeviceError
 from fastpo.models import adapters
 from fastpo.models.adapters import first_line
 from fastpo.models.carried import COMPUTED, WHERE, left_out
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 def load_model(
@@ -175,7 +179,7 @@ def _listed(names: list[str], most: int = 3) -> str:
 
 def load_tokenizer(
     name_or_path: str | os.PathLike[str], *, trust_remote_code: bool = False, revision: str | None = None
-) -> "PreTrainedTokenizerBase":
+) -> PreTrainedTokenizerBase:
     """The tokenizer that lies with the model; of an adapter saved without one, its base's."""
     where = os.fspath(name_or_path)
     if not where:

@@ -165,13 +165,15 @@ def offloading(policy: Policy) -> Iterator[None]:
 
 @contextlib.contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside the block."""
-    was_training = model.training
+    """Eval mode inside the block. Every module's own mode is put back: a frozen part may be in eval mode while the rest
+    trains."""
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         yield
     finally:
-        model.train(was_training)
+        for module in training:
+            module.training = True
 
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ from fastpo.errors import ConfigError, FastpoError, UnsupportedModelError
 from fastpo.models import attention, rotary
 from fastpo.models.adapters import first_line
 from fastpo.models.layout import Layout, prompts_of_chains
+from fastpo.models.modes import eval_mode
 from fastpo.models.policy import Policy, attention_implementations, restore_attention, switch_attention, weights_eps
 
 _PROBE = "fastpo_probe"  # the attention implementation that records what the model's masks and layers ask for
@@ -55,7 +56,7 @@ def verify_policy(policy: Policy, examples: Sequence[Example], tolerance: float 
         examples = guard_rows(policy, examples, examples)
     device = policy.causal_lm.get_input_embeddings().weight.device
     cuda = [device] if device.type == "cuda" else []
-    with torch.no_grad(), torch.random.fork_rng(cuda), _evaluating(policy.model):
+    with torch.no_grad(), torch.random.fork_rng(cuda), eval_mode(policy.model):
         with policy.detached(), _soft_caps_honoured(policy.causal_lm):
             own, spacing = _own_logps(policy, examples, device)
         noise = _Noise.of(spacing) if tolerance is None else _Noise(tolerance, tolerance, few=0.0)
@@ -158,17 +159,6 @@ def _one_pair(example: Example) -> Example:
         prompt_ids=example.prompt_ids, responses=[example.responses[k] for k in pair], pairs=[(0, 1)],
         response_prompts=prompts, share=example.share,
     )  # fmt: skip
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 @contextlib.contextmanager

@@ -42,8 +42,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastpo.ops import backends
-from fastpo.ops import parts as op_parts
+from fastpo.ops import backends, parts
 from fastpo.ops.backends import IGNORE_INDEX, Head, _add_mm, _contiguous, _cpu_pass, _mm_wide, _tiles, acc_dtype
 
 # Narrower tiles are given up more often and leave thinner GEMMs (docs/grad-filter.md).
@@ -245,7 +244,7 @@ def filtered_logprob(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(logp [N], entropy and top1 [N] or [0], dropped [N], logits [N, V] or [0], stats [3, N], keep [N, T])."""
     head = Head(hidden, weight, target, bias, softcap, logit_scale)
-    op_parts.check_targets(target, weight.shape[0])
+    parts.check_targets(target, weight.shape[0])
     with torch.autocast(hidden.device.type, enabled=False):
         return forward(head, mass, keep_logits, entropy, compiled=backend == "cpu")[:]
 
@@ -277,18 +276,18 @@ def _filtered_logprob_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dhidden [N, D], dweight [V, D], dbias [V]), each [0] where `need` does not ask."""
     head = Head(hidden, weight, target, bias, softcap, logit_scale)
-    grad = op_parts.live(grad, target)
+    grad = parts.live(grad, target)
     with torch.autocast(grad.device.type, enabled=False):
         grads = backward(head, grad, saved, stats, keep, need, compiled=backend == "cpu")
-    return op_parts.as_outputs(hidden, grads)
+    return parts.as_outputs(hidden, grads)
 
 
 @_filtered_logprob_backward.register_fake
 def _(grad, hidden, weight, target, bias, saved, stats, keep, softcap, logit_scale, backend, need):
-    return op_parts.fake_gradients(hidden, weight, need)
+    return parts.fake_gradients(hidden, weight, need)
 
 
-_filtered_logprob_backward.register_autograd(op_parts.once_only)
+_filtered_logprob_backward.register_autograd(parts.once_only)
 
 
 def _setup(ctx, inputs, output) -> None:
@@ -300,8 +299,8 @@ def _setup(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad, *_):
-    return op_parts.gradients(ctx, _filtered_logprob_backward, grad, (0, 1, 3))
+    return parts.gradients(ctx, _filtered_logprob_backward, grad, (0, 1, 3))
 
 
 filtered_logprob.register_autograd(_backward, setup_context=_setup)
-op_parts.reverse_mode_only(filtered_logprob, _filtered_logprob_backward)
+parts.reverse_mode_only(filtered_logprob, _filtered_logprob_backward)

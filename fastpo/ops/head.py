@@ -16,30 +16,19 @@ from torch import Tensor
 from fastpo import losses
 from fastpo.kernels import reference
 from fastpo.kernels.pair_losses import RECIPES, Recipe, recipe
-from fastpo.ops import backends, vocab_ops
+from fastpo.ops import backends, parts, vocab_ops
 from fastpo.ops import grad_filter as filters
-from fastpo.ops import parts as op_parts
 from fastpo.ops.backends import Head, acc_dtype
 from fastpo.ops.inputs import autocast, check_inputs, check_softcap, choose_backend, fits_budget, regime_of
 from fastpo.ops.parts import OpError
 
 
 def linear_logprob(
-    hidden: Tensor,  # [N, D]
-    weight: Tensor,  # [V, D]
-    target: Tensor,  # [N] int
-    bias: Tensor | None = None,  # [V]
-    *,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    return_entropy: bool = False,
-    return_top1: bool = False,
-    memory_budget: int | None = None,
-    backend: str = "auto",
-    grad_filter: float = 0.0,
-    return_dropped: bool = False,
-) -> Tensor | tuple[Tensor, ...]:
-    """`fastpo.ops.linear_logprob` of plain tensors and a whole vocabulary, which says what it takes and gives."""
+    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, *, softcap: float | None, logit_scale: float,
+    return_entropy: bool, return_top1: bool, memory_budget: int | None, backend: str, grad_filter: float,
+    return_dropped: bool,
+) -> Tensor | tuple[Tensor, ...]:  # fmt: skip
+    """`fastpo.ops.linear_logprob`, which says what it takes and gives, of plain tensors and a whole vocabulary."""
     hidden, weight, bias = autocast(hidden, weight, bias)
     check_softcap(softcap)
     backend = check_inputs(hidden, weight, target, bias, memory_budget, backend)
@@ -77,7 +66,7 @@ def log_sum_sq(
     One GEMM in tiles, nothing of size N x V is kept. Plain PyTorch on every device: no Triton kernel yet. OpError for
     shapes, dtypes or devices that do not fit.
     """
-    hidden, weight, bias = map(op_parts.detached, autocast(hidden, weight, bias))
+    hidden, weight, bias = map(parts.detached, autocast(hidden, weight, bias))
     check_softcap(softcap)
     target = hidden.new_zeros(hidden.shape[:1], dtype=torch.int64) if target is None else target
     check_inputs(hidden, weight, target, bias, None, "torch")
@@ -106,7 +95,7 @@ def token_kl(
     alive. Plain PyTorch on every device: no Triton kernel yet. OpError for shapes, dtypes or devices that do not fit.
     """
     hidden, weight, bias = autocast(hidden, weight, bias)
-    ref_hidden, ref_weight, ref_bias = map(op_parts.detached, autocast(ref_hidden, ref_weight, ref_bias))
+    ref_hidden, ref_weight, ref_bias = map(parts.detached, autocast(ref_hidden, ref_weight, ref_bias))
     check_softcap(softcap)
     check_softcap(ref_softcap)
     target = hidden.new_zeros(hidden.shape[:1], dtype=torch.int64) if target is None else target
@@ -137,7 +126,7 @@ def _linear_logprob(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(logp [N], entropy and top1 [N] or [0], saved, stats [k, N]); see ops/backends.py for what each regime saves."""
     head = Head(hidden, weight, target, bias, softcap, logit_scale)
-    op_parts.check_targets(target, weight.shape[0])
+    parts.check_targets(target, weight.shape[0])
     with torch.autocast(hidden.device.type, enabled=False):
         kept = backends.FORWARD[backend](head, regime, entropy)
     return kept[:5]
@@ -173,18 +162,18 @@ def _linear_logprob_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dhidden [N, D], dweight [V, D], dbias [V]), each [0] where `need` does not ask; regimes kept and sliced."""
     head = Head(hidden, weight, target, bias, softcap, logit_scale)
-    grad = op_parts.live(grad, target)
+    grad = parts.live(grad, target)
     with torch.autocast(grad.device.type, enabled=False):
         if regime == "kept":
             grads = backends.kept_backward(head, grad, saved, stats, need)
         else:
             grads = backends.SLICED_BACKWARD[backend](head, grad, stats, need)
-    return op_parts.as_outputs(hidden, grads)
+    return parts.as_outputs(hidden, grads)
 
 
 @_linear_logprob_backward.register_fake
 def _(grad, hidden, weight, target, bias, saved, stats, softcap, logit_scale, regime, backend, need):
-    return op_parts.fake_gradients(hidden, weight, need)
+    return parts.fake_gradients(hidden, weight, need)
 
 
 @torch.library.custom_op("fastpo::scaled", mutates_args=())
@@ -200,7 +189,7 @@ def _(saved, factor, dtype):
 
 
 for _op in (_linear_logprob_backward, _scaled):
-    _op.register_autograd(op_parts.once_only)
+    _op.register_autograd(parts.once_only)
 
 
 def _setup_linear_logprob(ctx, inputs, output) -> None:
@@ -218,9 +207,9 @@ def _setup_linear_logprob(ctx, inputs, output) -> None:
 
 def _backward_linear_logprob(ctx, grad, *_):
     if grad is None or ctx.options[2] != "frozen":
-        return op_parts.gradients(ctx, _linear_logprob_backward, grad, (0, 1, 3))
+        return parts.gradients(ctx, _linear_logprob_backward, grad, (0, 1, 3))
     saved, target = ctx.saved_tensors
-    return _scaled(saved, op_parts.live(grad, target), ctx.dtype), *[None] * (len(ctx.needs_input_grad) - 1)
+    return _scaled(saved, parts.live(grad, target), ctx.dtype), *[None] * (len(ctx.needs_input_grad) - 1)
 
 
 _linear_logprob.register_autograd(_backward_linear_logprob, setup_context=_setup_linear_logprob)
@@ -417,7 +406,7 @@ def _preference_loss(
     and `numbers` are a Recipe's."""
     from fastpo.kernels.preference import preference_fwd
 
-    if op_parts.looks_at(logp):
+    if parts.looks_at(logp):
         _check_pairs(response_offsets, pairs, logp.numel(), unique)
 
     def fp32(t: Tensor | None) -> Tensor | None:
@@ -473,4 +462,4 @@ def _backward_preference_loss(ctx, grad, *_):
 
 
 _preference_loss.register_autograd(_backward_preference_loss, setup_context=_setup_preference_loss)
-op_parts.reverse_mode_only(_linear_logprob, _linear_logprob_backward, _scaled, _preference_loss)
+parts.reverse_mode_only(_linear_logprob, _linear_logprob_backward, _scaled, _preference_loss)

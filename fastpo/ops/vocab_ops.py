@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastpo.ops import parts as op_parts
+from fastpo.ops import parts
 from fastpo.ops.backends import IGNORE_INDEX, Head, _add_mm, _rule, _tiles, acc_dtype
 
 TEMPORARIES = 4  # of a tile's size, in the accumulation dtype, alive at once
@@ -173,12 +173,12 @@ def _token_kl_backward(
                 dbias[v] = db
     if dhidden is not None:
         dhidden = dhidden.mul_(grad.unsqueeze(1)).to(hidden.dtype)
-    return op_parts.as_outputs(hidden, (dhidden, dweight, dbias))
+    return parts.as_outputs(hidden, (dhidden, dweight, dbias))
 
 
 @_token_kl_backward.register_fake
 def _(grad, hidden, weight, bias, ref_hidden, ref_weight, ref_bias, target, stats, *rest):
-    return op_parts.fake_gradients(hidden, weight, rest[-1])
+    return parts.fake_gradients(hidden, weight, rest[-1])
 
 
 def _setup_token_kl(ctx, inputs, output) -> None:
@@ -190,9 +190,9 @@ def _setup_token_kl(ctx, inputs, output) -> None:
 
 
 def _backward_token_kl(ctx, grad, *_):
-    return op_parts.gradients(ctx, _token_kl_backward, grad, (0, 1, 2))
+    return parts.gradients(ctx, _token_kl_backward, grad, (0, 1, 2))
 
 
 token_kl_op.register_autograd(_backward_token_kl, setup_context=_setup_token_kl)
-_token_kl_backward.register_autograd(op_parts.once_only)
-op_parts.reverse_mode_only(log_sum_sq_op, token_kl_op, _token_kl_backward)
+_token_kl_backward.register_autograd(parts.once_only)
+parts.reverse_mode_only(log_sum_sq_op, token_kl_op, _token_kl_backward)

@@ -21,8 +21,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-from fastpo.ops import backends
-from fastpo.ops import parts as op_parts
+from fastpo.ops import backends, parts
 from fastpo.ops.backends import ELSEWHERE, IGNORE_INDEX, Head, acc_dtype
 from fastpo.ops.inputs import autocast, check_inputs, check_softcap, regime_of
 from fastpo.ops.parts import OpError
@@ -114,7 +113,7 @@ def linear_logprob(
     # A slice may be empty, which a vocabulary may not: then one row is checked in its place.
     checked = [t if rows or t is None else t.new_empty(1, *t.shape[1:]) for t in (weight, bias)]
     backend = check_inputs(hidden, checked[0], target, checked[1], memory_budget, backend)
-    if op_parts.CHECK_INPUTS and not torch.compiler.is_compiling():
+    if parts.CHECK_INPUTS and not torch.compiler.is_compiling():
         _check_replicated(hidden, target, split)
     regime = regime_of(hidden, weight, bias, memory_budget)
     logp, entropy, _, _ = _vocab_parallel_logprob(
@@ -286,7 +285,7 @@ def _vocab_parallel_logprob(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `head._linear_logprob`, for this rank's slice; what it saves gives the gradients of whole rows."""
     n, v_size, acc = hidden.shape[0], weight.shape[0], acc_dtype(hidden.dtype)
-    op_parts.check_targets(target, max(stops))
+    parts.check_targets(target, max(stops))
     head = Head(hidden, weight, _local(target, starts[rank], v_size), bias, softcap, logit_scale)
     mine = hidden.new_zeros(4, n, dtype=acc)  # shift, total, logp, entropy
     mine[0], mine[2] = -torch.inf, torch.inf
@@ -400,7 +399,7 @@ def _vocab_parallel_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dhidden [N, D], dweight [V_r, D], dbias [V_r]), each [0] where `need` does not ask."""
     head = Head(hidden, weight, _local(target, start, weight.shape[0]), bias, softcap, logit_scale)
-    grad = op_parts.live(grad, target)
+    grad = parts.live(grad, target)
     grads: list[Tensor | None] = [None, None, None]
     with torch.autocast(grad.device.type, enabled=False):
         if hidden.shape[0] == 0 or weight.shape[0] == 0:
@@ -415,12 +414,12 @@ def _vocab_parallel_backward(
     if need[0] and hidden.shape[0]:
         grads[0] = grads[0].contiguous()
         dist.all_reduce(grads[0], group=_group(group_name))
-    return op_parts.as_outputs(hidden, grads)
+    return parts.as_outputs(hidden, grads)
 
 
 @_vocab_parallel_backward.register_fake
 def _(grad, hidden, weight, *rest):
-    return op_parts.fake_gradients(hidden, weight, rest[-1])
+    return parts.fake_gradients(hidden, weight, rest[-1])
 
 
 def _setup(ctx, inputs, output) -> None:
@@ -433,9 +432,9 @@ def _setup(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad, *_):
-    return op_parts.gradients(ctx, _vocab_parallel_backward, grad, (0, 1, 3))
+    return parts.gradients(ctx, _vocab_parallel_backward, grad, (0, 1, 3))
 
 
 _vocab_parallel_logprob.register_autograd(_backward, setup_context=_setup)
-_vocab_parallel_backward.register_autograd(op_parts.once_only)
-op_parts.reverse_mode_only(_vocab_parallel_logprob, _vocab_parallel_backward)
+_vocab_parallel_backward.register_autograd(parts.once_only)
+parts.reverse_mode_only(_vocab_parallel_logprob, _vocab_parallel_backward)

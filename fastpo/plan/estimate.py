@@ -10,6 +10,7 @@ T = packed tokens, N = head rows, D = hidden, V = vocabulary.
 import bisect
 import contextlib
 import json
+import logging
 import os
 import re
 import resource
@@ -38,10 +39,12 @@ from fastpo.ops import backends
 from fastpo.plan.weightless import Blueprint, simulate
 from fastpo.training import run_data
 from fastpo.training.distributed import World
-from fastpo.training.memory import MAX_TOKENS, log
+from fastpo.training.memory import MAX_TOKENS
 from fastpo.training.metrics import TOKEN_KL
 from fastpo.training.objective import Objective
 from fastpo.training.optim import NARROW
+
+log = logging.getLogger("fastpo")
 
 GIB = 1 << 30
 MOST_BYTES = 1 << 60

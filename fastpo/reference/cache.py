@@ -39,6 +39,11 @@ log = logging.getLogger("fastpo")
 SHARD_SECONDS = 60.0
 # A change here, or in how log-probabilities are computed, makes every older entry invalid.
 CACHE_VERSION = 4
+ROUND = 8  # micro-batches that a rank computes between two exchanges
+# How far a pass may be off on average, in units of what one rounding of the embeddings does. Packing alone moved
+# log-probabilities by 0.07 to 0.7 of that (models/verify.py); other machines' matrix multiplies add their order of
+# sums.
+NOISE = 6.0
 
 TokenLogps = list[list[np.ndarray]]  # per example, per response, fp32 [len]
 
@@ -417,20 +422,13 @@ def _compare(
         cache.drop(wrong)
 
 
-# How far a pass may be off on average, in units of what one rounding of the embeddings does. Packing alone moved
-# log-probabilities by 0.07 to 0.7 of that (models/verify.py); other machines' matrix multiplies add their order of
-# sums.
-NOISE = 6.0
-ROUND = 8  # micro-batches that a rank computes between two exchanges
-
-
 def _of_batch(
     examples: Sequence[Example],
     rows: Sequence[int],
     compute_logp: Callable[[PackedBatch], torch.Tensor],
     token_bucket: int | None,
 ) -> dict[int, list[np.ndarray]]:
-    """A micro-batch of rows that no cache has."""
+    """A micro-batch of rows that no cache has: apart from those that are compared, so that tests can count them."""
     return _compute(examples, rows, compute_logp, token_bucket)
 
 

@@ -62,9 +62,14 @@ class LiveReference:
         self.held.close()
 
 
+def reader(terms: Sequence[Term]) -> str:
+    """The first of these losses that reads the reference's logits."""
+    return next(t.name for t in terms if t.loss and "chosen_kl" in t.loss.needs)
+
+
 def check(config: TrainConfig, terms: Sequence[Term]) -> None:
     """Refuse what a reference in memory does not go with."""
-    name = next(t.name for t in terms if t.loss and "chosen_kl" in t.loss.needs)
+    name = reader(terms)
     if config.sync_ref_model:
         raise ConfigError(f"{name} keeps its reference in memory, which stands still: leave sync_ref_model out")
     if config.fsdp != "no":

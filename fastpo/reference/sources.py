@@ -18,7 +18,6 @@ from fastpo.data import rows
 from fastpo.data.packing import PackedBatch
 from fastpo.data.prepare import Example
 from fastpo.errors import ConfigError, DataError
-from fastpo.losses.table import Term
 from fastpo.models.policy import Policy
 from fastpo.reference.cache import MovingReference, RefCache, TokenLogps, cache_folder, cache_key
 from fastpo.reference.function_state import function_digest
@@ -27,65 +26,46 @@ from fastpo.reference.passes import ReferencePass
 from fastpo.reference.policies import Policies, Start
 from fastpo.reference.roles import PREV, REF, Given, Role, Sets
 from fastpo.training.distributed import Engine
+from fastpo.training.metrics import TOKEN_KL
+from fastpo.training.objective import Objective
 from fastpo.training.passes import Passes
-from fastpo.training.row_statistics import TOKEN_KL, needs_reference_tokens, row_statistics
 from fastpo.training.step_plan import StepPlan
 from fastpo.training.stepwide import TRAIN_MISMATCHED
 
 log = logging.getLogger("fastpo")
 
 
-def reads_reference(terms: Sequence[Term]) -> bool:
-    """Whether one of these losses compares with a reference."""
-    return any(t.loss.reference for t in terms)
-
-
-def share_of_reference(terms: Sequence[Term]) -> float | None:
-    """kappa of (1 - kappa) previous + kappa reference; None where the losses mix no previous policy in."""
-    return next((t.hyper["kappa"] for t in terms if t.loss.previous), None)
-
-
-def check_previous(config: TrainConfig, terms: Sequence[Term], prev_model: Any) -> None:
-    """ConfigError where a previous policy is given to losses that have none apart, or beside a moving reference."""
-    names = "+".join(config.losses)
-    kappa = share_of_reference(terms)
-    if prev_model is not None and kappa is None:
-        hint = "pass it as ref_model, its only reference" if reads_reference(terms) else "leave it out"
-        raise ConfigError(f"prev_model is given, and {names} mixes no previous policy with the reference: {hint}")
-    if config.sync_ref_model and kappa is not None:
-        raise ConfigError(f"sync_ref_model moves the reference, and {names} mixes it with the previous policy once")
-
-
 class References:
     """The fixed policies of one run, and their token log-probabilities by data set.
 
-    terms: the losses of pairs. policies: makes the models of the roles ready. compute: runs them. kept: what the run
-    has on disk. moving: the reference that follows the policy, where there is one (`config.sync_ref_model`).
+    objective: says what the losses read. policies: makes the models of the roles ready. compute: runs them. kept: what
+    the run has on disk. moving: the reference that follows the policy, where there is one (`config.sync_ref_model`).
     """
 
     def __init__(
         self,
         config: TrainConfig,
-        terms: Sequence[Term],
+        objective: Objective,
         policies: Policies,
         compute: ReferencePass,
         kept: Kept,
         moving: MovingReference | None = None,
     ):
-        self.config, self.terms, self.policies, self.compute = config, terms, policies, compute
+        self.config, self.objective, self.policies, self.compute = config, objective, policies, compute
         self.kept, self.moving, self.world = kept, moving, policies.world
-        self.is_read, self.kappa = reads_reference(terms), share_of_reference(terms)
-        self.is_live = TOKEN_KL in row_statistics(terms)  # then reference/live.py has it, and nothing is known here
+        self.is_read, self.kappa = objective.uses_reference, objective.kappa
+        self.is_live = TOKEN_KL in objective.row_statistics  # then reference/live.py has it, and nothing is known here
         # Whether the policy's first losses have a closed form, and what it gives at the start where that is not it.
         self.starts_at_reference = policies.given[REF] is None and policies.start.is_exact
         self.start: TokenLogps | None = None
+        self._is_attached = False
         self._sets: Sets = {}
         self._logps: dict[str, TokenLogps | None] = {}
         self._refuse: str | None = None  # why the reference may not be computed: it is not the one of the start
 
     @classmethod
     def of_run(
-        cls, config: TrainConfig, terms: Sequence[Term], given: Given, start: Start, passes: Passes, kept: Kept,
+        cls, config: TrainConfig, objective: Objective, given: Given, start: Start, passes: Passes, kept: Kept,
         moving: MovingReference | None, *, verify: Callable[[Engine], object], bar: Callable[..., Any],
     ) -> Self:  # fmt: skip
         """With the parts below it, for the precision and the budget of `passes`."""
@@ -96,7 +76,7 @@ class References:
             max_tokens=lambda: budget.max_tokens, token_bucket=config.token_bucket,
             autocast_dtype=forward.autocast_dtype, bar=bar,
         )  # fmt: skip
-        return cls(config, terms, policies, compute, kept, moving)
+        return cls(config, objective, policies, compute, kept, moving)
 
     def of_set(self, name: str) -> TokenLogps | None:
         """Log-probabilities of the set's rows; None where the losses read none, or the rows have sums of their own."""
@@ -107,7 +87,15 @@ class References:
         return batch.ref_logp if self.start is None else of_batch(self.start, batch)
 
     def attach(self, plan: StepPlan, sets: Sets) -> None:
-        """Know the token log-probabilities of every row of `sets` that the plan, or an evaluation, will visit."""
+        """Know the token log-probabilities of every row of `sets` that the plan, or an evaluation, will visit.
+
+        Once: at a second call, of the same plan and sets, the policy has left the start that they are of.
+        """
+        if not self._is_attached:
+            self._attach(plan, sets)
+        self._is_attached = True
+
+    def _attach(self, plan: StepPlan, sets: Sets) -> None:
         self._sets, self._logps = sets, {}
         if self.world.main:
             self.kept.clear()
@@ -170,11 +158,14 @@ class References:
         """Token log-probabilities of the reference for sets outside of training; none where the losses read none, or
         the rows have sums. The policy is its own reference before training; after it, it is loaded again by its name.
         """
-        if not self.is_read or not sets:
+        if not self.is_read:
+            return {}
+        if self.kappa is None and not self.is_live:
+            given = self._given(REF, sets)
+            sets = {name: examples for name, examples in sets.items() if name not in given}
+        if not sets:
             return {}
         self.check_other_rows(trained=trained)
-        given = self._given(REF, sets)
-        sets = {name: examples for name, examples in sets.items() if name not in given}
         policies = self.policies
         if self.moving is not None:
             with self.moving.in_place():
@@ -188,7 +179,13 @@ class References:
 
     def hold(self, sets: Sets, *, trained: bool) -> None:
         """Know the reference of these sets of the run too, as far as it is not known yet."""
-        missing = {name: examples for name, examples in sets.items() if self.of_set(name) is None}
+        missing = {name: examples for name, examples in sets.items() if name not in self._logps}
+        if missing and (self.kappa is not None or self.is_live):
+            when = "after training" if trained else "before training"
+            raise ConfigError(
+                f"evaluate() has no reference with {'+'.join(self.config.losses)} {when}: set eval_strategy, or "
+                "eval_on_start, and train() evaluates the sets"
+            )
         self._logps |= self.of_other_rows(missing, trained=trained)
 
     @contextlib.contextmanager
@@ -219,8 +216,7 @@ class References:
                     f"{columns} are sums, which neither chosen_token_weights nor turns that are not trained on can "
                     f"weigh: pass {role.model} instead, or assistant_only_loss=false where they are of all turns"
                 )
-            of_tokens = next((t.name for t in self.terms if needs_reference_tokens(t.loss)), None)
-            if of_tokens is not None and any(has):
+            if (of_tokens := self.objective.of_tokens) and any(has):
                 raise DataError(
                     f"{of_tokens} needs the reference's log-probability of every token, and {columns} of the {name} "
                     f"data are sums: drop the columns, or pass {role.model}"

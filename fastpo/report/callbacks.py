@@ -167,9 +167,9 @@ def _as_enum(name: str, value: Any) -> Any:
 class Callbacks:
     """All callbacks of one run: trackers of `report_to` first, then the user's in their order, as in transformers.
 
-    model, tokenizer, optimizer, scheduler, state: what handlers are given; the last three when there are any
-    them (after a resume, a new state too). around: entered where any handler runs (a clock paused, the model as it
-    came). Raises ConfigError for a tracker that is unknown or not installed.
+    Handlers are given the state and the tokenizer, the model once the run has it (`take`), the optimiser and the
+    schedule at last (`begin`). around: entered where any handler runs (a clock paused, the model as it came). Raises
+    ConfigError for a tracker that is unknown or not installed.
     """
 
     def __init__(
@@ -177,7 +177,6 @@ class Callbacks:
         callbacks: Sequence[Any] | None,
         config: TrainConfig,
         *,
-        model: nn.Module | None = None,
         tokenizer: Any = None,
         rank: int = 0,
         local_rank: int = 0,
@@ -185,13 +184,8 @@ class Callbacks:
         device: torch.device | None = None,
         around: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
     ):
-        self.config, self.model, self.tokenizer, self.around, self.world_size = (
-            config,
-            model,
-            tokenizer,
-            around,
-            world_size,
-        )
+        self.config, self.tokenizer, self.around, self.world_size = config, tokenizer, around, world_size
+        self.model: nn.Module | None = None
         self.optimizer: Any = None
         self.scheduler: Any = None
         self.args = CallbackArgs(config, rank=rank, local_rank=local_rank, world_size=world_size, device=device)
@@ -234,20 +228,18 @@ class Callbacks:
         """on_log with transformers' keys: the metrics and the epoch; the step is the state's."""
         return self.call("on_log", logs={**metrics, "epoch": self.state.epoch})
 
-    def start_trackers(self, checkpoint: Path | None = None) -> None:
+    def start_trackers(self) -> None:
         """Open the trackers' runs, before the work that would be lost if one cannot. Once; on_train_begin does it too.
 
-        With the checkpoint of a resume a tracker goes on with its run: TensorBoard, W&B and trackio; MLflow begins a
-        new one.
+        With the state of a checkpoint (`restore`) a tracker goes on with its run: TensorBoard, W&B and trackio; MLflow
+        begins a new one.
         """
-        known = checkpoint is not None and (checkpoint / "trainer_state.json").exists()
-        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")) if known else self.state
         for tracker in self.trackers:
             if tracker in self._started:
                 continue
             name = type(tracker).__name__
             try:
-                with self._resumed(tracker, state):
+                with self._resumed(tracker):
                     self._handler(tracker, "on_train_begin", {})
             except Exception as error:
                 raise ConfigError(f"report_to: {name} cannot start: {_first_line(error)}") from error
@@ -276,9 +268,9 @@ class Callbacks:
 
     # ------------------------------------------------------------ state
 
-    def export(self, state: TrainerState | None = None) -> TrainerState:
+    def export(self) -> TrainerState:
         """Write what stateful callbacks (`ExportableState`) want kept into the state, for a checkpoint."""
-        state = self.state if state is None else state
+        state = self.state
         out: dict[str, Any] = {}
         for callback in (*self.callbacks, self.control):
             if isinstance(callback, ExportableState):
@@ -354,10 +346,10 @@ class Callbacks:
             self.trackers = [c for c in self.trackers if c is not callback]
 
     @contextlib.contextmanager
-    def _resumed(self, tracker: Any, state: TrainerState) -> Iterator[None]:
+    def _resumed(self, tracker: Any) -> Iterator[None]:
         """A tracker's start: with the run of the checkpoint, where there is one."""
         name = type(tracker).__name__
-        run = (state.stateful_callbacks or {}).get(_TRACKERS_KEY, {}).get(name)
+        run = (self.state.stateful_callbacks or {}).get(_TRACKERS_KEY, {}).get(name)
         if name == "WandbCallback":
             self._opened_wandb = tracker._wandb.run is None
             if run and self._opened_wandb and "WANDB_RUN_ID" not in os.environ:
@@ -368,7 +360,7 @@ class Callbacks:
         elif name == "TensorBoardCallback" and run and Path(run).is_dir() and tracker.tb_writer is None:
             tracker.logging_dir = run
             # Steps after the checkpoint were logged by the run that was killed, and come again.
-            tracker.tb_writer = tracker._SummaryWriter(log_dir=run, purge_step=state.global_step + 1)
+            tracker.tb_writer = tracker._SummaryWriter(log_dir=run, purge_step=self.state.global_step + 1)
         try:
             yield
         finally:

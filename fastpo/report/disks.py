@@ -8,14 +8,6 @@ from pathlib import Path
 
 log = logging.getLogger("fastpo")
 
-_FULL = ("no space left", "disk quota", "file too large", "read-only file system", "input/output error",
-         "failed writing", "unexpected pos")  # fmt: skip  # the last two are torch.save's words for a short write
-
-
-def is_disk_error(error: BaseException) -> bool:
-    """Whether an error comes from the file system: not the program's fault, and perhaps gone in a while."""
-    return isinstance(_root(error), OSError) or any(words in cause(error).lower() for words in _FULL)
-
 
 def _root(error: BaseException) -> BaseException:
     """The OSError that an error came from, if one did: PyTorch and safetensors raise others in its place."""

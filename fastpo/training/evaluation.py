@@ -70,7 +70,7 @@ class Evaluation:
         """The training metrics on other data, every pair once whatever packing and ranks; keys carry `prefix`.
         `name`: of the set, which is the prefix where no other is given."""
         started = time.monotonic()
-        prefix = prefix or name
+        prefix = name if prefix is None else prefix
         passes, world, router_loss = self.passes, self.passes.world, self.passes.forward.router
         policy = passes.forward.policy
         pair_count = sum(map(loss_count, examples))

@@ -13,9 +13,9 @@ from fastpo.config.train_config import TrainConfig
 from fastpo.data import DataReport
 from fastpo.losses.table import LOSSES, SFT, Term
 
-# Highest rates of the losses' own recipes, all full fine-tunes with Adam or RMSprop (shared/ALGORITHMS.md, sections 1
-# and 2). Losses that have none of their own there, such as IPO, hinge and robust DPO, take DPO's: their gradient at the
-# start is DPO's within a factor of two in its direction and Adam takes out the scale.
+# Highest rates of the losses' own recipes, all full fine-tunes with Adam or RMSprop. Losses whose papers publish none,
+# such as IPO, hinge and robust DPO, take DPO's: their gradient at the start is DPO's within a factor of two in its
+# direction and Adam takes out the scale.
 _DPO_RATE = (1e-6, "DPO's own code takes 5e-7, its tuned runs 3e-7 to 7e-7, TRL 1e-6")
 _SPPO_RATE = (5e-7, "SPPO's scripts take 5e-7")
 PUBLISHED_RATES = {

@@ -17,8 +17,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fastpo.config.bounds import check_content
-from fastpo.data import mixing, rows
-from fastpo.errors import ConfigError, shown
+from fastpo.data import mixing, sources
+from fastpo.errors import ConfigError, did_you_mean, shown
 from fastpo.training.distributed import World
 
 # What a folder has that a model, or an adapter, can be loaded from.
@@ -138,7 +138,7 @@ def peft_config(value: Any) -> Any:
     kinds = {str(getattr(k, "value", k)): kind for k, kind in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     name = str(getattr(arguments.get("peft_type"), "value", arguments.pop("peft_type", None) or "LORA"))
     if name.upper() not in kinds:
-        raise ConfigError(f"peft_config: unknown peft_type {shown(name)}{_did_you_mean(name.upper(), kinds)}")
+        raise ConfigError(f"peft_config: unknown peft_type {shown(name)}{did_you_mean(name.upper(), kinds)}")
     if arguments["task_type"] not in ("CAUSAL_LM", peft.TaskType.CAUSAL_LM):
         raise ConfigError(f"peft_config: task_type must be CAUSAL_LM, not {shown(arguments['task_type'])}")
     return construct("peft_config", kinds[name.upper()], arguments)
@@ -167,16 +167,11 @@ def construct(argument: str, kind: Any, arguments: dict[str, Any]) -> Any:
     known = [n for n, p in inspect.signature(kind).parameters.items() if p.kind is not inspect.Parameter.VAR_KEYWORD]
     for name in arguments:
         if name not in known:
-            raise ConfigError(f"{argument}: {kind.__name__} has no {shown(name)}{_did_you_mean(name, known)}")
+            raise ConfigError(f"{argument}: {kind.__name__} has no {shown(name)}{did_you_mean(name, known)}")
     try:
         return kind(**arguments)
     except Exception as error:
         raise ConfigError(f"{argument}: {kind.__name__}: {error}") from error
-
-
-def _did_you_mean(name: str, known: Any) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 # ---- what a run is made from
@@ -211,7 +206,7 @@ class Origin:
         paths: dict[str, Any] = {k: os.fspath(v) for k, v in of_arguments.items() if isinstance(v, str | os.PathLike)}
         evaluated = eval_dataset if isinstance(eval_dataset, Mapping) else {"": eval_dataset}
         named = [path for d in (train_dataset, *evaluated.values()) for path in mixing.paths_of(d)]
-        world.first(lambda: [rows.check_path(dataset) for dataset in named])  # before the hub is asked for a model
+        world.first(lambda: [sources.check_path(dataset) for dataset in named])  # before the hub is asked for a model
         paths |= mixing.described(train_dataset)
         if isinstance(eval_dataset, Mapping) and all(isinstance(v, str | os.PathLike) for v in eval_dataset.values()):
             paths["eval_dataset"] = {name: os.fspath(v) for name, v in eval_dataset.items()}

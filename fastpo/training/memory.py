@@ -73,7 +73,7 @@ def savings(config: TrainConfig, model: nn.Module, dtype: torch.dtype, device: t
     return ", ".join(name for name in names if training or name.startswith(("dtype", "a s")))
 
 
-# On a CPU half of DESIGN's 4,096: as fast, and a fifth less memory (bench/train_vs_peers.py).
+# On a CPU 2,048 is as fast as 4,096, and takes a fifth less memory (bench/train_vs_peers.py).
 MAX_TOKENS = {"cuda": 16_384, "cpu": 2_048}
 
 

@@ -4,20 +4,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastpo.config.train_config import TrainConfig
-from fastpo.data.packing import (
-    PackedBatch,
-    TrunkCost,
-    collate,
-    set_sharing,
-    sharing_mode,
-    step_batches,
-)
+from fastpo.data.packing import PackedBatch, TrunkCost, collate, set_sharing, sharing_mode, step_batches
 from fastpo.data.prepare import Example
 from fastpo.models import rotary
+from fastpo.models.flops import Flops
 from fastpo.models.modes import check_ids
 from fastpo.models.policy import Policy
 from fastpo.training.distributed import World
-from fastpo.training.metrics import Flops
 from fastpo.training.objective import Objective
 from fastpo.training.row_statistics import EVALUATION, draw_rows
 

@@ -54,8 +54,8 @@ class Objective:
             )
         return Forming(config.pair_policy, config.pair_margin, whole=bool(self.of_lists))
 
-    def check_reference(self, config: TrainConfig, ref_model: object) -> None:
-        """ConfigError where a reference is given, or to be moved, that no loss reads."""
+    def check_reference(self, config: TrainConfig, ref_model: object, prev_model: object = None) -> None:
+        """ConfigError where a reference or a previous policy is given, or to be moved, that no loss reads so."""
         names = "+".join(config.losses)
         if config.sync_ref_model and not self.uses_reference:
             raise ConfigError(f"sync_ref_model moves a reference, and {names} has none")
@@ -63,6 +63,11 @@ class Objective:
             raise ConfigError("sync_ref_model starts from the policy: leave ref_model out, or sync_ref_model")
         if ref_model is not None and not self.uses_reference:
             raise ConfigError(f"ref_model is given, and {names} has no reference: leave it out")
+        if prev_model is not None and self.kappa is None:
+            hint = "pass it as ref_model, its only reference" if self.uses_reference else "leave it out"
+            raise ConfigError(f"prev_model is given, and {names} mixes no previous policy with the reference: {hint}")
+        if config.sync_ref_model and self.kappa is not None:
+            raise ConfigError(f"sync_ref_model moves the reference, and {names} mixes it with the previous policy once")
 
     def __call__(
         self, logp: Tensor, batch: PackedBatch, stats: Statistics, pair_count: int, nlls: Sequence[float]

@@ -65,10 +65,10 @@ def of_run(policy: Policy, config: TrainConfig, sets: Iterable[Sequence[Example]
             "gradient_checkpointing_kwargs: use_reentrant=true keeps gradients from the router's load-balancing loss: "
             "leave it out, or set router_aux_loss_coef=0"
         )
+    router = RouterLoss(policy, float(coefficient), int(top_k))
     for examples in sets:
-        for example in examples:
-            example.whole = True
-    return RouterLoss(policy, float(coefficient), int(top_k))
+        router.take_whole(examples)
+    return router
 
 
 class RouterLoss:
@@ -78,6 +78,12 @@ class RouterLoss:
         self.policy, self.coefficient, self.top_k = policy, coefficient, top_k
         self.total = torch.zeros(())
         self.size = 1  # 2 E + 1, once `verify` has seen a forward
+
+    @staticmethod
+    def take_whole(examples: Iterable[Example]) -> None:
+        """Before the rows are packed: their last tokens enter the trunk too."""
+        for example in examples:
+            example.whole = True
 
     # -------------------------------------------------------------- forward
 

@@ -180,7 +180,7 @@ def open_table(part: mixing.Part, split: str, config_name: str | None) -> Any:
     return mixing.select_columns(table, part)
 
 
-def _stream_limit(table: sources.Stream, config: "TrainConfig", processes: int, mixed: bool) -> int | None:
+def _stream_limit(table: sources.Stream, config: TrainConfig, processes: int, mixed: bool) -> int | None:
     """How many rows a run reads of what can be read once: those of max_steps, or all of what has an end."""
     if mixed:
         if table.endless:

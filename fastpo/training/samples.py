@@ -1,6 +1,5 @@
 """Answers of the model to a few prompts of the data, while it trains."""
 
-import difflib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -10,7 +9,8 @@ from torch import nn
 from transformers import GenerationConfig
 
 from fastpo.data.prepare import Example
-from fastpo.errors import ConfigError, shown
+from fastpo.errors import ConfigError, did_you_mean, shown
+from fastpo.models.modes import eval_mode
 from fastpo.training.forward import Forward
 from fastpo.training.memory import is_out_of_memory
 
@@ -29,8 +29,7 @@ def check_generation_kwargs(kwargs: dict[str, Any] | None) -> None:
         if name in _OWN:
             raise ConfigError(f"generation_kwargs: {name} is set by the samples; leave it out")
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-            raise ConfigError(f"generation_kwargs: generate() has no {shown(name)}" + _did_you_mean(near))
+            raise ConfigError(f"generation_kwargs: generate() has no {shown(name)}{did_you_mean(name, known)}")
     for name in _COUNTS:
         value = (kwargs or {}).get(name, 1)
         if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= _MOST:
@@ -39,10 +38,6 @@ def check_generation_kwargs(kwargs: dict[str, Any] | None) -> None:
         GenerationConfig(**kwargs or {}).validate()
     except Exception as error:
         raise ConfigError(f"generation_kwargs: {error}") from error
-
-
-def _did_you_mean(near: list[str]) -> str:
-    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 class Answers:
@@ -86,7 +81,7 @@ def generate_samples(
     settings = _settings(model, tokenizer, kwargs)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     out = []
-    with _eval_mode(model), _plain_generation(model), torch.no_grad(), _seeded(device, seed):
+    with eval_mode(model), _plain_generation(model), torch.no_grad(), _seeded(device, seed):
         for index, example in enumerate(examples[:n]):
             chosen = example.pairs[0][0] if example.pairs else 0
             prompt = example.prompt_of(chosen)
@@ -165,15 +160,3 @@ def _seeded(device: torch.device, seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         yield
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """Every module's own mode is put back: a frozen part may be in eval mode while the rest trains."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -53,7 +53,8 @@ class Signals:
     @contextlib.contextmanager
     def taken(self, wanted: bool) -> Iterator[None]:
         """Inside, SIGINT and SIGTERM come here, but for those that the program handles itself. Only in the main thread,
-        where Python runs handlers."""
+        where Python runs handlers. What an earlier run was asked for is behind."""
+        self.asked, self.ending = None, False
         before = {}
         if wanted and threading.current_thread() is threading.main_thread():
             for number, default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):

@@ -59,11 +59,12 @@ class Parts:
         self.gradients = Gradients(self.parameters, master_weights="fp32", seed=0)
         self.optimizer = torch.optim.AdamW([self.gradients.stepped(p) for p in self.parameters.values()], lr=0.1)
         self.scheduler = torch.optim.lr_scheduler.LinearLR(self.optimizer, total_iters=20)
-        self.window = Window(CPU, policy, resolve_terms(["sigmoid"], None), 100, 5)
+        self.window = Window(CPU, policy, resolve_terms(["sigmoid"], None), lambda: 100, 5)
         self.counter, self.said = Counter(), Counter()
         self.progress, self.signals = Progress(), Signals()
         self.progress.start()
-        self.callbacks = Callbacks([], self.config, model=self.model)
+        self.callbacks = Callbacks([], self.config)
+        self.callbacks.take(self.model)
         self.callbacks.state.max_steps = 20
         self.weights = Weights(Engine(policy), self.parameters, {}, world)
         self.files = ModelFiles(

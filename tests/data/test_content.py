@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 import fastpo
 from fastpo.data import prepare_examples, unpair
-from fastpo.data.rows import load_rows
+from fastpo.data.sources import load_rows
 from fastpo.errors import DataError
 
 CHATML = (

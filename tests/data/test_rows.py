@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
-from fastpo.data.rows import InvalidRow, common_length, extract_prompt, load_rows, nearest, parse_row, read_schema
-from fastpo.data.sources import Stream, column_names
-from fastpo.errors import DataError
+from fastpo.data.rows import InvalidRow, common_length, extract_prompt, parse_row, read_schema
+from fastpo.data.sources import Stream, column_names, load_rows
+from fastpo.errors import DataError, nearest
 
 ROWS = [
     {"prompt": "the sky is", "chosen": " blue", "rejected": " gréen"},

@@ -21,8 +21,7 @@ from fastpo.check import SOFTCAPPED, Case
 from fastpo.errors import FastpoError
 from fastpo.kernels import reference
 from fastpo.losses.table import LOSSES, Pairs
-from fastpo.ops import backends, inputs
-from fastpo.ops import parts as op_parts
+from fastpo.ops import backends, inputs, parts
 from fastpo.training.metrics import pair_metrics
 
 HERE = Path(__file__).resolve()
@@ -792,7 +791,7 @@ def test_target_outside_the_vocabulary_on_a_gpu(where, monkeypatch):
     x["target"][4], x["target"][6] = 121, -1
     logp, _ = run(x, (), backend=where[0])
     assert logp.isnan().nonzero().flatten().tolist() == [4, 6]
-    monkeypatch.setattr(op_parts, "CHECK_INPUTS", True)
+    monkeypatch.setattr(parts, "CHECK_INPUTS", True)
     with pytest.raises(FastpoError, match=r"target\[4\] = 121 is outside the vocabulary of 121"):
         run(x, (), backend=where[0])
 

@@ -30,8 +30,7 @@ from fastpo.data import Example  # noqa: E402
 from fastpo.data.packing import collate  # noqa: E402
 from fastpo.kernels import fused, logprob, pair_losses, preference, reference  # noqa: E402
 from fastpo.losses.table import LOSSES, resolve_terms  # noqa: E402
-from fastpo.ops import chips  # noqa: E402
-from fastpo.ops import parts as op_parts  # noqa: E402
+from fastpo.ops import chips, parts  # noqa: E402
 from fastpo.training.row_statistics import LOG_SUM_SQ, TOKEN_KL, draw_rows  # noqa: E402
 from fastpo.training.stepwide import Statistics  # noqa: E402
 
@@ -885,7 +884,7 @@ def test_preference_contracts(name, change, message):
     ids=["start", "end", "past", "negative"],
 )
 def test_preference_op_looks_at_its_indices_on_request(change, message, monkeypatch):
-    monkeypatch.setattr(op_parts, "CHECK_INPUTS", True)
+    monkeypatch.setattr(parts, "CHECK_INPUTS", True)
     x = preference_case("dpo", K_WAY)._asdict()
     x |= {name: fn(x[name]) for name, fn in change.items()}
     with pytest.raises(ops.OpError, match=message):

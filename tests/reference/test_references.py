@@ -22,8 +22,9 @@ from fastpo.reference.kept import Kept
 from fastpo.reference.passes import ReferencePass
 from fastpo.reference.policies import Policies, Start
 from fastpo.reference.roles import PREV, REF, Given
-from fastpo.reference.sources import References, check_previous, of_batch
+from fastpo.reference.sources import References, of_batch
 from fastpo.training.distributed import Engine, World
+from fastpo.training.objective import Objective
 from fastpo.training.progress import Progress
 from fastpo.training.step_plan import StepPlan
 from fastpo.training.stepwide import TRAIN_MISMATCHED
@@ -70,7 +71,7 @@ def parts(toy, tmp_path):
         verified: list[Engine] = []
         start = Start(Engine(policy), "of the start", policy.dtype, name, is_base)
         out = References(
-            config, resolve_terms(losses, **(INPO if "inpo" in losses else {})),
+            config, Objective(resolve_terms(losses, **(INPO if "inpo" in losses else {}))),
             Policies(Given(**given), start, config, WORLD, verify=verified.append), passing(),
             kept or Kept(tmp_path), moving,
         )  # fmt: skip
@@ -302,13 +303,13 @@ def test_a_first_iteration(toy, examples, parts, caplog):
 
 
 def test_check_previous(toy):
-    dpo, inpo = resolve_terms(["dpo"]), resolve_terms(["inpo"])
-    check_previous(TrainConfig(), dpo, None)
-    check_previous(TrainConfig(loss_type="inpo"), inpo, toy)
+    dpo, inpo = Objective(resolve_terms(["dpo"])), Objective(resolve_terms(["inpo"]))
+    dpo.check_reference(TrainConfig(), None, None)
+    inpo.check_reference(TrainConfig(loss_type="inpo"), None, toy)
     with pytest.raises(ConfigError, match="dpo mixes no previous policy .* pass it as ref_model"):
-        check_previous(TrainConfig(loss_type="dpo"), dpo, toy)
+        dpo.check_reference(TrainConfig(loss_type="dpo"), None, toy)
     with pytest.raises(ConfigError, match="inpo mixes it with the previous policy once"):
-        check_previous(TrainConfig(loss_type="inpo", sync_ref_model=True), inpo, None)
+        inpo.check_reference(TrainConfig(loss_type="inpo", sync_ref_model=True), None, None)
 
 
 # ---- a reference that moves
@@ -405,8 +406,10 @@ def test_a_resumed_run(toy, examples, parts, tmp_path, own_cache, monkeypatch):
     resumed, _ = parts(toy.model(), ref_model=toy.model(2), kept=Kept(tmp_path, begun, first.kept.keys))
     resumed.attach(plan(examples), sets)
     assert agree(resumed.of_set("train"), toy.model(1), examples, plan(examples).visited())
-    with pytest.raises(ConfigError, match="lacks the reference's log-probabilities for rows .* and ref_model that"):
-        resumed.attach(plan(examples, 3), sets)
+    resumed, _ = parts(toy.model(), ref_model=toy.model(2), kept=Kept(tmp_path, begun, first.kept.keys))
+    for _ in range(2):  # what has failed is not taken for done
+        with pytest.raises(ConfigError, match="lacks the reference's log-probabilities for rows .* and ref_model that"):
+            resumed.attach(plan(examples, 3), sets)
     with pytest.raises(ConfigError, match="lacks the reference's log-probabilities"):
         resumed.of_other_rows({"more": examples}, trained=True)
     same, _ = parts(toy.model(), ref_model=toy.model(1), kept=Kept(tmp_path, begun, first.kept.keys))

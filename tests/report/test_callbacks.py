@@ -213,12 +213,9 @@ def test_tensorboard_goes_on_after_a_kill(tmp_path):
     (folder,) = (tmp_path / "run" / "runs").iterdir()
     assert scalars(folder)["train/loss"] == [(s, pytest.approx(1 / s)) for s in range(1, 6)]  # flushed at every line
 
-    checkpoint = tmp_path / "run" / "checkpoint-3"
-    checkpoint.mkdir()
-    (checkpoint / "trainer_state.json").write_text(json.dumps(saved))
     resumed = Callbacks(None, options)
-    resumed.start_trackers(checkpoint)
     resumed.restore(TrainerState(**saved))
+    resumed.start_trackers()
     steps(resumed, 4, 7)
     resumed.call("on_train_end")
     resumed.close()
@@ -307,8 +304,9 @@ def test_wandb_goes_on_with_the_checkpoints_run(tmp_path, wandb, monkeypatch):
     options = config(tmp_path, report_to="wandb")
     saved = steps(Callbacks(None, options), 1, 3, save_at=2)
     module.run = None
-    (tmp_path / "trainer_state.json").write_text(json.dumps(saved))
-    Callbacks(None, options).start_trackers(tmp_path)
+    resumed = Callbacks(None, options)
+    resumed.restore(TrainerState(**saved))
+    resumed.start_trackers()
     assert module.calls[-1] == ("init", {"project": "mine", "name": None, "id": "new", "resume": "allow"})
     assert len(module.calls) == 2
 

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastpo
 from fastpo.models import tree_attention
-from fastpo.ops import parts as op_parts
+from fastpo.ops import parts
 from fastpo.trainer import Trainer
 
 aten = torch.ops.aten
@@ -73,7 +73,7 @@ def watched(monkeypatch):
             return plan(*args)
 
     monkeypatch.setattr(tree_attention, "_plan", planned)
-    monkeypatch.setattr(op_parts, "check_targets", lambda *_: None)  # they are looked at on a CPU alone
+    monkeypatch.setattr(parts, "check_targets", lambda *_: None)  # they are looked at on a CPU alone
     return block
 
 

@@ -59,8 +59,9 @@ def run(toy, tmp_path):
     count = iter(range(1000))
 
     def call(model, scarce=None, rows=None, peft_config=None, **options):
-        if scarce is not None:
-            scarce = Scarce(model, **scarce)
+        # In every run: a hook is part of what the cache of reference log-probabilities knows a model by, and values
+        # that another packing has computed differ in their last bits.
+        scarce = Scarce(model, **(scarce or {}))
         defaults = dict(
             output_dir=str(tmp_path / f"run{next(count)}"), disable_tqdm=True, use_cpu=True, logging_steps=1,
             max_steps=2, learning_rate=1e-2, lr_scheduler_type="constant", gradient_checkpointing=False,
@@ -71,7 +72,7 @@ def run(toy, tmp_path):
             model, toy.rows(24) if rows is None else rows, processing_class=toy.tokenizer(),
             eval_dataset=toy.rows(8, seed=1), args={**defaults, **options}, peft_config=peft_config,
         )  # fmt: skip
-        result.failed = scarce and scarce.failed
+        result.failed = scarce.failed
         return result
 
     return call
@@ -81,14 +82,9 @@ def weights(model) -> torch.Tensor:
     return torch.cat([p.detach().double().flatten() for p in model.parameters()])
 
 
-# On AMD, MKL's last bits depend on where memory lies, which is elsewhere after a failed attempt.
-SAME_BITS = "AuthenticAMD" not in Path("/proc/cpuinfo").read_text()
-
-
 def same(a, b) -> bool:
-    """Whether two runs have the same weights: to the bit, or on AMD to rounding."""
-    a, b = weights(a.model), weights(b.model)
-    return torch.equal(a, b) if SAME_BITS else bool((a - b).abs().max() < 1e-6)
+    """Whether two runs have the same weights, bit for bit."""
+    return torch.equal(weights(a.model), weights(b.model))
 
 
 def lora():
@@ -167,9 +163,7 @@ def test_a_failure_that_does_not_come_back_leaves_no_trace(toy, run, options):
     for call, backward, error in ((1, False, "cpu"), (0, True, "cuda"), (4, True, "python")):
         got = run(model(), {"calls": [call], "backward": backward, "error": OOM[error]}, **given)
         assert got.failed == 1 and lowered(got) == []
-        assert same(got, plain)
-        for line, expected in zip(numbers(got), numbers(plain), strict=True):  # rewards are differences near 0
-            assert line == pytest.approx(expected, rel=1e-6 if SAME_BITS else 1e-5, abs=1e-7 if SAME_BITS else 1e-6)
+        assert same(got, plain) and numbers(got) == numbers(plain)
 
 
 def test_passes_without_gradients_are_split(toy, run, caplog):
@@ -191,9 +185,7 @@ def test_a_resumed_run_packs_as_it_would_have(toy, run, tmp_path):
     go_on = {**options, "resume_from_checkpoint": str(tmp_path / "one" / "checkpoint-3")}
     resumed = run(toy.model(), {"limit": 200}, **go_on)
     assert whole.failed == 2 and resumed.failed == 0 and lowered(resumed) == lowered(whole)
-    assert same(resumed, whole)
-    for line, expected in zip(numbers(resumed), numbers(whole), strict=True):
-        assert line == pytest.approx(expected, rel=1e-6 if SAME_BITS else 1e-5, abs=1e-7 if SAME_BITS else 1e-6)
+    assert same(resumed, whole) and numbers(resumed) == numbers(whole)
     saved = torch.load(tmp_path / "one" / "checkpoint-3" / "trainer.pt", weights_only=True)["budget"]
     config = TrainConfig.build({"max_tokens": BUDGET, "fsdp": "full_shard", "use_cpu": True})
     sharded = Budget(BUDGET, config, World(torch.device("cpu"), 0, 1, 0), lambda training: "", lambda examples, row: "")

@@ -98,6 +98,17 @@ def test_the_summary_has_it_too(toy, run):
     assert out.metrics["aux_loss"] == pytest.approx((lines[0]["aux_loss"] + lines[1]["aux_loss"]) / 2, rel=1e-6)
 
 
+def test_of_rows_given_to_evaluate(toy, tmp_path):
+    """Their last tokens count too, as those of the trainer's own set."""
+    rows = toy.rows(5, seed=3)
+    args = dict(output_dir=str(tmp_path), use_cpu=True, bf16=False, disable_tqdm=True, max_length=None)
+    trainer = fastpo.Trainer(
+        make_model("Mixtral"), toy.rows(4), eval_dataset=rows, processing_class=toy.tokenizer(), args=args
+    )
+    own, given = trainer.evaluate(), trainer.evaluate(rows)
+    assert given["eval_aux_loss"] == own["eval_aux_loss"] > 0 and given["eval_loss"] == own["eval_loss"]
+
+
 @pytest.mark.parametrize("name", ["Mixtral", "Qwen3Moe", "GptOss"])
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_as_trl(toy, run, tmp_path, name, lora):

@@ -311,8 +311,9 @@ def test_what_is_refused(toy, run):
     for name in ("ld_dpo", "sampo", ["dpo", "sampo"]):
         with pytest.raises(DataError, match="reference's log-probability of every token, and ref_chosen_logps"):
             run(sums, loss_type=name)
-    with pytest.raises(DataError, match="tdpo2 needs the reference's logits: drop the columns"):
-        run(sums, loss_type="tdpo2")
+    for name in ("tdpo2", ["dpo", "tdpo2"]):
+        with pytest.raises(DataError, match="tdpo2 needs the reference's logits: drop the columns"):
+            run(sums, loss_type=name)
     assert math.isfinite(losses(run(sums, loss_type="wpo", max_steps=1))[0])  # sums are enough
     assert math.isfinite(losses(run(sums, loss_type="sampo", max_steps=1, ref_model=toy.model(seed=1)))[0])
     with pytest.raises(ConfigError, match="tdpo1 keeps its reference in memory.*leave sync_ref_model out"):
