@@ -152,8 +152,8 @@ def test_every_gradient_is_as_exact_as_plain_pytorchs(where, name, request):
                 pair = [(of[output].double() - exact[output]).flatten() for of in (ours, naive)]
                 errors.setdefault((regime, output), []).append(torch.stack(pair))
     assert len(errors) == 7
-    for what, parts in errors.items():
-        ours, naive = torch.cat(parts, 1).square().mean(1).sqrt().tolist()
+    for what, pairs in errors.items():
+        ours, naive = torch.cat(pairs, 1).square().mean(1).sqrt().tolist()
         assert ours <= 1.5 * naive, f"{what}: error {ours:.3g}, plain PyTorch's {naive:.3g}"
 
 
