@@ -311,6 +311,8 @@ def row_config(n_cols: int, itemsize: int, aligned: bool, has_bias: bool, warp_s
     load of its own. They take one vector a thread, the former never more than 512 threads, both together half a vector
     and 256 threads."""
     threads = 128 if n_cols <= 4096 else 256 if n_cols <= 16384 else 512 if n_cols <= 65536 or not aligned else 1024
+    if itemsize == 4:  # a fp32 row is twice as long, and 64 registers a thread would spill its entropy
+        threads = min(threads, 512)
     if not aligned and has_bias:
         threads = min(threads, 256)
     vec = 16 // itemsize if aligned or not has_bias else 8 // itemsize
