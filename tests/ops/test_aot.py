@@ -128,7 +128,10 @@ def test_the_pages_table_is_the_records():
         ({"case": "tree-fwd-bf16-64", "target": "sm_90", "tensor_cores": "mma.sync"}, "lost wgmma"),
         ({"case": "tree-fwd-bf16-64", "target": "sm_90", "tensor_cores": ""}, "has no wgmma.mma_async or mma.sync"),
         ({"registers": 255, "warps": 16}, "more registers"),
-        ({"case": "row-bf16-128256", "target": "sm_90", "instructions": 29.2}, "takes 29.2 instructions a logit"),
+        (
+            {"case": "row-bf16-128256", "target": "sm_90", "tensor_cores": "", "instructions": 29.2},
+            "takes 29.2 instructions a logit",
+        ),
         ({"shared": 300_000}, "needs 300000 bytes of shared memory of 232448"),
     ],
     ids=[
