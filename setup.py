@@ -11,7 +11,9 @@ setup(
             sources=["csrc/ext.cpp"],
             depends=["csrc/tile.inc", "csrc/attention.inc", "csrc/layers.inc", "csrc/adamw.inc", "csrc/pack.inc"],
             language="c++",
-            extra_compile_args=[] if sys.platform == "win32" else ["-std=c++17", "-O2", "-fno-math-errno", "-g0", "-Wno-psabi"],
+            extra_compile_args=[]
+            if sys.platform == "win32"
+            else ["-std=c++17", "-O2", "-fno-math-errno", "-g0", "-Wno-psabi"],
             define_macros=[("Py_LIMITED_API", "0x030B0000")],
             py_limited_api=True,
             optional=True,  # without a compiler the install succeeds, and PyTorch code does the same

@@ -8,8 +8,8 @@ The shape is SmolLM2-135M's (30 layers, D 576, 9 heads on 3, V 49,152, tied head
 the HH dialogues of the shared data with a byte-level BPE trained on them. Each run is a process of its own, in turn.
 
 Two times: the whole call of the trainer over its steps (start-up checks, tokenising, reference pass included), and
-the median of the steps after the first, in which TRL computes its reference and fastpo has it already. Bare GEMMs: every
-matrix multiply of one fastpo step, by the profiler's shapes, again and alone, in the same dtype and the same process;
+the median of the steps after the first, in which TRL computes its reference and fastpo has it already. Bare GEMMs:
+every matrix multiply of one fastpo step, by the profiler's shapes, again and alone, in the same dtype and the same process;
 the step is the last but one, whose rows the last and profiled one has again.
 """
 

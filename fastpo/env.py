@@ -37,6 +37,8 @@ def collect() -> dict[str, Any]:
         "devices": _devices(),
         "extension": _extension(),
         "backends": _backends(),
+        "compiled code": _instruction_set(),
+        "bf16 on the CPU": _cpu_bf16(),
         "cache": _cache_folder(),
         "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
     }
@@ -123,6 +125,22 @@ def _extension() -> str:
     except ImportError as error:
         return f"not built ({error})"
     return str(_C.__file__)
+
+
+def _instruction_set() -> str:
+    from fastpo.ops import backends
+
+    if backends.compiled is None:
+        return "none: PyTorch code does the same on the CPU, slower"
+    slower = {"avx512": "", "avx2": " (no AVX-512 here, slower)", "generic": " (neither AVX-512 nor AVX2 here, slower)"}
+    isa = backends.compiled.isa()
+    return isa + slower[isa]
+
+
+def _cpu_bf16() -> str:
+    from fastpo.ops import backends
+
+    return "native" if backends.cpu_has_bf16() else "through fp32, slower than fp32 itself"
 
 
 def _backends() -> list[str]:

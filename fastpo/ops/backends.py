@@ -23,6 +23,7 @@ target minus the sum of the others; factor = -logit_scale / sum exp(z - m).
 from __future__ import annotations
 
 import os
+import platform
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -107,6 +108,18 @@ def load_extension():
 
 
 compiled = load_extension()  # fastpo._C, or None
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this processor multiplies bf16 matrices itself; elsewhere they go through fp32, and take longer."""
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() or _arm_has_bf16())
+
+
+def _arm_has_bf16() -> bool:
+    try:
+        return platform.machine() == "aarch64" and " bf16" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
 
 
 def _slices(columns: int, column_bytes: int, tile_bytes: int) -> list[slice]:

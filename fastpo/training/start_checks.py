@@ -16,6 +16,7 @@ from fastpo.errors import ConfigError, FastpoError, shown
 from fastpo.models.adapters import first_line
 from fastpo.models.attention import BACKENDS
 from fastpo.models.modes import check_offloading
+from fastpo.ops.backends import cpu_has_bf16
 from fastpo.ops.chips import FUSED_FORWARD_VARIABLE
 from fastpo.training.distributed import World
 from fastpo.training.optim import NARROW, Gradients, build_optimizer, build_scheduler
@@ -36,6 +37,8 @@ def check_options(config: TrainConfig, device: torch.device, cache: Path) -> Non
     _check_checkpointing(config)
     if config.grad_filter and device.type == "cuda":
         log.warning("grad_filter runs plain PyTorch operations on a GPU, unmeasured: compare tokens_per_second")
+    if config.bf16 and device.type == "cpu" and not cpu_has_bf16():
+        log.warning("bf16 is slower than fp32 on this processor, which has no bf16 multiplies: pass bf16=false")
     if config.torch_compile:
         from fastpo.models.compiled import check_backend
 
