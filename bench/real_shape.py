@@ -9,8 +9,8 @@ the HH dialogues of the shared data with a byte-level BPE trained on them. Each 
 
 Two times: the whole call of the trainer over its steps (start-up checks, tokenising, reference pass included), and
 the median of the steps after the first, in which TRL computes its reference and fastpo has it already. Bare GEMMs:
-every matrix multiply of one fastpo step, by the profiler's shapes, again and alone, in the same dtype and the same process;
-the step is the last but one, whose rows the last and profiled one has again.
+every matrix multiply of one fastpo step, by the profiler's shapes, again and alone, in the same dtype and process; the
+step is the last but one, whose rows the last and profiled one has again.
 """
 
 import argparse

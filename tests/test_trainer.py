@@ -632,3 +632,25 @@ def test_an_optimizer_of_another_models_parameters_is_refused(toy, run):
 def test_a_reference_that_nothing_reads_is_refused(toy, run, loss):
     with pytest.raises(ConfigError, match="ref_model is given, and .* has no reference: leave it out"):
         run(rest={"ref_model": toy.model(seed=1)}, loss_type=loss)
+
+
+def test_autocast_casts_each_weight_once_a_step(run):
+    """Not once a micro-batch; and gradients reach every weight through the one cast."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Casts(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.found: list[int] = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            kwargs = kwargs or {}
+            if func is torch.ops.aten._to_copy.default and kwargs.get("dtype") == torch.bfloat16:
+                if torch.is_grad_enabled() and isinstance(args[0], torch.nn.Parameter):
+                    self.found.append(id(args[0]))
+            return func(*args, **kwargs)
+
+    with Casts() as casts:
+        result = run(bf16=True, max_steps=1, max_tokens=64, loss_type="simpo", disable_tqdm=True)
+    layers = [m for m in result.model.model.modules() if isinstance(m, torch.nn.Linear)]
+    assert sorted(casts.found) == sorted(id(m.weight) for m in layers)

@@ -64,13 +64,19 @@ class Accumulation:
         stats = self.stepwide.statistics("train", rows, passes, ref)
         if world.several:  # here the ranks meet, and a rank that begins its part anew does so alone
             self._look_ahead(stats, ref, idle)
-        sums = passes.budget.repeat(
-            lambda: self._run(rows, stats, ref, idle, step, start_guard),
-            drop=lambda: self.gradients.begin(1, step), restart=lambda: self._begin(rows, step), step=step, warn=warn,
-        )  # fmt: skip
+        with passes.forward.keeping_casts():
+            sums = passes.budget.repeat(
+                lambda: self._run(rows, stats, ref, idle, step, start_guard),
+                drop=lambda: self._drop(step), restart=lambda: self._begin(rows, step), step=step, warn=warn,
+            )  # fmt: skip
         if start_guard is not None and any(world.gather(sums.wrong_start)):
             raise TrainingError(sums.wrong_start or "another process does not start at the reference")
         return sums
+
+    def _drop(self, step: int) -> None:
+        """Lets go of what a failed attempt has left."""
+        self.gradients.begin(1, step)
+        torch.clear_autocast_cache()
 
     def _begin(self, rows: Sequence[int], step: int) -> None:
         """Packs the step into this process's micro-batches, and forgets the last one's gradients."""

@@ -51,7 +51,18 @@ class Forward:
     def autocast(self) -> AbstractContextManager[Any]:
         if self.autocast_dtype is None:
             return contextlib.nullcontext()
-        return torch.autocast(self.device.type, self.autocast_dtype)
+        # A cast made without gradients would be taken for one with them while `keeping_casts`.
+        return torch.autocast(self.device.type, self.autocast_dtype, cache_enabled=torch.is_grad_enabled())
+
+    @contextlib.contextmanager
+    def keeping_casts(self) -> Iterator[None]:
+        """Inside, in which weights do not change, autocast casts each of them once, not once a pass."""
+        torch.autocast_increment_nesting()
+        try:
+            yield
+        finally:
+            if torch.autocast_decrement_nesting() == 0:
+                torch.clear_autocast_cache()
 
     @contextlib.contextmanager
     def watching(self, wanted: bool = True) -> Iterator[None]:
@@ -80,9 +91,8 @@ class Forward:
         return logp
 
     def _live(self, batch: PackedBatch) -> tuple[Tensor, Head] | None:
-        """The reference's rows. Before the policy's own forward pass, whose weights it may borrow; and in an autocast
-        of its own, at the end of which the casts of those weights are forgotten."""
+        """The reference's rows. Before the policy's own forward pass, whose weights it may borrow."""
         if self.live is None:
             return None
-        with self.autocast():
+        with torch.no_grad(), self.autocast():
             return self.live(batch)

@@ -32,7 +32,7 @@ def verify(
     """The packed path must equal the model's own logits on a few rows of the `first` step, and the longest of
     `everything`. quiet: dropout must leave no noise. Returns the router's loss, if the layers have one."""
     chosen = guard_rows(engine.policy, first, itertools.chain.from_iterable(everything))
-    with forward.autocast(), torch.no_grad():
+    with torch.no_grad(), forward.autocast():
         try:
             engine(lambda: verify_or_unpack(engine.policy, chosen))
         except Exception as error:
