@@ -15,13 +15,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
-sys.path[:0] = [str(FOLDER), str(FOLDER.parent / "tests")]  # PYTHONSAFEPATH leaves them out
+sys.path[:0] = [str(FOLDER), str(FOLDER.parent / "tests" / "losses")]  # PYTHONSAFEPATH leaves them out
 
 import common  # noqa: E402
 import pytest  # noqa: E402
-import test_loss_table as formulas  # noqa: E402
-import test_losses as first_formulas  # noqa: E402
-import test_losses_peers as peers  # noqa: E402
+import test_functions as first_formulas  # noqa: E402
+import test_peers as peers  # noqa: E402
+import test_table as formulas  # noqa: E402
 import torch  # noqa: E402
 
 import fastpo  # noqa: E402
