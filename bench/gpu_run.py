@@ -126,11 +126,13 @@ class Running:
     def done(self) -> bool:
         """Whether the process has ended; what it left behind in its group ends too."""
         if self.process is not None and self.process.poll() is None:
-            return False
+            if not self.killed or time.monotonic() < self.killed + 3 * GRACE_S:
+                return False
+            self.state += ", and does not end"  # SIGKILL waits for a driver that hangs; the others do not
         if self.process is not None:
             self.kill()
             code = self.process.returncode
-            self.state = self.state or ("ok" if code == 0 else f"exit code {code}")
+            self.state = self.state or ("ok" if code == 0 else f"exit code {code}")  # -N: signal N, not of ours
         self.section.state, self.section.seconds = self.state, round(time.monotonic() - self.begin, 1)
         return True
 
@@ -201,9 +203,9 @@ class Run:
     def _watch(self, running: list[Running]) -> None:
         while running:
             for item in list(running):
-                if self.stopped or time.monotonic() > item.end:
-                    item.end_it("stopped" if self.stopped else "cut off")
                 done = item.done()
+                if not done and (self.stopped or time.monotonic() > item.end):
+                    item.end_it("stopped" if self.stopped else "cut off")
                 for line in item.fresh_lines(all_of_it=done):
                     say(f"{item.section.name} | {line}")
                 if done:
@@ -225,10 +227,8 @@ class Run:
         record = self.about | {
             "seconds": round(time.monotonic() - self.begin, 1),
             "signal": signal.Signals(self.stopped).name if self.stopped else None,
-            "sections": [dataclasses.asdict(section) | {"environment": None} for section in self.sections],
+            "sections": [dataclasses.asdict(section) for section in self.sections],
         }
-        for section in record["sections"]:
-            del section["environment"]
         name = "gpu.json" if self.part == "run" else f"gpu_{self.part}.json"
         (self.folder / name).write_text(json.dumps(record, indent=1) + "\n")
         fresh = self.out / f".{ARCHIVE}"

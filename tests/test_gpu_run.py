@@ -139,6 +139,23 @@ def test_a_signal_leaves_the_archive(tmp_path, number):
     assert files["run/logs/sleeper.log"].startswith(found[1]) and gone(int(found[1]))
 
 
+def test_what_sigkill_does_not_end_holds_nothing_up(gpu_run, tmp_path, monkeypatch):
+    """A process that waits in a driver: played by one whose signals get lost."""
+    monkeypatch.setattr(gpu_run, "GRACE_S", 0.2)
+    run = gpu_run.Run.__new__(gpu_run.Run)  # without handlers of signals in this process
+    monkeypatch.setattr(gpu_run.Run, "_conclude", lambda self, item: None)
+    run.stopped = 0
+    section = gpu_run.Section("hangs", 0.1, ["sleep", "300"])
+    item = gpu_run.Running(section, tmp_path / "hangs.log", 0.1, dict(os.environ))
+    monkeypatch.setattr(item, "_signal", lambda number: None)
+    try:
+        run._watch([item])
+    finally:
+        item.process.kill()
+        item.process.wait()
+    assert section.state == "cut off, and does not end" and section.seconds < 30
+
+
 def test_both_halves_in_one_archive(tmp_path):
     def run(part, name):
         body = f'    run.stage([python({name!r}, 20, "print({name!r})")])\n'
