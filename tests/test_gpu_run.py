@@ -16,6 +16,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "bench" / "gpu.sh"
@@ -286,6 +287,22 @@ def test_every_script_starts_on_a_bare_image(gpu_run, tmp_path):
             assert code == 0 or re.fullmatch(r"(\w+) is not installed: pip install .*", str(code)), (script, code)
         else:
             assert answered.get(code) == "a command", (script, options, code, done.stderr[-2000:])
+
+
+def test_a_check_that_is_cut_short_tells_what_it_found(monkeypatch, capsys):
+    from fastpo import check
+
+    def cases(device):
+        yield check.Case(9, 8, 301), torch.float32
+        raise KeyboardInterrupt  # what gpu.sh sends at the limit
+
+    monkeypatch.setattr(check, "cases", cases)
+    monkeypatch.setattr(check, "budgeted_error", lambda *args: (1.0, 0.5))
+    with pytest.raises(KeyboardInterrupt):
+        check.run_check("cpu", verbose=False)
+    out = capsys.readouterr().out
+    assert "9x8x301" in out and "FAILED" in out
+    assert re.search(r"^0 of [48] checks passed on cpu in .* s, the others have not run$", out, re.MULTILINE)
 
 
 def wheel(folder: Path, name: str, version: str, tag: str = "py3-none-any") -> None:
