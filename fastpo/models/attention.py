@@ -300,20 +300,24 @@ def _varlen_attention(
             deterministic=torch.are_deterministic_algorithms_enabled(),
         )
     else:
+        from torch.nn.attention import SDPBackend, sdpa_kernel
         from torch.nn.attention.varlen import varlen_attn
 
-        out = varlen_attn(
-            q,
-            k,
-            v,
-            cu_seqlens,
-            cu_seqlens,
-            layout.max_seqlen,
-            layout.max_seqlen,
-            scale=scale,
-            window_size=window_size,
-            **_gqa(q.shape[1] != k.shape[1]),
-        )
+        # From 2.15 on PyTorch prefers cuDNN on Hopper and Blackwell, for causal calls too. Which is faster, and whether
+        # its numbers hold, is not measured: FlashAttention, as on shared prompts. The backward takes what this chose.
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            out = varlen_attn(
+                q,
+                k,
+                v,
+                cu_seqlens,
+                cu_seqlens,
+                layout.max_seqlen,
+                layout.max_seqlen,
+                scale=scale,
+                window_size=window_size,
+                **_gqa(q.shape[1] != k.shape[1]),
+            )
     return out[..., :head_v].unsqueeze(0)
 
 

@@ -37,10 +37,15 @@ def default_memory_budget(weight: Tensor) -> int:
 def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     """The tensors in autocast's dtype where it is on; fp64 stays."""
     device_type = next(t for t in tensors if t is not None).device.type
-    if not (torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)):
+    if not (_autocast_available(device_type) and torch.is_autocast_enabled(device_type)):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+
+
+@torch.compiler.assume_constant_result  # PyTorch 2.11 cannot trace the question
+def _autocast_available(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
 
 
 def check_softcap(softcap: float | None) -> None:

@@ -193,15 +193,18 @@ class RouterLoss:
         inner: Any = policy.causal_lm
         keep = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(inner.forward).parameters else {}
         with eval_mode(policy.model):
-            with policy.detached() as model:
-                out = model(input_ids=ids, attention_mask=mask, use_cache=False, output_router_logits=True, **keep)
-            own = getattr(out, "aux_loss", None)
             batch = collate(examples, range(len(examples))).to(device)
             with policy.attach():
                 mine = self.trunk_pass(Engine(policy), batch)
-        self.size = len(mine)
-        if self.size == 1:
-            return None  # dense layers only
+            self.size = len(mine)
+            # Dense layers only, of which some models' own loss is an IndexError; or a model that hands no router logits
+            # on (GraniteMoe in transformers 5.11).
+            if self.size == 1:
+                log.warning("%s returned no router logits: no load-balancing loss is added", name)
+                return None
+            with policy.detached() as model:
+                out = model(input_ids=ids, attention_mask=mask, use_cache=False, output_router_logits=True, **keep)
+        own = getattr(out, "aux_loss", None)
         if not isinstance(own, Tensor):
             log.warning("%s has no load-balancing loss of its own: Mixtral's is added, as TRL does", name)
             return self

@@ -307,6 +307,7 @@ def test_calling_convention(backend: str, window: int | None, sizes: tuple, monk
 
     def varlen(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa):  # noqa: ANN001
         assert enable_gqa
+        assert torch.backends.cuda.flash_sdp_enabled() and not torch.backends.cuda.cudnn_sdp_enabled()
         return kernel(q, k, v, cu_q, cu_k, max_q, max_k, scale, window_size)
 
     package = types.ModuleType("flash_attn")
@@ -320,12 +321,42 @@ def test_calling_convention(backend: str, window: int | None, sizes: tuple, monk
     torch.testing.assert_close(out, reference(q, k, v, RAGGED, 0.4, window))
 
 
+class _Chosen(Exception):
+    """What varlen_attn was about to run; there is no CPU kernel to go on with."""
+
+
+def test_varlen_is_flash_attention_where_pytorch_prefers_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's own choice, as it falls on a GPU whose cuDNN could do the call."""
+    from torch.nn.attention import SDPBackend, varlen
+
+    if not hasattr(varlen, "_select_backend"):
+        pytest.skip(f"PyTorch {torch.__version__} has no choice there: causal calls go to FlashAttention")
+    select = varlen._select_backend
+
+    def stop(*args: object) -> int:
+        raise _Chosen(SDPBackend(select(*args)))
+
+    monkeypatch.setattr(varlen, "_cudnn_rejection_reasons", lambda *args: [])
+    monkeypatch.setattr(varlen, "_select_backend", stop)
+    q = torch.zeros(8, 4, 8)
+    cu = torch.tensor([0, 8], dtype=torch.int32)
+    with pytest.raises(_Chosen, match="CUDNN_ATTENTION"):
+        varlen.varlen_attn(q, q, q, cu, cu, 8, 8, window_size=(-1, 0))
+    monkeypatch.setattr(attention, "_choose_backend", lambda *args: "varlen")
+    with pytest.raises(_Chosen, match="FLASH_ATTENTION"):
+        _call()
+    with pytest.raises(_Chosen, match="CUDNN_ATTENTION"):  # the caller's own setting is back
+        varlen.varlen_attn(q, q, q, cu, cu, 8, 8, window_size=(-1, 0))
+
+
 def test_real_varlen_signature() -> None:
     import inspect
 
     from torch.nn.attention.varlen import varlen_attn
 
-    assert {"scale", "window_size", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys()
+    parameters = inspect.signature(varlen_attn).parameters
+    assert {"scale", "window_size"} <= parameters.keys()
+    assert ("enable_gqa" in parameters) == (torch.__version__ >= (2, 12))  # 2.11 takes grouped heads as they come
 
 
 @pytest.mark.gpu
