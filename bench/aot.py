@@ -6,9 +6,11 @@
 
 A case is a launch: the launchers run on CPU tensors with the kernels replaced by recorders, and what those record
 (dtypes, alignments, constants, warps) is compiled for each target as the JIT would there. Off the binary: registers a
-thread, bytes of spills a thread, shared memory; off the assembly: the tensor-core instruction of GEMM kernels, and how
-logits or operands are loaded. A regression is a new spill, a lost tensor-core instruction or a narrower load. Speed is
-not in here: only a GPU tells.
+thread, bytes of spills a thread, shared memory, and how many programs these let an NVIDIA multiprocessor hold; off the
+assembly: the tensor-core instruction of GEMM kernels, and how logits or operands are loaded; off the machine code of
+NVIDIA's row kernels: instructions a logit, of all passes' loops together (a row's masked rest is not in them). A
+regression is a new spill, a lost tensor-core instruction, a narrower load or a twentieth more instructions a logit.
+Speed is not in here: only a GPU tells.
 
 Spills are what goes to memory: local memory on NVIDIA, scratch on AMD (of vector registers, or of any other kind). No
 kernel may have any. AMD's scalar registers, one of which serves a whole wave, are moved to lanes of a vector register
@@ -44,7 +46,7 @@ from fastpo.models.layout import Layout
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORD = ROOT / "bench/results/aot.json"
-CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+NVIDIA_TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 MODULES = (attention, fused, logprob, online_softmax, preference)
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -60,6 +62,8 @@ TENSOR_CORES = {
     "sm_100": ("tcgen05.mma", "mma.sync"),
     "gfx942": ("v_mfma",),
 }
+# What an NVIDIA multiprocessor holds of threads, and of 32-bit registers, which are given out to a warp 8 a thread.
+THREADS, REGISTERS = 2048, 65_536
 # Bytes of shared memory that a block may have.
 SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 LOADS = ("elements", "16 B and rest", "16 B", "TMA")  # from worse to better
@@ -136,9 +140,9 @@ def slice_fwd(v: int, dtype: torch.dtype, *, entropy=False):
 def slice_grad(v: int, dtype: torch.dtype):
     def launch() -> None:
         logits, target, bias = row_inputs(1000, v, dtype, bias=dtype)
-        lse, logp = torch.zeros(2, 1000)
+        norm, logp = torch.zeros(2, 1000), torch.zeros(1000)
         rule = {"softcap": 30.0, "logit_scale": 1.0, "col_offset": v}
-        logprob.logprob_slice_grad(logits, target, lse, bias, logp=logp, **rule)
+        logprob.logprob_slice_grad(logits, target, norm, bias, logp=logp, **rule)
 
     return "_logprob_slice_grad_kernel", launch
 
@@ -321,13 +325,56 @@ def resources(compiled, target: str) -> dict[str, int]:
         spills = 4 * int(fields["vgpr_spill_count"]) + int(fields["private_segment_fixed_size"])
         moved = int(fields["sgpr_spill_count"])
         return {"registers": int(fields["vgpr_count"]), "spills": spills, "sgprs_moved": moved, "shared": shared}
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
-        report = subprocess.run([CUOBJDUMP, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+    report = of_cubin(compiled, "cuobjdump", "-res-usage")
     (usage,) = re.findall(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", report)
     registers, stack, local = map(int, usage)
     return {"registers": registers, "spills": stack + local, "sgprs_moved": 0, "shared": shared}
+
+
+def of_cubin(compiled, tool: str, option: str) -> str:
+    """What one of NVIDIA's tools says of the machine code."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        return subprocess.run([NVIDIA_TOOLS / tool, option, cubin], capture_output=True, text=True, check=True).stdout
+
+
+def innermost_loops(code: str) -> list[list[str]]:
+    """Instructions of each loop without another in it, of nvdisasm's listing."""
+    labels: dict[str, int] = {}
+    lines: list[str] = []
+    spans = []
+    for line in code.splitlines():
+        if label := re.match(r"\s*(\.L_\w+):", line):
+            labels[label[1]] = len(lines)
+        elif instruction := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", line):
+            lines.append(instruction[1])
+            jump = re.search(r"\bBRA\b.*`\((\.L_\w+)\)", instruction[1])
+            if jump and jump[1] in labels:  # backwards: its label has been seen
+                spans.append(range(labels[jump[1]], len(lines)))
+    inner = [a for a in spans if not any(b != a and b.start >= a.start and b.stop <= a.stop for b in spans)]
+    return [lines[a.start : a.stop] for a in inner]
+
+
+def instructions_a_logit(code: str, itemsize: int) -> float:
+    """Of a row kernel's loops together: one loop a pass, told by the cache hint of its loads; of an unrolled loop and
+    its rest, the former."""
+    passes: dict[str, tuple[int, int]] = {}
+    for loop in innermost_loops(code):
+        for hint in ("EL", "EF"):  # evict last, evict first
+            widths = [re.search(rf"\bLDG\.E\.{hint}\.?(128|64|U16|)", line) for line in loop]
+            size = {"128": 16, "64": 8, "U16": 2, "": 4}
+            logits = sum(size[width[1]] for width in widths if width) // itemsize
+            if logits > passes.get(hint, (0, 0))[1]:
+                passes[hint] = len(loop), logits
+    return round(sum(count / logits for count, logits in passes.values()), 2)
+
+
+def programs(row: dict) -> int:
+    """Programs of a kernel that an NVIDIA multiprocessor holds at a time."""
+    threads = 32 * row["warps"]
+    by_shared = (SHARED[row["target"]] + 1024) // (row["shared"] + 1024)  # a block takes 1 KiB more than it asks for
+    return min(THREADS // threads, REGISTERS // (-(-row["registers"] // 8) * 8 * threads), by_shared, 32)
 
 
 def loads(compiled, target: str, gemm: bool) -> str:
@@ -353,12 +400,13 @@ def measure(case: str, target: str) -> dict:
     compiled = compile_case(case, target)
     gemm = CASES[case][0] in GEMMS
     reads_logits = re.match(r"row|split|slice", case)
-    assembly = compiled.asm["amdgcn" if TARGETS[target].backend == "hip" else "ptx"]
-    return {
-        "case": case,
-        "target": target,
-        "warps": compiled.metadata.num_warps,
-        **resources(compiled, target),
+    hip = TARGETS[target].backend == "hip"
+    assembly = compiled.asm["amdgcn" if hip else "ptx"]
+    row = {"case": case, "target": target, "warps": compiled.metadata.num_warps, **resources(compiled, target)}
+    code = of_cubin(compiled, "nvdisasm", "-c") if reads_logits and not hip else ""
+    return row | {
+        "programs": None if hip else programs(row),
+        "instructions": instructions_a_logit(code, 4 if "fp32-" in case else 2) if code else None,
         "tensor_cores": next((name for name in TENSOR_CORES[target] if name in assembly), "") if gemm else "",
         "loads": loads(compiled, target, gemm) if gemm or reads_logits else "",
     }
@@ -377,7 +425,7 @@ def faults(row: dict) -> list[str]:
             found.append(f"{where} has no {' or '.join(wanted)}")
     if row["shared"] > SHARED[row["target"]]:
         found.append(f"{where} needs {row['shared']} bytes of shared memory of {SHARED[row['target']]}")
-    if TARGETS[row["target"]].backend == "cuda" and row["registers"] * row["warps"] * 32 > 65_536:
+    if TARGETS[row["target"]].backend == "cuda" and row["registers"] * row["warps"] * 32 > REGISTERS:
         found.append(f"{where} needs more registers than a multiprocessor has")
     return found
 
@@ -398,6 +446,8 @@ def regressions(rows: list[dict], committed: list[dict]) -> list[str]:
             found.append(f"{where} lost {old['tensor_cores']}")
         if old["loads"] and LOADS.index(row["loads"] or "elements") < LOADS.index(old["loads"]):
             found.append(f"{where} loads by {row['loads']}, before by {old['loads']}")
+        if old["instructions"] and (row["instructions"] or 0) > 1.05 * old["instructions"]:
+            found.append(f"{where} takes {row['instructions']} instructions a logit, before {old['instructions']}")
     return found
 
 
@@ -407,13 +457,50 @@ def read_record() -> dict:
 
 def table(rows: list[dict]) -> str:
     """Markdown."""
-    header = ("case", "target", "warps", "registers", "spills", "sgprs moved", "shared", "tensor cores", "loads")
-    lines = [[str(row[name.replace(" ", "_")]) for name in header] for row in rows]
+    header = (
+        "case", "target", "warps", "registers", "spills", "sgprs moved", "shared", "programs", "instructions",
+        "tensor cores", "loads",
+    )  # fmt: skip
+    values = [[row[name.replace(" ", "_")] for name in header] for row in rows]
+    lines = [["" if value is None else str(value) for value in line] for line in values]
     widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
     rules = ["-" * w for w in widths]
     return "\n".join(
         "| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths)) + " |" for line in [header, rules, *lines]
     )
+
+
+def before_and_after(rows: list[dict], base: dict) -> str:
+    """Markdown: instructions a logit of the row kernels of an earlier commit, and now."""
+    now = {(row["case"], row["target"]): row["instructions"] for row in rows}
+    targets = [target for target in TARGETS if TARGETS[target].backend == "cuda"]
+    lines = ["| case | " + " | ".join(targets) + " |", "| --- |" + " ---: |" * len(targets)]
+    for case, counts in base["instructions"].items():
+        cells = (f"{counts[target]:.1f} to {now[case, target]:.1f}" for target in targets)
+        lines.append(f"| {case} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def write_record(rows: list[dict], base: dict | None) -> None:
+    """aot.json and aot.md; `base` is {"commit", "instructions": {case: {target: a logit}}}."""
+    units = {"registers": "a thread", "spills": "bytes a thread", "sgprs_moved": "a wave", "shared": "bytes a block"}
+    units |= {"programs": "a multiprocessor", "instructions": "a logit"}
+    record = {"triton": triton.__version__, **units, "base": base, "kernels": rows}
+    RECORD.write_text(json.dumps(record, indent=1) + "\n")
+    page = f"""Every Triton kernel, compiled by Triton {triton.__version__} without a GPU (`bench/aot.py`).
+Registers and spills to memory (bytes) are a thread's, shared memory (bytes) a block's. AMD's scalar
+registers that are moved to lanes of vector registers go to no memory. Programs are what an NVIDIA
+multiprocessor holds at a time, instructions those of a row kernel's loops for each logit.
+
+{table(rows)}
+"""
+    if base:
+        page += f"""
+Instructions a logit of the row kernels at commit {base["commit"]}, whose exponentials were natural, and now:
+
+{before_and_after(rows, base)}
+"""
+    RECORD.with_suffix(".md").write_text(page)
 
 
 def main() -> int:
@@ -436,15 +523,7 @@ def main() -> int:
     else:
         found = [fault for row in rows for fault in faults(row)]
         if not options.only and not options.target:
-            units = {"spills": "bytes a thread", "sgprs_moved": "a wave", "shared": "bytes a block"}
-            units["registers"] = "a thread"
-            RECORD.write_text(json.dumps({"triton": triton.__version__, **units, "kernels": rows}, indent=1) + "\n")
-            title = f"Every Triton kernel, compiled by Triton {triton.__version__} without a GPU (`bench/aot.py`).\n"
-            notes = (
-                "Registers and spills to memory (bytes) are a thread's, shared memory (bytes) a block's. AMD's scalar\n"
-            )
-            notes += "registers that are moved to lanes of vector registers go to no memory.\n"
-            RECORD.with_suffix(".md").write_text(f"{title}{notes}\n{table(rows)}\n")
+            write_record(rows, read_record().get("base") if RECORD.exists() else None)
     print(*found, sep="\n")
     print(f"{len(rows)} kernels compiled, {len(found)} {'regressions' if options.check else 'faults'}")
     return 1 if found else 0

@@ -45,6 +45,7 @@ struct Tile {
   float* top;             // [rows], the largest z so far, the target's among them; null where ez is
   float* past;            // [rows, past_cols] fp32 sums that share the shift, or null
   const float* factor;    // [rows], of the backward pass, else null
+  float* slope;           // [rows], 1 - tanh^2 at the target, out of a forward pass with a soft cap; or null
   int64_t ld_raw, ld_out, rows, cols, col_offset;
   int64_t out_past;  // columns before `out` that share the shift
   int64_t past_cols;
@@ -173,12 +174,12 @@ T* pointer(unsigned long long address) {
 }
 
 PyObject* tile_pass(PyObject*, PyObject* args) {
-  unsigned long long raw, out, bias, target, m, others, z_target, ez, top, past, factor;
+  unsigned long long raw, out, bias, target, m, others, z_target, ez, top, past, factor, slope;
   long long ld_raw, ld_out, rows, cols, col_offset, out_past, past_cols;
   float softcap, scale;
   int bf16, threads;
-  if (!PyArg_ParseTuple(args, "KKKKKKKKKKKLLLLLLLffpi", &raw, &out, &bias, &target, &m, &others, &z_target, &ez, &top,
-                        &past, &factor, &ld_raw, &ld_out, &rows, &cols, &col_offset, &out_past, &past_cols, &softcap, &scale,
+  if (!PyArg_ParseTuple(args, "KKKKKKKKKKKKLLLLLLLffpi", &raw, &out, &bias, &target, &m, &others, &z_target, &ez, &top,
+                        &past, &factor, &slope, &ld_raw, &ld_out, &rows, &cols, &col_offset, &out_past, &past_cols, &softcap, &scale,
                         &bf16, &threads))
     return nullptr;
   Tile tile{pointer<void>(raw),
@@ -192,6 +193,7 @@ PyObject* tile_pass(PyObject*, PyObject* args) {
             pointer<float>(top),
             pointer<float>(past),
             pointer<float>(factor),
+            pointer<float>(slope),
             ld_raw,
             ld_out,
             rows,

@@ -191,7 +191,7 @@ def slice_results(device: str) -> Iterator[Result]:
         for begin in range(0, case.v, 2048):
             v = slice(begin, begin + 2048)
             kernels.logprob_slice_fwd(raw[:, v], x["target"], bias[v], state, col_offset=begin, **rule)
-        ours = kernels.logprob_slice_finish(state, x["target"])
+        ours = kernels.logprob_slice_finish(state, x["target"], **rule)
         exact = reference.row_logprob(raw.double() + bias.double(), x["target"], **rule)
         naive = reference.row_logprob(raw.float() + bias.float(), x["target"], **rule)
         rows = zip(("logp", "lse", "entropy"), ours, naive, exact)

@@ -17,7 +17,14 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastpo.kernels.online_softmax import _finite, _logit_rule, combine, device_guard, multiprocessors
+from fastpo.kernels.online_softmax import (
+    _logit,
+    _shift,
+    combine,
+    device_guard,
+    kernel_rule,
+    multiprocessors,
+)
 
 # The interpreter's tl.dot returns garbage for bf16 (Triton 3.6 to 3.9); the kernel widens its operands there.
 INTERPRETED = triton.knobs.runtime.interpret
@@ -73,17 +80,18 @@ def _fused_logprob_fwd_kernel(
     w,  # weight [V, D], pointer or descriptor
     target_ptr,  # [N] int
     bias_ptr,  # [V] or None
-    m_ptr,  # [blocks of V, N] fp32, out
+    x_ptr,  # [blocks of V, N] fp32, out
     s_ptr,  # [blocks of V, N] fp32, out
     e_ptr,  # [blocks of V, N] fp32, out, or None
-    t_logit_ptr,  # [N] fp32, out; unwritten where the target is not in [0, V)
+    x_target_ptr,  # [N] fp32, out; unwritten where the target is not in [0, V)
     n_rows,
     n_cols,
     n_dim,
     stride_xn,
     stride_wv,
-    softcap,  # or None
-    logit_scale,
+    inner,  # a KernelRule
+    bits,
+    NEGATIVE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -118,25 +126,26 @@ def _fused_logprob_fwd_kernel(
                 x_tile = x_tile.to(tl.float32)
                 w_tile = w_tile.to(tl.float32)
             acc = tl.dot(x_tile, w_tile.T, acc)
-        bias = 0.0
+        bias = None
         if bias_ptr is not None:
             bias = tl.load(bias_ptr + offs_v, mask=offs_v < n_cols, other=0.0).to(tl.float32)[None, :]
-        z, _ = _logit_rule(acc, bias, softcap, logit_scale)
-        z = tl.where(offs_v[None, :] < n_cols, z, float("-inf"))
-        m = tl.max(z, axis=1)
-        shifted = z - _finite(m)[:, None]
-        p = tl.exp(shifted)
+        # Not in base 2: Triton 3.7's warp specialisation for sm_100 fails on a second exp2 in the tile.
+        x_logit, _ = _logit(acc, bias, inner, NEGATIVE, False)
+        x_logit = tl.where(offs_v[None, :] < n_cols, x_logit, float("-inf"))
+        x_max = tl.max(x_logit, axis=1)
+        above = tl.fma(x_logit, bits, -_shift(x_max, bits)[:, None])
+        p = tl.exp2(above)
         mask_n = offs_n < n_rows
         out = block_v.to(tl.int64) * n_rows + offs_n
-        tl.store(m_ptr + out, m, mask=mask_n)
+        tl.store(x_ptr + out, x_max, mask=mask_n)
         tl.store(s_ptr + out, tl.sum(p, axis=1), mask=mask_n)
         if e_ptr is not None:
-            e = tl.sum(tl.where(shifted == float("-inf"), 0.0, shifted * p), axis=1)
+            e = tl.sum(tl.where(p == 0.0, 0.0, above * p), axis=1)
             tl.store(e_ptr + out, e, mask=mask_n)
         target = tl.load(target_ptr + offs_n, mask=mask_n, other=-1)
         hit = (target >= col0) & (target < col0 + BLOCK_V) & (target < n_cols)
         at_target = offs_v[None, :] == target.to(tl.int32)[:, None]
-        tl.store(t_logit_ptr + offs_n, tl.sum(tl.where(at_target, z, 0.0), axis=1), mask=mask_n & hit)
+        tl.store(x_target_ptr + offs_n, tl.sum(tl.where(at_target, x_logit, 0.0), axis=1), mask=mask_n & hit)
 
 
 def chip(device: torch.device) -> str:
@@ -150,12 +159,15 @@ def chip(device: torch.device) -> str:
 
 # Per chip: (plain logits, logits with a bias, a soft cap or the entropy). The softmax of a tile keeps all of it in
 # registers, and the options need more of them than a 128 x 256 tile leaves. Chosen so that nothing spills and the
-# shared memory fits (bench/aot.py); not measured: no GPU was at hand. Warp specialisation only where Triton 3.7 does
-# it: on sm_90 it ignores the request with 8 warps and fails to compile with 4.
+# shared memory fits (bench/aot.py); not measured: no GPU was at hand. Warp specialisation only where Triton up to 3.7
+# does it: on sm_90 it ignores the request with 8 warps and fails to compile with 4. Of 3.9's on sm_100 the registers
+# spill and the shared memory does not fit, nor do 256 columns fit the registers without it.
+_SPECIALIZES = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8)
+_SM_100 = FusedConfig(128, 128, 64, 8, 4, True, True, _SPECIALIZES)
 CONFIGS = {
     "sm_80": (FusedConfig(128, 256, 64, 8, 3), FusedConfig(128, 128, 64, 8, 3)),
     "sm_90": (FusedConfig(128, 256, 64, 8, 4, tma=True, flatten=True), FusedConfig(128, 128, 64, 8, 4, True, True)),
-    "sm_100": (FusedConfig(128, 256, 64, 8, 4, True, True, True), FusedConfig(128, 128, 64, 8, 4, True, True, True)),
+    "sm_100": (_SM_100._replace(BLOCK_V=256 if _SPECIALIZES else 128), _SM_100),
     "gfx942": (FusedConfig(128, 256, 64, 8, 2), FusedConfig(128, 128, 64, 8, 2)),
 }
 UNKNOWN = FusedConfig(128, 128, 32, 8, 3)  # 48 KiB of shared memory, which every chip with tensor cores has
@@ -198,10 +210,11 @@ def fused_logprob_fwd(
     logit_scale: float,
     entropy: bool = False,
     top1: Tensor | None = None,  # [N] fp32, out
+    norm: Tensor | None = None,  # [2, N] fp32, out
     config: FusedConfig | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(logp, lse, entropy | None), each [N] fp32, of logits that are never rounded nor stored. A -100 row has logp 0;
-    a target outside the vocabulary gives NaN. `top1` as in `logprob_row_fwd`. `config` None: the chip's."""
+    a target outside the vocabulary gives NaN. `top1` and `norm` as in `logprob_row_fwd`. `config` None: the chip's."""
     (n, d), v = hidden.shape, weight.shape[0]
     assert takes(hidden, weight) and weight.shape == (v, d) and v > 0, (
         f"hidden and weight must be bf16 or fp16 [N, D] and [V, D] with inner stride 1, got {hidden.dtype} "
@@ -217,8 +230,9 @@ def fused_logprob_fwd(
     c = config or fused_config(hidden, weight, bias is None and softcap is None and not entropy)
     parts = -(-v // c.BLOCK_V)
     partial = torch.empty(2 + entropy, parts, n, dtype=torch.float32, device=hidden.device)
-    m, s, e = partial[0], partial[1], partial[2] if entropy else None
-    t_logit = torch.empty_like(logp)
+    x_max, s, e = partial[0], partial[1], partial[2] if entropy else None
+    x_target = torch.empty_like(logp)
+    rule = kernel_rule(softcap, logit_scale)
     operands = (hidden, weight)
     if c.tma:
         blocks = (c.BLOCK_N, c.BLOCK_V)
@@ -229,17 +243,18 @@ def fused_logprob_fwd(
             *operands,
             target,
             bias,
-            m,
+            x_max,
             s,
             e,
-            t_logit,
+            x_target,
             n,
             v,
             d,
             hidden.stride(0),
             weight.stride(0),
-            softcap,
-            float(logit_scale),
+            rule.inner,
+            rule.bits,
+            NEGATIVE=rule.negative,
             BLOCK_N=c.BLOCK_N,
             BLOCK_V=c.BLOCK_V,
             BLOCK_D=c.BLOCK_D,
@@ -253,5 +268,5 @@ def fused_logprob_fwd(
             num_stages=c.num_stages,
             enable_fp_fusion=True,
         )
-    combine(m, s, e, None, t_logit, target, v, logp, lse, ent, None, top1)
+    combine(x_max, s, e, None, x_target, target, v, rule.bits, logp, lse, ent, None, top1, norm)
     return logp, lse, ent

@@ -10,6 +10,7 @@ hence dX = c * (U W), dW = U^T (c * X), dbias = U^T c for any upstream c [N]. Re
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -19,14 +20,21 @@ from torch import Tensor
 
 from fastpo.kernels.online_softmax import (
     _IGNORE,
+    _LOG2E,
+    FLOOR,
     IGNORE_INDEX,
-    _finite,
+    _in_bits,
+    _is_top1,
+    _normaliser,
     _rescale,
+    _results,
+    _shift,
     combine,
     device_guard,
+    kernel_rule,
     multiprocessors,
 )
-from fastpo.kernels.row_passes import _row_grad, _row_stats, _target_logit
+from fastpo.kernels.row_passes import _row_grad, _row_stats, _store_zeros, _target_logit
 
 # A row is cut into parts of at least this many columns: 8 KiB of bf16, two steps of 128 threads with two 16-byte loads.
 MIN_SPLIT = 4096
@@ -42,10 +50,14 @@ def _logprob_row_fwd_kernel(
     entropy_ptr,  # [N] fp32, out, or None
     argmax_ptr,  # [N] int, out, or None
     top1_ptr,  # [N] fp32, out, or None
+    shift_ptr,  # [N] fp32, out, or None
+    total_ptr,  # [N] fp32, out, or None
     n_cols,
     stride_ln,
-    softcap,  # or None
+    inner,  # a KernelRule
+    bits,
     logit_scale,
+    NEGATIVE: tl.constexpr,
     WRITE_GRAD: tl.constexpr,
     BLOCK_V: tl.constexpr,
     VEC: tl.constexpr,
@@ -55,40 +67,60 @@ def _logprob_row_fwd_kernel(
     row_ptr = logits_ptr + pid_n * stride_ln
     target = tl.load(target_ptr + pid_n).to(tl.int64)
     # Read before the second pass overwrites it; the reductions below are the barrier in between.
-    hit, z_target = _target_logit(row_ptr, bias_ptr, target, n_cols, softcap, logit_scale)
+    hit, x_target, slope_target = _target_logit(row_ptr, bias_ptr, target, n_cols, inner, NEGATIVE)
     live = target != _IGNORE
 
-    m, s, e, i = _row_stats(
+    x_max, m, s, e, i = _row_stats(
         row_ptr,
         bias_ptr,
         0,
         n_cols,
-        softcap,
-        logit_scale,
+        inner,
+        bits,
+        NEGATIVE,
+        (argmax_ptr is not None) or (top1_ptr is not None),
         entropy_ptr is not None,
         argmax_ptr is not None,
         BLOCK_V,
         VEC,
         ALIGNED,
     )
-    log_s = tl.log(s)
-    # A target outside the vocabulary is NaN, never a plausible number. (z - m) - log s keeps the digits that
-    # z - lse loses when the logits share a large offset.
-    logp = tl.where(hit, z_target - m - log_s, float("nan"))
+    logp, lse, entropy = _results(x_target, bits, m, s, e)
+    logp = tl.where(hit, logp, float("nan"))  # of a target outside the vocabulary never a plausible number
     tl.store(logp_ptr + pid_n, tl.where(live, logp, 0.0))
-    tl.store(lse_ptr + pid_n, m + log_s)
+    tl.store(lse_ptr + pid_n, lse)
     if entropy_ptr is not None:
-        tl.store(entropy_ptr + pid_n, log_s - e / s)
+        tl.store(entropy_ptr + pid_n, entropy)
     if argmax_ptr is not None:
         tl.store(argmax_ptr + pid_n, i)
     if top1_ptr is not None:
-        # Only a NaN differs from itself: one logit makes it the row's log-probability.
-        tl.store(top1_ptr + pid_n, tl.where(live & (z_target >= m) & (logp == logp), 1.0, 0.0))
+        tl.store(top1_ptr + pid_n, _is_top1(x_target, x_max, logp, live))
+    if shift_ptr is not None:
+        shift, total = _normaliser(m, s)
+        tl.store(shift_ptr + pid_n, shift)
+        tl.store(total_ptr + pid_n, total)
     if WRITE_GRAD:
-        factor = tl.where(live, 1.0 / s, 0.0)
-        _row_grad(
-            row_ptr, bias_ptr, 0, n_cols, n_cols, target, None, m, factor, softcap, logit_scale, BLOCK_V, VEC, ALIGNED
-        )
+        if live:
+            _row_grad(
+                row_ptr,
+                bias_ptr,
+                0,
+                n_cols,
+                tl.where(hit, target, -1),
+                tl.exp2(tl.fma(x_target, bits, -m)) / s,
+                slope_target,
+                m,
+                s,
+                inner,
+                bits,
+                logit_scale,
+                NEGATIVE,
+                BLOCK_V,
+                VEC,
+                ALIGNED,
+            )
+        else:
+            _store_zeros(row_ptr, 0, n_cols, BLOCK_V, VEC, ALIGNED)
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -96,17 +128,18 @@ def _logprob_split_fwd_kernel(
     logits_ptr,  # [N, V]
     target_ptr,  # [N] int
     bias_ptr,  # [V] or None
-    m_ptr,  # [splits, N] fp32, out
+    x_ptr,  # [splits, N] fp32, out
     s_ptr,  # [splits, N] fp32, out
     e_ptr,  # [splits, N] fp32, out, or None
     i_ptr,  # [splits, N] int32, out, or None
-    t_logit_ptr,  # [N] fp32, out; unwritten where the target is not in [0, V)
+    x_target_ptr,  # [N] fp32, out; unwritten where the target is not in [0, V)
     n_rows,
     n_cols,
     width,  # columns of a split, whole blocks
     stride_ln,
-    softcap,
-    logit_scale,
+    inner,
+    bits,
+    NEGATIVE: tl.constexpr,
     BLOCK_V: tl.constexpr,
     VEC: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -117,16 +150,18 @@ def _logprob_split_fwd_kernel(
     row_ptr = logits_ptr + pid_n * stride_ln
     if split == 0:
         target = tl.load(target_ptr + pid_n).to(tl.int64)
-        hit, z_target = _target_logit(row_ptr, bias_ptr, target, n_cols, softcap, logit_scale)
-        tl.store(t_logit_ptr + pid_n, z_target, mask=hit)
+        hit, x_target, _ = _target_logit(row_ptr, bias_ptr, target, n_cols, inner, NEGATIVE)
+        tl.store(x_target_ptr + pid_n, x_target, mask=hit)
     begin = split * width
-    m, s, e, i = _row_stats(
+    x_max, _, s, e, i = _row_stats(
         row_ptr,
         bias_ptr,
         begin,
         tl.minimum(begin + width, n_cols),
-        softcap,
-        logit_scale,
+        inner,
+        bits,
+        NEGATIVE,
+        True,
         e_ptr is not None,
         i_ptr is not None,
         BLOCK_V,
@@ -134,7 +169,7 @@ def _logprob_split_fwd_kernel(
         ALIGNED,
     )
     out = split.to(tl.int64) * n_rows + pid_n
-    tl.store(m_ptr + out, m)
+    tl.store(x_ptr + out, x_max)
     tl.store(s_ptr + out, s)
     if e_ptr is not None:
         tl.store(e_ptr + out, e)
@@ -147,15 +182,16 @@ def _logprob_slice_fwd_kernel(
     logits_ptr,  # [N, Vs]
     target_ptr,  # [N] int
     bias_ptr,  # [Vs] or None
-    m_ptr,  # [N] fp32, in and out
+    x_ptr,  # [N] fp32, in and out
     s_ptr,  # [N] fp32, in and out
-    t_logit_ptr,  # [N] fp32, in and out
+    x_target_ptr,  # [N] fp32, in and out
     e_acc_ptr,  # [N] fp32, in and out, or None
     n_cols,
     stride_ln,
     col_offset,
-    softcap,
-    logit_scale,
+    inner,
+    bits,
+    NEGATIVE: tl.constexpr,
     BLOCK_V: tl.constexpr,
     VEC: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -163,22 +199,34 @@ def _logprob_slice_fwd_kernel(
     pid_n = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + pid_n * stride_ln
     target = tl.load(target_ptr + pid_n).to(tl.int64) - col_offset
-    hit, z_target = _target_logit(row_ptr, bias_ptr, target, n_cols, softcap, logit_scale)
-    tl.store(t_logit_ptr + pid_n, z_target, mask=hit)
-    m_old = tl.load(m_ptr + pid_n)
+    hit, x_target, _ = _target_logit(row_ptr, bias_ptr, target, n_cols, inner, NEGATIVE)
+    tl.store(x_target_ptr + pid_n, x_target, mask=hit)
+    x_old = tl.load(x_ptr + pid_n)
     s_old = tl.load(s_ptr + pid_n)
     e_old = 0.0
     if e_acc_ptr is not None:
         e_old = tl.load(e_acc_ptr + pid_n)
 
-    m, s, e, _ = _row_stats(
-        row_ptr, bias_ptr, 0, n_cols, softcap, logit_scale, e_acc_ptr is not None, False, BLOCK_V, VEC, ALIGNED
+    x_max, m, s, e, _ = _row_stats(
+        row_ptr,
+        bias_ptr,
+        0,
+        n_cols,
+        inner,
+        bits,
+        NEGATIVE,
+        True,
+        e_acc_ptr is not None,
+        False,
+        BLOCK_V,
+        VEC,
+        ALIGNED,
     )
+    m_old = _shift(x_old, bits)
     m_new = tl.maximum(m, m_old)
-    m_safe = _finite(m_new)
-    s, e = _rescale(m, s, e, m_safe)
-    s_old, e_old = _rescale(m_old, s_old, e_old, m_safe)
-    tl.store(m_ptr + pid_n, m_new)
+    s, e = _rescale(m, s, e, m_new)
+    s_old, e_old = _rescale(m_old, s_old, e_old, m_new)
+    tl.store(x_ptr + pid_n, tl.maximum(x_max, x_old))
     tl.store(s_ptr + pid_n, s + s_old)
     if e_acc_ptr is not None:
         tl.store(e_acc_ptr + pid_n, e + e_old)
@@ -188,53 +236,67 @@ def _logprob_slice_fwd_kernel(
 def _logprob_slice_grad_kernel(
     logits_ptr,  # [N, Vs], raw logits in, U out
     target_ptr,  # [N] int
-    lse_ptr,  # [N] fp32, of the whole rows
+    shift_ptr,  # [N] fp32, of the whole rows
+    total_ptr,  # [N] fp32, of the whole rows
     logp_ptr,  # [N] fp32, or None
     bias_ptr,  # [Vs] or None
     n_cols,
     width,  # columns of a split, whole blocks
     stride_ln,
     col_offset,
-    softcap,
+    inner,
+    bits,
     logit_scale,
+    NEGATIVE: tl.constexpr,
     BLOCK_V: tl.constexpr,
     VEC: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
     pid_n = tl.program_id(0).to(tl.int64)
     begin = tl.program_id(1) * width
+    end = tl.minimum(begin + width, n_cols)
     row_ptr = logits_ptr + pid_n * stride_ln
     target = tl.load(target_ptr + pid_n).to(tl.int64)
-    lse = tl.load(lse_ptr + pid_n)
-    factor = tl.where(target != _IGNORE, 1.0, 0.0)
-    u_target = None
-    if logp_ptr is not None:
-        u_target = 1.0 - tl.exp(tl.load(logp_ptr + pid_n))
-    _row_grad(
-        row_ptr,
-        bias_ptr,
-        begin,
-        tl.minimum(begin + width, n_cols),
-        n_cols,
-        target - col_offset,
-        u_target,
-        lse,
-        factor,
-        softcap,
-        logit_scale,
-        BLOCK_V,
-        VEC,
-        ALIGNED,
-    )
+    if target != _IGNORE:
+        m, s = _in_bits(tl.load(shift_ptr + pid_n), tl.load(total_ptr + pid_n))
+        target -= col_offset
+        # Of this program's columns: another program's may be U already.
+        mine = tl.where((target >= begin) & (target < end), target, -1)
+        _, x_target, slope_target = _target_logit(row_ptr, bias_ptr, mine, end, inner, NEGATIVE)
+        if logp_ptr is not None:
+            p_target = tl.exp2(tl.load(logp_ptr + pid_n) * _LOG2E)
+        else:
+            p_target = tl.exp2(tl.fma(x_target, bits, -m)) / s
+        tl.debug_barrier()  # before any thread overwrites the target's logit, all have read it
+        _row_grad(
+            row_ptr,
+            bias_ptr,
+            begin,
+            end,
+            mine,
+            p_target,
+            slope_target,
+            m,
+            s,
+            inner,
+            bits,
+            logit_scale,
+            NEGATIVE,
+            BLOCK_V,
+            VEC,
+            ALIGNED,
+        )
+    else:
+        _store_zeros(row_ptr, begin, end, BLOCK_V, VEC, ALIGNED)
 
 
 class SliceState(NamedTuple):
     """Online softmax of N rows whose vocabulary comes in slices; every tensor is [N] fp32."""
 
-    m: Tensor  # maximum so far
-    s: Tensor  # sum of exp(z - m)
-    t_logit: Tensor  # logit of the target, NaN until its slice has come
-    e_acc: Tensor | None  # sum of (z - m) exp(z - m), for the entropy
+    x_max: Tensor  # the largest x so far, and what comes of it: online_softmax.py
+    s: Tensor
+    x_target: Tensor  # NaN until the target's slice has come
+    e_acc: Tensor | None
 
 
 def row_config(n_cols: int, itemsize: int, aligned: bool, has_bias: bool, warp_size: int) -> tuple[int, int, int]:
@@ -242,13 +304,17 @@ def row_config(n_cols: int, itemsize: int, aligned: bool, has_bias: bool, warp_s
 
     Every thread has two 16-byte loads in flight, which hides HBM latency with one block on a multiprocessor (32 KiB in
     flight; Little's law asks for about 20 KiB at 3.35 TB/s). Long rows take 1,024 threads, so that few rows are open at
-    once and the second pass finds much of its row in the L2 cache (128,256 bf16 logits are 250 KiB; one row on each of
-    132 multiprocessors is 33 MiB of an H100's 50).
+    once: with 32 registers a thread two programs share a multiprocessor, and on an H100 264 rows of 128,256 bf16 logits
+    are 65 MiB. Half of a row waits for its second look on average, 32 MiB of the 50 MB of L2 cache.
 
     Two cases would spill: rows that do not start on 16 bytes are read by elements, with an address each; a bias is a
     load of its own. They take one vector a thread, the former never more than 512 threads, both together half a vector
-    (then Triton 3.7 and 3.9 spill nothing; 3.6 still keeps 8 bytes on the stack on sm_80)."""
+    and 256 threads."""
     threads = 128 if n_cols <= 4096 else 256 if n_cols <= 16384 else 512 if n_cols <= 65536 or not aligned else 1024
+    if itemsize == 4:  # a fp32 row is twice as long, and 64 registers a thread would spill its entropy
+        threads = min(threads, 512)
+    if not aligned and has_bias:
+        threads = min(threads, 256)
     vec = 16 // itemsize if aligned or not has_bias else 8 // itemsize
     vectors = 2 if aligned and not has_bias else 1
     return vectors * vec * threads, vec, threads // warp_size
@@ -312,51 +378,57 @@ def logprob_row_fwd(
     write: str | None = None,
     argmax: Tensor | None = None,  # [N] int32 or int64, out
     top1: Tensor | None = None,  # [N] fp32, out
+    norm: Tensor | None = None,  # [2, N] fp32, out
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(logp, lse, entropy | None), each [N] fp32; write="grad" turns the logits into U. A -100 row has logp 0, U 0.
 
     `argmax` is filled with each row's first column of the largest logit; NaN logits are passed over there, their row's
     logp and lse are NaN. `top1` is filled with 1 where no logit is above the target's, else 0; `reference.row_top1`.
-    Few rows are split over several programs: three launches instead of one.
+    `norm` is filled with (shift, total), of which sum exp(z) = total exp(shift). Few rows are split
+    over several programs: three launches instead of one.
     """
     assert write in (None, "grad"), f"write must be None or 'grad', got {write!r}"
     _check(logits, target, bias, softcap)
     n, v = logits.shape
     for name, out in (("argmax", argmax), ("top1", top1)):
         assert out is None or (out.shape == (n,) and out.is_contiguous()), f"{name} must be contiguous [N]"
+    assert norm is None or (norm.shape == (2, n) and norm.stride(1) == 1), "norm must be [2, N] with inner stride 1"
     logp = logits.new_empty(n, dtype=torch.float32)
     lse = torch.empty_like(logp)
     ent = torch.empty_like(logp) if entropy else None
     if n == 0:
         return logp, lse, ent
     splits, width, options = _split_launch(logits, bias)
+    rule = kernel_rule(softcap, logit_scale)
     if splits > 1:
         partial = logp.new_empty(2 + entropy, splits, n)
         columns = None if argmax is None else torch.empty(splits, n, dtype=torch.int32, device=logits.device)
-        t_logit = torch.empty_like(logp)
-        m, s, e = partial[0], partial[1], partial[2] if entropy else None
+        x_target = torch.empty_like(logp)
+        x_max, s, e = partial[0], partial[1], partial[2] if entropy else None
         with device_guard(logits):
             _logprob_split_fwd_kernel[(n, splits)](
                 logits,
                 target,
                 bias,
-                m,
+                x_max,
                 s,
                 e,
                 columns,
-                t_logit,
+                x_target,
                 n,
                 v,
                 width,
                 logits.stride(0),
-                softcap,
-                float(logit_scale),
+                rule.inner,
+                rule.bits,
+                NEGATIVE=rule.negative,
                 **options,
             )
-        combine(m, s, e, columns, t_logit, target, v, logp, lse, ent, argmax, top1)
+        norm = logp.new_empty(2, n) if norm is None and write == "grad" else norm
+        combine(x_max, s, e, columns, x_target, target, v, rule.bits, logp, lse, ent, argmax, top1, norm)
         if write == "grad":
-            rule = {"softcap": softcap, "logit_scale": logit_scale}
-            logprob_slice_grad(logits, target, lse, bias, **rule, col_offset=0, logp=logp)
+            given = {"softcap": softcap, "logit_scale": logit_scale}
+            logprob_slice_grad(logits, target, norm, bias, **given, col_offset=0, logp=logp)
         return logp, lse, ent
     with device_guard(logits):
         _logprob_row_fwd_kernel[(n,)](
@@ -368,10 +440,11 @@ def logprob_row_fwd(
             ent,
             argmax,
             top1,
+            *((None, None) if norm is None else norm),
             v,
             logits.stride(0),
-            softcap,
-            float(logit_scale),
+            *rule.scalars,
+            NEGATIVE=rule.negative,
             WRITE_GRAD=write == "grad",
             **options,
         )
@@ -381,8 +454,8 @@ def logprob_row_fwd(
 def logprob_slice_init(n_rows: int, device: torch.device | str, entropy: bool = False) -> SliceState:
     """The state before the first slice."""
     zeros = torch.zeros(n_rows, dtype=torch.float32, device=device)
-    m, t_logit = torch.full_like(zeros, float("-inf")), torch.full_like(zeros, float("nan"))
-    return SliceState(m, zeros, t_logit, zeros.clone() if entropy else None)
+    x_max, x_target = torch.full_like(zeros, float("-inf")), torch.full_like(zeros, float("nan"))
+    return SliceState(x_max, zeros, x_target, zeros.clone() if entropy else None)
 
 
 def logprob_slice_fwd(
@@ -400,10 +473,20 @@ def logprob_slice_fwd(
     n, v = logits.shape
     if n == 0:
         return
-    options = _launch_options(logits, bias, v)
+    rule, options = kernel_rule(softcap, logit_scale), _launch_options(logits, bias, v)
     with device_guard(logits):
         _logprob_slice_fwd_kernel[(n,)](
-            logits, target, bias, *state, v, logits.stride(0), col_offset, softcap, float(logit_scale), **options
+            logits,
+            target,
+            bias,
+            *state,
+            v,
+            logits.stride(0),
+            col_offset,
+            rule.inner,
+            rule.bits,
+            NEGATIVE=rule.negative,
+            **options,
         )
 
 
@@ -411,20 +494,32 @@ def logprob_slice_finish(
     state: SliceState,
     target: Tensor,  # [N] int
     top1: Tensor | None = None,  # [N] fp32, out
+    norm: Tensor | None = None,  # [2, N] fp32, out
+    *,
+    softcap: float | None,
+    logit_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(logp, lse, entropy | None), each [N] fp32, after the last slice; `top1` as in `logprob_row_fwd`."""
-    log_s = state.s.log()
-    logp = torch.where(target == IGNORE_INDEX, 0.0, state.t_logit - state.m - log_s)
+    """(logp, lse, entropy | None), each [N] fp32, after the last slice; `top1` and `norm` as in `logprob_row_fwd`, the
+    rule as in every `logprob_slice_fwd`."""
+    bits = torch.tensor(kernel_rule(softcap, logit_scale).bits, dtype=torch.float32).item()  # as the kernels have it
+    m = (state.x_max * bits).clamp(min=FLOOR).double()
+    log_s = state.s.double().log()
+    logp = (state.x_target.double() * bits - m) * math.log(2) - log_s
+    logp = torch.where(target == IGNORE_INDEX, 0.0, logp).float()
     if top1 is not None:
-        top1.copy_((state.t_logit >= state.m) & (target != IGNORE_INDEX) & ~logp.isnan())
-    entropy = None if state.e_acc is None else log_s - state.e_acc / state.s
-    return logp, state.m + log_s, entropy
+        top1.copy_((state.x_target >= state.x_max) & (target != IGNORE_INDEX) & ~logp.isnan())
+    lse = m * math.log(2)
+    if norm is not None:
+        norm[0] = lse
+        norm[1] = state.s * (lse - norm[0].double()).exp()
+    entropy = None if state.e_acc is None else (log_s - state.e_acc / state.s * math.log(2)).float()
+    return logp, (lse + log_s).float(), entropy
 
 
 def logprob_slice_grad(
     logits: Tensor,  # [N, Vs] raw logits in, U out
     target: Tensor,  # [N] int, in the whole vocabulary
-    lse: Tensor,  # [N] fp32, of the whole rows
+    norm: Tensor,  # [2, N] fp32: shift and total of the whole rows, sum exp(z) = total exp(shift)
     bias: Tensor | None,  # [Vs], the slice's own
     *,
     softcap: float | None,
@@ -440,26 +535,27 @@ def logprob_slice_grad(
     """
     _check(logits, target, bias, softcap)
     n, v = logits.shape
-    for name, tensor in (("lse", lse), ("logp", logp)):
-        assert tensor is None or (tensor.shape == (n,) and tensor.dtype == torch.float32 and tensor.is_contiguous()), (
-            f"{name} must be contiguous [N] fp32, got {tensor.dtype} {tuple(tensor.shape)}"
+    for name, tensor, shape in (("norm", norm, (2, n)), ("logp", logp, (n,))):
+        assert tensor is None or (tensor.shape == shape and tensor.dtype == torch.float32 and tensor.stride(-1) == 1), (
+            f"{name} must be {list(shape)} fp32 with inner stride 1, got {tensor.dtype} {list(tensor.shape)}"
         )
     if n == 0:
         return
     splits, width, options = _split_launch(logits, bias)
+    rule = kernel_rule(softcap, logit_scale)
     with device_guard(logits):
         _logprob_slice_grad_kernel[(n, splits)](
             logits,
             target,
-            lse,
+            *norm,
             logp,
             bias,
             v,
             width,
             logits.stride(0),
             col_offset,
-            softcap,
-            float(logit_scale),
+            *rule.scalars,
+            NEGATIVE=rule.negative,
             **options,
         )
 
@@ -467,7 +563,7 @@ def logprob_slice_grad(
 def compile_only() -> None:
     """Compiles the row kernel for the current device without a launch; raises what Triton raises."""
     block_v, vec, num_warps = row_config(32_000, 2, True, False, 64 if torch.version.hip else 32)
-    fp32 = torch.float32
+    fp32, rule = torch.float32, kernel_rule(None, 1.0)
     _logprob_row_fwd_kernel.warmup(
         torch.bfloat16,
         torch.int64,
@@ -477,10 +573,12 @@ def compile_only() -> None:
         None,
         None,
         None,
-        32_000,
-        32_000,
         None,
-        1.0,
+        None,
+        32_000,
+        32_000,
+        *rule.scalars,
+        NEGATIVE=rule.negative,
         WRITE_GRAD=True,
         BLOCK_V=block_v,
         VEC=vec,

@@ -22,7 +22,7 @@ from fastpo.kernels.pair_losses import RECIPES, Recipe, recipe
 
 BLOCK_N = 1024  # tokens a step: most responses are one step, and 4 warps read 8 tokens a thread
 BLOCK_P = 256  # pairs a step when the pairs of a response are gathered
-TAIL_BLOCK_N = 32  # tokens a step beside BLOCK_P pairs, where each pair weighs the tokens differently
+TAIL_BLOCK_N = 16  # tokens a step beside BLOCK_P pairs, where each pair weighs the tokens differently
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 
 # Rows of the kernel's output per pair, [15, P]: the objective; fastpo.training.metrics.PAIR_METRICS (log-ratios or what

@@ -100,6 +100,20 @@ def round_to_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def round_fma_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A multiply-add of fp32 rounds once, as on every GPU; Triton's interpreter before 3.9 rounds the product too."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return
+    from triton.runtime import interpreter
+
+    def fma(self, x, y, z):
+        wide = x.data.astype("float64") * y.data + z.data
+        return interpreter.TensorHandle(wide.astype(x.data.dtype), x.dtype.scalar)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fma", fma)
+
+
+@pytest.fixture
 def poison_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fresh floating-point memory holds NaN, so that reading what was never written shows."""
     import torch

@@ -25,6 +25,7 @@ from transformers import AttentionInterface
 from fastpo.errors import ConfigError, UnsupportedModelError
 from fastpo.models.layout import Layout, prompts_of_chains
 from fastpo.models.tree_attention import cpu_tree_attention, triton_tree_attention, varlen_tree_attention
+from fastpo.ops import chips
 from fastpo.ops.inputs import HAS_TRITON, INTERPRETED
 
 NAME = "fastpo"
@@ -237,12 +238,12 @@ def _old_flash_attn() -> bool:
     return tuple(int(part) for part in flash_attn.__version__.split(".")[:2]) < (2, 7)
 
 
-@functools.cache
 def _has_triton_kernels(device: torch.device) -> bool:
-    """GPUs of AMD, and of NVIDIA from compute capability 8.0 on; in tests, the interpreter."""
+    """GPUs of AMD, and of NVIDIA from compute capability 8.0 on, if Triton compiles for them; or the interpreter."""
     if device.type != "cuda":
         return INTERPRETED
-    return HAS_TRITON and (torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0))
+    known = torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+    return HAS_TRITON and known and chips.triton_compiles(device.index)
 
 
 def _triton_size(dtype: torch.dtype) -> int:

@@ -70,7 +70,7 @@ class Kept(NamedTuple):
     saved: Tensor  # by regime: [0], [N, D], [N, V], [0]
     stats: Tensor  # [stats_rows(regime, backend), N]
     shift: Tensor  # [N], sum exp(z) = total * exp(shift)
-    total: Tensor | None  # [N], None for 1
+    total: Tensor  # [N]
 
 
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -78,10 +78,14 @@ def acc_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def stats_rows(regime: str, backend: str) -> int:
-    """How many numbers of each row the backward needs: (m, sum, sum without target), (lse, logp), or a factor."""
+    """How many numbers of each row the backward needs: (m, sum, sum without target; for Triton logp), or a factor."""
     if regime == "sliced":
-        return 2 if backend == "triton" else 3
+        return 3
     return int(regime == "kept" and backend == "cpu")
+
+
+def stats_dtype(dtype: torch.dtype, regime: str, backend: str) -> torch.dtype:
+    return torch.float64 if (regime, backend) == ("kept", "cpu") else acc_dtype(dtype)
 
 
 def saved_columns(vocabulary: int, backend: str) -> int:
@@ -145,7 +149,7 @@ def _target_column(target: Tensor, v: slice) -> tuple[Tensor, Tensor]:
 
 
 def _target_slope(head: Head, z_target: Tensor, live: Tensor) -> Tensor | float:
-    """dz/draw at the target, [N] or one number."""
+    """dz/draw at the target, [N] or one number, where only its logit is known: in saturation by half of the digits."""
     if head.softcap is None:
         return head.logit_scale
     return (1 - (z_target.where(live, 0.0) / head.softcap).square()) * head.logit_scale
@@ -224,11 +228,14 @@ def _torch_forward_rows(head: Head, columns: list[slice], regime: str, saved: Te
     x, y = head.hidden, head.target
     m = x.new_full((len(y), 1), -torch.inf, dtype=acc_dtype(x.dtype))
     z_target, others, ez = m, torch.zeros_like(m), torch.zeros_like(m)  # an ignored row keeps z_target = -inf
+    slope_target = torch.full_like(m, head.logit_scale)
     for v in columns:
         raw = torch.mm(x, head.weight[v].t(), out=saved[:, v] if regime in ("kept", "logits") else None)
         z, slope = _rule(head, raw, v)
         column, inside = _target_column(y, v)
         z_target = torch.where(inside, z.gather(1, column), z_target)
+        if slope is not None:
+            slope_target = torch.where(inside, slope.gather(1, column), slope_target)
         m_new = torch.maximum(m, z.amax(1, keepdim=True))
         shift = m_new.where(m_new > -torch.inf, 0.0)  # a row may begin with nothing but masked logits
         decay = (m - shift).exp()
@@ -244,13 +251,13 @@ def _torch_forward_rows(head: Head, columns: list[slice], regime: str, saved: Te
             saved.mul_(decay).add_(_mm_wide(e.div_(share).to(x.dtype), head.weight[v], e.dtype).mul_(share))
         m = m_new
     live = y != IGNORE_INDEX
-    m, others, ez, z_target = (t.squeeze(1) for t in (m, others, ez, z_target))
+    m, others, ez, z_target, slope_target = (t.squeeze(1) for t in (m, others, ez, z_target, slope_target))
     logp, total, entropy = _finish_rows(m, others, z_target, ez, live)
     stats = torch.stack([m, total, others])
     if regime == "frozen":
         if slope is None:
             saved *= head.logit_scale
-        _finish_frozen(head, saved, total, others * _target_slope(head, z_target, live), live)
+        _finish_frozen(head, saved, total, others * slope_target, live)
     if regime == "kept":
         for v in columns:
             saved[:, v] = _torch_tile_grad(head, saved[:, v], stats, v)
@@ -274,7 +281,7 @@ def kept_backward(
 
     dhidden, here and in the sliced backwards, is in the accumulation dtype.
     """
-    c = (grad * stats[0] if stats.shape[0] else grad).unsqueeze(1)
+    c = ((grad * stats[0]).to(grad.dtype) if stats.shape[0] else grad).unsqueeze(1)
     saved = saved[:, : head.weight.shape[0]]
     dhidden = dweight = dbias = None
     if need[0]:
@@ -288,13 +295,17 @@ def kept_backward(
 
 def _column_sums(matrix: Tensor, c: Tensor) -> Tensor:
     """matrix^T c [V] for matrix [N, V] and c [N], accumulated in the dtype of c."""
-    if matrix.dtype == c.dtype:
-        return torch.mv(matrix.t(), c)
     out = matrix.new_empty(matrix.shape[1])
     tile_bytes = CPU_TILE_BYTES if matrix.device.type == "cpu" else DEVICE_TILE_BYTES
     for v in _slices(matrix.shape[1], matrix.shape[0] * c.dtype.itemsize, tile_bytes):
-        out[v] = torch.mv(matrix[:, v].t().to(c.dtype), c)
+        out[v] = _weighted_sum(matrix[:, v], c)
     return out
+
+
+def _weighted_sum(tile: Tensor, c: Tensor) -> Tensor:
+    """tile^T c [columns] for tile [rows, columns] and c [rows], in the dtype of c. By PyTorch's sum, which adds sums of
+    sums; a product with a vector adds row to row, with two to four times the error."""
+    return (tile * c.unsqueeze(1)).sum(0)
 
 
 def torch_sliced_backward(head: Head, grad: Tensor, stats: Tensor, need: list[bool]) -> tuple[Tensor | None, ...]:
@@ -316,7 +327,7 @@ def torch_sliced_backward(head: Head, grad: Tensor, stats: Tensor, need: list[bo
             if cx is not None:
                 dw = torch.mm(u.t(), cx[r]) if len(tiles) == 1 else dw.add_(torch.mm(u.t(), cx[r]))
             if db is not None:
-                db += torch.mv(u.t().to(acc), grad[r])
+                db += _weighted_sum(u, grad[r])
         if dweight is not None:
             dweight[v] = dw
         if dbias is not None:
@@ -337,6 +348,7 @@ def _cpu_pass(
     sums: Tensor | None = None,  # [rows, D] fp32, restated with the rows when their shift changes
     past: int = 0,  # columns of E before the tile, in the same rows, restated too
     factor: Tensor | None = None,  # [rows], for the backward
+    slope: Tensor | None = None,  # [rows] fp32, out where there is a soft cap: (dz/draw) / logit_scale at the target
 ) -> None:
     """The compiled pass over one tile: forward E and the rows' sums; backward factor * E, for given m and others."""
     m, others, z_target, ez = (row.data_ptr() for row in rows)
@@ -345,6 +357,7 @@ def _cpu_pass(
     _C.tile_pass(
         tile.data_ptr(), tile.data_ptr() if keep else 0, bias, head.target.data_ptr(), m, others, z_target,
         *((0, 0) if top is None else (ez, top.data_ptr())), sums_ptr, 0 if factor is None else factor.data_ptr(),
+        0 if slope is None else slope.data_ptr(),
         tile.stride(0), tile.stride(0), *tile.shape, v.start, past, sums_columns,
         head.softcap or 0.0, head.logit_scale, tile.dtype == torch.bfloat16, torch.get_num_threads(),
     )  # fmt: skip
@@ -367,6 +380,7 @@ def cpu_forward(head: Head, regime: str, entropy: bool) -> Kept:
     rows = torch.empty(4, len(x), dtype=torch.float32)
     rows[0::2] = -torch.inf
     rows[1::2] = 0.0
+    slope = rows.new_ones(len(x))
     top = rows.new_full((len(x) if entropy else 0,), -torch.inf)
     scratch = None
     for r, columns in _tiles(len(x), len(w), x.device, 4, kept=regime in ("kept", "logits")):
@@ -381,26 +395,28 @@ def cpu_forward(head: Head, regime: str, entropy: bool) -> Kept:
                 tile = scratch[: shape[0] * shape[1]].view(shape)
             torch.mm(block.hidden, w[v].t(), out=tile)
             if regime == "frozen":
-                _cpu_pass(block, tile, rows[:, r], v, top=of_block, sums=saved[r])
+                _cpu_pass(block, tile, rows[:, r], v, top=of_block, sums=saved[r], slope=slope[r])
                 _add_mm(saved[r], tile, w[v])
             else:
                 keep = regime == "kept" and not keep_logits
-                _cpu_pass(block, tile, rows[:, r], v, keep=keep, top=of_block, past=v.start)
+                _cpu_pass(block, tile, rows[:, r], v, keep=keep, top=of_block, past=v.start, slope=slope[r])
     live = head.target != IGNORE_INDEX
     m, others, z_target, ez = rows
     logp, total, entropies = _finish_rows(m, others, z_target, ez, live)
-    target_grad = others * _target_slope(head, z_target, live)
+    target_grad = others * slope
     stats = rows.new_empty(0, len(x))
     if regime == "frozen":
-        _finish_frozen(head, saved.mul_(head.logit_scale), total, target_grad, live)
+        _finish_frozen(head, saved.mul_(head.logit_scale), total, target_grad * head.logit_scale, live)
     elif regime == "kept":
-        stats = (-head.logit_scale / total).unsqueeze(0)
+        # One number for all of a row: its roundings would not average out in a sum over rows, as those of E do.
+        e_target = (z_target.double() - m).exp().masked_fill(z_target == -torch.inf, 0.0)
+        stats = (-head.logit_scale / (others.double() + e_target)).unsqueeze(0)
         if keep_logits:
-            _cpu_pass(head, saved, torch.stack([m, others, m, others]), slice(0, len(w)), factor=stats[0])
+            _cpu_pass(head, saved, torch.stack([m, others, m, others]), slice(0, len(w)), factor=stats[0].float())
             stats.fill_(1.0)
         else:
             column = head.target.where(live, 0).unsqueeze(1)
-            saved.scatter_(1, column, (target_grad / -head.logit_scale).unsqueeze(1))
+            saved.scatter_(1, column, -target_grad.unsqueeze(1))
     elif regime == "sliced":
         stats = torch.stack([m, total, others])
     entropies, top1 = (entropies, _top1(z_target, top, logp, live)) if entropy else (top, top.clone())
@@ -457,7 +473,8 @@ def triton_forward(head: Head, regime: str, entropy: bool) -> Kept:
     x, w = head.hidden, head.weight
     n, v_size = len(x), len(w)
     rule: dict[str, Any] = {"softcap": head.softcap, "logit_scale": head.logit_scale, "entropy": entropy}
-    logp, lse = (x.new_empty(n, dtype=torch.float32) for _ in range(2))
+    stats = x.new_empty(3, n, dtype=torch.float32)
+    logp = x.new_empty(n, dtype=torch.float32)
     entropies, top1 = (logp.new_empty(n if entropy else 0) for _ in range(2))
     use_fused = regime in ("none", "sliced") and chips.use_fused_forward(x, w)
     block = device_rows(n, fused.fused_partial_bytes(v_size) if use_fused else v_size * x.element_size())
@@ -471,19 +488,20 @@ def triton_forward(head: Head, regime: str, entropy: bool) -> Kept:
     write = "grad" if regime in ("frozen", "kept") else None
     for begin in range(0, n, block):
         r = slice(begin, min(begin + block, n))
-        rule["top1"] = top1[r] if entropy else None
+        rule |= {"top1": top1[r] if entropy else None, "norm": stats[:2, r]}
         if use_fused:
             rows = fused.fused_logprob_fwd(x[r], w, head.target[r], head.bias, **rule)
         else:
             u = torch.mm(x[r], w.t(), out=logits[: r.stop - begin])
             rows = logprob.logprob_row_fwd(u, head.target[r], head.bias, write=write, **rule)
-        logp[r], lse[r], row_entropy = rows
+        logp[r], _, row_entropy = rows
         if entropy:
             entropies[r] = row_entropy
         if regime == "frozen":
             saved[r] = _mm_wide(u, w, saved.dtype)
-    stats = torch.stack([lse, logp]) if regime == "sliced" else lse.new_empty(0, n)
-    return Kept(logp, entropies, top1, saved, stats, lse, None)
+    stats[2] = logp
+    kept_stats = stats.clone() if regime == "sliced" else logp.new_empty(0, n)
+    return Kept(logp, entropies, top1, saved, kept_stats, *stats[:2])
 
 
 def triton_sliced_backward(head: Head, grad: Tensor, stats: Tensor, need: list[bool]) -> tuple[Tensor | None, ...]:
@@ -503,7 +521,7 @@ def triton_sliced_backward(head: Head, grad: Tensor, stats: Tensor, need: list[b
         u = torch.mm(x, w[v].t(), out=logits[:, : v.stop - v.start])
         bias = None if head.bias is None else head.bias[v]
         rule = {"softcap": head.softcap, "logit_scale": head.logit_scale, "col_offset": v.start}
-        kernels.logprob_slice_grad(u, head.target, stats[0], bias, logp=stats[1], **rule)
+        kernels.logprob_slice_grad(u, head.target, stats[:2], bias, logp=stats[2], **rule)
         if dhidden is not None:
             _add_mm(dhidden, u, w[v])
         if cx is not None:

@@ -47,8 +47,8 @@ def _triton_compiles(index: int) -> bool:
         name = torch.cuda.get_device_name(index)
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         warnings.warn(
-            f"Triton does not compile for {name}, so the head runs on plain PyTorch, which is slower ({reason}); "
-            "a newer triton may know this GPU",
+            f"Triton does not compile for {name}, so head, losses and tree attention run on plain PyTorch, which is "
+            f"slower ({reason}); a newer triton may know this GPU",
             stacklevel=2,
         )
         return False

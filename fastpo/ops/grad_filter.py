@@ -218,7 +218,7 @@ def backward(
                 dw = torch.zeros_like(w[v], dtype=acc) if dw is None else dw
                 _add_mm(dw, u.t(), right[index])
             if dbias is not None:
-                of_part = u.sum(0, dtype=acc) if compiled else torch.mv(u.t().to(acc), numbers[3])
+                of_part = u.sum(0, dtype=acc) if compiled else backends._weighted_sum(u, numbers[3])
                 db = of_part if db is None else db + of_part
         if dweight is not None and dw is not None:
             dweight[v] = dw

@@ -139,7 +139,8 @@ def _(hidden, weight, target, bias, softcap, logit_scale, regime, backend, entro
         "frozen": lambda: torch.empty_like(hidden, dtype=acc, memory_format=torch.contiguous_format),
         "kept": lambda: hidden.new_empty(n, backends.saved_columns(weight.shape[0], backend)),
     }.get(regime, lambda: hidden.new_empty(0, dtype=acc))()
-    stats = hidden.new_empty(backends.stats_rows(regime, backend), n, dtype=acc)
+    stats_dtype = backends.stats_dtype(hidden.dtype, regime, backend)
+    stats = hidden.new_empty(backends.stats_rows(regime, backend), n, dtype=stats_dtype)
     entropies, top1 = (hidden.new_empty(n if entropy else 0, dtype=acc) for _ in range(2))
     return hidden.new_empty(n, dtype=acc), entropies, top1, saved, stats
 

@@ -295,7 +295,7 @@ def _vocab_parallel_logprob(
         else:
             kept = backends.FORWARD[backend](head, "logits" if regime == "kept" else regime, entropy)
             saved = kept.saved
-            mine[0], mine[1] = kept.shift, 1.0 if kept.total is None else kept.total
+            mine[0], mine[1] = kept.shift, kept.total
             mine[2] = kept.logp.where(head.target >= 0, torch.inf)
             if entropy:
                 mine[3] = kept.entropy
@@ -336,7 +336,7 @@ def _finish(head: Head, rows: Rows, saved: Tensor, regime: str, backend: str) ->
     stats = torch.stack([rows.shift, rows.total, others])
     lse = rows.shift + rows.total.log()
     if regime == "sliced":
-        return torch.stack([lse, rows.logp]) if backend == "triton" else stats
+        return torch.stack([rows.shift, rows.total, rows.logp]) if backend == "triton" else stats
     if regime == "frozen":
         # U = share * (U within the slice) + rest * dz/draw in the column of a target that is here: no term cancels.
         saved.mul_(rows.share.unsqueeze(1))
@@ -346,11 +346,11 @@ def _finish(head: Head, rows: Rows, saved: Tensor, regime: str, backend: str) ->
         factor = (rows.rest * slope).where(here, 0.0).unsqueeze(1)
         saved += head.weight[head.target.where(here, 0)].to(saved.dtype).mul_(factor)
     elif regime == "kept":
-        _logits_to_grad(head, saved, stats, lse, rows.logp, backend)
+        _logits_to_grad(head, saved, stats, rows.logp, backend)
     return stats[:0].clone()
 
 
-def _logits_to_grad(head: Head, saved: Tensor, stats: Tensor, lse: Tensor, logp: Tensor, backend: str) -> None:
+def _logits_to_grad(head: Head, saved: Tensor, stats: Tensor, logp: Tensor, backend: str) -> None:
     """Raw logits [N, V_r] -> U, in place, of rows whose statistics are known."""
     n, v_size = len(head.target), len(head.weight)
     if backend == "triton":
@@ -358,7 +358,9 @@ def _logits_to_grad(head: Head, saved: Tensor, stats: Tensor, lse: Tensor, logp:
 
         head = backends._contiguous(head)
         rule = {"softcap": head.softcap, "logit_scale": head.logit_scale}
-        kernels.logprob_slice_grad(saved[:, :v_size], head.target, lse, head.bias, col_offset=0, logp=logp, **rule)
+        kernels.logprob_slice_grad(
+            saved[:, :v_size], head.target, stats[:2], head.bias, col_offset=0, logp=logp, **rule
+        )
     elif backend == "cpu":
         m, total, others = stats
         rows = torch.stack([m, others, m, others])

@@ -18,6 +18,7 @@ from fastpo.kernels import reference
 from fastpo.losses.table import KL, Pairs, Term, segment_sum
 from fastpo.models.flops import Flops
 from fastpo.models.policy import ENTROPY, TOP1
+from fastpo.ops.inputs import choose_backend
 
 # Names in PackedBatch.rows: of the head rows [N], and of the prompts' tokens [M].
 LOG_SUM_SQ, TOKEN_KL = "log_sum_sq", "token_kl"
@@ -105,9 +106,8 @@ def prompt_sums(batch: PackedBatch) -> Tensor:
 
 
 def has_kernel(term: Term, logp: Tensor, batch: PackedBatch) -> bool:
-    """Whether `fused_pair_loss` takes this term: a loss of single pairs, on a GPU that Triton knows."""
-    able = logp.is_cuda and "triton" in ops.available_backends()
-    return able and batch.label is None and ops.has_kernel(term.name, term.hyper)
+    """Whether `fused_pair_loss` takes this term: a loss of single pairs, on a GPU that Triton compiles for."""
+    return choose_backend("auto", logp) == "triton" and batch.label is None and ops.has_kernel(term.name, term.hyper)
 
 
 def fused_pair_loss(term: Term, logp: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor]:

@@ -80,11 +80,42 @@ def test_the_committed_table_is_whole_and_has_no_fault(committed):
         for target in ("sm_80", "sm_90", "sm_100"):
             assert committed[case, target]["loads"] == expected
     assert {committed["fused-bf16-4096", t]["loads"] for t in ("sm_90", "sm_100")} == {"TMA"}
+    # What docs/kernels.md says of instructions and of the cache: half of the open rows in an H100's 50 MB.
+    row = committed["row-bf16-128256", "sm_90"]
+    assert row["instructions"] < 13.25 and (row["registers"], row["programs"]) == (32, 2)
+    assert 132 * row["programs"] * 128_256 * 2 / 2 < 50e6
+
+
+LISTING = """
+        /*0000*/                   LDG.E.64 R8, [R2.64] ;
+.L_x_1:
+        /*0010*/                   LDG.E.EL.128 R8, [R2.64] ;
+        /*0020*/                   FADD R4, R4, R8 ;
+        /*0030*/              @!P0 BRA `(.L_x_1) ;
+.L_x_2:
+        /*0040*/                   LDG.E.EF.U16 R8, [R2.64] ;
+.L_x_3:
+        /*0050*/                   FADD R4, R4, R8 ;
+        /*0060*/               @P1 BRA `(.L_x_3) ;
+        /*0070*/               @P0 BRA `(.L_x_2) ;
+.L_x_4:
+        /*0080*/                   LDG.E.EF.128 R8, [R2.64] ;
+        /*0090*/                   STG.E.128 [R2.64], R8 ;
+        /*00a0*/             BRA.U UP0, `(.L_x_4) ;
+.L_x_5:
+        /*00b0*/                   BRA `(.L_x_5);
+"""
+
+
+def test_instructions_are_those_of_the_loops_that_read_logits():
+    """Three a vector of 8 in the first look and in the second; not a loop around another, nor one that reads none."""
+    assert [len(loop) for loop in aot.innermost_loops(LISTING)] == [3, 2, 3, 1]
+    assert aot.instructions_a_logit(LISTING, 2) == 0.75 and aot.instructions_a_logit(LISTING, 4) == 1.5
 
 
 def test_the_pages_table_is_the_records():
-    rows = aot.read_record()["kernels"]
-    assert aot.table(rows) in aot.RECORD.with_suffix(".md").read_text()
+    record, page = aot.read_record(), aot.RECORD.with_suffix(".md").read_text()
+    assert aot.table(record["kernels"]) in page and aot.before_and_after(record["kernels"], record["base"]) in page
 
 
 @pytest.mark.parametrize(
@@ -97,9 +128,23 @@ def test_the_pages_table_is_the_records():
         ({"case": "tree-fwd-bf16-64", "target": "sm_90", "tensor_cores": "mma.sync"}, "lost wgmma"),
         ({"case": "tree-fwd-bf16-64", "target": "sm_90", "tensor_cores": ""}, "has no wgmma.mma_async or mma.sync"),
         ({"registers": 255, "warps": 16}, "more registers"),
+        (
+            {"case": "row-bf16-128256", "target": "sm_90", "tensor_cores": "", "instructions": 29.2},
+            "takes 29.2 instructions a logit",
+        ),
         ({"shared": 300_000}, "needs 300000 bytes of shared memory of 232448"),
     ],
-    ids=["spill", "tensor-core", "loads", "lost", "narrower", "tree-tensor-core", "registers", "shared"],
+    ids=[
+        "spill",
+        "tensor-core",
+        "loads",
+        "lost",
+        "narrower",
+        "tree-tensor-core",
+        "registers",
+        "instructions",
+        "shared",
+    ],
 )
 def test_a_regression_is_found(change, message, committed):
     row = committed["fused-bf16-4096", "sm_100"] | change

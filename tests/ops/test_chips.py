@@ -8,7 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from fastpo.models import attention
 from fastpo.ops import backends, chips, inputs
+from fastpo.training import metrics
 
 
 @pytest.fixture
@@ -38,6 +40,22 @@ def test_unknown_gpu_falls_back_with_one_warning(unknown_gpu):
 def test_known_gpu_takes_triton(unknown_gpu, monkeypatch):
     monkeypatch.setattr(chips, "_compile_probe", lambda index: None)
     assert inputs.choose_backend("auto", unknown_gpu) == "triton"
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_losses_and_attention_fall_back_as_the_head_does(known, unknown_gpu, monkeypatch):
+    if known:
+        monkeypatch.setattr(chips, "_compile_probe", lambda index: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (12, 0))
+    pytest.importorskip("triton")
+    term, batch = SimpleNamespace(name="dpo", hyper={"beta": 0.1}), SimpleNamespace(label=None)
+    logp = SimpleNamespace(device=unknown_gpu.device, dtype=torch.float32)
+    query = SimpleNamespace(device=unknown_gpu.device, dtype=torch.float32, is_cuda=True, shape=(1, 2, 8, 64))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert metrics.has_kernel(term, logp, batch) is known
+        chosen = attention._choose_backend(query, query, True, 0.0, None, 30.0, None)
+    assert chosen == ("triton" if known else "sdpa")
 
 
 def test_the_probe_does_not_break_a_graph(unknown_gpu):

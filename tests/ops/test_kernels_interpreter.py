@@ -37,7 +37,7 @@ from fastpo.training.stepwide import Statistics  # noqa: E402
 DEVICE = "cpu" if INTERPRET else "cuda"
 # The interpreter evaluates both sides of tl.where in numpy, which warns about the side that is thrown away.
 pytestmark = [
-    pytest.mark.usefixtures("poison_empty", "round_to_bf16"),
+    pytest.mark.usefixtures("poison_empty", "round_to_bf16", "round_fma_once"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
 ]
 if not INTERPRET:
@@ -208,8 +208,9 @@ def test_no_rows():
         assert out.shape == (0,) and out.dtype == torch.float32
     state = logprob.logprob_slice_init(0, DEVICE, entropy=True)
     logprob.logprob_slice_fwd(logits, target, None, state, **PLAIN, col_offset=0)
-    logp, lse, _ = logprob.logprob_slice_finish(state, target)
-    logprob.logprob_slice_grad(logits, target, lse, None, **PLAIN, col_offset=0)
+    norm = torch.empty(2, 0, device=DEVICE)
+    logp, lse, _ = logprob.logprob_slice_finish(state, target, norm=norm, **PLAIN)
+    logprob.logprob_slice_grad(logits, target, norm, None, **PLAIN, col_offset=0)
     assert logp.shape == lse.shape == (0,)
 
 
@@ -259,14 +260,14 @@ def test_slices(dtype, rule, with_bias):
     for begin, end in spans:
         part = None if bias is None else bias[begin:end].clone()
         logprob.logprob_slice_fwd(logits[:, begin:end], target, part, state, **rule, col_offset=begin)
-    top1 = torch.empty(3, device=DEVICE)
-    outputs = logprob.logprob_slice_finish(state, target, top1)
+    top1, norm = torch.empty(3, device=DEVICE), torch.empty(2, 3, device=DEVICE)
+    outputs = logprob.logprob_slice_finish(state, target, top1, norm, **rule)
     assert top1.tolist() == exact["top1"].tolist()
     for name, ours in zip(("logp", "lse", "entropy"), outputs):
         assert_within_budget(name, ours, plain[name], exact[name], exact["magnitude"])
     for begin, end in spans:
         part = None if bias is None else bias[begin:end].clone()
-        logprob.logprob_slice_grad(logits[:, begin:end], target, outputs[1], part, **rule, col_offset=begin)
+        logprob.logprob_slice_grad(logits[:, begin:end], target, norm, part, **rule, col_offset=begin)
     assert_within_budget("U", logits, plain["U"], exact["U"], exact["magnitude"])
     assert (logits[target == -100] == 0).all()
 
@@ -276,7 +277,7 @@ def test_slices_without_entropy_and_target_never_seen():
     target[:] = torch.tensor([10, 63, -100])
     state = logprob.logprob_slice_init(3, DEVICE)
     logprob.logprob_slice_fwd(logits[:, :32], target, None, state, **PLAIN, col_offset=0)
-    logp, lse, entropy = logprob.logprob_slice_finish(state, target)
+    logp, lse, entropy = logprob.logprob_slice_finish(state, target, **PLAIN)
     assert entropy is None and lse.isfinite().all()
     assert logp.isnan().tolist() == [False, True, False]
 
@@ -371,7 +372,7 @@ def test_top1(dtype, rule, with_bias, way, request):
             v = slice(begin, end)
             part = None if bias is None else bias[v].clone()
             logprob.logprob_slice_fwd(logits[:, v], target, part, state, **rule, col_offset=begin)
-        logprob.logprob_slice_finish(state, target, top1)
+        logprob.logprob_slice_finish(state, target, top1, **rule)
     else:
         logprob.logprob_row_fwd(logits, target, bias, **rule, top1=top1)
     assert top1.tolist() == expected.tolist()
@@ -902,7 +903,7 @@ def test_one_minus_p_of_a_slice_keeps_its_digits():
     lse, logp = logits.double().logsumexp(1).float(), exact[torch.arange(4, device=DEVICE), target.clamp(min=0)].float()
     head = vocab_parallel.Head(logits[:, :1], logits.new_empty(64, 1), target, None, None, 1.0)
     saved = logits.clone()
-    vocab_parallel._logits_to_grad(head, saved, torch.stack([lse, lse, lse]), lse, logp, "triton")
+    vocab_parallel._logits_to_grad(head, saved, torch.stack([lse, torch.ones_like(lse), lse]), logp, "triton")
     torch.testing.assert_close(
         saved[rows, target[:3]].double(), -torch.expm1(exact[rows, target[:3]]), rtol=5e-3, atol=0
     )
