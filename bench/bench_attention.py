@@ -19,7 +19,6 @@ import argparse
 import os
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -29,6 +28,7 @@ from torch import Tensor, nn
 
 sys.path.append(str(Path(__file__).resolve().parent))
 import common  # noqa: E402
+import roofline  # noqa: E402
 
 from fastpo.data.packing import Branch  # noqa: E402
 from fastpo.kernels import reference  # noqa: E402
@@ -161,16 +161,6 @@ def errors(device: str, dtype: torch.dtype, prompt: int, response: int, k: int) 
     return found
 
 
-def seconds(step: Callable[[], Outputs], device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    step()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def measure(prompt: int, response: int, k: int, args: argparse.Namespace) -> dict[str, dict]:
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
     wrong = 0.05 if args.device == "cuda" else 1e-4
@@ -178,17 +168,21 @@ def measure(prompt: int, response: int, k: int, args: argparse.Namespace) -> dic
     p = make(prompt, response, k, max(1, args.tokens // (k * (prompt + response))), args.device, dtype)
     steps = {name: step for name, step in providers(p, args.device).items() if off[name] <= wrong}
     times: dict[str, list[float]] = {name: [] for name in steps}
+    waited = set()
     for step in steps.values():
         step()
     for _ in range(args.rounds):
         for name, step in steps.items():
-            times[name].append(seconds(step, args.device))
+            taken, queued = roofline.timed(step, args.device)
+            times[name].append(taken)
+            waited |= set() if queued else {name}
     rows = {}
     for name, error in off.items():
         rows[name] = {"error": error, "tokens": p.unshared.cu_seqlens[-1] if name == "unshared" else p.q.shape[2]}
         if name in steps:
             ratios = [t / base for t, base in zip(times[name], times["unshared"], strict=True)]
-            rows[name] |= {"median_s": statistics.median(times[name]), "ratio": statistics.median(ratios)}
+            rows[name] |= {"median_s": statistics.median(times[name]), "ratio": statistics.median(ratios),
+                           "queued": name not in waited}  # fmt: skip
     return rows
 
 
@@ -198,6 +192,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, help="of the unshared rows; default 16,384 on a GPU, 5,120 on a CPU")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, help="folder of the results; default bench/results/<machine>")
     parser.add_argument("--no-write", action="store_true", help="print only")
     args = parser.parse_args()
     args.tokens = args.tokens or (16_384 if args.device == "cuda" else 5_120)
@@ -218,10 +213,12 @@ def main() -> int:
         for name, row in rows.items():
             timed = f"{row['median_s'] * 1e3:.1f} | {row['ratio']:.2f}" if "ratio" in row else "wrong, not timed | "
             lines.append(f"| {prompt} / {response} x {k} | {name} | {row['tokens']:,} | {timed} | {row['error']:.1e} |")
-    report = "\n".join(lines) + "\n"
+        report = "\n".join(lines) + "\n"
+        if not args.no_write:  # after every shape: what is cut short is not lost
+            path = common.write_result("attention", result, report, args.out)
     print(report)
     if not args.no_write:
-        print(f"written to {common.write_result('attention', result, report)}")
+        print(f"written to {path}")
     return int(any("ratio" not in row for shape in result["shapes"] for row in shape["providers"].values()))
 
 

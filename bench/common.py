@@ -1,6 +1,7 @@
 """Shared by the benchmark scripts: data, tokenizers, models, machine name, peak memory, result files."""
 
 import gzip
+import importlib.util
 import json
 import os
 import platform
@@ -126,11 +127,20 @@ def step_logs(log_history: list[dict]) -> list[dict]:
 
 def quiet() -> None:
     """Silence progress bars, telemetry and third-party logging; must run before the libraries start work."""
-    import datasets
     import transformers
 
-    datasets.disable_progress_bars()
+    if importlib.util.find_spec("datasets"):  # TRL's, and not on every machine
+        import datasets
+
+        datasets.disable_progress_bars()
     transformers.logging.set_verbosity_error()
+
+
+def need(*modules: str) -> None:
+    """One line and exit code 1 where a comparison's other side is not installed."""
+    absent = [name for name in modules if importlib.util.find_spec(name) is None]
+    if absent:
+        raise SystemExit(f"{absent[0]} is not installed: pip install -e '.[bench]'")
 
 
 def machine_name() -> str:
@@ -182,9 +192,9 @@ def commit() -> dict:
             "dirty": None if changes is None else bool(changes)}  # fmt: skip
 
 
-def write_result(name: str, result: dict, markdown: str | None = None) -> Path:
-    """Write bench/results/<machine>/<name>.json (and .md)."""
-    folder = ROOT / "bench" / "results" / machine_name()
+def write_result(name: str, result: dict, markdown: str | None = None, folder: Path | None = None) -> Path:
+    """Write <folder or bench/results/<machine>>/<name>.json (and .md)."""
+    folder = folder or ROOT / "bench" / "results" / machine_name()
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")

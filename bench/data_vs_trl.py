@@ -24,7 +24,10 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import trl
+try:
+    import trl
+except ImportError:
+    raise SystemExit("trl is not installed: pip install -e '.[bench]'") from None
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 

@@ -41,17 +41,25 @@ BEATEN = (
     "cce_filtered",
 )
 VOCABULARIES = (32000, 128256, 151936)
+SHORT_S = 1e-3  # what is timed at once takes about this long
 
 
-def medians(steps: dict[str, Callable[[], object]], device: str, rounds: int) -> dict[str, float]:
-    """Seconds of each, rounds interleaved, after one untimed call."""
-    for step in steps.values():
+def medians(
+    steps: dict[str, Callable[[], object]], device: str, rounds: int
+) -> tuple[dict[str, float], dict[str, bool]]:
+    """(seconds of each, whether its launches were queued in all rounds), rounds interleaved, after one untimed call.
+    A short one is timed as several in a row, which an event's resolution asks for."""
+    repeats = {}
+    for name, step in steps.items():
         step()
-    times: dict[str, list[float]] = {name: [] for name in steps}
+        once = roofline.timed(step, device)[0]
+        repeats[name] = min(20, max(1, round(SHORT_S / once))) if device == "cuda" else 1
+    times: dict[str, list[tuple[float, bool]]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():
-            times[name].append(roofline.seconds(step, device))
-    return {name: statistics.median(taken) for name, taken in times.items()}
+            times[name].append(roofline.timed(step, device, repeats[name]))
+    found = {name: statistics.median(t for t, _ in taken) for name, taken in times.items()}
+    return found, {name: all(queued for _, queued in taken) for name, taken in times.items()}
 
 
 def _agree(got: Tensor, logits: Tensor, target: Tensor) -> None:
@@ -72,7 +80,7 @@ def row_kernel(rows: int, vocabulary: int, dtype: torch.dtype, device: str, roun
     rule = {"softcap": None, "logit_scale": 1.0}
     _agree(logprob.logprob_row_fwd(tile, target, None, write="grad", **rule)[0], source, target)
     tile.copy_(source)
-    taken = medians(
+    taken, queued = medians(
         {
             "copy": lambda: sink.copy_(source),
             "row_grad": lambda: logprob.logprob_row_fwd(tile, target, None, write="grad", **rule),
@@ -89,6 +97,7 @@ def row_kernel(rows: int, vocabulary: int, dtype: torch.dtype, device: str, roun
         "row_grad_gbps": moved / taken["row_grad"] / 1e9,
         "row_read_gbps": moved / 2 / taken["row_read"] / 1e9,
         "of_copy": taken["copy"] / taken["row_grad"],
+        "queued": all(queued.values()),
     }
 
 
@@ -121,8 +130,8 @@ def fused_forward(shape: list[int], dtype: torch.dtype, device: str, rounds: int
     def gemm() -> Tensor:
         return torch.mm(hidden, weight.t())
 
-    taken = medians({"gemm": gemm, "unfused": unfused, "fused": fused_kernel}, device, rounds)
-    return {"shape": shape, **{f"{name}_ms": t * 1e3 for name, t in taken.items()}}
+    taken, queued = medians({"gemm": gemm, "unfused": unfused, "fused": fused_kernel}, device, rounds)
+    return {"shape": shape, **{f"{name}_ms": t * 1e3 for name, t in taken.items()}, "queued": all(queued.values())}
 
 
 def kernels(args: argparse.Namespace) -> int:
@@ -198,8 +207,12 @@ def judge(args: argparse.Namespace) -> int:
         path = args.out / name
         return json.loads(path.read_text()) if path.exists() else {}
 
-    files = [path for path in (args.out / "ours" / "ops.json", args.out / "ops.json") if path.exists()]
-    rows = {tuple(r["shape"]): r["rows"] for path in files for r in harness.read(path)}  # the run with peers wins
+    rows: dict[tuple, dict] = {}
+    for path in (args.out / "ours" / "ops.json", args.out / "ops.json"):
+        for result in harness.read(path) if path.exists() else []:
+            # The run with peers wins, unless one of them broke the device's context before ours was timed.
+            if result["rows"].get("fastpo_kept", {}).get("times_s") or tuple(result["shape"]) not in rows:
+                rows[tuple(result["shape"])] = result["rows"]
     goals, missed = [], 0
     for name, value, limit, unit, sense in goals_of(rows, load("kernels.json")):
         if value is None or math.isnan(value):
@@ -215,8 +228,12 @@ def judge(args: argparse.Namespace) -> int:
         shown = "-" if value is None else f"{value:.3f}"
         wanted = "" if limit is None else f"{sense} {limit:g}"
         print(f"{verdict:14} {shown:>9} {unit:4} {wanted:14} {name}")
+    waited = [f"{name}, {'x'.join(map(str, shape))}" for shape, of in rows.items() for name, row in of.items()
+              if not row.get("queued", True)]  # fmt: skip
+    for name in waited:
+        print(f"its time holds the CPU's launches: {name}")
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "goals.json").write_text(json.dumps({"goals": goals}, indent=1) + "\n")
+    (args.out / "goals.json").write_text(json.dumps({"goals": goals, "not_queued": waited}, indent=1) + "\n")
     return 1 if missed else 0
 
 

@@ -4,7 +4,8 @@ A provider's outputs are checked in full before it is timed: one that is wrong i
 Timing goes in rounds, every provider once a round in a seeded random order, because a shared machine drifts: ratios are
 taken within a round, medians over rounds. A provider that took over three times the bare GEMMs once, or over twice
 twice, is timed no more: that settles it. Peak memory is that of the untimed step that is checked, over what was there
-when it began (resident size on a CPU after glibc has handed back what is free, the allocator's peak on a GPU).
+when it began (resident size on a CPU after glibc has handed back what is free, the allocator's peak on a GPU). On a GPU
+a step is queued behind a spin before the clock starts (roofline.py), so that the time of its launches is not in it.
 
 The rounds are ours and the file is pytest-benchmark's. Its runner times one function to the end before the next begins,
 which puts a drifting machine into the ratios; its JSON is what `pytest-benchmark compare` and other tools read.
@@ -205,19 +206,21 @@ def with_peak(step: Callable[[Problem], Outputs], p: Problem) -> tuple[Outputs, 
 
 def rounds_of(
     names: list[str], p: Problem, machine: roofline.Machine, *, rounds: int, seconds: float, seed: int
-) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """(name -> seconds per round, name -> what it failed with); two rounds of all, one of those that are left, then
-    until `rounds` are done or `seconds` are spent on them."""
+) -> tuple[dict[str, list[float]], dict[str, str], set[str]]:
+    """(name -> seconds per round, name -> what it failed with, those whose launches the GPU had to wait for); two
+    rounds of all, one of those that are left, then until `rounds` are done or `seconds` are spent on them."""
     device, order, begin = p.hidden.device.type, random.Random(seed), time.perf_counter()
     times: dict[str, list[float]] = {name: [] for name in names}
-    racing, failed = list(names), {}
+    racing, failed, waited = list(names), {}, set()
     for done in range(rounds):
         if done >= min(3, rounds) and time.perf_counter() - begin > seconds:
             break
         machine.sample()
         for name in order.sample(racing, len(racing)):
             try:
-                times[name].append(roofline.seconds(lambda step=PROVIDERS[name].step: step(p), device))
+                taken, queued = roofline.timed(lambda step=PROVIDERS[name].step: step(p), device)
+                times[name].append(taken)
+                waited |= set() if queued else {name}
             except Exception as error:
                 failed[name] = _words(error)
                 racing.remove(name)
@@ -225,7 +228,7 @@ def rounds_of(
         racing = [name for name in racing if min(times[name]) < limit or name.startswith("fastpo")]
         if done == 1:
             begin = time.perf_counter()
-    return {name: taken for name, taken in times.items() if name not in failed}, failed
+    return {name: taken for name, taken in times.items() if name not in failed}, failed, waited
 
 
 def _words(error: Exception) -> str:
@@ -256,7 +259,7 @@ def measure(
     rows = gate(names, p, device, memory)
     able = [name for name in names if rows[name]["status"] == "ok"]
     machine = roofline.Machine(p.hidden, p.weight)
-    times, failed = rounds_of(able, p, machine, rounds=rounds, seconds=seconds, seed=seed)
+    times, failed, waited = rounds_of(able, p, machine, rounds=rounds, seconds=seconds, seed=seed)
     for name in names:
         provider, row = PROVIDERS[name], rows[name]
         if name in failed:
@@ -281,6 +284,7 @@ def measure(
             "floor_s": floor["floor_s"],
             # Both within a round: the floor's rate drifts with the machine as the provider does.
             "over_floor": _over_floor(taken, machine, provider.regime),
+            "queued": name not in waited,  # else the CPU's launches are in the time, in a round at least
             "times_s": taken,
         }
     rates = {"gemm_flops_per_s": machine.gemm_rate, "copy_bytes_per_s": machine.bandwidth}
@@ -430,6 +434,7 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="small shapes: does everything run?")
+    parser.add_argument("--no-compile", action="store_true", help="leave out those whose first call compiles")
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--out", type=Path, help="folder of the JSON; default bench/results/<machine>")
     parser.add_argument("--no-write", action="store_true", help="print only")
@@ -457,11 +462,12 @@ def run(
     torch.set_num_threads(args.threads)
     dtype = DTYPES[args.dtype or ("float32" if args.device == "cpu" else "bfloat16")]
     rounds = args.rounds or (3 if args.quick else 9)
+    wanted = [x for x in args.provider or names if not (args.no_compile and PROVIDERS[x].compiles)]
     results, met = [], True
     for shape in args.shape or shapes:
         begin = time.perf_counter()
         result = measure(
-            shape, args.provider or names, dtype=dtype, device=args.device, rounds=rounds, seconds=args.seconds,
+            shape, wanted, dtype=dtype, device=args.device, rounds=rounds, seconds=args.seconds,
             memory=not args.no_memory, seed=args.seed,
         )  # fmt: skip
         results.append(result)

@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
-sys.path[:0] = [str(FOLDER), str(FOLDER.parent / "tests")]  # PYTHONSAFEPATH leaves them out
+sys.path[:0] = [str(FOLDER), str(FOLDER.parent / "tests" / "training")]  # PYTHONSAFEPATH leaves them out
 
 import common  # noqa: E402
 import test_loss_training as closed  # noqa: E402

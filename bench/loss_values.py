@@ -15,13 +15,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
-sys.path[:0] = [str(FOLDER), str(FOLDER.parent / "tests")]  # PYTHONSAFEPATH leaves them out
+sys.path[:0] = [str(FOLDER), str(FOLDER.parent / "tests" / "losses")]  # PYTHONSAFEPATH leaves them out
 
 import common  # noqa: E402
 import pytest  # noqa: E402
-import test_loss_table as formulas  # noqa: E402
-import test_losses as first_formulas  # noqa: E402
-import test_losses_peers as peers  # noqa: E402
+import test_functions as first_formulas  # noqa: E402
+import test_peers as peers  # noqa: E402
+import test_table as formulas  # noqa: E402
 import torch  # noqa: E402
 
 import fastpo  # noqa: E402
@@ -46,20 +46,21 @@ NOTES = {
 DEVIATIONS = (peers.test_liger_has_no_ipo, peers.test_liger_orpo_explodes_where_ours_does_not)
 
 
-def peer_runs() -> Iterator[tuple[str, Callable[[], None]]]:
-    """(library, one of the tests' comparisons)."""
+def peer_runs() -> Iterator[tuple[str, str, Callable[[], None]]]:
+    """(library, the loss where the test does not call it through `ours`, one of the tests' comparisons)."""
     for case in peers.TRL:
         for beta in (0.1, 1.0):
-            yield "TRL", lambda case=case, beta=beta: peers.test_trl_dpo_trainer(case, beta)
+            yield "TRL", "", lambda case=case, beta=beta: peers.test_trl_dpo_trainer(case, beta)
     for case in peers.CPO:
-        yield "TRL", lambda case=case: peers.test_trl_cpo_trainer(*case)
-    for test in (peers.test_trl_alpha_divergence, peers.test_trl_dpo_with_an_nll, peers.test_trl_orpo_trainer,
-                 peers.test_trl_kto_trainer):  # fmt: skip
-        yield "TRL", test
+        yield "TRL", "", lambda case=case: peers.test_trl_cpo_trainer(*case)
+    for test in (peers.test_trl_alpha_divergence, peers.test_trl_dpo_with_an_nll, peers.test_trl_orpo_trainer):
+        yield "TRL", "", test
+    for loss in ("kto", "apo_zero_unpaired"):
+        yield "TRL", loss, lambda loss=loss: peers.test_trl_kto_trainer(loss)
     for case in peers.LIGER_DPO:
-        yield "Liger", lambda case=case: peers.test_liger_dpo(case)
-    for test in (peers.test_liger_without_a_reference, peers.test_liger_kto):
-        yield "Liger", test
+        yield "Liger", "", lambda case=case: peers.test_liger_dpo(case)
+    yield "Liger", "", peers.test_liger_without_a_reference
+    yield "Liger", "kto", peers.test_liger_kto
 
 
 def relative(got: torch.Tensor, expected: torch.Tensor) -> float:
@@ -69,8 +70,8 @@ def relative(got: torch.Tensor, expected: torch.Tensor) -> float:
 
 def against_peers(seeds: int, note: Callable[[str, str, str, float], None]) -> dict[str, str]:
     """Notes the differences; returns why a library is missing."""
-    batch, ours, kto = peers.batch, peers.ours, LOSSES["kto"]
-    library, seed, name, missing = "", 0, "", {}
+    batch, ours = peers.batch, peers.ours
+    library, direct, seed, name, missing = "", "", 0, "", {}
 
     def named(loss: str, *args: object, **kwargs: object) -> torch.Tensor:
         nonlocal name
@@ -79,7 +80,7 @@ def against_peers(seeds: int, note: Callable[[str, str, str, float], None]) -> d
 
     def compare(theirs: Callable, mine: Callable, b: object, rtol: float = 0.0) -> None:
         nonlocal name
-        name = kto.name  # the one that the tests do not call through `ours`
+        name = direct  # unless a side calls it through `ours`
         sides = []
         for f in (theirs, mine):
             logp = b.logp.clone().requires_grad_()
@@ -92,7 +93,7 @@ def against_peers(seeds: int, note: Callable[[str, str, str, float], None]) -> d
     peers.ours, peers.compare = named, compare
     peers.batch = lambda dtype=torch.float64: batch(seed, dtype)
     for seed in range(seeds):  # noqa: B007 - read by peers.batch
-        for library, run in peer_runs():
+        for library, direct, run in peer_runs():  # noqa: B007 - direct is read by compare
             try:
                 run()
             except pytest.skip.Exception as error:

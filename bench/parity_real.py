@@ -120,6 +120,7 @@ def main() -> int:
     args = parser.parse_args()
     if not (args.model / "config.json").is_file():
         sys.exit(f"there is no model in {args.model}: python tests/real_model.py makes it")
+    common.need("trl", "datasets")
     common.quiet()
     report = {"environment": common.environment(), "setup": OPTIONS | {"steps": args.steps}, "cases": {}}
     lines = ["| case | metric | largest deviation | limit | |", "| --- | --- | ---: | ---: | --- |"]

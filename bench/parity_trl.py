@@ -193,6 +193,7 @@ def main() -> int:
     parser.add_argument("--no-write", action="store_true", help="print only")
     parser.add_argument("--verbose", action="store_true", help="print both runs step by step")
     args = parser.parse_args()
+    common.need("trl", "datasets")
     common.quiet()
     tokenizer, rows = tokenizer_and_rows()
     initial = common.llama(len(tokenizer), **MODEL)

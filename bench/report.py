@@ -6,15 +6,11 @@ python bench/report.py [--folder bench/results/<machine> ...] [--output bench/RE
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import sys
 from pathlib import Path
-
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
 
 sys.path.append(str(Path(__file__).resolve().parent))
 import bench_ops  # noqa: E402
@@ -41,6 +37,11 @@ STYLES = {
 
 def plots(results: list[dict], folder: Path) -> list[Path]:
     """sweep_time.png and sweep_memory.png: three panels, against N, D and V through the first shape."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
     base, paths = results[0]["shape"], []
     for key, unit, scale, title in (
         ("p50_s", "milliseconds", 1e3, "sweep_time"),
@@ -92,6 +93,9 @@ def section(folder: Path, relative_to: Path) -> list[str]:
             continue
         results = harness.read(path)
         lines += [f"### {title}", "", environment_line(path), ""]
+        if group == "sweep" and importlib.util.find_spec("matplotlib") is None:
+            lines += ["Not drawn: matplotlib is not installed.", ""]
+            continue
         if group == "sweep":
             for picture in plots(results, folder):
                 lines += [f"![{picture.stem.replace('_', ' ')}]({os.path.relpath(picture, relative_to)})", ""]
@@ -137,7 +141,7 @@ def main() -> None:
         lines += [
             "## GPUs",
             "",
-            "Not measured: no GPU has run the suite. `bench/gpu.sh` does all of it in one command.",
+            "Not measured: no GPU has run the suite. `bash bench/gpu.sh --out FOLDER` does all of it.",
             "",
         ]
     args.output.write_text("\n".join(lines))

@@ -19,6 +19,7 @@ bandwidth is that of a copy, read and write both counted. Both are measured in t
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -29,6 +30,7 @@ from torch import Tensor
 
 GEMMS = {"none": 1, "frozen": 2, "kept": 3, "sliced": 4}
 COPY_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}  # past every cache
+SPINS_S = (0.002, 0.01, 0.05)  # tried in turn; launching a step takes the CPU a millisecond or a few
 
 
 def flops(regime: str, n: int, d: int, v: int) -> int:
@@ -49,22 +51,50 @@ def least_bytes(regime: str, n: int, d: int, v: int, itemsize: int) -> int:
     )
 
 
-def seconds(step: Callable[[], object], device: str) -> float:
-    """One call. What it returns is freed outside the timed part."""
-    if device == "cuda":
+def timed(step: Callable[[], object], device: str, repeats: int = 1) -> tuple[float, bool]:
+    """(seconds of one call, whether its launches were queued); what the call returns is freed outside the timed part.
+
+    On a GPU the stream spins while the CPU launches the work, so that a kernel shorter than its own launch is timed and
+    not the launch. The spin grows until the work is queued before it ends; work that waits for the device inside never
+    is, and then the CPU's time is in the figure (False).
+    """
+    if device != "cuda":
+        start = time.perf_counter()
+        out = [step() for _ in range(repeats)]
+        elapsed = time.perf_counter() - start
+        del out
+        return elapsed / repeats, True
+    for spin in SPINS_S:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
+        torch.cuda._sleep(int(spin * spin_rate()))
         begin.record()
-        out = step()
+        for _ in range(repeats):
+            out = step()
         end.record()
+        queued = not begin.query()  # the stream still spins
         torch.cuda.synchronize()
         del out
-        return begin.elapsed_time(end) / 1e3
-    start = time.perf_counter()
-    out = step()
-    elapsed = time.perf_counter() - start
-    del out
-    return elapsed
+        if queued:
+            break
+    return begin.elapsed_time(end) / 1e3 / repeats, queued
+
+
+def seconds(step: Callable[[], object], device: str) -> float:
+    """One call, timed as `timed` does it."""
+    return timed(step, device)[0]
+
+
+@functools.cache
+def spin_rate() -> float:
+    """Cycles of torch.cuda._sleep a second on this GPU: it counts clock cycles, whose rate the second call measures."""
+    for _ in range(2):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        torch.cuda._sleep(10_000_000)
+        end.record()
+        torch.cuda.synchronize()
+    return 10_000_000 / (begin.elapsed_time(end) / 1e3)
 
 
 @dataclass

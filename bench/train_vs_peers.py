@@ -3,14 +3,15 @@
     python bench/train_vs_peers.py                              # CPU: a small model, ten steps of each scenario
     python bench/train_vs_peers.py --scenario hh --steps 4      # one scenario, fewer steps
     python bench/train_vs_peers.py --shape 4x256                # another small model, see below; train_vs_peers_4x256.*
-    python bench/train_vs_peers.py --device cuda                # GPU: 1B and 8B shapes, LoRA and full with 8-bit AdamW
+    python bench/train_vs_peers.py --device cuda                # GPU: 1B and 8B shapes, LoRA and full
 
-Needs the `bench` extra (TRL, Liger). Each run is one fresh process; runs of the providers alternate; medians are
-reported. Same rows in the same order, same initial weights, same step; CPU runs are fp32 without gradient
-checkpointing, GPU runs bf16 with it. `seconds` is everything between the call and its return, divided by the optimiser
-steps: tokenisation, guards, reference pass and training. Memory on a CPU is the peak resident size over that of the
-interpreter with its imports, tokenizer and rows loaded, so model, gradients and optimiser state count; on a GPU the
-allocator's peak. FASTPO_CACHE is empty in every run: no reference pass is saved.
+The peers are of the `bench` extra (TRL, Liger); one that is not installed is a row with its reason. Each run is one
+fresh process; runs of the providers alternate; medians are reported. Same rows in the same order, same initial weights,
+same step; CPU runs are fp32 without gradient checkpointing, GPU runs bf16 with it. `seconds` is everything between the
+call and its return, divided by the optimiser steps: tokenisation, guards, reference pass and training. Memory on a CPU
+is the peak resident size over that of the interpreter with its imports, tokenizer and rows loaded, so model, gradients
+and optimiser state count; on a GPU the allocator's peak. FASTPO_CACHE is empty in every run: no reference pass is
+saved.
 
 Providers: `fastpo`; `fastpo_unshared` (`share_prompts=never`); `trl` (reference model in memory, one forward in each
 step, TRL's default); `trl_precompute` (`precompute_ref_log_probs=True`); `trl_liger` (`use_liger_kernel=True`, where
@@ -28,7 +29,9 @@ multiplies alone would make a step of these rows 1.34 times as fast in 12x192, 1
 import argparse
 import copy
 import dataclasses
+import functools
 import gzip
+import importlib.util
 import itertools
 import json
 import os
@@ -217,6 +220,19 @@ def run_fastpo(provider, scenario, name, model, rows, tokenizer, options, output
     return common.step_logs(result.log_history)
 
 
+def full_optimiser() -> str:
+    """Of full fine-tuning on a GPU, on both sides: 8-bit state where bitsandbytes is there, else PyTorch's AdamW."""
+    return "adamw_8bit" if importlib.util.find_spec("bitsandbytes") else "adamw_torch_fused"
+
+
+def unavailable(provider: str) -> str | None:
+    """Why a provider cannot run here, or None; told before a process is started for it."""
+    needs = [] if provider.startswith("fastpo") else ["trl", "datasets", "accelerate"]
+    needs += ["liger_kernel"] if provider == "trl_liger" else []
+    absent = [name for name in needs if importlib.util.find_spec(name) is None]
+    return f"{absent[0]} is not installed" if absent else None
+
+
 def make_model(scenario: Scenario):
     import common
     import torch
@@ -259,7 +275,7 @@ def worker(provider: str, name: str, steps: int, result_path: str) -> None:
         "max_length": 2048 if on_gpu else 1024,
     }
     if on_gpu and scenario.method == "full":
-        options["optim"] = "adamw_8bit"
+        options["optim"] = full_optimiser()
     with tempfile.TemporaryDirectory() as output_dir:
         base_bytes = 0 if on_gpu else common.reset_peak_memory()
         model = make_model(scenario)
@@ -292,6 +308,7 @@ def worker(provider: str, name: str, steps: int, result_path: str) -> None:
     Path(result_path).write_text(json.dumps(result))
 
 
+@functools.cache
 def count(name: str, steps: int) -> dict:
     """What the rows of a scenario are in tokens, and the useful FLOPs of a step."""
     import torch
@@ -336,22 +353,19 @@ def count(name: str, steps: int) -> dict:
 
 def gemm_rate(device: str, threads: int) -> float:
     """FLOP/s of a large square GEMM, in the dtype of the runs; the median of ten."""
+    import roofline
     import torch
 
     size, dtype = (8192, torch.bfloat16) if device == "cuda" else (2048, torch.float32)
     torch.set_num_threads(threads)
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    times = []
-    for _ in range(12):
-        start = time.perf_counter()
-        a @ b
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
+    times = [roofline.seconds(lambda: a @ b, device) for _ in range(12)]
     return 2 * size**3 / statistics.median(times[2:])
 
 
 def spawn(provider: str, name: str, steps: int, threads: int) -> dict:
+    if reason := unavailable(provider):
+        return {"provider": provider, "skipped": reason}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "result.json"
         environment = os.environ | {
@@ -367,7 +381,7 @@ def spawn(provider: str, name: str, steps: int, threads: int) -> dict:
             environment |= {
                 "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": "",
             }  # fmt: skip
-        command = [sys.executable, __file__, "--worker", provider, name, "--steps", str(steps), "--out", str(path)]
+        command = [sys.executable, __file__, "--worker", provider, name, "--steps", str(steps), "--result", str(path)]
         if SCENARIOS[name].device == "cpu":
             command += ["--shape", SCENARIOS[name].shape]
         run = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -384,13 +398,15 @@ def summarise(name: str, runs: dict[str, list[dict]], steps: int, gemm_flops: fl
     scenario = SCENARIOS[name]
     summary = {
         "shape": scenario.shape, "steps": steps, "pairs_per_step": scenario.pairs, "rows": scenario.rows, **counts,
+        "optim": full_optimiser() if scenario.device == "cuda" and scenario.method == "full" else "adamw_torch_fused",
         "providers": {},
     }  # fmt: skip
     for provider, results in runs.items():
         if not results:
             continue
         if skipped := next((r["skipped"] for r in results if "skipped" in r), None):
-            summary["providers"][provider] = {"skipped": skipped}
+            stderr = next((r["stderr"] for r in results if "stderr" in r), None)
+            summary["providers"][provider] = {"skipped": skipped} | ({"stderr": stderr} if stderr else {})
             continue
         seconds = statistics.median(r["seconds_per_step"] for r in results)
         summary["providers"][provider] = {
@@ -470,11 +486,13 @@ def plot(report: dict, path: Path) -> None:
 
 
 def failures(report: dict) -> list[str]:
-    """Losses that differ, or a ratio below the target."""
+    """Runs of ours that broke, losses that differ, ratios below the target."""
     found = []
     for name, summary in report["scenarios"].items():
         scenario, rows = SCENARIOS[name], summary["providers"]
         for provider, row in rows.items():
+            if provider.startswith("fastpo") and "skipped" in row:
+                found.append(f"{name}: {provider} did not run: {row['skipped']}")
             if row.get("loss_deviation", 0.0) > LOSS_TOLERANCE[scenario.device]:
                 found.append(f"{name}: losses differ from {provider}'s by {row['loss_deviation']:.1e}")
         for provider, targets in TARGETS.get((name, summary["shape"]), {}).items():
@@ -495,13 +513,14 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--shape", choices=CPU_SHAPES, default=CPU_SHAPE, help="of the CPU's model")
     parser.add_argument("--name", help="of the result's files; default: train_vs_peers, and a shape that is chosen")
+    parser.add_argument("--out", type=Path, help="folder of the results; default bench/results/<machine>")
     parser.add_argument("--no-write", action="store_true", help="print only")
     parser.add_argument("--worker", nargs=2, metavar=("PROVIDER", "SCENARIO"), help=argparse.SUPPRESS)
-    parser.add_argument("--out", help=argparse.SUPPRESS)
+    parser.add_argument("--result", help=argparse.SUPPRESS)
     args = parser.parse_args()
     with_shape(args.shape)
     if args.worker:
-        worker(*args.worker, args.steps, args.out)
+        worker(*args.worker, args.steps, args.result)
         return 0
 
     import common
@@ -522,21 +541,23 @@ def main() -> int:
             runs[provider].append(result)
             if "skipped" in result:
                 print(f"{name} {provider}: {result['skipped']}", flush=True)
-                continue
-            print(
-                f"{name} {provider} run {len(runs[provider])}: {result['seconds_per_step']:.2f} s/step "
-                f"({result['cpu_seconds_per_step']:.2f} of CPU), "
-                f"{result['peak_bytes'] / 1e9:.2f} GB",
-                flush=True,
-            )
-        report["scenarios"][name] = summarise(name, runs, args.steps, report["gemm_flops"])
-    table = markdown(report)
-    print("\n" + table)
-    report["failures"] = failures(report)
+                print(result.get("stderr", ""), file=sys.stderr, flush=True)
+            else:
+                print(
+                    f"{name} {provider} run {len(runs[provider])}: {result['seconds_per_step']:.2f} s/step "
+                    f"({result['cpu_seconds_per_step']:.2f} of CPU), "
+                    f"{result['peak_bytes'] / 1e9:.2f} GB",
+                    flush=True,
+                )
+            report["scenarios"][name] = summarise(name, runs, args.steps, report["gemm_flops"])
+            report["failures"] = failures(report)
+            if not args.no_write:  # after every run: what is cut short is not lost
+                default = "train_vs_peers" if args.shape == CPU_SHAPE else f"train_vs_peers_{args.shape}"
+                path = common.write_result(args.name or default, report, markdown(report), args.out)
+    print("\n" + markdown(report))
     if not args.no_write:
-        default = "train_vs_peers" if args.shape == CPU_SHAPE else f"train_vs_peers_{args.shape}"
-        path = common.write_result(args.name or default, report, table)
-        plot(report, path.with_suffix(".png"))
+        if importlib.util.find_spec("matplotlib"):
+            plot(report, path.with_suffix(".png"))
         print(f"written to {path}")
     for line in report["failures"]:
         print(f"FAILED {line}")

@@ -311,15 +311,25 @@ def run_check(device: str | None = None, *, verbose: bool = True) -> int:
     on_cpu = device.startswith("cpu")
     backends = [b for b in ops.available_backends() if (b == "cpu") <= on_cpu and (b == "triton") <= (not on_cpu)]
     results: list[Result] = []
+    whole = False
+    try:
+        for result in _all_results(device, backends):
+            results.append(result)
+        whole = True
+    finally:  # what is cut short by Ctrl-C, or by a kernel that fails, has told something too
+        failed = [r for r in results if not r.ok]
+        if verbose or failed:
+            print(_table(results if verbose else failed))
+        seconds = time.perf_counter() - begin
+        cut = "" if whole else ", the others have not run"
+        print(f"{len(results) - len(failed)} of {len(results)} checks passed on {device} in {seconds:.1f} s{cut}")
+    return 1 if failed else 0
+
+
+def _all_results(device: str, backends: list[str]) -> Iterator[Result]:
     for case, dtype in cases(device):
         able = [b for b in backends if dtype in ops.NATIVE_DTYPES[b]]
-        results += head_results(case, dtype, device, able)
+        yield from head_results(case, dtype, device, able)
     if "triton" in backends:
-        results += slice_results(device)
-    results += preference_results(device, [b for b in backends if b != "cpu"])
-    failed = [r for r in results if not r.ok]
-    if verbose or failed:
-        print(_table(results if verbose else failed))
-    seconds = time.perf_counter() - begin
-    print(f"{len(results) - len(failed)} of {len(results)} checks passed on {device} in {seconds:.1f} s")
-    return 1 if failed else 0
+        yield from slice_results(device)
+    yield from preference_results(device, [b for b in backends if b != "cpu"])

@@ -199,9 +199,8 @@ def test_evaluate_is_refused(trainer, toy):
 
 
 def test_streams_and_precomputed(trainer, toy):
-    from datasets import Dataset
-
-    stream = Dataset.from_list(toy.rows(8)).to_iterable_dataset()
+    datasets = pytest.importorskip("datasets", reason="streams are of that library")
+    stream = datasets.Dataset.from_list(toy.rows(8)).to_iterable_dataset()
     for given in ({"rows": stream}, {"eval_dataset": stream}, {"eval_dataset": {"a": stream}}):
         with pytest.raises(ConfigError, match="precompute_ref_log_probs=True is not supported with IterableDataset"):
             trainer(precompute_ref_log_probs=True, **given)

@@ -8,6 +8,7 @@ sides lie as JSON in --work, and are used again unless --again; the page is benc
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import subprocess
@@ -66,6 +67,8 @@ def main() -> None:
     parser.add_argument("--place", default="cpu-epyc-2c", help="folder of bench/results for the page")
     parser.add_argument("--limit", type=int, default=1800, help="seconds for one file of one side")
     args = parser.parse_args()
+    if importlib.util.find_spec("trl") is None:
+        sys.exit("trl is not installed: pip install -e '.[bench]'")
     args.work.mkdir(parents=True, exist_ok=True)
     for old in args.work.glob({"both": "*.json", "fastpo": "fastpo-*.json", None: "none"}[args.again]):
         old.unlink()
