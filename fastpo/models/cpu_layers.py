@@ -7,14 +7,16 @@ are rounded once. A layer is replaced only where a trial on random numbers shows
 T = tokens, H = heads, D = head size, M = columns.
 """
 
+import contextlib
 import functools
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fastpo.ops import backends
@@ -23,6 +25,7 @@ _DTYPES = (torch.float32, torch.bfloat16)
 _LANES = 16  # kLanes of csrc/tile.inc
 _CHUNK = 32  # kLayerRows of csrc/ext.cpp
 _RMS_NORM, _SILU_MUL, _ROTARY = range(3)  # LayerKind of csrc/ext.cpp
+_kinds: tuple[type, ...] = (Tensor, nn.Parameter)  # that are read through a pointer
 _ROPE = "apply_rotary_pos_emb"  # transformers' name for it, in every family's file
 
 
@@ -31,6 +34,8 @@ def _pass(
     dw: Tensor | None = None, rstd: Tensor | None = None, sums: Tensor | None = None, rows: int, cols: int,
     heads: int = 1, ld: tuple[int, ...] = (0, 0, 0), eps: float = 0.0, offset: float = 0.0, back: bool = False,
 ) -> None:  # fmt: skip
+    if isinstance(x, FakeTensor):
+        return
     pointers = (0 if t is None else t.data_ptr() for t in (x, w, dy, y, dx, dw, rstd, sums))
     half = (t.dtype == torch.bfloat16 for t in (x, w, y))
     backends.compiled.layer_pass(
@@ -111,7 +116,7 @@ def _as_rows(*tensors: Tensor) -> tuple[int, int, tuple[int, ...]]:
 def _dense(*tensors: Tensor, multiple: int = _LANES) -> bool:
     """Whether all are plain fp32 or bf16 tensors of a CPU whose last dimension compiled code can walk through."""
     return all(
-        type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu" and t.dtype in _DTYPES and t.numel() > 0
+        type(t) in _kinds and t.device.type == "cpu" and t.dtype in _DTYPES and t.numel() > 0
         and t.stride(-1) == 1 and t.shape[-1] % multiple == 0
         for t in tensors
     )  # fmt: skip
@@ -137,6 +142,17 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
 
 def available() -> bool:
     return backends.compiled is not None
+
+
+@contextlib.contextmanager
+def of_fake_tensors() -> Iterator[None]:
+    """Inside, fake tensors take the fused layers too, without their arithmetic: the memory they hold can be counted."""
+    global _kinds
+    before, _kinds = _kinds, (*_kinds, FakeTensor)
+    try:
+        yield
+    finally:
+        _kinds = before
 
 
 class FusedLayers:
@@ -212,7 +228,17 @@ def _stand_in(kind: Any, **attributes: Any) -> Any:
     return module
 
 
-@functools.cache
+def _trial(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Made once, on real numbers in fp32, whatever mode its first caller is in."""
+
+    @functools.cache
+    def run(*args: Any) -> Any:
+        with torch.no_grad(), unset_fake_temporarily(), torch.autocast("cpu", enabled=False), torch.device("cpu"):
+            return function(*args)
+
+    return run
+
+
 def _numbers(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
 
@@ -221,8 +247,7 @@ def _agree(ours: Tensor, theirs: Any) -> bool:
     return isinstance(theirs, Tensor) and ours.shape == theirs.shape and torch.allclose(ours, theirs, 1e-5, 1e-6)
 
 
-@functools.cache
-@torch.no_grad()
+@_trial
 def _norm_rule(kind: Any, eps: float | None) -> tuple[float, float] | None:
     """(eps, what is added to the weight) of a class of RMSNorms; None where it computes something else."""
     if eps is None:
@@ -250,8 +275,7 @@ def _silu() -> type:
     return type(ACT2FN["silu"])
 
 
-@functools.cache
-@torch.no_grad()
+@_trial
 def _multiplies(kind: Any, activation: Any) -> bool:
     """Whether a class of MLPs is down(act(gate(x)) * up(x)) and no more."""
     if list(inspect.signature(kind.forward).parameters)[2:]:
@@ -269,8 +293,7 @@ def _multiplies(kind: Any, activation: Any) -> bool:
     return _agree(down(silu_mul(gate(x), up(x))), theirs)
 
 
-@functools.cache
-@torch.no_grad()
+@_trial
 def _turns_halves(file: str) -> bool:
     """Whether a family's file has rotary embeddings of whole heads by their halves."""
     function = getattr(sys.modules.get(file), _ROPE, None)

@@ -166,7 +166,8 @@ def estimate(
     if config.disable_dropout:
         disable_dropout(policy.model)
     try:
-        runs = [simulate(blueprint, config, tokens, row_share, autocast) for tokens in SIMULATED]
+        on_cpu = device_type == "cpu"
+        runs = [simulate(blueprint, config, tokens, row_share, autocast, on_cpu=on_cpu) for tokens in SIMULATED]
     except FastpoError:
         raise
     except Exception as error:  # a model that looks at values, such as a loop over the experts that got a token

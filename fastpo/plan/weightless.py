@@ -27,7 +27,7 @@ from fastpo.config.train_config import TrainConfig
 from fastpo.data import Example
 from fastpo.data.packing import collate
 from fastpo.errors import ConfigError
-from fastpo.models import adapters, attention
+from fastpo.models import adapters, attention, cpu_layers
 from fastpo.models.adapters import first_line
 from fastpo.models.loading import empty_model, loading_dtype
 from fastpo.models.modes import training_mode
@@ -283,8 +283,11 @@ class Run:
     traces: dict[str, tuple[list[int], list[int]]]  # by regime: bytes after every operation, and after the head op's
 
 
-def simulate(blueprint: Blueprint, config: TrainConfig, tokens: int, row_share: float, autocast: bool) -> Run:
-    """A micro-batch of `tokens`, every gradient being there already, as in all micro-batches but a step's first."""
+def simulate(
+    blueprint: Blueprint, config: TrainConfig, tokens: int, row_share: float, autocast: bool, *, on_cpu: bool
+) -> Run:
+    """A micro-batch of `tokens`, every gradient being there already, as in all micro-batches but a step's first.
+    on_cpu: where it will run, with the layers that are fused there."""
     policy, mode = blueprint.policy, blueprint.mode
     model = policy.model
     if policy.unpacked:
@@ -305,6 +308,8 @@ def simulate(blueprint: Blueprint, config: TrainConfig, tokens: int, row_share: 
     with contextlib.ExitStack() as stack:
         stack.enter_context(mode)
         stack.enter_context(_fake_attention())
+        if on_cpu and not config.torch_compile:
+            stack.enter_context(cpu_layers.of_fake_tensors())
         stack.enter_context(training_mode(policy, plain))
         stack.enter_context(_offloaded(policy.trunk, config.activation_offloading, stored))
         stack.enter_context(tracker)

@@ -186,11 +186,11 @@ def test_options_that_make_no_sense(toy, options, changes, words):
 
 
 def test_auto_takes_what_fits(toy, options, monkeypatch):
-    """Of 32 MiB beside the process: a run at the largest estimate, within it, and the same numbers."""
+    """Of 64 MiB beside the process: a run at the largest estimate, within it, and the same numbers."""
     model = toy.model(**SIZES)
     process = plan._resident()
     monkeypatch.setattr(plan, "_resident", lambda: process)
-    monkeypatch.setattr(plan, "device_memory", lambda device: int((process + 80 * MIB) / (1 - plan.HEADROOM)))
+    monkeypatch.setattr(plan, "device_memory", lambda device: int((process + 64 * MIB) / (1 - plan.HEADROOM)))
     trainer = fastpo.trainer.Trainer(
         model, rows(toy), args={**options, "max_tokens": "auto", "optim": "sgd"}, processing_class=toy.tokenizer()
     )
