@@ -429,7 +429,10 @@ def apply_liger(
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     device = torch.device(device if device is not None else next(base.parameters()).device)
     if device.type != "cuda":
-        raise ConfigError(f"use_liger_kernel needs a GPU (CUDA or ROCm); the model is on the {device.type}")
+        raise ConfigError(
+            f"use_liger_kernel needs a GPU (CUDA or ROCm); the model is on the {device.type}, where fastpo's own fused "
+            "layers are on in any case: leave it out"
+        )
     family = base.config.model_type
     apply = monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN.get(family)
     if apply is None:

@@ -12,6 +12,7 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterator
+from types import MethodType
 from typing import Any
 
 import torch
@@ -185,33 +186,33 @@ class FusedLayers:
 
 
 def _fused_forward(module: Any, inner: bool) -> Callable[..., Tensor] | None:
+    """In place of a module's method, bound to it: a deep copy that a callback makes has its own."""
     kind: Any = type(module)
-    as_it_came = module.forward
     if kind.__name__.endswith("RMSNorm"):
         if (rule := _norm_rule(kind, _eps(module))) is None:
             return None
         eps, offset = rule
 
-        def norm(x: Tensor) -> Tensor:
-            weight = module.weight
-            if torch.compiler.is_compiling() or not _dense(x, weight) or x.dtype == torch.bfloat16 != weight.dtype:
-                return as_it_came(x)
+        def norm(self: Any, x: Tensor) -> Tensor:
+            mixed = x.dtype == torch.bfloat16 != self.weight.dtype
+            if torch.compiler.is_compiling() or mixed or not _dense(x, self.weight):
+                return kind.forward(self, x)
             # The matrix multiplies that read it would cast it, each for itself.
             cast = inner and torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
-            return rms_norm(x, weight, eps, offset, torch.bfloat16 if cast else None)
+            return rms_norm(x, self.weight, eps, offset, torch.bfloat16 if cast else None)
 
-        return norm
+        return MethodType(norm, module)
     if _is_gated_mlp(kind, module):
 
-        def mlp(x: Tensor) -> Tensor:
+        def mlp(self: Any, x: Tensor) -> Tensor:
             if torch.compiler.is_compiling():  # torch_compile fuses by itself, and does not see through compiled code
-                return as_it_came(x)
-            gate, up = module.gate_proj(x), module.up_proj(x)
+                return kind.forward(self, x)
+            gate, up = self.gate_proj(x), self.up_proj(x)
             if not _dense(gate, up) or gate.dtype != up.dtype:
-                return module.down_proj(module.act_fn(gate) * up)
-            return module.down_proj(silu_mul(gate.contiguous(), up.contiguous()))
+                return self.down_proj(self.act_fn(gate) * up)
+            return self.down_proj(silu_mul(gate.contiguous(), up.contiguous()))
 
-        return mlp
+        return MethodType(mlp, module)
     return None
 
 

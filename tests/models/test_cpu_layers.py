@@ -1,5 +1,6 @@
 """RMSNorm, rotary embeddings and SwiGLU on a CPU in one pass each: against fp64, and in every family that has them."""
 
+import copy
 import importlib
 
 import pytest
@@ -143,3 +144,21 @@ def test_hooks_dtypes_and_names_are_the_models_own(toy):
     assert modeling_llama.apply_rotary_pos_emb is original
     assert not any("forward" in vars(m) for m in model.modules())
     handle.remove()
+
+
+def test_a_deep_copy_made_inside_is_of_its_own(toy):
+    """As callbacks make them, for an average of the weights: the copy's layers read the copy's weights."""
+    model = toy.model()
+    ids = torch.arange(9)[None]
+    fused = cpu_layers.FusedLayers(model.model)
+    fused.switch(True)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in twin.parameters():
+            p.mul_(1.5)
+    inside = twin(ids).logits
+    fused.switch(False)
+    plain = copy.deepcopy(model)
+    plain.load_state_dict(twin.state_dict())
+    assert torch.allclose(inside, plain(ids).logits, atol=1e-5)
+    assert not torch.allclose(inside, model(ids).logits, atol=1e-3)
