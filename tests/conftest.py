@@ -68,7 +68,7 @@ def repo_root() -> Path:
 
 @pytest.fixture(scope="session")
 def shared_data():
-    """`shared_data(name)`: path of a real data set in the workplace's shared/data; skips where that is absent."""
+    """`shared_data(name)`: path of a real data set in shared/data beside the checkout; skips where that is absent."""
 
     def find(name: str) -> Path:
         for folder in (ROOT.parent / "shared" / "data", ROOT / "shared" / "data"):

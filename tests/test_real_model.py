@@ -187,9 +187,10 @@ def test_the_saved_model_answers_by_pipeline_and_stops(train, tmp_path):
 
 
 @pytest.mark.parametrize("case", ["full", pytest.param("lora", marks=pytest.mark.slow)])
-def test_losses_and_rewards_are_those_of_trl(repo_root, folder, case, shared_data):
+def test_losses_and_rewards_are_those_of_trl(repo_root, folder, case, shared_data, monkeypatch):
     """bench/parity_real.py, which states the limits, over two steps."""
     pytest.importorskip("trl")
+    monkeypatch.setenv("FASTPO_BENCH_DATA", str(shared_data("hh_dialogues.jsonl.gz").parent))
     spec = importlib.util.spec_from_file_location("parity_real", repo_root / "bench" / "parity_real.py")
     parity = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(parity)
