@@ -456,7 +456,7 @@ def _unknown(name: str, known: Collection[str]) -> str:
     for project, names in FOREIGN.items():
         if last in names:
             text = names[last]
-            return f"{name} is {project}'s: {'here it is ' if text in known else ''}{text}"
+            return f"{name} is {project}'s: {'here it is ' if text.split(' (')[0] in known else ''}{text}"
     if last != name and last in known:
         return f"{name} is {_OPENRLHF}'s: here it is {last}"
     if name in _transformers_fields():
