@@ -9,11 +9,10 @@ import torch
 from fastpo.config.train_config import TrainConfig
 from fastpo.data import Example, layouts, mixing, prepare_examples, rows, sources
 from fastpo.data.kway import Forming
-from fastpo.data.packing import TrunkCost, set_sharing, sharing_mode, trunk_tokens
+from fastpo.data.packing import set_sharing, sharing_mode, trunk_tokens
 from fastpo.errors import ConfigError
 from fastpo.losses import LOSSES
-from fastpo.models import rotary
-from fastpo.models.flops import Flops
+from fastpo.models import rotary, sharing
 from fastpo.models.loading import load_tokenizer, resolve_device
 from fastpo.plan.estimate import HEADROOM, MOST_TOKENS, STEP_TOKENS, Estimate, at_most, device_memory, gib, parse_bytes
 from fastpo.plan.settle import DECIDED, Case, Open, assumed_tokens, decide, options_of, with_options
@@ -33,16 +32,17 @@ def run(inputs: dict[str, Any], config: TrainConfig, memory: str | None, as_json
     blueprint = Blueprint.of_name(inputs["model"], config, inputs.get("peft_config"), inputs.get("quantization_config"))
     examples = _examples(inputs, config) if inputs.get("train_dataset") else []
     share, longest, step = 1.0, 0, MOST_TOKENS
+    autocast = config.bf16 if config.bf16 is not None else device_type == "cuda"
     if examples:
-        cpu = torch.device("cpu")  # whose costs decide nothing on a GPU: auto shares on a CPU alone
         with blueprint.mode:
-            cost = TrunkCost.of(Flops(blueprint.policy, cpu), cpu)
-        set_sharing(examples, sharing_mode(config.share_prompts, device_type), cost)
+            cost = sharing.trunk_cost(
+                blueprint.policy, config, device_type, device, bf16=autocast, room=assumed_tokens(config, device_type)
+            )
+        set_sharing(examples, sharing_mode(config.share_prompts, cost), cost)
         rotary.unshare(blueprint.policy.trunk, examples)
         sizes = sorted(map(trunk_tokens, examples), reverse=True)
         longest, step = sizes[0], sum(sizes[: config.step_size])
         share = min(1.0, sum(len(r) for e in examples for r in e.responses) / sum(sizes))
-    autocast = config.bf16 if config.bf16 is not None else device_type == "cuda"
     ref_name = inputs.get("ref_model")
     ref_model = Blueprint.of_name(ref_name, config, argument="ref_model").weights if ref_name else 0
     terms = [LOSSES.get(name) for name in config.losses]
