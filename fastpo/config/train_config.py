@@ -106,7 +106,7 @@ class TrainConfig:
     per_device_train_batch_size: int = _opt(8, "batch", "pairs per device and accumulation step")
     gradient_accumulation_steps: int = _opt(1, "batch", "an optimiser step takes this many times per_device_train_batch_size pairs")
     per_device_eval_batch_size: int = _opt(8, "batch", "has no effect on the numbers; evaluation is packed like training")
-    share_prompts: str = _opt("auto", "batch", "one copy of a prompt in the trunk for all its responses, those of other rows of the step too; auto: where it is estimated faster (on a CPU only, so far)", ("auto", "always", "never"))
+    share_prompts: str = _opt("auto", "batch", "one copy of a prompt in the trunk for all its responses, those of other rows of the step too; auto: where it is estimated faster (on a GPU by arithmetic, not measured)", ("auto", "always", "never"))
     max_tokens: int | str | None = _opt(None, "batch", "tokens of a packed micro-batch (None: 16384 on a GPU, 2048 on a CPU; auto: as many as the memory is estimated to hold, as `fastpo plan` says)")
     token_bucket: int | None = _opt(None, "batch", "pad micro-batches to a multiple of this many tokens, which no number sees, so that compiled layers meet few shapes (None: no padding)")
 
