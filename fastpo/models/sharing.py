@@ -50,8 +50,8 @@ def trunk_cost(
     """Of a layer of this policy. device: None for a GPU that is not here. bf16: by autocast. room: tokens of a
     micro-batch."""
     flops = Flops(policy, device if device is not None else torch.device("cpu"))
-    if device_type == "cpu":
-        return TrunkCost.of(flops)
+    if device_type != "cuda":
+        return TrunkCost.of(flops)._replace(shares=device_type == "cpu")
     name = torch.cuda.get_device_name(device) if device is not None else ""
     dtype = torch.bfloat16 if bf16 and policy.dtype != torch.float64 else policy.dtype
     forwards = 1 + config.gradient_checkpointing
