@@ -29,7 +29,7 @@ from fastpo.models.adapters import first_line
 from fastpo.models.noise import disable_dropout
 from fastpo.ops import backends
 from fastpo.plan.weightless import Blueprint, simulate
-from fastpo.training.optim import NARROW
+from fastpo.training.optim import CHUNK_BYTES, NARROW
 
 log = logging.getLogger("fastpo")
 
@@ -80,6 +80,7 @@ class Estimate:
     head: dict[str, _Moments] = field(repr=False)
     saved_per_token: float = 0.0  # what a token's forward pass leaves for the backward, bytes
     optimizer_scratch: int = 0
+    rounding: int = 0  # fp32 copies that stochastic rounding makes at a time
 
     @property
     def fixed(self) -> int:
@@ -187,6 +188,8 @@ def estimate(
         budget = ops.default_memory_budget(head.weight) if budget is None else budget
         given = ref_model or ref_stays
         copied = config.sync_ref_model or (live and not given and not hasattr(policy.model, "peft_config"))
+        narrow = [4 * p.numel() for p in trained.values() if p.dtype in NARROW]
+        rounding = max([min(CHUNK_BYTES, sum(narrow)), *narrow])
         copies = sum(p.nbytes for p in trained.values()) if copied else 0
     return Estimate(
         parameters=sum(p.numel() for p in policy.model.parameters()),
@@ -201,7 +204,9 @@ def estimate(
         head={r: _lines([run.traces[r][1] for run in runs]) for r in traced},
         saved_per_token=(runs[1].saved - runs[0].saved) / (SIMULATED[1] - SIMULATED[0]),
         # AdamW over lists of tensors forms its updates for all of them at once.
-        optimizer_scratch=4 * runs[0].stepped if config.optim == "adamw_torch" and device_type == "cuda" else 0,
+        optimizer_scratch=(4 * runs[0].stepped if config.optim == "adamw_torch" and device_type == "cuda" else 0)
+        + (rounding if config.master_weights == "stochastic" else 0),
+        rounding=rounding,
     )  # fmt: skip
 
 

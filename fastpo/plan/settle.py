@@ -115,7 +115,8 @@ def decide(demand: Demand, wanted: Open, room: float, budget: int | None) -> Cho
     master = None
     if wanted.master_weights:
         master = "fp32" if every.total_with(most) <= room else "stochastic"
-        every = every if master == "fp32" else replace(every, masters=0)
+        if master == "stochastic":
+            every = replace(every, masters=0, optimizer_scratch=every.optimizer_scratch + every.rounding)
     of_default = min(demand.matrix, demand.default)
     if wanted.head:
         kept = next((b for b in (demand.matrix, of_default) if every.total_with(most + b) <= room), 0.0)

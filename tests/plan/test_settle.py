@@ -139,7 +139,8 @@ def families(toy):
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "lora"])
 def test_the_line_between_no_layer_and_all_is_an_upper_bound(toy, family):
-    """Peaks fall with every layer that is checkpointed, and none is above the line that `decide` goes by."""
+    """Peaks fall with every layer that is checkpointed, none is above the line that `decide` goes by, and the line asks
+    for at most one layer more than the peaks do."""
     model = families(toy)["llama" if family == "lora" else family].to(torch.bfloat16)
     if family == "lora":
         peft = pytest.importorskip("peft")
@@ -155,6 +156,9 @@ def test_the_line_between_no_layer_and_all_is_an_upper_bound(toy, family):
     ]
     line = [steps[0] + (steps[-1] - steps[0]) * n / layers for n in range(layers + 1)]
     assert all(step <= bound * (1 + 1e-9) for step, bound in zip(steps, line, strict=True)), (steps, line)
+    for room in np.linspace(steps[-1], steps[0], 40):
+        by_line, by_peak = (next(n for n in range(layers + 1) if of[n] <= room * (1 + 1e-9)) for of in (line, steps))
+        assert by_peak <= by_line <= by_peak + 1
     assert sorted(steps, reverse=True) == steps and steps[-1] < 0.75 * steps[0]
     whole = plan.estimate(blueprint, config, "cuda", regimes=("sliced",))
     assert whole.step(tokens) == steps[-1]
@@ -198,6 +202,7 @@ def test_a_full_fine_tune_of_8b_on_a_card_of_139_gib(tmp_path, caplog):
     rules.say(choice, demand, config, case.memory)
     assert choice.master_weights == "stochastic" and choice.fits and 16 <= choice.layers < 32
     assert 0.95 * case.room < choice.total <= case.room
+    assert demand.every.rounding == 4 * 128_256 * 4096  # the largest fp32 copy, for the time of its step
     assert choice.budget >= 16_384 * 128_256 * 2 > ops.default_memory_budget(blueprint.policy.head().weight)
     first, second = (record.getMessage() for record in caplog.records)
     assert first.startswith("master_weights=auto: stochastic, since fp32 copies of the 16-bit weights would take 29.92")
