@@ -98,7 +98,7 @@ OPTIONS: dict[str, Option] = {
     "tf32": _same(),
     "activation_checkpointing": _to("gradient_checkpointing"),
     "activation_checkpointing_kwargs": _to("gradient_checkpointing_kwargs"),
-    "gradient_checkpointing": _same(True),
+    "gradient_checkpointing": _same(True, "on a GPU only as many layers as the memory demands: gradient_checkpointing_layers=all checkpoints every one"),
     "gradient_checkpointing_kwargs": _same(),
     "torch_compile": _same(False, "the trunk's layers; the head and the losses are kernels of their own. With fsdp it is refused"),
     "torch_compile_backend": _same(None, "None: inductor; one that is given means torch_compile=True"),
