@@ -450,13 +450,16 @@ def without_meaning(values: Mapping[Any, Any]) -> list[str]:
     ]
 
 
+_INPUTS = ("model", "ref_model", "train_dataset", "eval_dataset")  # what a run is given beside its options
+
+
 def _unknown(name: str, known: Collection[str]) -> str:
     """What to say about a name that is nobody's, or another project's."""
     last = name.rpartition(".")[2]  # OpenRLHF's --model.beta
     for project, names in FOREIGN.items():
         if last in names:
             text = names[last]
-            return f"{name} is {project}'s: {'here it is ' if text in known else ''}{text}"
+            return f"{name} is {project}'s: {'here it is ' if text.split(' (')[0] in {*known, *_INPUTS} else ''}{text}"
     if last != name and last in known:
         return f"{name} is {_OPENRLHF}'s: here it is {last}"
     if name in _transformers_fields():
