@@ -36,6 +36,7 @@ def set_numerics(config: TrainConfig) -> None:
 def training_mode(policy: Policy, config: TrainConfig) -> Iterator[None]:
     """The model as training needs it: packed attention, train mode, checkpointing; put back afterwards."""
     model = policy.model
+    policy.fused.on &= config.use_liger_kernel is not False
     was_training = model.training
     model.train()
     already = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())

@@ -137,7 +137,7 @@ def families(toy):
     }
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "lora"])
+@pytest.mark.parametrize("family", ["qwen3", "lora"])
 def test_the_line_between_no_layer_and_all_is_an_upper_bound(toy, family):
     """Peaks fall with every layer that is checkpointed, none is above the line that `decide` goes by, and the line asks
     for at most one layer more than the peaks do."""
@@ -271,7 +271,7 @@ def test_a_run_is_settled_by_its_own_rows(toy, monkeypatch):
     assert demand.tokens == 8 * 118
     need = [demand.every.total_with(s) for s in (demand.every.step(944), demand.none().step(944))]
     found = {}
-    for memory in np.linspace(0.9 * need[0], 1.1 * need[1], 9):
+    for memory in np.linspace(0.9 * need[0], 1.1 * need[1], 5):
         of_memory = settled(model, TrainConfig(loss_type="simpo"), monkeypatch, int(memory / (1 - plan.HEADROOM)))
         found[memory] = of_memory.config
     counts = [c.gradient_checkpointing_layers for c in found.values()]
