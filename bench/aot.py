@@ -39,7 +39,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastpo.kernels import attention, fused, logprob, online_softmax, preference
+from fastpo.kernels import adamw, attention, fused, logprob, online_softmax, preference
 from fastpo.kernels.pair_losses import RECIPES, recipe
 from fastpo.losses.table import LOSSES
 from fastpo.models.layout import Layout
@@ -47,7 +47,7 @@ from fastpo.models.layout import Layout
 ROOT = Path(__file__).resolve().parent.parent
 RECORD = ROOT / "bench/results/aot.json"
 NVIDIA_TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
-MODULES = (attention, fused, logprob, online_softmax, preference)
+MODULES = (adamw, attention, fused, logprob, online_softmax, preference)
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -207,9 +207,23 @@ def tree(kernel: str, sizes: tuple[int, int], dtype: torch.dtype, *, group=4, si
     return f"_tree_attention_{kernel}_kernel", launch
 
 
+def adamw_step(dtype: torch.dtype, grad: torch.dtype, *, master=False, key=(1, 2), state=FP32, offset=0):
+    """A step of 16-bit weights; `offset` elements from where memory is aligned."""
+
+    def launch() -> None:
+        weight, wide, m, v = (torch.zeros(100_000, dtype=kind)[offset:] for kind in (dtype, FP32, state, state))
+        tensors = [
+            adamw.AdamWTensor(weight.to(grad), weight, wide if master else None, m, v, torch.ones(()), 0),
+        ]
+        hyper = {"lr": 1e-6, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1, "key": key}
+        adamw.adamw(adamw.adamw_table(tensors), tensors, finite=torch.ones(()), scale=torch.ones(()), **hyper)
+
+    return "_adamw_kernel", launch
+
+
 # Llama 3's vocabulary at both ends of the options; odd vocabularies, padded and not; short rows; rows few enough to be
-# split; every pair loss once, and each option that changes its code; every class of the attention's tiles with and
-# without all options, odd and uneven heads.
+# split; every pair loss once, and each option that changes its code; each way of stepping 16-bit weights; every class
+# of the attention's tiles with and without all options, odd and uneven heads.
 ALL = {"softcap": 30.0, "entropy": True}
 TREE_ALL = {"window": 512, "softcap": 50.0, "sink": True}
 TREES = {
@@ -285,6 +299,13 @@ CASES: dict[str, tuple[str, Launch]] = {
     "dlogp-tdpo2-weights": pairs("tdpo2", DLOGP, unique=False, weights=True),
     "dlogp-ld_dpo": pairs("ld_dpo", DLOGP, unique=False),
     "dlogp-ld_dpo-weights": pairs("ld_dpo", DLOGP, unique=False, weights=True),
+    "adamw-bf16-master": adamw_step(BF16, BF16, master=True, key=None),
+    "adamw-bf16-master-grad-fp32": adamw_step(BF16, FP32, master=True, key=None),
+    "adamw-bf16-stochastic": adamw_step(BF16, BF16),
+    "adamw-bf16-stochastic-grad-fp32": adamw_step(BF16, FP32),
+    "adamw-bf16-stochastic-unaligned": adamw_step(BF16, FP32, offset=1),
+    "adamw-fp16-stochastic": adamw_step(FP16, FP16),
+    "adamw-bf16-nearest": adamw_step(BF16, BF16, state=BF16, key=None),
     **{
         f"tree-{kernel}-{name}": tree(kernel, sizes, dtype, **rules)
         for name, (sizes, dtype, rules) in TREES.items()

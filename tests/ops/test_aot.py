@@ -43,6 +43,8 @@ SUBSET = [
     ("pairs-sppo", "sm_90"),
     ("pairs-ld_dpo-weights", "gfx942"),
     ("dlogp-ld_dpo", "sm_90"),
+    ("adamw-bf16-master", "sm_90"),
+    ("adamw-fp16-stochastic", "sm_80"),
     ("tree-dkv-bf16-64-all", "sm_80"),
     ("tree-fwd-bf16-80-ungrouped", "sm_80"),
     ("tree-dq-bf16-64-all", "sm_90"),
