@@ -9,6 +9,10 @@ PIP_FLAGS ?=
 # Keeps this folder off sys.path: its kernels/ is installed as fastpo.kernels, and `kernels` is another package's name.
 export PYTHONSAFEPATH = 1
 
+# Packages come without bytecode (--no-compile below): where nobody may write it, which images of containers like to set,
+# every process compiles torch and transformers anew, ten seconds of a core.
+unexport PYTHONDONTWRITEBYTECODE
+
 # Processes of `make test`: each takes about 1 GiB and one core.
 JOBS ?= auto
 

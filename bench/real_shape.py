@@ -3,6 +3,7 @@
     python bench/real_shape.py                                     # 4 HH pairs a step, twelve steps, ours five times
     python bench/real_shape.py --provider fastpo_bf16 trl_bf16 --repeats 3
     python bench/real_shape.py --before ../other-checkout          # that checkout's fastpo too, as before_bf16, ...
+    python bench/real_shape.py --lora --pairs 16; python bench/real_shape.py --kway --steps 4
 
 The shape is SmolLM2-135M's (30 layers, D 576, 9 heads on 3, V 49,152, tied head), the weights are random, the rows are
 the HH dialogues of the shared data with a byte-level BPE trained on them. Each run is a process of its own, in turn.
@@ -28,6 +29,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH leaves it out
 
 VOCAB = 49_152
+KWAY_PAIRS = 28  # of eight responses
+KWAY_PARTS = 4  # in which TRL, which takes the pairs as rows, has them: the logits of all do not fit
 SHAPE = {"hidden": 576, "intermediate": 1536, "layers": 30, "heads": 9, "kv_heads": 3, "tied": True}
 DTYPES = ("bf16", "autocast", "fp32")
 PROVIDERS = [f"{who}_{dtype}" for who in ("fastpo", "trl") for dtype in DTYPES]
@@ -66,25 +69,33 @@ def bare_gemms(shapes: list[tuple[int, int, int]], dtype) -> float:
     return total
 
 
-def worker(provider: str, pairs: int, steps: int, lora: bool, path: str) -> None:
+def worker(provider: str, pairs: int, steps: int, lora: bool, kway: bool, path: str) -> None:
     """One run in this process; its measurements as JSON."""
     import common
     import torch
+    import train_vs_peers
     from transformers import PrinterCallback, TrainerCallback
 
     who, _, kind = provider.partition("_")
     trl = who == "trl"
     common.quiet()
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    rows = common.hh_rows()
-    tokenizer = common.bpe_tokenizer([row[key] for row in rows for key in ("chosen", "rejected")], VOCAB)
-    rows = rows[: pairs * (steps - 1)]
-    rows += rows[-pairs:]
+    if kway:
+        ours, theirs, tokenizer = train_vs_peers.kway_rows(steps - 1, VOCAB)
+        rows, pairs = (theirs, KWAY_PAIRS) if trl else (ours, 1)
+    else:
+        rows = common.hh_rows()
+        tokenizer = common.bpe_tokenizer([row[key] for row in rows for key in ("chosen", "rejected")], VOCAB)
+        rows = rows[: pairs * (steps - 1)]
+    rows = rows + rows[-pairs:]
     dtype = torch.bfloat16 if kind == "bf16" else torch.float32
     options = {
         "num_train_epochs": 1, "learning_rate": 1e-5, "loss_type": "sigmoid", "beta": 0.1, "max_length": 1024,
         "per_device_train_batch_size": pairs, "bf16": kind == "autocast",
     }  # fmt: skip
+    if kway:
+        accumulated = {"per_device_train_batch_size": pairs // KWAY_PARTS, "gradient_accumulation_steps": KWAY_PARTS}
+        options |= accumulated if trl else {"pair_policy": "all"}
     ends: list[float] = []
     profiles: list = []
 
@@ -157,7 +168,7 @@ def spawn(provider: str, args: argparse.Namespace) -> dict:
             environment["PYTHONPATH"] = str(Path(args.before).resolve())
             name = provider.replace("before", "fastpo")
         command = [sys.executable, __file__, "--worker", name, str(path), "--pairs", str(args.pairs), "--steps",
-                   str(args.steps), *(["--lora"] if args.lora else [])]  # fmt: skip
+                   str(args.steps), *(["--lora"] * args.lora), *(["--kway"] * args.kway)]  # fmt: skip
         run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=args.limit)
         if run.returncode:
             lines = [line for line in run.stderr.splitlines() if line.strip()] or ["no message"]
@@ -190,9 +201,12 @@ def summarise(runs: dict[str, list[dict]]) -> dict:
 def markdown(report: dict) -> str:
     env = report["environment"]
     what = "LoRA of rank 16 on all linear layers" if report["lora"] else "all weights trained"
+    rows = f"{report['pairs']} HH pairs"
+    if report["kway"]:
+        rows = f"one AlpacaEval prompt with eight responses, all {KWAY_PAIRS} pairs ({KWAY_PARTS} parts of TRL)"
     lines = [
         f"TRL {env['trl']}, transformers {env['transformers']}, torch {env['torch']}, {env['machine']}, "
-        f"{report['threads']} threads. SmolLM2-135M's shape, random weights, {report['pairs']} HH pairs a step, "
+        f"{report['threads']} threads. SmolLM2-135M's shape, random weights, {rows} a step, "
         f"{report['steps']} steps, {what}; medians of {report['repeats']} runs of fastpo, TRL once.",
         "",
         "| provider | whole run, s/step | a step, s | step over its bare GEMMs | GEMMs, GFLOP/s | peak GB |",
@@ -220,13 +234,14 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=5, help="runs of fastpo, in turn; TRL runs once")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--lora", action="store_true")
+    parser.add_argument("--kway", action="store_true", help="one prompt a step, its eight responses, all 28 pairs")
     parser.add_argument("--limit", type=int, default=900, help="seconds of one run")
     parser.add_argument("--name", help="of the result's files; default: real_shape, and what differs")
     parser.add_argument("--no-write", action="store_true")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        worker(args.worker[0], args.pairs, args.steps, args.lora, args.worker[1])
+        worker(args.worker[0], args.pairs, args.steps, args.lora, args.kway, args.worker[1])
         return 0
 
     import common
@@ -246,13 +261,15 @@ def main() -> int:
                 f", {result['peak_bytes'] / 1e9:.2f} GB"
             )
             print(f"{provider} run {turn + 1}: {told}", flush=True)
-    report = {"environment": common.environment(), "threads": args.threads, "pairs": args.pairs, "steps": args.steps,
-              "repeats": args.repeats, "lora": args.lora, "providers": summarise(runs), "runs": runs}  # fmt: skip
+    report = {
+        "environment": common.environment(), "threads": args.threads, "pairs": args.pairs, "steps": args.steps,
+        "repeats": args.repeats, "lora": args.lora, "kway": args.kway, "providers": summarise(runs), "runs": runs,
+    }  # fmt: skip
     table = markdown(report)
     print("\n" + table)
     if not args.no_write:
-        name = args.name or "real_shape" + (f"_{args.pairs}" if args.pairs != 4 else "") + (
-            "_lora" if args.lora else ""
+        name = args.name or "real_shape" + (f"_{args.pairs}" if args.pairs != 4 else "") + "_lora" * args.lora + (
+            "_kway" * args.kway
         )
         print(f"written to {common.write_result(name, report, table)}")
     return 0

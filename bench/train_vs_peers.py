@@ -137,14 +137,14 @@ def load_rows(name: str, steps: int) -> tuple[list[dict], list[dict], object]:
     return rows, rows, common.word_tokenizer(VOCAB)
 
 
-def kway_rows(steps: int) -> tuple[list[dict], list[dict], object]:
+def kway_rows(steps: int, vocab: int = VOCAB) -> tuple[list[dict], list[dict], object]:
     """K = 8 rows whose win probabilities all differ, and the same as 28 pairs each."""
     import common
 
     folder = Path(os.environ.get("FASTPO_BENCH_DATA", common.ROOT.parent / "shared" / "data"))
     with gzip.open(folder / "alpaca_eval_kway.jsonl.gz", "rt", encoding="utf-8") as file:
         table = [json.loads(line) for line in file]
-    tokenizer = common.bpe_tokenizer([r["text"] for row in table for r in row["responses"]], VOCAB)
+    tokenizer = common.bpe_tokenizer([r["text"] for row in table for r in row["responses"]], vocab)
     ours, theirs = [], []
     for row in table:
         responses = [{"text": r["text"], "win_prob": r["win_prob_vs_baseline"]} for r in row["responses"]]

@@ -121,8 +121,8 @@ def _fwd_tile(
     EVEN_D: tl.constexpr, EVEN_E: tl.constexpr, UPCAST: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """(maximum, sum, accumulator) with the keys of a tile, some of which not every query sees where MASKED."""
-    k = _load_fwd(k_ptr, first, stop, stride_kt, head_size, BLOCK_K, BLOCK_D, MASKED, EVEN_D, not EVEN_D)
-    v = _load_fwd(v_ptr, first, stop, stride_vt, value_size, BLOCK_K, BLOCK_E, MASKED, EVEN_E, True)
+    k = _load_hoisted(k_ptr, first, stop, stride_kt, head_size, BLOCK_K, BLOCK_D, MASKED, EVEN_D, not EVEN_D)
+    v = _load_hoisted(v_ptr, first, stop, stride_vt, value_size, BLOCK_K, BLOCK_E, MASKED, EVEN_E, True)
     scores, _ = _score_rule(_dot(q, tl.trans(k), UPCAST), scale, softcap)
     if MASKED:
         offs_k = first + tl.arange(0, BLOCK_K)
@@ -167,7 +167,7 @@ def _dkv_tile(
     MASKED: tl.constexpr,
 ):  # fmt: skip
     offs_q = first + tl.arange(0, BLOCK_Q)
-    q = _load_tile(q_ptr, first, stop, stride_qt, head_size, BLOCK_Q, BLOCK_D, MASKED, EVEN_D)
+    q = _load_hoisted(q_ptr, first, stop, stride_qt, head_size, BLOCK_Q, BLOCK_D, MASKED, EVEN_D, True)
     dout = _load_tile(dout_ptr, first, stop, stride_gt, value_size, BLOCK_Q, BLOCK_E, MASKED, EVEN_E)
     if MASKED:
         lse = tl.load(lse_ptr + offs_q, mask=offs_q < stop, other=0.0) * _LOG2E
@@ -190,12 +190,12 @@ def _dkv_tile(
 
 
 @triton.jit
-def _load_fwd(
+def _load_hoisted(
     ptr, first, stop, stride_t, size, ROWS: tl.constexpr, COLUMNS: tl.constexpr, MASKED: tl.constexpr,
     EVEN: tl.constexpr, HOIST: tl.constexpr,
 ):  # fmt: skip
-    """_load_tile for the forward. HOIST: offsets inside the tile are worked out once where it is MASKED too. Where none
-    is kept, sm_100 spills; where those of keys and values are, registers leave room for one program, not two."""
+    """_load_tile, whose offsets inside the tile are worked out once where it is MASKED too, with HOIST. Chosen for what
+    two matrices of a loop need together: with none hoisted some cases spill, with both there are fewer programs."""
     if MASKED and HOIST:
         rows, columns = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
         at = (ptr + first.to(tl.int64) * stride_t) + (rows[:, None] * stride_t + columns[None, :])

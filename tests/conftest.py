@@ -67,6 +67,17 @@ def repo_root() -> Path:
 
 
 @pytest.fixture(scope="session")
+def preloaded(_own_cache: None, tmp_path_factory: pytest.TempPathFactory):
+    """`preloaded.run("-c", code, ...)`, `.start(...)`: Python processes that need no time to import (preloaded.py)."""
+    sys.path.append(str(Path(__file__).parent))
+    from preloaded import Preloaded
+
+    server = Preloaded(tmp_path_factory.mktemp("preloaded"))
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
 def shared_data():
     """`shared_data(name)`: path of a real data set in shared/data beside the checkout; skips where that is absent."""
 

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from transformers import get_scheduler
 
 from fastpo.config.train_config import TrainConfig
-from fastpo.errors import ConfigError
+from fastpo.errors import ConfigError, one_line, shown
 from fastpo.training import cpu_adamw, triton_adamw
 
 NARROW = (torch.bfloat16, torch.float16)
@@ -471,7 +471,7 @@ def _construct(config: TrainConfig, cls: Any, groups: list[dict[str, Any]], **kw
     try:
         return cls(groups, **kwargs, **extra)
     except Exception as error:  # its arguments are handed on, and fail in many ways
-        raise ConfigError(f"optim={config.optim!r}, optim_args={config.optim_args!r}: {error}") from None
+        raise ConfigError(f"optim={config.optim!r}, optim_args={shown(config.optim_args)}: {one_line(error)}") from None
 
 
 def _refuse_lost_momentum(muon: torch.optim.Optimizer) -> None:
@@ -562,7 +562,7 @@ def build_scheduler(
     warmup = config.warmup_ratio or config.warmup_steps
     warmup = int(warmup) if warmup >= 1 else math.ceil(steps * warmup)
     kwargs = config.lr_scheduler_kwargs or {}
-    what = f"lr_scheduler_type={config.lr_scheduler_type}, lr_scheduler_kwargs={kwargs}"
+    what = f"lr_scheduler_type={config.lr_scheduler_type}, lr_scheduler_kwargs={shown(kwargs)}"
     try:
         scheduler = get_scheduler(
             config.lr_scheduler_type, optimizer, num_warmup_steps=warmup, num_training_steps=steps,
@@ -571,7 +571,7 @@ def build_scheduler(
         places = {0, 1, warmup, (warmup + steps) // 2, steps - 1, steps}
         factors = [float(rate(step)) for rate in getattr(scheduler, "lr_lambdas", [])[:1] for step in places]
     except Exception as error:  # its arguments are handed on, and fail in many ways
-        raise ConfigError(f"{what}: {error}") from None
+        raise ConfigError(f"{what}: {one_line(error)}") from None
     wrong = [factor for factor in factors if not 0 <= factor <= 1e6]
     if wrong:
         raise ConfigError(f"{what}: the learning rate would be {wrong[0]:g} times its peak")

@@ -3,8 +3,6 @@
 import copy
 import json
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -60,13 +58,10 @@ class Stop:
 
 
 @pytest.mark.slow
-def test_runs_killed_at_random_moments_end_with_the_same_bits(repo_root, tmp_path):
+def test_runs_killed_at_random_moments_end_with_the_same_bits(repo_root, preloaded, tmp_path):
     """LoRA with dropout, 8-bit moments, a moving reference, two replicas and two shards included."""
     out = tmp_path / "kills.json"
-    done = subprocess.run(
-        [sys.executable, str(repo_root / "tests" / "kill_runs.py"), "--kills", "16", "--json", str(out)],
-        capture_output=True, text=True,
-    )  # fmt: skip
+    done = preloaded.run(repo_root / "tests" / "kill_runs.py", "--kills", "16", "--json", out)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     records = json.loads(out.read_text())["records"]
     assert len(records) == 16 and all(r["same"] for r in records)
@@ -117,7 +112,7 @@ def test_steps_and_epochs_may_be_added(run, tmp_path):
     assert torch.equal(weights(longer.model), weights(run("whole", lr_scheduler_type="constant").model))
 
 
-def test_sigterm_saves_and_the_run_goes_on(repo_root, tmp_path):
+def test_sigterm_saves_and_the_run_goes_on(repo_root, preloaded, tmp_path):
     """As a scheduler stops a job: exit code 143, and nothing is lost."""
     script = """
 import sys; sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
@@ -126,8 +121,8 @@ import fastpo
 fastpo.train(Toy.model(), Toy.rows(20), processing_class=Toy.tokenizer(), output_dir=sys.argv[2], use_cpu=True,
     max_steps=int(sys.argv[3]), disable_tqdm=True, report=False, resume_from_checkpoint="auto", logging_steps=1)
 """
-    command = [sys.executable, "-c", script, str(repo_root), str(tmp_path / "run")]
-    process = subprocess.Popen([*command, "100000"], stderr=subprocess.PIPE, text=True)
+    command = ["-c", script, repo_root, tmp_path / "run"]
+    process = preloaded.start(*command, 100_000)
     metrics = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not (metrics.exists() and metrics.stat().st_size):
@@ -138,7 +133,7 @@ fastpo.train(Toy.model(), Toy.rows(20), processing_class=Toy.tokenizer(), output
     (saved,) = checkpoint.checkpoints(tmp_path / "run")
     assert checkpoint.damage(saved) is None and "holds it" in said
     reached = checkpoint.step_of(saved)
-    subprocess.run([*command, str(reached + 2)], check=True, capture_output=True)
+    assert preloaded.run(*command, reached + 2).returncode == 0
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
     assert steps == [*range(1, reached + 3), reached + 2]
 
@@ -441,7 +436,7 @@ def test_a_model_takes_the_place_of_another_kind(toy, run, tmp_path, before):
     assert torch.equal(weights(AutoModelForCausalLM.from_pretrained(folder)), weights(result.model))
 
 
-def test_a_full_disk_costs_the_checkpoint_not_the_run(repo_root, tmp_path):
+def test_a_full_disk_costs_the_checkpoint_not_the_run(repo_root, preloaded, tmp_path):
     """A limit on file sizes stands in for the disk: the state does not fit, the model does."""
     script = """
 import sys, resource, signal; sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
@@ -456,8 +451,7 @@ class Limit:
 fastpo.train(model, Toy.rows(20), processing_class=Toy.tokenizer(), callbacks=[Limit()], output_dir=sys.argv[2],
     use_cpu=True, max_steps=6, save_steps=2, disable_tqdm=True, report=False, logging_steps=1)
 """
-    command = [sys.executable, "-c", script, str(repo_root)]
-    done = subprocess.run([*command, str(tmp_path / "a"), "3", "900000"], capture_output=True, text=True)
+    done = preloaded.run("-c", script, repo_root, tmp_path / "a", 3, 900_000)
     assert done.returncode == 0, done.stderr
     assert "checkpoint-4 could not be written" in done.stderr and "the last checkpoint is checkpoint-2" in done.stderr
     assert [p.name for p in checkpoint.checkpoints(tmp_path / "a")] == ["checkpoint-2"]
@@ -465,7 +459,7 @@ fastpo.train(model, Toy.rows(20), processing_class=Toy.tokenizer(), callbacks=[L
         checkpoint.damage(tmp_path / "a" / "checkpoint-2") is None and (tmp_path / "a" / "model.safetensors").exists()
     )
     assert not list((tmp_path / "a").glob(".saving*"))
-    done = subprocess.run([*command, str(tmp_path / "b"), "5", "100000"], capture_output=True, text=True)
+    done = preloaded.run("-c", script, repo_root, tmp_path / "b", 5, 100_000)
     assert "could not be written" in done.stderr.splitlines()[-1] and "checkpoint-4 holds step 4" in done.stderr
 
 
@@ -584,26 +578,19 @@ def test_a_moving_reference_needs_a_loss_with_one(run):
         run(dataloader_drop_last=True, per_device_train_batch_size=50)
 
 
-def test_damaged_checkpoints_are_resumed_refused_or_passed_over(repo_root, tmp_path):
+def test_damaged_checkpoints_are_resumed_refused_or_passed_over(repo_root, preloaded, tmp_path):
     """A sample of `python tests/damage_runs.py --count 500`."""
     out = tmp_path / "damage.json"
-    done = subprocess.run(
-        [sys.executable, str(repo_root / "tests" / "damage_runs.py"), "--count", "25", "--seed", "3",
-         "--json", str(out)],
-        capture_output=True, text=True,
-    )  # fmt: skip
+    done = preloaded.run(repo_root / "tests" / "damage_runs.py", "--count", 25, "--seed", 3, "--json", out)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     outcomes = json.loads(out.read_text())["outcomes"]
     assert sum(outcomes.values()) == 25 and outcomes["refused"] and outcomes["the same bits"]
 
 
 @pytest.mark.slow
-def test_runs_stopped_by_signals_keep_the_last_finished_step(repo_root, tmp_path):
+def test_runs_stopped_by_signals_keep_the_last_finished_step(repo_root, preloaded, tmp_path):
     """Single and double ones, between and within saves."""
     out = tmp_path / "signals.json"
-    done = subprocess.run(
-        [sys.executable, str(repo_root / "tests" / "kill_runs.py"), "--signals", "16", "--json", str(out)],
-        capture_output=True, text=True,
-    )  # fmt: skip
+    done = preloaded.run(repo_root / "tests" / "kill_runs.py", "--signals", "16", "--json", out)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert all(r["same"] for r in json.loads(out.read_text())["records"])

@@ -448,6 +448,8 @@ def test_top1(where, dtype, regime, rule, small_tiles):
     it."""
     backend, device = where
     skip_unless_takes(backend, dtype)
+    if where == ("triton", "cpu") and rule and dtype != torch.float32:
+        pytest.skip("in the interpreter, which takes seconds for each, 16 bits with the plain rule alone")
     x = exact_problem(device, dtype, rule)
     trained = {"none": (), "frozen": ("hidden",)}.get(regime, ("hidden", "weight", "bias"))
     leaves = {n: x[n].requires_grad_(n in trained) for n in ("hidden", "weight", "bias")}

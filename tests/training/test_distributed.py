@@ -15,12 +15,10 @@ LAYOUTS = ["ddp", "fsdp"]
 
 
 @pytest.fixture(scope="module")
-def results(repo_root, tmp_path_factory):
+def results(repo_root, preloaded, tmp_path_factory):
     """Everything that tests/rank_runs.py ran: results[case][layout]."""
     out = tmp_path_factory.mktemp("ranks") / "results.pt"
-    done = subprocess.run(
-        [sys.executable, str(repo_root / "tests" / "rank_runs.py"), str(out)], capture_output=True, text=True
-    )
+    done = preloaded.run(repo_root / "tests" / "rank_runs.py", out)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     return torch.load(out, weights_only=True)
 
@@ -178,17 +176,15 @@ def test_a_mistake_is_said_by_one_rank_and_ends_all(saved, tmp_path):
     assert "fastpo/trainer.py" not in text  # torchrun's own traceback is all there is
 
 
-def test_a_taken_port_is_named(saved, tmp_path):
+def test_a_taken_port_is_named(saved, preloaded, tmp_path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        env = {**os.environ, "RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        env["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
-        done = subprocess.run(
-            [sys.executable, "-m", "fastpo", "train", "--model", str(saved), "--train-dataset",
-             str(saved / "pairs.jsonl"), "--output-dir", str(tmp_path / "run"), "--use-cpu", "--ddp-timeout", "20"],
-            capture_output=True, text=True, env=env, timeout=120,
+        done = preloaded.run(
+            "-m", "fastpo", "train", "--model", saved, "--train-dataset", saved / "pairs.jsonl",
+            "--output-dir", tmp_path / "run", "--use-cpu", "--ddp-timeout", 20, timeout=120,
+            env={"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
         )  # fmt: skip
     assert done.returncode == 2 and "is the port taken?" in done.stderr and "Traceback" not in done.stderr
 

@@ -1,8 +1,6 @@
 """`fastpo.training.optim`: what the optimiser is given, how 16-bit weights are stepped, saved state, several ranks."""
 
 import copy
-import os
-import subprocess
 import sys
 
 import pytest
@@ -571,16 +569,10 @@ def ranks_worker(rank: int, folder: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
+def ranks(preloaded, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    commands = [[sys.executable, __file__, str(rank), str(folder)] for rank in range(2)]
-    processes = [subprocess.Popen(c, env=environment, stderr=subprocess.PIPE, text=True) for c in commands]
-    try:
-        errors = [p.communicate(timeout=120)[1] for p in processes]
-    finally:
-        for p in processes:
-            p.kill()
+    processes = [preloaded.start(__file__, rank, folder) for rank in range(2)]
+    errors = [p.communicate(timeout=120)[1] for p in processes]
     assert [p.returncode for p in processes] == [0, 0], "\n".join(errors)
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 

@@ -50,6 +50,8 @@ def refuse(toy, tmp_path):
         ({"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"lr_end": 1.0}}, "lr_scheduler_type=polynomial"),
         ({"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"num_cycle": 1}}, "lr_scheduler_type=cosine"),
         ({"lr_scheduler_type": "cosine_with_restarts", "lr_scheduler_kwargs": {"num_cycles": "x"}}, "num_cycles"),
+        ({"lr_scheduler_kwargs": {"lr": "x" * 2000}}, "lr_scheduler_kwargs={'lr': 'xxx"),
+        ({"optim": "sgd", "optim_args": f"momentum={'x' * 2000}"}, "optim_args='momentum=xxx"),
         ({"lr_scheduler_type": "inverse_sqrt", "lr_scheduler_kwargs": {"timescale": 0}}, "inverse_sqrt"),
         ({"gradient_checkpointing_kwargs": {"use_reentrnt": True}}, "gradient_checkpointing_kwargs.*use_reentrnt"),
         ({"gradient_checkpointing_kwargs": {"context_fn": 3}}, "gradient_checkpointing_kwargs"),
