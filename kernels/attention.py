@@ -349,6 +349,10 @@ _HIP_TILES = {
 }
 
 
+# Triton 3.6 keeps two stages of the third kernel's tiles in registers that a soft cap needs for heads of 64 on sm_80.
+_SPILLS = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
+
+
 def _padded(size: int) -> int:
     """Tiles are powers of two, and a matrix instruction takes no fewer than 16 columns."""
     return max(16, triton.next_power_of_2(size))
@@ -388,7 +392,10 @@ def _launch_args(
         "enable_fp_fusion": True,
     }
     scalars = (float(scale), softcap if softcap is None else float(softcap), window)
-    return (tokens, head_size, value_size), scalars, constants, tree_config(head_size, value_size, query.dtype)
+    config = tree_config(head_size, value_size, query.dtype)
+    if softcap is not None and _SPILLS and constants["BLOCK_D"] == 64:
+        config = config._replace(dkv=config.dkv._replace(stages=1))
+    return (tokens, head_size, value_size), scalars, constants, config
 
 
 def _strides(*tensors: Tensor) -> list[int]:
