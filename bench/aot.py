@@ -1,16 +1,18 @@
 """Compiles every Triton kernel and configuration for sm_80, sm_90, sm_100 and gfx942, without a GPU.
 
-    python bench/aot.py            compile all, print the table, write bench/results/aot.json and aot.md
+    python bench/aot.py            compile all, print the table, write bench/results/aot.json and aot.md; of another
+                                   Triton than theirs aot-triton-VERSION.json and .md
     python bench/aot.py --check    compile all and compare with the committed table; exit 1 on a regression
     python bench/aot.py --only fused --target sm_90    a part of it, printed only
 
 A case is a launch: the launchers run on CPU tensors with the kernels replaced by recorders, and what those record
 (dtypes, alignments, constants, warps) is compiled for each target as the JIT would there. Off the binary: registers a
 thread, bytes of spills a thread, shared memory, and how many programs these let an NVIDIA multiprocessor hold; off the
-assembly: the tensor-core instruction of GEMM kernels, and how logits or operands are loaded; off the machine code of
-NVIDIA's row kernels: instructions a logit, of all passes' loops together (a row's masked rest is not in them). A
-regression is a new spill, a lost tensor-core instruction, a narrower load or a twentieth more instructions a logit.
-Speed is not in here: only a GPU tells.
+assembly: the tensor-core instruction of GEMM kernels, and how logits or operands are loaded; off the machine code for
+NVIDIA: instructions a logit of the row kernels, of all passes' loops together (a row's masked rest is not in them);
+instructions of all threads for a score of the tree attention, in tiles without a mask and, under `masked`, in those
+with one; for a number of AdamW. A regression is a new spill, a lost tensor-core instruction, a narrower load or a
+twentieth more instructions. Speed is not in here: only a GPU tells.
 
 Spills are what goes to memory: local memory on NVIDIA, scratch on AMD (of vector registers, or of any other kind). No
 kernel may have any. AMD's scalar registers, one of which serves a whole wave, are moved to lanes of a vector register
@@ -26,9 +28,7 @@ import argparse
 import contextlib
 import json
 import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
@@ -39,15 +39,17 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastpo.kernels import attention, fused, logprob, online_softmax, preference
+from fastpo.kernels import adamw, attention, fused, logprob, online_softmax, preference
 from fastpo.kernels.pair_losses import RECIPES, recipe
 from fastpo.losses.table import LOSSES
 from fastpo.models.layout import Layout
 
+sys.path.append(str(Path(__file__).resolve().parent))
+from machine_code import PRODUCT, innermost_loops, instructions_a_logit, of_cubin  # noqa: E402
+
 ROOT = Path(__file__).resolve().parent.parent
 RECORD = ROOT / "bench/results/aot.json"
-NVIDIA_TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
-MODULES = (attention, fused, logprob, online_softmax, preference)
+MODULES = (adamw, attention, fused, logprob, online_softmax, preference)
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -207,9 +209,23 @@ def tree(kernel: str, sizes: tuple[int, int], dtype: torch.dtype, *, group=4, si
     return f"_tree_attention_{kernel}_kernel", launch
 
 
+def adamw_step(dtype: torch.dtype, grad: torch.dtype, *, master=False, key=(1, 2), state=FP32, offset=0):
+    """A step of 16-bit weights; `offset` elements from where memory is aligned."""
+
+    def launch() -> None:
+        weight, wide, m, v = (torch.zeros(100_000, dtype=kind)[offset:] for kind in (dtype, FP32, state, state))
+        tensors = [
+            adamw.AdamWTensor(weight.to(grad), weight, wide if master else None, m, v, torch.ones(()), 0),
+        ]
+        hyper = {"lr": 1e-6, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1, "key": key}
+        adamw.adamw(adamw.adamw_table(tensors), tensors, finite=torch.ones(()), scale=torch.ones(()), **hyper)
+
+    return "_adamw_kernel", launch
+
+
 # Llama 3's vocabulary at both ends of the options; odd vocabularies, padded and not; short rows; rows few enough to be
-# split; every pair loss once, and each option that changes its code; every class of the attention's tiles with and
-# without all options, odd and uneven heads.
+# split; every pair loss once, and each option that changes its code; each way of stepping 16-bit weights; every class
+# of the attention's tiles with and without all options, odd and uneven heads.
 ALL = {"softcap": 30.0, "entropy": True}
 TREE_ALL = {"window": 512, "softcap": 50.0, "sink": True}
 TREES = {
@@ -285,6 +301,13 @@ CASES: dict[str, tuple[str, Launch]] = {
     "dlogp-tdpo2-weights": pairs("tdpo2", DLOGP, unique=False, weights=True),
     "dlogp-ld_dpo": pairs("ld_dpo", DLOGP, unique=False),
     "dlogp-ld_dpo-weights": pairs("ld_dpo", DLOGP, unique=False, weights=True),
+    "adamw-bf16-master": adamw_step(BF16, BF16, master=True, key=None),
+    "adamw-bf16-master-grad-fp32": adamw_step(BF16, FP32, master=True, key=None),
+    "adamw-bf16-stochastic": adamw_step(BF16, BF16),
+    "adamw-bf16-stochastic-grad-fp32": adamw_step(BF16, FP32),
+    "adamw-bf16-stochastic-unaligned": adamw_step(BF16, FP32, offset=1),
+    "adamw-fp16-stochastic": adamw_step(FP16, FP16),
+    "adamw-bf16-nearest": adamw_step(BF16, BF16, state=BF16, key=None),
     **{
         f"tree-{kernel}-{name}": tree(kernel, sizes, dtype, **rules)
         for name, (sizes, dtype, rules) in TREES.items()
@@ -331,43 +354,29 @@ def resources(compiled, target: str) -> dict[str, int]:
     return {"registers": registers, "spills": stack + local, "sgprs_moved": 0, "shared": shared}
 
 
-def of_cubin(compiled, tool: str, option: str) -> str:
-    """What one of NVIDIA's tools says of the machine code."""
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
-        return subprocess.run([NVIDIA_TOOLS / tool, option, cubin], capture_output=True, text=True, check=True).stdout
+def instructions_a_score(code: str, case: str) -> list[float]:
+    """Of a tree attention's loops over tiles, without masks and with them: instructions of all threads for a score."""
+    kernel, name = case.removeprefix("tree-").split("-", 1)
+    sizes, dtype, _ = TREES[name]
+    tile = getattr(attention.tree_config(*sizes, dtype), kernel)
+    threads = 32 * tile.warps / (tile.queries * tile.keys)
+    return [round(len(loop) * threads, 1) for loop in innermost_loops(code, PRODUCT)]
 
 
-def innermost_loops(code: str) -> list[list[str]]:
-    """Instructions of each loop without another in it, of nvdisasm's listing."""
-    labels: dict[str, int] = {}
-    lines: list[str] = []
-    spans = []
-    for line in code.splitlines():
-        if label := re.match(r"\s*(\.L_\w+):", line):
-            labels[label[1]] = len(lines)
-        elif instruction := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", line):
-            lines.append(instruction[1])
-            jump = re.search(r"\bBRA\b.*`\((\.L_\w+)\)", instruction[1])
-            if jump and jump[1] in labels:  # backwards: its label has been seen
-                spans.append(range(labels[jump[1]], len(lines)))
-    inner = [a for a in spans if not any(b != a and b.start >= a.start and b.stop <= a.stop for b in spans)]
-    return [lines[a.start : a.stop] for a in inner]
+def instructions_a_number(code: str) -> float:
+    """Of AdamW's loop over a chunk: instructions of all threads for each of its numbers."""
+    (loop,) = innermost_loops(code, r"\bLDG\b")
+    return round(len(loop) * 32 * adamw.WARPS / adamw.BLOCK, 1)
 
 
-def instructions_a_logit(code: str, itemsize: int) -> float:
-    """Of a row kernel's loops together: one loop a pass, told by the cache hint of its loads; of an unrolled loop and
-    its rest, the former."""
-    passes: dict[str, tuple[int, int]] = {}
-    for loop in innermost_loops(code):
-        for hint in ("EL", "EF"):  # evict last, evict first
-            widths = [re.search(rf"\bLDG\.E\.{hint}\.?(128|64|U16|)", line) for line in loop]
-            size = {"128": 16, "64": 8, "U16": 2, "": 4}
-            logits = sum(size[width[1]] for width in widths if width) // itemsize
-            if logits > passes.get(hint, (0, 0))[1]:
-                passes[hint] = len(loop), logits
-    return round(sum(count / logits for count, logits in passes.values()), 2)
+def instructions(code: str, case: str) -> tuple[float | None, float | None]:
+    """(of the table's column of that name, of `masked`) of machine code for NVIDIA."""
+    if case.startswith("tree"):
+        plain, masked = instructions_a_score(code, case)
+        return plain, masked
+    if case.startswith("adamw"):
+        return instructions_a_number(code), None
+    return instructions_a_logit(code, 4 if "fp32-" in case else 2), None
 
 
 def programs(row: dict) -> int:
@@ -403,10 +412,13 @@ def measure(case: str, target: str) -> dict:
     hip = TARGETS[target].backend == "hip"
     assembly = compiled.asm["amdgcn" if hip else "ptx"]
     row = {"case": case, "target": target, "warps": compiled.metadata.num_warps, **resources(compiled, target)}
-    code = of_cubin(compiled, "nvdisasm", "-c") if reads_logits and not hip else ""
+    counted = reads_logits or case.startswith(("tree", "adamw"))
+    code = of_cubin(compiled, "nvdisasm", "-c") if counted and not hip else ""
+    count, masked = instructions(code, case) if code else (None, None)
     return row | {
         "programs": None if hip else programs(row),
-        "instructions": instructions_a_logit(code, 4 if "fp32-" in case else 2) if code else None,
+        "instructions": count,
+        "masked": masked,
         "tensor_cores": next((name for name in TENSOR_CORES[target] if name in assembly), "") if gemm else "",
         "loads": loads(compiled, target, gemm) if gemm or reads_logits else "",
     }
@@ -446,20 +458,33 @@ def regressions(rows: list[dict], committed: list[dict]) -> list[str]:
             found.append(f"{where} lost {old['tensor_cores']}")
         if old["loads"] and LOADS.index(row["loads"] or "elements") < LOADS.index(old["loads"]):
             found.append(f"{where} loads by {row['loads']}, before by {old['loads']}")
-        if old["instructions"] and (row["instructions"] or 0) > 1.05 * old["instructions"]:
-            found.append(f"{where} takes {row['instructions']} instructions a logit, before {old['instructions']}")
+        for name in ("instructions", "masked"):
+            if old[name] and (row[name] or 0) > 1.05 * old[name]:
+                unit = f"{name} a {unit_of(row['case'])}".replace("masked a", "instructions a masked")
+                found.append(f"{where} takes {row[name]} {unit}, before {old[name]}")
     return found
 
 
-def read_record() -> dict:
-    return json.loads(RECORD.read_text())
+def unit_of(case: str) -> str:
+    return "score" if case.startswith("tree") else "number" if case.startswith("adamw") else "logit"
+
+
+def read_record(path: Path = RECORD) -> dict:
+    return json.loads(path.read_text())
+
+
+def record_path(version: str = triton.__version__) -> Path:
+    """Where a version's table is: the first one's is RECORD."""
+    if not RECORD.exists() or read_record()["triton"] == version:
+        return RECORD
+    return RECORD.with_name(f"aot-triton-{version}.json")
 
 
 def table(rows: list[dict]) -> str:
     """Markdown."""
     header = (
         "case", "target", "warps", "registers", "spills", "sgprs moved", "shared", "programs", "instructions",
-        "tensor cores", "loads",
+        "masked", "tensor cores", "loads",
     )  # fmt: skip
     values = [[row[name.replace(" ", "_")] for name in header] for row in rows]
     lines = [["" if value is None else str(value) for value in line] for line in values]
@@ -481,16 +506,29 @@ def before_and_after(rows: list[dict], base: dict) -> str:
     return "\n".join(lines)
 
 
-def write_record(rows: list[dict], base: dict | None) -> None:
-    """aot.json and aot.md; `base` is {"commit", "instructions": {case: {target: a logit}}}."""
+def trees_before_and_after(rows: list[dict], base: dict) -> str:
+    """Markdown: instructions a score of the tree attention of a commit that masked all tiles, and now."""
+    now = {(row["case"], row["target"]): (row["instructions"], row["masked"]) for row in rows}
+    targets = [target for target in TARGETS if TARGETS[target].backend == "cuda"]
+    lines = ["| case | " + " | ".join(targets) + " |", "| --- |" + " ---: |" * len(targets)]
+    for case, counts in base["instructions"].items():
+        cells = ("{:.1f} to {:.1f}, {:.1f}".format(counts[target], *now[case, target]) for target in targets)
+        lines.append(f"| {case} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def write_record(rows: list[dict], path: Path, base: dict | None, trees: dict | None) -> None:
+    """The table as JSON and Markdown. `base`, of the row kernels, and `trees` are {"commit", "instructions": {case:
+    {target: a logit or a score}}} of earlier commits."""
     units = {"registers": "a thread", "spills": "bytes a thread", "sgprs_moved": "a wave", "shared": "bytes a block"}
-    units |= {"programs": "a multiprocessor", "instructions": "a logit"}
-    record = {"triton": triton.__version__, **units, "base": base, "kernels": rows}
-    RECORD.write_text(json.dumps(record, indent=1) + "\n")
+    units |= {"programs": "a multiprocessor", "instructions": "a logit, a score or a number", "masked": "a score"}
+    record = {"triton": triton.__version__, **units, "base": base, "trees": trees, "kernels": rows}
+    path.write_text(json.dumps(record, indent=1) + "\n")
     page = f"""Every Triton kernel, compiled by Triton {triton.__version__} without a GPU (`bench/aot.py`).
 Registers and spills to memory (bytes) are a thread's, shared memory (bytes) a block's. AMD's scalar
 registers that are moved to lanes of vector registers go to no memory. Programs are what an NVIDIA
-multiprocessor holds at a time, instructions those of a row kernel's loops for each logit.
+multiprocessor holds at a time. Instructions are those of the loops: of a row kernel for each logit, of the
+tree attention for each score in tiles without a mask and in masked ones, of AdamW for each number.
 
 {table(rows)}
 """
@@ -500,7 +538,14 @@ Instructions a logit of the row kernels at commit {base["commit"]}, whose expone
 
 {before_and_after(rows, base)}
 """
-    RECORD.with_suffix(".md").write_text(page)
+    if trees:
+        page += f"""
+Instructions a score of the tree attention at commit {trees["commit"]}, which masked every tile, and now: without a
+mask, with one:
+
+{trees_before_and_after(rows, trees)}
+"""
+    path.with_suffix(".md").write_text(page)
 
 
 def main() -> int:
@@ -515,15 +560,17 @@ def main() -> int:
     targets = [options.target] if options.target else list(TARGETS)
     rows = [measure(case, target) for case in cases for target in targets]
     print(table(rows))
+    path = record_path()
     if options.check:
-        record = read_record()
+        record = read_record(path if path.exists() else RECORD)
         if record["triton"] != triton.__version__:
             print(f"note: the committed table is of triton {record['triton']}, this is {triton.__version__}")
         found = regressions(rows, record["kernels"])
     else:
         found = [fault for row in rows for fault in faults(row)]
         if not options.only and not options.target:
-            write_record(rows, read_record().get("base") if RECORD.exists() else None)
+            old = read_record() if path == RECORD and path.exists() else {}
+            write_record(rows, path, old.get("base"), old.get("trees"))
     print(*found, sep="\n")
     print(f"{len(rows)} kernels compiled, {len(found)} {'regressions' if options.check else 'faults'}")
     return 1 if found else 0

@@ -199,6 +199,41 @@ def slice_results(device: str) -> Iterator[Result]:
         yield _worst("logprob_slice_fwd", str(case), dtype, "triton", "-", errors)
 
 
+def adamw_results(device: str) -> Iterator[Result]:
+    """A step of the Triton AdamW with fp32 masters, and without: the same numbers, rounded as the definition does."""
+    from fastpo.kernels import adamw as kernels
+
+    n, hyper = 40_001, {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
+    generator = torch.Generator().manual_seed(0)
+    start, grad, exp_avg, exp_avg_sq = (torch.randn(n, generator=generator).to(device) for _ in range(4))
+    key, one, scale = (-5, 7), torch.ones((), device=device), torch.full((), 0.5, device=device)
+    for dtype in (torch.bfloat16, torch.float16):
+        before = start.to(dtype), grad.to(dtype), exp_avg, exp_avg_sq.square()
+
+        def tensors(master: bool, before=before) -> list[Any]:
+            weight, grad, exp_avg, exp_avg_sq = (x.clone() for x in before)
+            wide = weight.float() if master else None
+            return [kernels.AdamWTensor(grad, weight, wide, exp_avg, exp_avg_sq, 3 * one, 1)]
+
+        (wide,), (narrow,) = tensors(True), tensors(False)
+        for t in (wide, narrow):
+            own_key = None if t is wide else key
+            kernels.adamw(kernels.adamw_table([t]), [t], finite=one, scale=scale, key=own_key, **hyper)
+        exact, naive = (
+            reference.adamw(*(x.to(kind) for x in before), 3, scale=0.5, **hyper)
+            for kind in (torch.float64, torch.float32)
+        )
+        ours = zip(("master", "exp_avg", "exp_avg_sq"), (wide.master, wide.exp_avg, wide.exp_avg_sq), naive, exact)
+        errors = {name: budgeted_error(a, b, c, c.abs().max().item()) for name, a, b, c in ours}
+        yield _worst("adamw", f"{n} numbers", dtype, "triton", "master", errors)
+        noise = reference.rounding_noise(n, 1, key).to(device)
+        normal = wide.master.abs() >= torch.finfo(dtype).smallest_normal
+        wrong = narrow.weight != reference.stochastic_round(wide.master, dtype, noise)
+        yield _worst(
+            "adamw", f"{n} numbers", dtype, "triton", "stochastic", {"rounding": (float((wrong & normal).sum()), 0.5)}
+        )
+
+
 # What the losses of pairs are checked with beside their defaults: an NLL that is not a mean over the step's tokens, as
 # the kernel has it, and labels that are smoothed.
 _HYPER: dict[str, dict[str, Any]] = {
@@ -332,4 +367,5 @@ def _all_results(device: str, backends: list[str]) -> Iterator[Result]:
         yield from head_results(case, dtype, device, able)
     if "triton" in backends:
         yield from slice_results(device)
+        yield from adamw_results(device)
     yield from preference_results(device, [b for b in backends if b != "cpu"])

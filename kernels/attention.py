@@ -7,8 +7,10 @@ at the store. Which tokens see which is in small integer tables that `fastpo.mod
     query blocks [NQ, 5]  first token, end, where its own keys begin, the prompt [first, end) that all of it continues
     key blocks [NK, 6]    first token, end, where the queries of its own chains end, the branch [first, end) to which
                           all of it is a prompt, and the end of that prompt
-A block of queries runs over the blocks of its prompt and then of its own chains, a block of keys over the queries that
-see it; so every result is written once by one program, nothing is atomic, and the results are deterministic.
+A block of queries runs over the blocks of its prompt and of its own chains, a block of keys over the queries that see
+it; so every result is written once by one program, nothing is atomic, and the results are deterministic. First come the
+tiles of which every query sees every key, without any mask, then the others: the diagonal, ends, borders of chains and
+of a window.
 Reference: `reference.tree_attention`. Algorithm: FlashAttention-2 (arXiv 2307.08691).
 """
 
@@ -22,68 +24,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastpo.kernels.online_softmax import _tanh, device_guard
+from fastpo.kernels.attention_tiles import (
+    _LN2,
+    _LOG2E,
+    _NOWHERE,
+    _dkv_tile,
+    _dq_tile,
+    _fwd_tile,
+    _key_tiles,
+    _load_tile,
+    _masked_tile,
+    _plain_tiles,
+    _store_rows,
+)
+from fastpo.kernels.online_softmax import device_guard
 
 # Of fp32, where an NVIDIA GPU holds operands in registers, larger heads spill them.
 MAX_HEAD_SIZE = {torch.bfloat16: 256, torch.float16: 256, torch.float32: 128}
-_LOG2E = tl.constexpr(1.4426950408889634)
-_LN2 = tl.constexpr(0.6931471805599453)
-_NOWHERE = tl.constexpr(1 << 30)  # a chain that begins after every token: who is in it sees nothing
-
-
-@triton.jit
-def _dot(a, b, UPCAST: tl.constexpr):
-    """a b in fp32; UPCAST is for the interpreter, whose dot of 16-bit operands is wrong."""
-    if UPCAST:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
-    else:
-        return tl.dot(a, b, input_precision="ieee")
-
-
-@triton.jit
-def _load_rows(ptr, offs, stop, offs_d, size, stride_t):
-    """Rows [len(offs), len(offs_d)] of a [T, size] matrix, 0 outside it."""
-    mask = (offs < stop)[:, None] & (offs_d < size)[None, :]
-    return tl.load(ptr + offs.to(tl.int64)[:, None] * stride_t + offs_d[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
-def _store_rows(ptr, x, offs, stop, offs_d, size, stride_t):
-    mask = (offs < stop)[:, None] & (offs_d < size)[None, :]
-    tl.store(ptr + offs.to(tl.int64)[:, None] * stride_t + offs_d[None, :], x.to(ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _score_rule(products, scale, softcap):
-    """(scores in units of log 2, d score / d (scale * product) without that unit)."""
-    if softcap is not None:
-        t, _ = _tanh(products * (scale / softcap))  # whose slope is a register more, which sm_80 has not
-        return t * (softcap * _LOG2E), 1.0 - t * t
-    else:
-        return products * (scale * _LOG2E), 1.0
-
-
-@triton.jit
-def _seen_range(of_prompt, offs_q, start, prompt_stop, k_stop, window):
-    """(first, last) key that each query sees in its prompt or in its own chain; none where last < first."""
-    first = tl.where(of_prompt, 0, start)
-    # Where the query lies, or would lie if it followed its prompt.
-    at = tl.where(of_prompt, offs_q - start + prompt_stop, offs_q)
-    if window is not None:
-        first = tl.maximum(first, at - window + 1)
-    return first, tl.minimum(at, k_stop - 1)
-
-
-@triton.jit
-def _key_ranges(q_start, q_stop, own_start, prompt_start, prompt_stop, offs_q, start, window, BLOCK_K: tl.constexpr):
-    """(first prompt key, blocks of prompt keys, first own key, blocks of own keys) of a block of queries."""
-    if window is not None:
-        # The query nearest to the prompt says where the window over the prompt begins.
-        nearest = prompt_stop + tl.min(tl.where(start == _NOWHERE, _NOWHERE, offs_q - start), axis=0)
-        prompt_start = tl.maximum(prompt_start, nearest - window + 1)
-        own_start = tl.maximum(own_start, q_start - window + 1)
-    n_prompt = tl.cdiv(tl.maximum(prompt_stop - prompt_start, 0), BLOCK_K)
-    return prompt_start, n_prompt, own_start, tl.cdiv(q_stop - own_start, BLOCK_K)
 
 
 @triton.jit
@@ -115,43 +72,41 @@ def _tree_attention_fwd_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    EVEN_E: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     head = tl.program_id(1).to(tl.int64)
     block_ptr = blocks_ptr + tl.program_id(0) * 5
     q_start, q_stop, own_start = tl.load(block_ptr), tl.load(block_ptr + 1), tl.load(block_ptr + 2)
     prompt_start, prompt_stop = tl.load(block_ptr + 3), tl.load(block_ptr + 4)
-    offs_q = q_start + tl.arange(0, BLOCK_Q)
-    offs_d, offs_e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
+    offs_q, offs_e = q_start + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_E)
     k_ptr += head // GROUP * stride_kh
     v_ptr += head // GROUP * stride_vh
-    q = _load_rows(q_ptr + head * stride_qh, offs_q, q_stop, offs_d, head_size, stride_qt)
-    start = tl.load(chain_start_ptr + offs_q, mask=offs_q < q_stop, other=_NOWHERE)
-    prompt_low, n_prompt, own_low, n_own = _key_ranges(
-        q_start, q_stop, own_start, prompt_start, prompt_stop, offs_q, start, window, BLOCK_K
+    q = _load_tile(q_ptr + head * stride_qh, q_start, q_stop, stride_qt, head_size, BLOCK_Q, BLOCK_D, True, EVEN_D)
+    prompt_low, a, b, n_prompt, own_low, c, d, n_own = _key_tiles(
+        q_start, q_stop, own_start, prompt_start, prompt_stop, offs_q, chain_start_ptr, window, BLOCK_K
     )
 
     m = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     s = tl.zeros([BLOCK_Q], tl.float32)
     acc = tl.zeros([BLOCK_Q, BLOCK_E], tl.float32)
-    for i in range(0, n_prompt + n_own):
-        of_prompt = i < n_prompt
-        first = tl.where(of_prompt, prompt_low + i * BLOCK_K, own_low + (i - n_prompt) * BLOCK_K)
+    for i in range(0, b - a + d - c):
+        of_prompt = i < b - a
+        first = tl.where(of_prompt, prompt_low + (a + i) * BLOCK_K, own_low + (c + i - (b - a)) * BLOCK_K)
+        m, s, acc = _fwd_tile(
+            m, s, acc, q, k_ptr, v_ptr, first, q_stop, of_prompt, offs_q, None, prompt_stop, window, head_size,
+            value_size, stride_kt, stride_vt, scale, softcap, BLOCK_K, BLOCK_D, BLOCK_E, EVEN_D, EVEN_E, UPCAST, False,
+        )  # fmt: skip
+    start = tl.load(chain_start_ptr + offs_q, mask=offs_q < q_stop, other=_NOWHERE)  # not before: it takes registers
+    for i in range(0, n_prompt + n_own - (b - a + d - c)):
+        of_prompt, tile = _masked_tile(i, a, b, n_prompt, c, d)
+        first = tl.where(of_prompt, prompt_low, own_low) + tile * BLOCK_K
         stop = tl.where(of_prompt, prompt_stop, q_stop)
-        offs_k = first + tl.arange(0, BLOCK_K)
-        k = _load_rows(k_ptr, offs_k, stop, offs_d, head_size, stride_kt)
-        v = _load_rows(v_ptr, offs_k, stop, offs_e, value_size, stride_vt)
-        scores, _ = _score_rule(_dot(q, tl.trans(k), UPCAST), scale, softcap)
-        low, high = _seen_range(of_prompt, offs_q, start, prompt_stop, stop, window)
-        seen = (offs_k[None, :] >= low[:, None]) & (offs_k[None, :] <= high[:, None])
-        scores = tl.where(seen, scores, float("-inf"))
-        m_new = tl.maximum(m, tl.max(scores, axis=1))
-        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)  # never inf - inf
-        p = tl.exp2(scores - m_safe[:, None])
-        keep = tl.exp2(m - m_safe)
-        s = s * keep + tl.sum(p, axis=1)
-        acc = acc * keep[:, None] + _dot(p.to(v.dtype), v, UPCAST)
-        m = m_new
+        m, s, acc = _fwd_tile(
+            m, s, acc, q, k_ptr, v_ptr, first, stop, of_prompt, offs_q, start, prompt_stop, window, head_size,
+            value_size, stride_kt, stride_vt, scale, softcap, BLOCK_K, BLOCK_D, BLOCK_E, EVEN_D, EVEN_E, UPCAST, True,
+        )  # fmt: skip
 
     if sink_ptr is not None:
         sink = tl.load(sink_ptr + head).to(tl.float32) * _LOG2E
@@ -200,44 +155,49 @@ def _tree_attention_dq_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    EVEN_E: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     head = tl.program_id(1).to(tl.int64)
     block_ptr = blocks_ptr + tl.program_id(0) * 5
     q_start, q_stop, own_start = tl.load(block_ptr), tl.load(block_ptr + 1), tl.load(block_ptr + 2)
     prompt_start, prompt_stop = tl.load(block_ptr + 3), tl.load(block_ptr + 4)
-    offs_q = q_start + tl.arange(0, BLOCK_Q)
+    offs_q, offs_d = q_start + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_D)
     mask_q = offs_q < q_stop
-    offs_d, offs_e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
     k_ptr += head // GROUP * stride_kh
     v_ptr += head // GROUP * stride_vh
-    q = _load_rows(q_ptr + head * stride_qh, offs_q, q_stop, offs_d, head_size, stride_qt)
-    dout = _load_rows(dout_ptr + head * stride_gh, offs_q, q_stop, offs_e, value_size, stride_gt)
-    out = _load_rows(out_ptr + head * stride_oh, offs_q, q_stop, offs_e, value_size, stride_ot)
+    q = _load_tile(q_ptr + head * stride_qh, q_start, q_stop, stride_qt, head_size, BLOCK_Q, BLOCK_D, True, EVEN_D)
+    dout_ptr += head * stride_gh
+    out_ptr += head * stride_oh
+    dout = _load_tile(dout_ptr, q_start, q_stop, stride_gt, value_size, BLOCK_Q, BLOCK_E, True, EVEN_E)
+    out = _load_tile(out_ptr, q_start, q_stop, stride_ot, value_size, BLOCK_Q, BLOCK_E, True, EVEN_E)
     delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), axis=1)
     tl.store(delta_ptr + head * n_tokens + offs_q, delta, mask=mask_q)
     lse = tl.load(lse_ptr + head * n_tokens + offs_q, mask=mask_q, other=0.0) * _LOG2E
-    start = tl.load(chain_start_ptr + offs_q, mask=mask_q, other=_NOWHERE)
-    prompt_low, n_prompt, own_low, n_own = _key_ranges(
-        q_start, q_stop, own_start, prompt_start, prompt_stop, offs_q, start, window, BLOCK_K
+    prompt_low, a, b, n_prompt, own_low, c, d, n_own = _key_tiles(
+        q_start, q_stop, own_start, prompt_start, prompt_stop, offs_q, chain_start_ptr, window, BLOCK_K
     )
 
     dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
-    for i in range(0, n_prompt + n_own):
-        of_prompt = i < n_prompt
-        first = tl.where(of_prompt, prompt_low + i * BLOCK_K, own_low + (i - n_prompt) * BLOCK_K)
+    for i in range(0, b - a + d - c):
+        of_prompt = i < b - a
+        first = tl.where(of_prompt, prompt_low + (a + i) * BLOCK_K, own_low + (c + i - (b - a)) * BLOCK_K)
+        dq = _dq_tile(
+            dq, q, dout, lse, delta, k_ptr, v_ptr, first, q_stop, of_prompt, offs_q, None, prompt_stop, window,
+            head_size, value_size, stride_kt, stride_vt, scale, softcap, BLOCK_K, BLOCK_D, BLOCK_E, EVEN_D, EVEN_E,
+            UPCAST, False,
+        )  # fmt: skip
+    start = tl.load(chain_start_ptr + offs_q, mask=offs_q < q_stop, other=_NOWHERE)  # not before: it takes registers
+    for i in range(0, n_prompt + n_own - (b - a + d - c)):
+        of_prompt, tile = _masked_tile(i, a, b, n_prompt, c, d)
+        first = tl.where(of_prompt, prompt_low, own_low) + tile * BLOCK_K
         stop = tl.where(of_prompt, prompt_stop, q_stop)
-        offs_k = first + tl.arange(0, BLOCK_K)
-        k = _load_rows(k_ptr, offs_k, stop, offs_d, head_size, stride_kt)
-        v = _load_rows(v_ptr, offs_k, stop, offs_e, value_size, stride_vt)
-        scores, slope = _score_rule(_dot(q, tl.trans(k), UPCAST), scale, softcap)
-        low, high = _seen_range(of_prompt, offs_q, start, prompt_stop, stop, window)
-        seen = (offs_k[None, :] >= low[:, None]) & (offs_k[None, :] <= high[:, None])
-        # Masked before the exponential: of a score that the softmax never saw it might be infinite.
-        scores = tl.where(seen, scores - lse[:, None], float("-inf"))
-        dp = _dot(dout, tl.trans(v), UPCAST)
-        ds = tl.exp2(scores) * (dp - delta[:, None]) * slope
-        dq += _dot(ds.to(k.dtype), k, UPCAST)
+        dq = _dq_tile(
+            dq, q, dout, lse, delta, k_ptr, v_ptr, first, stop, of_prompt, offs_q, start, prompt_stop, window,
+            head_size, value_size, stride_kt, stride_vt, scale, softcap, BLOCK_K, BLOCK_D, BLOCK_E, EVEN_D, EVEN_E,
+            UPCAST, True,
+        )  # fmt: skip
     _store_rows(dq_ptr + head * stride_dh, dq * scale, offs_q, q_stop, offs_d, head_size, stride_dt)
 
 
@@ -276,6 +236,8 @@ def _tree_attention_dkv_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    EVEN_E: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     kv_head = tl.program_id(1).to(tl.int64)
@@ -284,39 +246,47 @@ def _tree_attention_dkv_kernel(
     branch_start, branch_stop, prompt_stop = tl.load(block_ptr + 3), tl.load(block_ptr + 4), tl.load(block_ptr + 5)
     offs_k = k_start + tl.arange(0, BLOCK_K)
     offs_d, offs_e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
-    k = _load_rows(k_ptr + kv_head * stride_kh, offs_k, k_stop, offs_d, head_size, stride_kt)
-    v = _load_rows(v_ptr + kv_head * stride_vh, offs_k, k_stop, offs_e, value_size, stride_vt)
+    k = _load_tile(k_ptr + kv_head * stride_kh, k_start, k_stop, stride_kt, head_size, BLOCK_K, BLOCK_D, True, EVEN_D)
+    v = _load_tile(v_ptr + kv_head * stride_vh, k_start, k_stop, stride_vt, value_size, BLOCK_K, BLOCK_E, True, EVEN_E)
+    plain_stop = own_stop
     if window is not None:
         own_stop = tl.minimum(own_stop, k_stop + window - 1)
+        plain_stop = tl.minimum(own_stop, k_start + window)
         # Beyond the window of the branch's first token, nobody in the branch sees this block.
         branch_stop = tl.where(prompt_stop - k_stop + 1 < window, branch_stop, branch_start)
-    n_branch = tl.cdiv(branch_stop - branch_start, BLOCK_Q)
-    n = n_branch + tl.cdiv(own_stop - k_start, BLOCK_Q)
+    # Tiles of queries of which each sees each of these keys: of the branch, where no window ends between; of one's own
+    # chain from the last key on, where the keys are of one chain.
+    n_branch, n_own = tl.cdiv(branch_stop - branch_start, BLOCK_Q), tl.cdiv(own_stop - k_start, BLOCK_Q)
+    b = (branch_stop - branch_start) // BLOCK_Q if window is None else 0
+    plain_stop = tl.where(tl.load(chain_start_ptr + k_stop - 1) <= k_start, plain_stop, k_start)
+    c, d = _plain_tiles(k_start, n_own, k_stop - 1, plain_stop, BLOCK_Q)
+    n_plain = b + d - c
+    n_masked = n_branch + n_own - n_plain
 
     dk = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_K, BLOCK_E], tl.float32)
-    for step in range(0, GROUP * n):
-        head = kv_head * GROUP + step // n
-        i = step % n
-        of_branch = i < n_branch
-        first = tl.where(of_branch, branch_start + i * BLOCK_Q, k_start + (i - n_branch) * BLOCK_Q)
+    for step in range(0, GROUP * n_plain):
+        head = kv_head * GROUP + step // n_plain
+        i = step % n_plain
+        of_branch = i < b
+        first = tl.where(of_branch, branch_start + i * BLOCK_Q, k_start + (c + i - b) * BLOCK_Q)
+        dk, dv = _dkv_tile(
+            dk, dv, k, v, dout_ptr + head * stride_gh, q_ptr + head * stride_qh, lse_ptr + head * n_tokens,
+            delta_ptr + head * n_tokens, chain_start_ptr, first, own_stop, of_branch, offs_k, prompt_stop, k_stop,
+            window, head_size, value_size, stride_gt, stride_qt, scale, softcap, BLOCK_Q, BLOCK_D, BLOCK_E, EVEN_D,
+            EVEN_E, UPCAST, False,
+        )  # fmt: skip
+    for step in range(0, GROUP * n_masked):
+        head = kv_head * GROUP + step // n_masked
+        of_branch, tile = _masked_tile(step % n_masked, 0, b, n_branch, c, d)
+        first = tl.where(of_branch, branch_start, k_start) + tile * BLOCK_Q
         stop = tl.where(of_branch, branch_stop, own_stop)
-        offs_q = first + tl.arange(0, BLOCK_Q)
-        mask_q = offs_q < stop
-        q = _load_rows(q_ptr + head * stride_qh, offs_q, stop, offs_d, head_size, stride_qt)
-        dout = _load_rows(dout_ptr + head * stride_gh, offs_q, stop, offs_e, value_size, stride_gt)
-        lse = tl.load(lse_ptr + head * n_tokens + offs_q, mask=mask_q, other=0.0) * _LOG2E
-        delta = tl.load(delta_ptr + head * n_tokens + offs_q, mask=mask_q, other=0.0)
-        start = tl.load(chain_start_ptr + offs_q, mask=mask_q, other=_NOWHERE)
-        scores, slope = _score_rule(_dot(k, tl.trans(q), UPCAST), scale, softcap)  # [BLOCK_K, BLOCK_Q]
-        low, high = _seen_range(of_branch, offs_q, start, prompt_stop, k_stop, window)
-        seen = (offs_k[:, None] >= low[None, :]) & (offs_k[:, None] <= high[None, :])
-        scores = tl.where(seen, scores - lse[None, :], float("-inf"))
-        p = tl.exp2(scores)
-        dv += _dot(p.to(dout.dtype), dout, UPCAST)
-        dp = _dot(v, tl.trans(dout), UPCAST)
-        ds = p * (dp - delta[None, :]) * slope
-        dk += _dot(ds.to(q.dtype), q, UPCAST)
+        dk, dv = _dkv_tile(
+            dk, dv, k, v, dout_ptr + head * stride_gh, q_ptr + head * stride_qh, lse_ptr + head * n_tokens,
+            delta_ptr + head * n_tokens, chain_start_ptr, first, stop, of_branch, offs_k, prompt_stop, k_stop,
+            window, head_size, value_size, stride_gt, stride_qt, scale, softcap, BLOCK_Q, BLOCK_D, BLOCK_E, EVEN_D,
+            EVEN_E, UPCAST, True,
+        )  # fmt: skip
     _store_rows(dk_ptr + kv_head * stride_dkh, dk * scale, offs_k, k_stop, offs_d, head_size, stride_dkt)
     _store_rows(dv_ptr + kv_head * stride_dvh, dv, offs_k, k_stop, offs_e, value_size, stride_dvt)
 
@@ -379,6 +349,10 @@ _HIP_TILES = {
 }
 
 
+# Triton 3.6 keeps two stages of the third kernel's tiles in registers that a soft cap needs for heads of 64 on sm_80.
+_SPILLS = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
+
+
 def _padded(size: int) -> int:
     """Tiles are powers of two, and a matrix instruction takes no fewer than 16 columns."""
     return max(16, triton.next_power_of_2(size))
@@ -404,17 +378,24 @@ def _launch_args(
     assert key.shape == (tokens, kv_heads, head_size) and value.shape[0] == tokens and heads % kv_heads == 0
     assert max(head_size, value_size) <= MAX_HEAD_SIZE[query.dtype], f"head size {head_size}, of values {value_size}"
     assert all(x.stride(2) == 1 for x in (query, key, value)), "inner strides must be 1"
+    # Offsets inside a tile, of at most 128 tokens, are of 32 bits.
+    assert all(x.stride(0) < 1 << 24 for x in (query, key, value)), "tokens must be less than 2^24 elements apart"
     assert tables.chain_start.shape == (tokens,) and all(x.dtype == torch.int32 for x in tables)
     assert all(x.is_contiguous() for x in tables)
     constants = {
         "GROUP": heads // kv_heads,
         "BLOCK_D": _padded(head_size),
         "BLOCK_E": _padded(value_size),
+        "EVEN_D": _padded(head_size) == head_size,
+        "EVEN_E": _padded(value_size) == value_size,
         "UPCAST": os.environ.get("TRITON_INTERPRET", "0") == "1",
         "enable_fp_fusion": True,
     }
     scalars = (float(scale), softcap if softcap is None else float(softcap), window)
-    return (tokens, head_size, value_size), scalars, constants, tree_config(head_size, value_size, query.dtype)
+    config = tree_config(head_size, value_size, query.dtype)
+    if softcap is not None and _SPILLS and constants["BLOCK_D"] == 64:
+        config = config._replace(dkv=config.dkv._replace(stages=1))
+    return (tokens, head_size, value_size), scalars, constants, config
 
 
 def _strides(*tensors: Tensor) -> list[int]:

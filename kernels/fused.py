@@ -161,13 +161,14 @@ def chip(device: torch.device) -> str:
 # registers, and the options need more of them than a 128 x 256 tile leaves. Chosen so that nothing spills and the
 # shared memory fits (bench/aot.py); not measured: no GPU was at hand. Warp specialisation only where Triton up to 3.7
 # does it: on sm_90 it ignores the request with 8 warps and fails to compile with 4. Of 3.9's on sm_100 the registers
-# spill and the shared memory does not fit, nor do 256 columns fit the registers without it.
+# spill and the shared memory does not fit, nor do 256 columns fit the registers without it, nor 128 rows with options.
 _SPECIALIZES = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8)
 _SM_100 = FusedConfig(128, 128, 64, 8, 4, True, True, _SPECIALIZES)
+_SM_100_NARROW = _SM_100 if _SPECIALIZES else _SM_100._replace(BLOCK_N=64)
 CONFIGS = {
     "sm_80": (FusedConfig(128, 256, 64, 8, 3), FusedConfig(128, 128, 64, 8, 3)),
     "sm_90": (FusedConfig(128, 256, 64, 8, 4, tma=True, flatten=True), FusedConfig(128, 128, 64, 8, 4, True, True)),
-    "sm_100": (_SM_100._replace(BLOCK_V=256 if _SPECIALIZES else 128), _SM_100),
+    "sm_100": (_SM_100._replace(BLOCK_V=256 if _SPECIALIZES else 128), _SM_100_NARROW),
     "gfx942": (FusedConfig(128, 256, 64, 8, 2), FusedConfig(128, 128, 64, 8, 2)),
 }
 UNKNOWN = FusedConfig(128, 128, 32, 8, 3)  # 48 KiB of shared memory, which every chip with tensor cores has

@@ -308,10 +308,12 @@ def row_config(n_cols: int, itemsize: int, aligned: bool, has_bias: bool, warp_s
     are 65 MiB. Half of a row waits for its second look on average, 32 MiB of the 50 MB of L2 cache.
 
     Two cases would spill: rows that do not start on 16 bytes are read by elements, with an address each; a bias is a
-    load of its own. They take one vector a thread, the former never more than 512 threads, both together half a vector
-    and 256 threads."""
+    load of its own. They take one vector a thread, the former never more than 512 threads, nor a bias with an odd rest,
+    whose mask spills under Triton 3.6; unaligned and with a bias half a vector and 256 threads."""
     threads = 128 if n_cols <= 4096 else 256 if n_cols <= 16384 else 512 if n_cols <= 65536 or not aligned else 1024
     if itemsize == 4:  # a fp32 row is twice as long, and 64 registers a thread would spill its entropy
+        threads = min(threads, 512)
+    if has_bias and n_cols % 16:
         threads = min(threads, 512)
     if not aligned and has_bias:
         threads = min(threads, 256)

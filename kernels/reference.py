@@ -258,3 +258,60 @@ def tree_attention(
         scores = torch.cat([scores, sink.to(scores.dtype)[:, None, None].expand(-1, len(query), 1)], -1)
     probs = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(value.dtype)
     return (probs[..., : len(query)] @ v).transpose(0, 1)
+
+
+def adamw(
+    weight: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: int,  # this one counted, from 1
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    scale: float = 1.0,  # of the gradient
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(weight, exp_avg, exp_avg_sq) after a step of AdamW (arXiv 1711.05101), in the weight's precision; 16 bits are
+    computed in fp32 and rounded to nearest at the end, as PyTorch's fused kernel does."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    w, g, m, v = (x.to(wide) for x in (weight, grad, exp_avg, exp_avg_sq))
+    (beta1, beta2), g = betas, g * scale
+    m = beta1 * m + (1 - beta1) * g
+    v = beta2 * v + (1 - beta2) * g * g
+    unbiased, root = m / (1 - beta1**step), (v / (1 - beta2**step)).sqrt()
+    w = w * (1 - lr * weight_decay) - lr * unbiased / (root + eps)
+    return w.to(weight.dtype), m.to(exp_avg.dtype), v.to(exp_avg_sq.dtype)
+
+
+def philox(counters: Sequence[Tensor | int], keys: tuple[int, int]) -> tuple[Tensor, ...]:
+    """Four random numbers of 32 bits, int64, of four counters and two keys of 32 bits: Philox-4x32-10 (Salmon et al.,
+    Parallel random numbers: as easy as 1, 2, 3, SC 2011)."""
+    word = 0xFFFFFFFF
+    c0, c1, c2, c3 = torch.broadcast_tensors(*(torch.as_tensor(c, dtype=torch.int64) & word for c in counters))
+    k0, k1 = (key & word for key in keys)
+    for _ in range(10):
+        a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # modulo 2^64, whose upper half is taken apart from its sign
+        c0, c1, c2, c3 = (b >> 32 & word) ^ c1 ^ k0, b & word, (a >> 32 & word) ^ c3 ^ k1, a & word
+        k0, k1 = k0 + 0x9E3779B9 & word, k1 + 0xBB67AE85 & word
+    return c0, c1, c2, c3
+
+
+def rounding_noise(n: int, number: int, key: tuple[int, int]) -> Tensor:
+    """[n] int64, 32 random bits for each element of tensor `number`: element e has number e % 4 of counter e // 4."""
+    return torch.stack(philox((torch.arange(-(-n // 4)), 0, number, 0), key), 1).view(-1)[:n]
+
+
+def stochastic_round(x: Tensor, dtype: torch.dtype, noise: Tensor) -> Tensor:
+    """x in fp64 or fp32 as bf16 or fp16: the neighbour away from zero where the distance from the other one, in units
+    of their distance, is more than 1 - u for the uniform u = the noise's last bits, as many as fp32 has more than
+    `dtype`; so the expectation is x."""
+    bits = {torch.bfloat16: 16, torch.float16: 13}[dtype]
+    x = x.double()
+    exponent = torch.frexp(x).exponent - 1
+    spacing = torch.ldexp(torch.ones_like(x), (exponent.clamp(min=-126 if bits == 16 else -14)) - (23 - bits))
+    magnitude = x.abs() / spacing
+    whole = magnitude.floor()
+    up = magnitude - whole + (noise & (1 << bits) - 1).double() / (1 << bits) >= 1
+    return torch.where(x.isfinite(), torch.copysign((whole + up) * spacing, x), x).to(dtype)

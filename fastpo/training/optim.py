@@ -16,7 +16,7 @@ from transformers import get_scheduler
 
 from fastpo.config.train_config import TrainConfig
 from fastpo.errors import ConfigError, one_line, shown
-from fastpo.training import cpu_adamw
+from fastpo.training import cpu_adamw, triton_adamw
 
 NARROW = (torch.bfloat16, torch.float16)
 MUON_KEEPS_MOMENTUM = tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) >= (2, 15)
@@ -62,7 +62,9 @@ class Gradients:
         self.stand_ins: dict[Tensor, nn.Parameter] = {}  # by parameter, fp32, with memory during the step alone
         self.local: dict[Tensor, nn.Parameter] = {}  # by DTensor parameter, its part on this rank
         self.buffers: dict[Tensor, Tensor] = {}  # by parameter, fp32 gradients of 16-bit parameters
-        self.scale: Tensor | None = None  # of the gradients that are still in 16 bits after clip_
+        self.scale: Tensor | None = None  # of the gradients that clip_ has left as they were
+        self.unscaled: set[Tensor] = set()  # whose these are
+        self.by_kernel: dict[Tensor, str] = {}  # by parameter that TritonAdamW steps, how
         self.single = False
         self.optimizer: torch.optim.Optimizer | None = None
         self._generators: dict[torch.device, torch.Generator] = {}
@@ -83,6 +85,16 @@ class Gradients:
             if p in those:
                 return those[p]
         return p  # type: ignore[return-value]
+
+    def use_kernel(self, wanted: bool) -> bool:
+        """Whether AdamW's kernel steps the 16-bit parameters that it takes, which are then in `by_kernel`. All
+        processes of the group ask at once."""
+        taken: dict[Tensor, str] = {}
+        for p in self.parameters if wanted and not self.sharded else ():
+            if triton_adamw.takes(p):
+                taken[p] = "master" if p in self.masters else "stochastic" if p in self.stand_ins else "nearest"
+        self.by_kernel = taken if taken and triton_adamw.usable(taken, self.group) else {}
+        return bool(self.by_kernel)
 
     def _collect(self, p: Tensor) -> None:
         """A 16-bit gradient has been formed: into fp32 with it, unless there will be just this one."""
@@ -105,6 +117,7 @@ class Gradients:
             p.grad = None
             self.stepped(p).grad = None
         self.buffers.clear()
+        self.unscaled.clear()
         self.scale = None
 
     def close(self) -> None:
@@ -156,8 +169,9 @@ class Gradients:
         """The gradients' 2-norm in fp32, before they are scaled down to `max_norm` (0 or less: not at all)."""
         grads = {p: g for p in self.parameters if (g := self._gradient(p)) is not None}
         norm = self._norm(list(grads.values()))
-        # 16-bit gradients that will be stepped in fp32 are scaled there, when it is their turn.
-        late = {p for p, g in grads.items() if g.dtype in NARROW and self.stepped(p) is not p}
+        # 16-bit gradients that will be stepped in fp32 are scaled there, when it is their turn; all of a kernel's are.
+        narrow = {p for p, g in grads.items() if g.dtype in NARROW and self.stepped(p) is not p}
+        late = self.unscaled = narrow | (grads.keys() & self.by_kernel.keys())
         if max_norm > 0:
             self.scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
             if ready := [g for p, g in grads.items() if p not in late]:
@@ -206,7 +220,11 @@ class Gradients:
         elif not finite:
             self._forget()
             return
-        done = self._step_in_one_pass(optimizer, finite) if isinstance(optimizer, cpu_adamw.CpuAdamW) else {}
+        done: dict[Tensor, None] = {}
+        if isinstance(optimizer, cpu_adamw.CpuAdamW):
+            done = self._step_in_one_pass(optimizer, finite)
+        elif isinstance(optimizer, triton_adamw.TritonAdamW):
+            done = self._step_by_kernel(optimizer, finite)
         late = {p: None for p in (*self.masters, *self.stand_ins) if self._gradient(p) is not None}  # in order
         if done or not late or any(self.stepped(p).grad is not None for p in self.parameters):
             optimizer.step()
@@ -228,10 +246,22 @@ class Gradients:
             if grad is None or not cpu_adamw.can_step(master, grad, p):
                 continue
             if finite:
-                optimizer.step_one(master, grad, p, scale if grad.dtype in NARROW else 1.0)
+                optimizer.step_one(master, grad, p, scale if p in self.unscaled else 1.0)
             done[p] = master.grad = p.grad = None
             self.buffers.pop(p, None)
         return done
+
+    def _step_by_kernel(self, optimizer: triton_adamw.TritonAdamW, finite: Tensor) -> dict[Tensor, None]:
+        """Steps, if `finite`, what the kernel takes, without waiting; those parameters, whose gradients are gone."""
+        given = {p: g for p in self.by_kernel if (g := self._gradient(p)) is not None}
+        steps = [
+            triton_adamw.Step(self.stepped(p), p, grad, self.by_kernel[p], self.index[p]) for p, grad in given.items()
+        ]
+        optimizer.step_all(steps, finite, self.scale, f"{self.seed} {self.step}")
+        for p in given:
+            p.grad = None
+            self.buffers.pop(p, None)
+        return dict.fromkeys(given)
 
     def _step_chunk(self, optimizer: torch.optim.Optimizer, chunk: list[Tensor]) -> None:
         for p in chunk:
@@ -239,7 +269,9 @@ class Gradients:
             if p in self.stand_ins:
                 stepped.data = p.detach().float()
             if grad.dtype in NARROW:
-                grad = grad.float() if self.scale is None else grad.float().mul_(self.scale)
+                grad = grad.float()
+                if self.scale is not None and p in self.unscaled:
+                    grad.mul_(self.scale)
             stepped.grad = grad
             p.grad = None
             self.buffers.pop(p, None)
@@ -398,7 +430,9 @@ def build_optimizer(model: nn.Module, config: TrainConfig, gradients: Gradients)
         return _construct(config, _bitsandbytes_adamw(optim), both, lr=lr, optim_bits=bits, is_paged=paged, **adam)
     fused = True if optim == "adamw_torch_fused" else None
     one_pass = fused and gradients.masters and cpu_adamw.available() and "amsgrad" not in (config.optim_args or "")
-    kind = cpu_adamw.CpuAdamW if one_pass else torch.optim.AdamW
+    kind: Any = cpu_adamw.CpuAdamW if one_pass else torch.optim.AdamW
+    if gradients.use_kernel("amsgrad" not in (config.optim_args or "")):
+        kind, fused = triton_adamw.TritonAdamW, True  # what the kernel does not take must not wait for the host either
     return _construct(config, kind, groups(names), lr=lr, fused=fused, **adam)
 
 

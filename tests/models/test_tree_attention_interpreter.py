@@ -24,7 +24,7 @@ if not INTERPRET and not torch.cuda.is_available():
     pytest.skip("needs TRITON_INTERPRET=1 in its own process, or a GPU", allow_module_level=True)
 
 from fastpo.data.packing import Branch  # noqa: E402
-from fastpo.kernels import attention, reference  # noqa: E402
+from fastpo.kernels import attention, attention_tiles, reference  # noqa: E402
 from fastpo.models.layout import Layout  # noqa: E402
 from fastpo.models.tree_attention import triton_tree_attention  # noqa: E402
 
@@ -117,6 +117,46 @@ def test_forest(heads, sizes, dtype, rules, small_blocks):
     layout = forest()
     inputs, dout = make(layout, heads, sizes, dtype, rules.pop("sinks", False))
     check(layout, inputs, dout, **rules)
+
+
+# A prompt of three blocks and a rest, whose branch has long, short and tiny chains; a chain of its own, longer still.
+LONG = (57, 40, 3, 2, 21, 60)
+LONG_BRANCHES = (Branch(57, 123, 0, 50),)
+
+
+@pytest.mark.parametrize("window", [None, 45, 16])
+def test_tiles_with_and_without_masks(window, small_blocks):
+    layout = forest(LONG, LONG_BRANCHES)
+    inputs, dout = make(layout, (1 if window else 2, 1), (16, 16), FP32, sinks=False)
+    check(layout, inputs, dout, window=window)
+
+
+@pytest.mark.skipif(not INTERPRET, reason="the tiles of a compiled kernel cannot be exchanged")
+@pytest.mark.parametrize(
+    "branches, window", [((), None), ((Branch(32, 77, 0, 32),), None), ((Branch(32, 77, 0, 32),), 37)]
+)
+def test_a_mask_that_hides_nothing_changes_no_bit(branches, window, small_blocks, monkeypatch):
+    """All tiles masked, and some of them not: the same numbers where they come in the same order, as those of queries
+    do without a window and with a prompt of whole tiles."""
+    layout = forest((32, 40, 3, 2, 60), branches)
+    inputs, dout = make(layout, (1, 1), (16, 16), FP32, sinks=False)
+    plain = []
+
+    def none(low, n, first, stop, BLOCK):
+        a, b = tiles(low, n, first, stop, BLOCK)
+        plain.append(int(b) - int(a))
+        return a, a
+
+    tiles = attention_tiles._plain_tiles
+    split = gradients(triton_tree_attention(*inputs[:3], layout, scale=0.4, window=window), inputs, dout)
+    for module in (attention, attention_tiles):
+        monkeypatch.setattr(module, "_plain_tiles", none)
+    masked = gradients(triton_tree_attention(*inputs[:3], layout, scale=0.4, window=window), inputs, dout)
+    assert sum(plain) > 5
+    for name, want in masked.items():
+        if window is None and name in ("out", "dquery"):
+            assert torch.equal(split[name], want), name
+        assert torch.allclose(split[name], want, rtol=1e-5, atol=1e-5), name
 
 
 @pytest.mark.parametrize("size, dtype", [(16, BF16), (80, FP32), (128, BF16)], ids=["16-bf16", "80-fp32", "128-bf16"])
