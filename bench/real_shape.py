@@ -53,6 +53,51 @@ def mm_shapes(profile) -> list[tuple[int, int, int]]:
     return found
 
 
+# Kinds of work of a step, by the profiler's names.
+KINDS = {
+    "matrix multiplies": ("aten::mm", "aten::addmm", "aten::addmm_"),
+    "attention": ("_TreeAttention",),
+    "optimiser": ("Optimizer.step",),
+    "norms": ("_RMSNorm",),
+    "SwiGLU": ("_SiluMul",),
+    "rotary embeddings": ("_Rotary",),
+    "fills": ("aten::fill_", "aten::zero_"),
+    "head's passes": ("fastpo::", "GeneratedBackwardFor_fastpo"),
+}
+
+
+def roofline(profile, shapes: list[tuple[int, int, int]], parameters: int) -> dict:
+    """By kind of work of a profiled step of bf16 weights: seconds, and the least bytes that such passes move. What is
+    left is launches, small operations, and waiting."""
+    import torch
+
+    layers, d, wide = SHAPE["layers"], SHAPE["hidden"], SHAPE["intermediate"]
+    heads = (SHAPE["heads"] + SHAPE["kv_heads"]) * d // SHAPE["heads"]
+    tokens = sum(m for m, k, n in shapes if (k, n) == (d, wide)) / (2 * layers)  # gate and up
+    least = {
+        "norms": (2 * layers + 1) * tokens * d * 2 * 5,  # x read, y written; x and dy read, dx written
+        "SwiGLU": layers * tokens * wide * 2 * 8,  # 2 read, 1 written; 3 read, 2 written
+        "rotary embeddings": layers * tokens * heads * 2 * 4,
+        "optimiser": parameters * 28,  # the gradient read; an fp32 copy and two moments read and written; the weight
+    }
+    seconds = dict.fromkeys(KINDS, 0.0)
+    total = 0.0
+    for event in profile.key_averages():
+        total += event.self_cpu_time_total / 1e6
+        for kind, names in KINDS.items():
+            if event.key.startswith(names):
+                seconds[kind] += event.self_cpu_time_total / 1e6
+                break
+    a, b = torch.empty(64 << 20), torch.ones(64 << 20)
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        a.copy_(b)
+        times.append(time.perf_counter() - start)
+    return {"seconds": seconds, "other": total - sum(seconds.values()), "least_bytes": least, "tokens": tokens,
+            "copy_bandwidth": 2 * a.nbytes / statistics.median(times)}  # fmt: skip
+
+
 def bare_gemms(shapes: list[tuple[int, int, int]], dtype) -> float:
     """Seconds for these multiplies alone, outputs allocated afresh: the sum of the medians of each size."""
     import torch
@@ -151,6 +196,7 @@ def worker(provider: str, pairs: int, steps: int, lora: bool, kway: bool, path: 
             "gemms": len(shapes),
             "gemms_of": each[-2],
             "gemm_flops": sum(2 * m * k * n for m, k, n in shapes),
+            "roofline": roofline(profiles[0], shapes, sum(p.numel() for p in model.parameters())),
         }
     Path(path).write_text(json.dumps(result))
 
@@ -194,6 +240,7 @@ def summarise(runs: dict[str, list[dict]]) -> dict:
                 "gemm_seconds": statistics.median(r["gemm_seconds"] for r in results),
                 "over_gemms": statistics.median(r["gemms_of"] / r["gemm_seconds"] for r in results),
                 "gemm_flops": results[0]["gemm_flops"],
+                "roofline": results[-1]["roofline"],
             }
         summary[provider] = row
     return summary
@@ -223,7 +270,27 @@ def markdown(report: dict) -> str:
         lines.append(
             f"| {provider} | {row['seconds_per_step']:.2f} | {row['step']:.2f} {gemms}| {row['peak_gb']:.2f} |"
         )
+    row = report["providers"].get("fastpo_bf16", {})
+    if "roofline" in row and not report["lora"]:
+        lines += ["", *roofline_lines(row)]
     return "\n".join(lines) + "\n"
+
+
+def roofline_lines(row: dict) -> list[str]:
+    found = row["roofline"]
+    bandwidth = found["copy_bandwidth"]
+    lines = [
+        f"The profiled step of fastpo_bf16, {found['tokens']:,.0f} tokens through the layers; a copy moves "
+        f"{bandwidth / 1e9:,.0f} GB/s, the GEMMs alone take {row['gemm_seconds']:.2f} s.",
+        "",
+        "| work | s | least GB moved | s at the copy's bandwidth |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for kind, seconds in (*found["seconds"].items(), ("everything else", found["other"])):
+        moved = found["least_bytes"].get(kind)
+        bytes_of = f"{moved / 1e9:.2f} | {moved / bandwidth:.3f}" if moved else "|"
+        lines.append(f"| {kind} | {seconds:.3f} | {bytes_of} |")
+    return lines
 
 
 def main() -> int:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from fastpo.config.train_config import TrainConfig
 from fastpo.errors import ConfigError
@@ -52,6 +53,25 @@ class Update:
         self.gradients.step_(self.optimizer, finite)
         then()
         self.scheduler.step()
+
+
+class Schedule:
+    """A learning-rate schedule as a checkpoint keeps it: where it stands. What it gives from there is this run's, which
+    may have more steps than the one before."""
+
+    def __init__(self, scheduler: Any):
+        self.scheduler = scheduler
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.scheduler.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.scheduler.load_state_dict(state)
+        if isinstance(self.scheduler, LambdaLR):  # others have no closed form, and go on from the rate that was kept
+            of_groups = zip(self.scheduler.base_lrs, self.scheduler.lr_lambdas, strict=True)
+            self.scheduler._last_lr = [base * factor(self.scheduler.last_epoch) for base, factor in of_groups]
+            for group, rate in zip(self.scheduler.optimizer.param_groups, self.scheduler._last_lr, strict=True):
+                group["lr"] = rate
 
 
 def check_optimizers(given: tuple[Any, Any] | None, config: TrainConfig) -> tuple[Any, Any]:

@@ -112,6 +112,15 @@ def test_steps_and_epochs_may_be_added(run, tmp_path):
     assert torch.equal(weights(longer.model), weights(run("whole", lr_scheduler_type="constant").model))
 
 
+def test_a_schedule_goes_on_over_the_steps_of_the_run_that_resumes(run):
+    run(max_steps=4, lr_scheduler_type="linear", save_steps=4)
+    longer = run(max_steps=8, lr_scheduler_type="linear", resume_from_checkpoint=True)
+    rates = [line["learning_rate"] for line in longer.log_history if "loss" in line and line["step"] > 4]
+    assert rates == [line["learning_rate"] for line in run("whole", max_steps=8, lr_scheduler_type="linear").log_history
+                     if "loss" in line and line["step"] > 4]  # fmt: skip
+    assert len(rates) == 4 and rates[0] > rates[-1] > 0
+
+
 def test_sigterm_saves_and_the_run_goes_on(repo_root, preloaded, tmp_path):
     """As a scheduler stops a job: exit code 143, and nothing is lost."""
     script = """
