@@ -358,10 +358,11 @@ def softcapped(config: TreeConfig, dtype: torch.dtype, head_size: int) -> TreeCo
     fp32, size = dtype == torch.float32, _padded(head_size)
     if _VERSION < (3, 7) and not fp32 and size == 64:
         return config._replace(dkv=config.dkv._replace(stages=1))
-    if _VERSION >= (3, 8) and not fp32 and size == 256 and torch.version.hip is None:
-        return config._replace(dq=config.dq._replace(keys=16))
-    if _VERSION >= (3, 8) and fp32 and size == 64:
-        return config._replace(dkv=config.dkv._replace(queries=16))
+    if _VERSION >= (3, 8) and torch.version.hip is None:
+        if not fp32 and size == 256:
+            return config._replace(dq=config.dq._replace(keys=16))
+        if fp32 and size == 64:
+            return config._replace(dkv=config.dkv._replace(queries=16, warps=16))
     return config
 
 
