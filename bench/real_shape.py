@@ -46,8 +46,9 @@ def mm_shapes(profile) -> list[tuple[int, int, int]]:
     """(m, k, n) of every matrix multiply that was profiled."""
     found = []
     for event in profile.events():
-        if event.name == "aten::mm":
-            (m, k), (_, n) = event.input_shapes[:2]
+        first = {"aten::mm": 0, "aten::addmm": 1, "aten::addmm_": 1}.get(event.name)
+        if first is not None:
+            (m, k), (_, n) = event.input_shapes[first : first + 2]
             found.append((m, k, n))
     return found
 

@@ -38,7 +38,7 @@ from fastpo.errors import ConfigError
 from fastpo.models.adapters import rewrites_base, starts_at_base
 from fastpo.models.loading import load_tokenizer
 from fastpo.models.modes import set_numerics, training_mode
-from fastpo.plan.estimate import max_tokens_of_run
+from fastpo.plan.settle import settle
 from fastpo.reference import cache, kept, live, policies, roles, sources
 from fastpo.report import outputs
 from fastpo.report.callbacks import Callbacks, check_best
@@ -46,7 +46,7 @@ from fastpo.report.hub import Hub
 from fastpo.report.outputs import Reporter
 from fastpo.training import inputs, router_loss, run_data, start_checks, start_guard
 from fastpo.training.accumulation import Accumulation
-from fastpo.training.distributed import Engine, World, hold, trainable
+from fastpo.training.distributed import Engine, World, hold, trainable, uses_bf16
 from fastpo.training.evaluation import Evaluated, Evaluation
 from fastpo.training.forward import Forward
 from fastpo.training.guardrails import Guardrails
@@ -186,31 +186,30 @@ class Trainer(face.Face):
         # The model, and how rows go through it.
         self.model = take_model(origin, config, self.device, peft_config, quantized)
         self.callbacks.take(self.model)
-        names = dict.fromkeys(t.name for t in objective.terms)
-        self.tags = face.add_tags(self.model, [*self._tag_names, *names])
+        self.tags = face.add_tags(self.model, [*self._tag_names, *dict.fromkeys(t.name for t in objective.terms)])
         self.policy = as_policy(self.model, config, self.device)
         # PiSSA and its like take part of the base away, so that the base with the adapter off is another model.
         self.reference_is_base = peft_config is not None and not rewrites_base(peft_config)
         self.start_is_known = config.disable_dropout and starts_at_base(peft_config)
         self.engine = Engine(self.policy)
-        self.forward = Forward(self.engine, config, self.device, objective.row_statistics)
         self.batches = MicroBatches(config, world, objective, self.policy)
         self.router = router_loss.of_run(self.policy, config, self.data.all.values())
         for name, examples in self.data.all.items():
             self.batches.place(name, examples)
-        max_tokens = max_tokens_of_run(
+        self.optimizers = check_optimizers(optimizers, config)
+        self.settled = settled = settle(
             self.model, config, world, self.data.train, objective, ref_model=self.fixed[roles.REF],
-            autocast=self.forward.autocast_dtype is not None,
+            autocast=uses_bf16(config, self.device), own_optimizer=self.optimizers[0] is None, resume=self.resume,
         )  # fmt: skip
-        advice = functools.partial(savings, config, self.model, self.policy.dtype, self.device)
-        self.budget = Budget(max_tokens, config, world, advice, self.data.name_of)
+        self.forward = Forward(self.engine, settled.config, self.device, objective.row_statistics)
+        advice = functools.partial(savings, settled.config, self.model, self.policy.dtype, self.device)
+        retreat = settled.retreat(self.policy)
+        self.budget = Budget(settled.max_tokens, config, world, advice, self.data.name_of, retreat)
         self.passes = Passes(self.batches, self.forward, self.budget, world)
         self.evaluation = Evaluation(objective, self.stepwide, self.passes, config.token_metrics, compute_metrics)
 
         # The run itself.
-        self.optimizers = check_optimizers(optimizers, config)
-        self.progress = Progress()
-        self.is_ready = self.in_loop = False
+        self.progress, self.is_ready, self.in_loop = Progress(), False, False
         alpha, every = config.ref_model_mixup_alpha, config.ref_model_sync_steps
         self.new_moving = functools.partial(cache.MovingReference, alpha=alpha, every=every, whole=self._exchanging)
         self.moving: cache.MovingReference | None = None
@@ -250,8 +249,9 @@ class Trainer(face.Face):
         self.data.say_sharing(self.budget.max_tokens)
         saving.prepare(self.model, self.tokenizer, self.data.train, trainable(self.model), config, world)
         self.identity = identity.identify(
-            self.model, self.data.train, config, world, name=self.origin.model_name, of_base=self.reference_is_base
-        )
+            self.model, self.data.train, config, world, name=self.origin.model_name, of_base=self.reference_is_base,
+            settled=self.settled.record(self.device.type),
+        )  # fmt: skip
         fingerprint = self.identity["model"]
         if self.resume is not None:
             self.identity = identity.as_begun(self.resume, self.identity, self.origin.by_name)
@@ -280,7 +280,7 @@ class Trainer(face.Face):
         self.is_ready = True
 
     def _train(self) -> face.TrainResult:
-        config, plan = self.config, self.plan
+        config, settled, plan = self.config, self.settled.config, self.plan
         self.progress = Progress()  # of this call: a second one begins anew
         self.ready()
         if self.resume is not None:
@@ -306,7 +306,7 @@ class Trainer(face.Face):
                     loss=live.reader(self.objective.pair_terms), whole=self._exchanging,
                 )  # fmt: skip
             self.forward.begin(self.engine, self.router, self.live.rows)
-        self.update = update = Update(self.model, self.parameters, config, self.world, self.optimizers, len(plan))
+        self.update = update = Update(self.model, self.parameters, settled, self.world, self.optimizers, len(plan))
         self.accumulation = Accumulation(
             self.objective, self.stepwide, self.passes, self.update.gradients, self.data.train,
             on_substep_end=lambda: self.callbacks.call("on_substep_end"),
@@ -342,7 +342,7 @@ class Trainer(face.Face):
         if self.moving is not None:
             self.references.move(plan, self.progress.reference_start)
         bar = self.reporter.bar(desc="train", total=len(plan), initial=self.progress.cursor)
-        with bar, training_mode(self.policy, config):
+        with bar, training_mode(self.policy, settled):
             summary = self._loop(plan, bar)
         self.finish(summary)
         return face.TrainResult(self.model, self.state.log_history, summary, self.state, self.guards.warnings)

@@ -110,7 +110,7 @@ def sound(rng: random.Random, field):
            "lr_scheduler_kwargs": (None, {}), "optim_args": (None, ""), "model_init_kwargs": (None, {}), "device": (None, "cpu"),
            "loss_type": ("dpo", "ipo", "simpo", "sft", ["dpo", "sft"], "orpo", "cpo", "aot", "sppo_hard", "discopop"),
            "output_dir": ("a/b", "ä 😀", Path("c")), "generation_kwargs": (None, {"max_new_tokens": 2}, {"do_sample": True}),
-           "torch_compile_backend": (None,), "torch_compile_mode": (None,), "torch_compile": (False,), "use_liger_kernel": (False,),
+           "torch_compile_backend": (None,), "torch_compile_mode": (None,), "torch_compile": (False,),
            "gradient_checkpointing_kwargs": (None, {"use_reentrant": True}, {"preserve_rng_state": False}),
            "resume_from_checkpoint": (None, "auto", False), "push_to_hub": (False,), "fsdp": ("no",), "max_shard_size": ("1MB",),
            "max_tokens": (None, 64, "auto", 1), "warmup_ratio": (None, 0.1), "loss_kwargs": (None, {}),

@@ -445,6 +445,18 @@ def test_bad_rows(toy, run, change, message):
     assert "\n" not in str(caught.value)
 
 
+def test_bad_evaluation_rows(toy, run):
+    """The message says which set is meant: its rows are numbered as the training set's are."""
+    bad = [*toy.rows(2), {**toy.rows(3)[2], "chosen": ""}]
+    for given, message in (
+        ([], "^eval data: .* no rows"),
+        (bad, "^eval data: row 2"),
+        ({"a": bad}, "^eval a data: row 2"),
+    ):
+        with pytest.raises(DataError, match=message):
+            run(rest={"eval_dataset": given}, eval_strategy="steps")
+
+
 def test_models_that_cannot_be_trained(toy, run):
     from transformers import LlamaForCausalLM
 

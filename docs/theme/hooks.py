@@ -28,11 +28,11 @@ def on_page_markdown(markdown, page, config, files):
 
 def on_page_context(context, page, config, nav):
     """Long names in tables may break behind an underscore, for phones. Here, for the search has been fed by now."""
-    page.content = re.sub(r"<td.*?</td>", _breakable_cell, page.content, flags=re.DOTALL)
+    page.content = re.sub(r"<(t[dh])\b.*?</\1>", _breakable_cell, page.content, flags=re.DOTALL)
 
 
 def _breakable_cell(match):
-    return re.sub(r"<[^>]*>|_", lambda m: "_<wbr>" if m[0] == "_" else m[0], match[0])
+    return re.sub(r"<[^>]*>|(?<=[^\W_])_", lambda m: "_<wbr>" if m[0] == "_" else m[0], match[0])
 
 
 def _link(match, where, repo_url):

@@ -402,7 +402,7 @@ def check_run(folder: Path, saved: Mapping[str, Any], now: Mapping[str, Any], na
         raise ConfigError(
             f"checkpoint {name!r} has another adapter: {_first_difference(saved['adapter'], now['adapter'])}"
         )
-    then, today = saved["config"], now["config"]
+    then, today = (run["config"] | _numerics(run) for run in (saved, now))
     if today["dataloader_drop_last"] and saved["batch"] != now["batch"]:
         raise ConfigError(
             f"checkpoint {name!r} drops an epoch's last incomplete batch of {saved['batch']} rows, this run of "
@@ -425,6 +425,12 @@ def check_run(folder: Path, saved: Mapping[str, Any], now: Mapping[str, Any], na
     changed = [o for o in today if o not in _SAME + _FREE and then.get(o, today[o]) != today[o]]
     remarks += [f"{o}={today[o]!r} from here on (the checkpoint had {then.get(o)!r})" for o in changed]
     return remarks
+
+
+def _numerics(run: Mapping[str, Any]) -> dict[str, Any]:
+    """What of the options that memory decides is in the weights, as it was decided; nothing in older checkpoints."""
+    settled = run.get("settled", {})
+    return {name: settled[name] for name in ("master_weights",) if name in settled}
 
 
 def _first_difference(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:

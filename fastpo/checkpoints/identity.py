@@ -23,12 +23,13 @@ log = logging.getLogger("fastpo")
 
 
 def identify(
-    model: nn.Module, examples: Sequence[Example], config: TrainConfig, world: World, *, name: str, of_base: bool
-) -> dict[str, Any]:
+    model: nn.Module, examples: Sequence[Example], config: TrainConfig, world: World, *, name: str, of_base: bool,
+    settled: Mapping[str, Any],
+) -> dict[str, Any]:  # fmt: skip
     """run.json of a new run, before anything changes: `model` as it starts, whole on rank 0. Every rank calls it.
 
     name: of the model, empty where it has none. of_base: the reference is the model without its adapter, and "model"
-    is that one's fingerprint.
+    is that one's fingerprint. settled: what the memory has decided of the options (plan/settle.py).
     """
     fingerprint = world.first(lambda: model_fingerprint(model, without_adapter=of_base))
     return {
@@ -47,6 +48,7 @@ def identify(
         "batch": config.per_device_train_batch_size * world.size,
         "world_size": world.size,
         "config": plain_config(config),
+        "settled": dict(settled),
     }
 
 

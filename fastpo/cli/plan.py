@@ -21,6 +21,6 @@ def run(namespace: argparse.Namespace, extras: Sequence[str]) -> int:
     found = run_arguments(namespace, extras, needed=("model",))
     if found is None:
         return 0
-    from fastpo.plan import estimate
+    from fastpo.plan import command
 
-    return estimate.run(*found, namespace.memory, namespace.json)
+    return command.run(*found, namespace.memory, namespace.json)

@@ -96,7 +96,7 @@ RANGES: dict[str, Range] = {
     "adam_epsilon": Range(1e-37, LARGE),  # less is zero in fp32, and zero over zero no update
     "max_grad_norm": Range(-SCORE, SCORE),
     "max_nonfinite_steps": _POSITIVE,
-    "gradient_checkpointing_layers": _POSITIVE,
+    "gradient_checkpointing_layers": Range(0, COUNT),
     "logits_memory_budget": Range(0, 2**62, unit=" bytes"),
     "router_aux_loss_coef": Range(0, LARGE),
     "grad_filter": _BELOW_ONE,

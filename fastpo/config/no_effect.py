@@ -75,7 +75,7 @@ _TABLE: tuple[tuple[tuple[str, ...], _Without, str], ...] = (
         "no 16-bit weight is trained",
     ),
     (("gradient_checkpointing_kwargs",), lambda c, f: not c.gradient_checkpointing, "gradient_checkpointing is off"),
-    (("liger_kernel_config",), lambda c, f: not c.use_liger_kernel, "use_liger_kernel is off"),
+    (("liger_kernel_config",), lambda c, f: c.use_liger_kernel is False, "use_liger_kernel is off"),
     (("fsdp_gradients",), lambda c, f: c.fsdp == "no", "fsdp is off"),
     (("ddp_timeout", "ddp_backend"), lambda c, f: f.processes == 1, "there is one process"),
     (("tf32",), lambda c, f: f.device_type == "cpu", "the device is a CPU"),

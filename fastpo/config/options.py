@@ -98,13 +98,13 @@ OPTIONS: dict[str, Option] = {
     "tf32": _same(),
     "activation_checkpointing": _to("gradient_checkpointing"),
     "activation_checkpointing_kwargs": _to("gradient_checkpointing_kwargs"),
-    "gradient_checkpointing": _same(True),
+    "gradient_checkpointing": _same(True, "on a GPU only as many layers as the memory demands: gradient_checkpointing_layers=all checkpoints every one"),
     "gradient_checkpointing_kwargs": _same(),
     "torch_compile": _same(False, "the trunk's layers; the head and the losses are kernels of their own. With fsdp it is refused"),
     "torch_compile_backend": _same(None, "None: inductor; one that is given means torch_compile=True"),
     "torch_compile_mode": _same(None, "default and max-autotune-no-cudagraphs; one that is given means torch_compile=True"),
-    "use_liger_kernel": _same(False, "the layers only: the head is always fused, by fastpo's own op"),
-    "liger_kernel_config": _same(),
+    "use_liger_kernel": _same(False, "not given or True: fused layers, Liger's on a GPU (not given: if liger-kernel is installed), fastpo's own on a CPU; fused LoRA on both. False: the model's own. The False of a config object, its default, is left out. The head is always fused, by fastpo's own op"),
+    "liger_kernel_config": _same(None, "on a CPU rms_norm, rope and swiglu"),
     "use_cache": _any("training never uses the key-value cache", False),
     "neftune_noise_alpha": _no("noise on the embeddings is not built"),
     "torch_empty_cache_steps": _any("the allocator's cache is left alone; PYTORCH_ALLOC_CONF=expandable_segments:True keeps it small"),
@@ -450,13 +450,16 @@ def without_meaning(values: Mapping[Any, Any]) -> list[str]:
     ]
 
 
+_INPUTS = ("model", "ref_model", "train_dataset", "eval_dataset")  # what a run is given beside its options
+
+
 def _unknown(name: str, known: Collection[str]) -> str:
     """What to say about a name that is nobody's, or another project's."""
     last = name.rpartition(".")[2]  # OpenRLHF's --model.beta
     for project, names in FOREIGN.items():
         if last in names:
             text = names[last]
-            return f"{name} is {project}'s: {'here it is ' if text in known else ''}{text}"
+            return f"{name} is {project}'s: {'here it is ' if text.split(' (')[0] in {*known, *_INPUTS} else ''}{text}"
     if last != name and last in known:
         return f"{name} is {_OPENRLHF}'s: here it is {last}"
     if name in _transformers_fields():

@@ -66,8 +66,8 @@ class TrainConfig:
     trust_remote_code: bool = _opt(False, "model", "let a checkpoint's own code run")
     router_aux_loss_coef: float | None = _opt(None, "model", "weight of a mixture of experts' load-balancing loss; None: the model's own, 0: none")
     disable_dropout: bool = _opt(True, "model", "set every dropout probability of the policy to zero")
-    use_liger_kernel: bool = _opt(False, "model", "Liger's kernels for the norms, MLPs and rotary embeddings of the trunk; needs a GPU and liger-kernel")
-    liger_kernel_config: dict | None = _opt(None, "model", "which of Liger's layer kernels, such as {rope: false}")
+    use_liger_kernel: bool | None = _opt(None, "model", "fused norms, MLPs and rotary embeddings in the trunk, and fused LoRA layers: on a CPU fastpo's own, on a GPU Liger's beside fastpo's LoRA (None: where they are available; true on a GPU: an error without liger-kernel; false: the model's own)")
+    liger_kernel_config: dict | None = _opt(None, "model", "which of the fused layer kernels, such as {rope: false}")
     torch_compile: bool = _opt(False, "model", "compile the trunk's layers; token_bucket makes it for a few sizes of micro-batch instead of any")
     torch_compile_backend: str | None = _opt(None, "model", "torch.compile's backend (None: inductor)")
     torch_compile_mode: str | None = _opt(None, "model", "torch.compile's mode", ("default", "max-autotune-no-cudagraphs"))
@@ -106,7 +106,7 @@ class TrainConfig:
     per_device_train_batch_size: int = _opt(8, "batch", "pairs per device and accumulation step")
     gradient_accumulation_steps: int = _opt(1, "batch", "an optimiser step takes this many times per_device_train_batch_size pairs")
     per_device_eval_batch_size: int = _opt(8, "batch", "has no effect on the numbers; evaluation is packed like training")
-    share_prompts: str = _opt("auto", "batch", "one copy of a prompt in the trunk for all its responses, those of other rows of the step too; auto: where it is estimated faster (on a CPU only, so far)", ("auto", "always", "never"))
+    share_prompts: str = _opt("auto", "batch", "one copy of a prompt in the trunk for all its responses, those of other rows of the step too; auto: where it is estimated faster (on a GPU by arithmetic, not measured)", ("auto", "always", "never"))
     max_tokens: int | str | None = _opt(None, "batch", "tokens of a packed micro-batch (None: 16384 on a GPU, 2048 on a CPU; auto: as many as the memory is estimated to hold, as `fastpo plan` says)")
     token_bucket: int | None = _opt(None, "batch", "pad micro-batches to a multiple of this many tokens, which no number sees, so that compiled layers meet few shapes (None: no padding)")
 
@@ -119,7 +119,7 @@ class TrainConfig:
     warmup_ratio: float | None = _opt(None, "optimisation", "warm-up as a share of all steps")
     optim: str = _opt("adamw_torch_fused", "optimisation", "optimiser", OPTIMIZERS)
     optim_args: str | None = _opt(None, "optimisation", "further arguments of the optimiser, as 'momentum=0.9,nesterov=true'")
-    master_weights: str = _opt("fp32", "optimisation", "16-bit trainable weights: step an fp32 copy (fp32), round stochastically and keep none (stochastic), or round to nearest (none), which loses small updates", ("fp32", "stochastic", "none"))
+    master_weights: str = _opt("auto", "optimisation", "16-bit trainable weights: step an fp32 copy (fp32), round stochastically and keep none (stochastic), or round to nearest (none), which loses small updates; auto: fp32, but stochastic on a GPU that is estimated not to hold the copies, which the log says", ("auto", "fp32", "stochastic", "none"))
     weight_decay: float = _opt(0.0, "optimisation", "decoupled weight decay, not on biases and norms")
     adam_beta1: float = _opt(0.9, "optimisation", "AdamW's beta1")
     adam_beta2: float = _opt(0.999, "optimisation", "AdamW's beta2")
@@ -129,11 +129,11 @@ class TrainConfig:
 
     bf16: bool | None = _opt(None, "precision and memory", "autocast to bfloat16 over the weights as loaded (None: on a GPU that has it)")
     tf32: bool | None = _opt(None, "precision and memory", "TF32 in fp32 matrix multiplies of NVIDIA GPUs (None: PyTorch's setting)")
-    gradient_checkpointing: bool = _opt(True, "precision and memory", "recompute each layer in the backward pass")
+    gradient_checkpointing: bool = _opt(True, "precision and memory", "recompute layers in the backward pass; gradient_checkpointing_layers says how many")
     gradient_checkpointing_kwargs: dict | None = _opt(None, "precision and memory", "arguments of gradient_checkpointing_enable")
-    gradient_checkpointing_layers: int | None = _opt(None, "precision and memory", "gradient_checkpointing for this many of the layers, the first ones (None: all)")
+    gradient_checkpointing_layers: int | str | None = _opt(None, "precision and memory", "gradient_checkpointing for this many of the layers, the first ones; all; or auto: as few as the memory is estimated to demand (None: auto on a GPU, all on a CPU)")
     activation_offloading: bool = _opt(False, "precision and memory", "keep what the layers save for the backward pass in host memory; needs a GPU, and slows the step")
-    logits_memory_budget: int | None = _opt(None, "precision and memory", "bytes that the head may keep from forward to backward (None: 1 GiB, or an fp32 gradient of its weight if that is more; 0: nothing of size N x V)")
+    logits_memory_budget: int | None = _opt(None, "precision and memory", "bytes that the head may keep from forward to backward (None: 1 GiB, or an fp32 gradient of its weight if that is more; on a GPU what the run is estimated to leave over; 0: nothing of size N x V)")
     grad_filter: float = _opt(0.0, "precision and memory", "probability of each token's distribution that the head's gradient may leave out, for speed: its least likely tokens, 0.001 for instance; the mean and the largest share left out are logged (0: exact gradients)")
 
     eval_strategy: str = _opt("no", "evaluation", "when to evaluate; steps where eval_steps is set", ("no", "steps", "epoch"))
@@ -194,7 +194,12 @@ class TrainConfig:
                 )
         if isinstance(self.max_tokens, str) and self.max_tokens != "auto":
             raise ConfigError(f"max_tokens must be a number of tokens or auto, not {shown(self.max_tokens)}")
-        if self.gradient_checkpointing_layers is not None and not self.gradient_checkpointing:
+        layers = self.gradient_checkpointing_layers
+        if isinstance(layers, str) and layers not in ("auto", "all"):
+            raise ConfigError(
+                f"gradient_checkpointing_layers must be a number of layers, all or auto, not {shown(layers)}"
+            )
+        if layers is not None and not self.gradient_checkpointing:
             raise ConfigError("gradient_checkpointing_layers needs gradient_checkpointing")
         if (self.pair_margin is not None) != (self.pair_policy == "margin"):
             raise ConfigError("pair_policy=margin and pair_margin need each other")

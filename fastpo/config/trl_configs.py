@@ -63,7 +63,8 @@ def class_of(args: Any) -> str | None:
 
 def values_of(args: Any, known: Collection[str]) -> dict[str, Any]:
     """The options that an arguments object sets: what its user gave, and the defaults of the fields that fastpo has too
-    (`known`), so that they keep TRL's meaning.
+    (`known`), so that they keep TRL's meaning. use_liger_kernel's False, which is its default, is left out: fused
+    layers change no meaning.
 
     Fields that transformers fills in by itself (logging_dir, bf16 on this machine, ...) are compared with an untouched
     object of the same class.
@@ -78,7 +79,7 @@ def values_of(args: Any, known: Collection[str]) -> dict[str, Any]:
     fields = {name: getattr(args, name) for name, f in type(args).__dataclass_fields__.items() if f.init}
     changed = {k: v for k, v in fields.items() if options.differ(v, getattr(untouched, k))}
     for name in known:
-        if name in fields and name != "bf16":
+        if name in fields and name not in ("bf16", "use_liger_kernel"):
             changed.setdefault(name, fields[name])
     changed["bf16"] = bool(fields.get("bf16"))
     if "loss_type" in fields:

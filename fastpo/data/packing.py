@@ -101,10 +101,10 @@ class PackedBatch:
 # ---- what a tree costs, and which rows are one
 
 
-# What a branch costs a layer beside its tokens, in FLOPs of the device's matrices, by kind of device: more attention
-# calls, and the merge of their outputs. CPU: measured on two Zen 4 cores, D = 256 (6.3 MFLOP a token and layer), where
-# sharing breaks even at a prompt of 12 tokens. CUDA: unmeasured; three launches of 5 us at 400 TFLOP/s.
-BRANCH_FLOPS = {"cpu": 75e6, "cuda": 6e9}
+# What a branch costs a CPU's layer beside its tokens, in FLOPs of its matrices: more attention calls, and the merge of
+# their outputs. Measured on two Zen 4 cores, D = 256 (6.3 MFLOP a token and layer), where sharing breaks even at a
+# prompt of 12 tokens. models/sharing.py has a GPU's.
+CPU_BRANCH_FLOPS = 75e6
 
 
 class ModelWork(Protocol):
@@ -120,20 +120,32 @@ class TrunkCost(NamedTuple):
 
     token: float  # of a token in the layer's matrices
     pair: float = 0.0  # of a query and a key that it sees
-    branch: float = BRANCH_FLOPS["cpu"]
+    branch: float = CPU_BRANCH_FLOPS
+    branch_token: float = 0.0  # of a branch's token, beside the first two: it attends in two calls, which are merged
+    branch_key: float = 0.0  # of a token of the branch's prompt, likewise
+    # Of a micro-batch's branches together, and how many rows and tokens one has at most.
+    launches: float = 0.0
+    rows: int = 1
+    room: int = 0
+    shares: bool = True  # whether auto may share: not where attention has no form for trees
 
     @classmethod
-    def of(cls, flops: ModelWork, device: torch.device) -> Self:
-        """Of a model whose work `flops` counts."""
+    def of(cls, flops: ModelWork) -> Self:
+        """Of a model whose work `flops` counts, on a CPU."""
         layers = max(flops.layers, 1)
-        branch = BRANCH_FLOPS.get(device.type, BRANCH_FLOPS["cuda"])
         # Flops counts the square of a chain's length, of which half are pairs.
-        return cls(flops.per_token / layers, 12 * flops.attention / layers, branch)
+        return cls(flops.per_token / layers, 12 * flops.attention / layers)
 
-    def share_from(self, prompt: int) -> int:
-        """The least number of responses for which one copy of a prompt of so many tokens is cheaper than one each."""
-        saved = prompt * self.token + prompt**2 / 2 * self.pair  # by each response but the first
-        return 1 + max(1, math.ceil(self.branch / max(saved, 1e-9)))
+    def share_from(self, prompt: int, response: float = 0.0, row: int = 0) -> int:
+        """The least number of responses for which one copy of a prompt of so many tokens is cheaper than one each; 0
+        where none is. response: the mean of their tokens. row: tokens of such a row that shares none."""
+        each = prompt * self.token + prompt**2 / 2 * self.pair - response * self.branch_token
+        if self.branch_token and each <= 0:
+            return 0
+        once = self.branch + prompt * self.branch_key
+        if self.launches:
+            once += self.launches / max(1, min(self.rows, self.room // max(row, 1)))
+        return 1 + max(1, math.ceil(once / max(each, 1e-9)))
 
 
 class TreeSize(NamedTuple):
@@ -143,6 +155,8 @@ class TreeSize(NamedTuple):
     head_rows: int
     pairs: int  # of a query and a key that it sees
     branches: int
+    branch_tokens: int = 0
+    branch_keys: int = 0  # tokens of their prompts
 
     @property
     def size(self) -> int:
@@ -154,6 +168,7 @@ class TreeSize(NamedTuple):
     def cost(self, cost: TrunkCost) -> int:
         """In 1/1024 of a token's share of a layer's matrices; an integer, so that it is the same on every machine."""
         flops = self.tokens * cost.token + self.pairs * cost.pair + self.branches * cost.branch
+        flops += self.branch_tokens * cost.branch_token + self.branch_keys * cost.branch_key
         return round(1024 * flops / max(cost.token, 1.0))
 
 
@@ -164,9 +179,10 @@ def tree_size(rows: Sequence[Example], share: bool) -> TreeSize:
         chains = [len(e.prompt_of(k)) + len(r) - 1 + e.whole for e in rows for k, r in enumerate(e.responses)]
         return TreeSize(sum(chains), head_rows, sum(n * (n + 1) // 2 for n in chains), 0)
     prompt = len(rows[0].prompt_ids)
-    lengths = {r.tobytes(): len(r) - 1 + e.whole for e in rows for r in e.responses}.values()
+    lengths = list({r.tobytes(): len(r) - 1 + e.whole for e in rows for r in e.responses}.values())
     pairs = prompt * (prompt + 1) // 2 + sum(n * (n + 1) // 2 + n * prompt for n in lengths)
-    return TreeSize(prompt + sum(lengths), head_rows, pairs, int(len(lengths) > 1))
+    branches = int(len(lengths) > 1)  # all but the first response, whose chain the prompt begins
+    return TreeSize(prompt + sum(lengths), head_rows, pairs, branches, sum(lengths[1:]), branches * prompt)
 
 
 def trunk_tokens(example: Example) -> int:
@@ -188,14 +204,22 @@ def set_sharing(examples: Sequence[Example], mode: str, cost: TrunkCost) -> None
     """
     for example in examples:
         possible = example.response_prompts is None and mode != "never"
-        least = 2 if mode == "always" else cost.share_from(len(example.prompt_ids))
+        least = 2 if mode == "always" else cost.share_from(*_lengths(example))
         example.share_from = least if possible else 0
         example.share = 0 < example.share_from <= len(example.responses)
 
 
-def sharing_mode(mode: str, device_type: str) -> str:
-    """`share_prompts` as it is on a kind of device: auto shares on a CPU alone, as it is unmeasured elsewhere."""
-    return "never" if mode == "auto" and device_type != "cpu" else mode
+def _lengths(example: Example) -> tuple[int, float, int]:
+    """Tokens in the trunk: of its prompt, of a response in the mean, of the row without sharing."""
+    count = len(example.responses)
+    responses = sum(len(r) - 1 + example.whole for r in example.responses)
+    prompt = len(example.prompt_ids)
+    return prompt, responses / max(count, 1), count * prompt + responses
+
+
+def sharing_mode(mode: str, cost: TrunkCost) -> str:
+    """`share_prompts` as it is where `cost` holds."""
+    return "never" if mode == "auto" and not cost.shares else mode
 
 
 def repeated_prompts(examples: Iterable[Example]) -> int:

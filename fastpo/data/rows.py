@@ -212,7 +212,7 @@ def _missing_column(name: str, required: Sequence[str], columns: list[str], kind
     if kind == "preference" and "completion" in columns:
         fits = "'kto' or 'bco'" if LABEL in columns else "'sft'"
         return f"{message}: rows with 'completion' are for loss_type={fits}"
-    return message
+    return f"{message}: rename the column that holds it, or bring the rows into a layout that docs/data.md lists"
 
 
 def form_of(value: Any, name: str, number: int) -> str:

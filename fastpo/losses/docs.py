@@ -232,12 +232,12 @@ def page() -> str:
     ]
     parts = [_TOP, "| name | defaults | needs | fastpo.train |\n| --- | --- | --- | --- |\n" + "\n".join(rows) + "\n"]
     for loss in LOSSES.values():
-        alias = "".join(f" (`{a}`)" for a, name in ALIASES.items() if name == loss.name)
+        alias = ", ".join(f"`{a}`" for a, name in ALIASES.items() if name == loss.name)
         lines = []
         for key, text in entry(loss).items():
             text = f"`{text}`" if key == "defaults" else _cell(text)
             lines.append(f"| {key} | {text} |")
-        parts.append(f"## {loss.name}\n\n" + (f"Also{alias}.\n\n" if alias else "") + "| | |\n| --- | --- |\n"
+        parts.append(f"## {loss.name}\n\n" + (f"Also {alias}.\n\n" if alias else "") + "| | |\n| --- | --- |\n"
                      + "\n".join(lines) + "\n")  # fmt: skip
     return "\n".join(parts)
 

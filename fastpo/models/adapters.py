@@ -1,4 +1,4 @@
-"""Adapters on a model (PEFT), quantised bases (bitsandbytes), merged copies, and Liger's layer kernels.
+"""Adapters on a model (PEFT), quantised bases (bitsandbytes) and merged copies.
 
 A new adapter that starts as a no-op has the bare base as its reference: switch it off. One that was trained before is
 its own reference, as it stands at the call. Both are facts of the adapter, so they are decided here (`starts_at_base`,
@@ -6,8 +6,6 @@ its own reference, as it stands at the call. Both are facts of the adapter, so t
 """
 
 import copy
-import difflib
-import inspect
 import logging
 import math
 import os
@@ -406,47 +404,6 @@ def _untie(causal_lm: PreTrainedModel) -> None:
         source = deeper
     if inner is not None and inner.weight is source.weight:
         inner.weight = nn.Parameter(inner.weight.detach().clone(), requires_grad=False)
-
-
-# ---- Liger's layers
-
-_LIGER_LOSSES = ("cross_entropy", "fused_linear_cross_entropy")
-
-
-def apply_liger(
-    model: nn.Module, config: dict[str, bool] | None = None, device: torch.device | str | None = None
-) -> None:
-    """Liger's Triton kernels for the model's norms, MLPs and rotary embeddings, in place; its losses stay off.
-
-    The head is fastpo's own op, so that Liger's loss kernels, which replace the model's forward, have no part here.
-    `config` switches single kernels, such as {"rope": False}. Rotary embeddings are replaced for the whole family in
-    this process, as Liger does it. `device` is where the model will run, if it is not there yet.
-    """
-    try:
-        from liger_kernel.transformers import monkey_patch
-    except ImportError:
-        raise ConfigError("use_liger_kernel needs the liger-kernel package: pip install liger-kernel") from None
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    device = torch.device(device if device is not None else next(base.parameters()).device)
-    if device.type != "cuda":
-        raise ConfigError(
-            f"use_liger_kernel needs a GPU (CUDA or ROCm); the model is on the {device.type}, where fastpo's own fused "
-            "layers are on in any case: leave it out"
-        )
-    family = base.config.model_type
-    apply = monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN.get(family)
-    if apply is None:
-        raise ConfigError(f"liger-kernel has no layers for the family {family!r}; leave use_liger_kernel out")
-    known = set(inspect.signature(apply).parameters) - {"model"}
-    wanted = dict(config or {})
-    for name, value in wanted.items():
-        if name not in known:
-            near = difflib.get_close_matches(name, sorted(known), n=1)
-            hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(sorted(known))}"
-            raise ConfigError(f"liger_kernel_config: {family} has no kernel {name!r}; {hint}")
-        if name in _LIGER_LOSSES and value:
-            raise ConfigError(f"liger_kernel_config: {name} is a loss kernel; fastpo's own head takes its place")
-    apply(model=base, **{**wanted, **{name: False for name in _LIGER_LOSSES if name in known}})
 
 
 # ---- what bitsandbytes does beside

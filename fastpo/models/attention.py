@@ -13,7 +13,8 @@ import functools
 import importlib.util
 import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -190,17 +191,7 @@ def _choose_backend(
     s_aux: Tensor | None,
 ) -> str:
     head = max(query.shape[-1], value.shape[-1])
-    flash = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and s_aux is None and head <= 256
-    # On shared prompts two calls are merged. A window's reach into the prompt is then another for every response, which
-    # one call for all of them cannot say; and the random state of dropout would be two.
-    flash = flash and not (branches and (window is not None or dropout > 0.0))
-    usable = {
-        "flash_attn": lambda: flash and flash_attn_available() and not (branches and _old_flash_attn()),
-        # FlashAttention inside PyTorch: compute capability 8.0, neither soft cap nor dropout.
-        "varlen": lambda: flash and softcap is None and dropout == 0.0 and _has_varlen(query.device),
-        "triton": lambda: dropout == 0.0 and _has_triton_kernels(query.device) and head <= _triton_size(query.dtype),
-        "sdpa": lambda: True,
-    }
+    usable = _usable(query.device, query.dtype, head, branches, dropout, window, softcap, s_aux is not None)
     forced = os.environ.get("FASTPO_ATTENTION")
     if forced:
         if forced not in BACKENDS:
@@ -214,6 +205,51 @@ def _choose_backend(
     if query.device.type == "cpu":
         return "sdpa"
     return next(name for name in BACKENDS if usable[name]())
+
+
+def _usable(
+    device: torch.device, dtype: torch.dtype, head: int, branches: bool, dropout: float, window: int | None,
+    softcap: float | None, sinks: bool,
+) -> dict[str, Callable[[], bool]]:  # fmt: skip
+    """By backend, whether it computes that."""
+    flash = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and not sinks and head <= 256
+    # On shared prompts two calls are merged. A window's reach into the prompt is then another for every response, which
+    # one call for all of them cannot say; and the random state of dropout would be two.
+    flash = flash and not (branches and (window is not None or dropout > 0.0))
+    return {
+        "flash_attn": lambda: flash and flash_attn_available() and not (branches and _old_flash_attn()),
+        # FlashAttention inside PyTorch: compute capability 8.0, neither soft cap nor dropout.
+        "varlen": lambda: flash and softcap is None and dropout == 0.0 and _has_varlen(device),
+        "triton": lambda: dropout == 0.0 and _has_triton_kernels(device) and head <= _triton_size(dtype),
+        "sdpa": lambda: True,
+    }
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What one layer asks of its attention."""
+
+    head: int  # the larger of the sizes of queries and values
+    window: int | None = None
+    softcap: float | None = None
+    dropout: float = 0.0
+    sinks: bool = False
+
+
+def tree_backend(kind: Kind, device: torch.device | None, dtype: torch.dtype) -> str | None:
+    """The backend that computes shared prompts in such a layer on a GPU; None where that is another than without
+    them, or has no form for trees (sdpa). device: None for an NVIDIA GPU of today that is not here."""
+    if device is None:
+        flash = dtype in (torch.bfloat16, torch.float16) and not kind.sinks and kind.head <= 256
+        flash = flash and kind.window is None and kind.softcap is None and kind.dropout == 0.0
+        return "varlen" if flash else None
+    forced = os.environ.get("FASTPO_ATTENTION")
+    found = []
+    for branches in (False, True):
+        usable = _usable(device, dtype, kind.head, branches, kind.dropout, kind.window, kind.softcap, kind.sinks)
+        names = [name for name in BACKENDS if forced in (None, "", name) and usable[name]()]
+        found.append(names[0] if names else None)
+    return found[0] if found[0] == found[1] and found[0] != "sdpa" else None
 
 
 @functools.cache

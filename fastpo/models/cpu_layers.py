@@ -11,7 +11,7 @@ import contextlib
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from types import MethodType
 from typing import Any
 
@@ -21,6 +21,8 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fastpo.ops import backends
+
+NAMES = ("rms_norm", "rope", "swiglu")  # as Liger calls them
 
 _DTYPES = (torch.float32, torch.bfloat16)
 _LANES = 16  # kLanes of csrc/tile.inc
@@ -158,9 +160,9 @@ def of_fake_tensors() -> Iterator[None]:
 
 class FusedLayers:
     """The layers of a trunk that compute what is fused here, in place of their own while it is `on`; no name of the
-    model's changes."""
+    model's changes. `without`: of NAMES, what stays."""
 
-    def __init__(self, trunk: nn.Module):
+    def __init__(self, trunk: nn.Module, without: Collection[str] = ()):
         self._forwards: list[tuple[nn.Module, Callable[..., Tensor]]] = []
         self._files: dict[str, Any] = {}  # of families, with their own rotary function
         if not available():
@@ -168,11 +170,11 @@ class FusedLayers:
         layers = [m for m in trunk.modules() if isinstance(m, GradientCheckpointingLayer)]
         inner = {id(m) for layer in layers for m in layer.modules()}
         for module in trunk.modules():
-            forward = None if "forward" in vars(module) else _fused_forward(module, id(module) in inner)
+            forward = None if "forward" in vars(module) else _fused_forward(module, id(module) in inner, without)
             if forward is not None:  # and nobody else has replaced it
                 self._forwards.append((module, forward))
             file = type(module).__module__
-            if file not in self._files and _turns_halves(file):
+            if "rope" not in without and file not in self._files and _turns_halves(file):
                 self._files[file] = getattr(sys.modules[file], _ROPE)
 
     def switch(self, on: bool) -> None:
@@ -185,11 +187,11 @@ class FusedLayers:
             setattr(sys.modules[file], _ROPE, _rotary_or(original) if on else original)
 
 
-def _fused_forward(module: Any, inner: bool) -> Callable[..., Tensor] | None:
+def _fused_forward(module: Any, inner: bool, without: Collection[str]) -> Callable[..., Tensor] | None:
     """In place of a module's method, bound to it: a deep copy that a callback makes has its own."""
     kind: Any = type(module)
     if kind.__name__.endswith("RMSNorm"):
-        if (rule := _norm_rule(kind, _eps(module))) is None:
+        if "rms_norm" in without or (rule := _norm_rule(kind, _eps(module))) is None:
             return None
         eps, offset = rule
 
@@ -202,7 +204,7 @@ def _fused_forward(module: Any, inner: bool) -> Callable[..., Tensor] | None:
             return rms_norm(x, self.weight, eps, offset, torch.bfloat16 if cast else None)
 
         return MethodType(norm, module)
-    if _is_gated_mlp(kind, module):
+    if "swiglu" not in without and _is_gated_mlp(kind, module):
 
         def mlp(self: Any, x: Tensor) -> Tensor:
             if torch.compiler.is_compiling():  # torch_compile fuses by itself, and does not see through compiled code

@@ -27,6 +27,13 @@ class Flops:
         config = config.get_text_config() if hasattr(config, "get_text_config") else config
         self.layers = getattr(config, "num_hidden_layers", 0)
         self.attention = self.layers * getattr(config, "hidden_size", 0)
+        # Of a mixture of experts a token passes a few.
+        names = ("num_experts", "num_local_experts", "n_routed_experts")
+        experts = next((n for name in names if isinstance(n := getattr(config, name, None), int)), 0)
+        share = (getattr(config, "num_experts_per_tok", None) or experts) / max(experts, 1)
+        used = [p.numel() * (share if p.ndim == 3 and p.shape[0] == experts else 1.0) for p in trunk]
+        self.active = sum(used)  # parameters of the trunk that a token passes
+        self.active_per_token = sum((6 if p.requires_grad else 4) * n for p, n in zip(trunk, used, strict=True))
         self.reset()
 
     def reset(self) -> None:

@@ -36,6 +36,7 @@ def set_numerics(config: TrainConfig) -> None:
 def training_mode(policy: Policy, config: TrainConfig) -> Iterator[None]:
     """The model as training needs it: packed attention, train mode, checkpointing; put back afterwards."""
     model = policy.model
+    policy.fused.on &= config.use_liger_kernel is not False
     was_training = model.training
     model.train()
     already = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
@@ -46,8 +47,9 @@ def training_mode(policy: Policy, config: TrainConfig) -> Iterator[None]:
         _checkpointing(policy.causal_lm, {"use_reentrant": False, **(config.gradient_checkpointing_kwargs or {})})
     try:
         with policy.attach(), contextlib.ExitStack() as stack:
-            if config.gradient_checkpointing_layers is not None:
-                stack.enter_context(first_layers_checkpointed(policy, config.gradient_checkpointing_layers))
+            count = config.gradient_checkpointing_layers
+            if isinstance(count, int):  # else all of them
+                stack.enter_context(first_layers_checkpointed(policy, count))
             if config.torch_compile:
                 stack.enter_context(compiled_layers(policy, config))
             if config.activation_offloading:
@@ -67,6 +69,19 @@ def _checkpointing(model: nn.Module, kwargs: dict | None) -> None:
         model.disable_input_require_grads()  # type: ignore[operator]  # which enabling it has hooked into the embeddings
     else:
         getattr(model, f"{name}_checkpointing_enable")(kwargs)
+
+
+def layers_to_checkpoint(policy: Policy) -> list[GradientCheckpointingLayer]:
+    """The layers that are checkpointed one by one; none where the model does not support it, or does it otherwise."""
+    if not getattr(policy.causal_lm, "supports_gradient_checkpointing", True):
+        return []
+    return [m for m in policy.trunk.modules() if isinstance(m, GradientCheckpointingLayer)]
+
+
+def checkpoint_all(policy: Policy) -> None:
+    """From now on every layer is checkpointed, inside `training_mode`, whose end puts the flags back."""
+    for layer in layers_to_checkpoint(policy):
+        layer.gradient_checkpointing = True
 
 
 @contextlib.contextmanager

@@ -22,7 +22,8 @@ from transformers import PreTrainedModel
 from fastpo import ops
 from fastpo.data.packing import PackedBatch
 from fastpo.errors import ConfigError, UnsupportedModelError
-from fastpo.models import adapters, attention, cpu_layers, rotary
+from fastpo.models import adapters, attention, rotary
+from fastpo.models.fused import Fused
 from fastpo.models.layout import Layout, prompts_of_chains
 from fastpo.models.loading import load_model, load_tokenizer, resolve_device
 from fastpo.models.trunk import trunk_of
@@ -64,7 +65,8 @@ class Head:
 class Policy:
     """A causal language model, with or without a PEFT adapter, seen as packed log-probabilities."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, fused: bool = True):
+        """fused: whether layers are computed by fused ones while attached, where there are any (models/fused.py)."""
         self.model = model
         self.causal_lm = _causal_lm(model)
         self.trunk = trunk_of(self.causal_lm)
@@ -74,7 +76,7 @@ class Policy:
         if not self.unpacked and (why := _unpackable(self.causal_lm)):
             self.unpack(why)
         self._originals: list[tuple[Any, str | None]] | None = None  # (config, implementation) while attached
-        self._fused: cpu_layers.FusedLayers | None = None  # while attached, on a CPU
+        self.fused = Fused(fused)  # what of its layers is computed otherwise while attached
         attention.register()
         adapters.settle_quantized(self.causal_lm)
 
@@ -180,16 +182,13 @@ class Policy:
         try:
             if not self.unpacked:
                 switch_attention(self.causal_lm, attention.NAME)
-                self._fused = cpu_layers.FusedLayers(self.trunk)
-                self._fused.switch(True)
+                self.fused.install(self.trunk)
             with rotary.by_chain(self.trunk), attention.own_temperatures(self.trunk, packed=not self.unpacked):
                 yield self
         finally:
             restore_attention(self._originals)
             self._originals = None
-            if self._fused is not None:
-                self._fused.switch(False)
-                self._fused = None
+            self.fused.remove()
 
     @contextlib.contextmanager
     def detached(self) -> Iterator[nn.Module]:
@@ -198,16 +197,14 @@ class Policy:
         if originals is not None:
             attached = [(config, config._attn_implementation_internal) for config, _ in originals]
             restore_attention(originals)
-            if self._fused is not None:
-                self._fused.switch(False)
+            self.fused.switch(False)
         try:
             yield self.model
         finally:
             if originals is not None:
                 restore_attention(attached)
                 self._originals = originals
-                if self._fused is not None:
-                    self._fused.switch(True)
+                self.fused.switch(True)
 
     def _trunk_forward(self, input_ids: Tensor, position_ids: Tensor, layout: Layout) -> Tensor:
         outputs = self.trunk(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastpo.ops import backends, chips
+from fastpo.ops import backends, casts, chips
 from fastpo.ops.parts import OpError
 
 GIB = 1 << 30
@@ -35,12 +35,12 @@ def default_memory_budget(weight: Tensor) -> int:
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """The tensors in autocast's dtype where it is on; fp64 stays."""
+    """The tensors in autocast's dtype where it is on; fp64 stays. A parameter's cast is kept (`casts.keeping`)."""
     device_type = next(t for t in tensors if t is not None).device.type
     if not (_autocast_available(device_type) and torch.is_autocast_enabled(device_type)):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
-    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+    return tuple(t if t is None or t.dtype == torch.float64 else casts.cast(t, dtype) for t in tensors)
 
 
 @torch.compiler.assume_constant_result  # PyTorch 2.11 cannot trace the question

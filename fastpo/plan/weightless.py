@@ -160,9 +160,11 @@ class Blueprint:
             config = copy.deepcopy(inner.config)
             del config.quantization_config
             return cls._build(mode, config, inner.dtype, peft_config, quantization)
+        weights = nbytes_of([*model.parameters(), *model.buffers()])
         with FakeCopyMode(mode):
             fake = copy.deepcopy(model)
-        return cls(Policy(fake), mode, nbytes_of([*model.parameters(), *model.buffers()]))
+        _without_memory(fake, mode)  # on the CPU, where the fake batch is
+        return cls(Policy(fake), mode, weights)
 
     @classmethod
     def of_name(
@@ -224,7 +226,7 @@ class Blueprint:
 
 
 def _without_memory(model: nn.Module, mode: FakeTensorMode) -> None:
-    """Every parameter and buffer of a model on the meta device becomes a fake one on the CPU; tied ones stay tied."""
+    """Every parameter and buffer of a model without memory becomes a fake one on the CPU; tied ones stay tied."""
     fakes: dict[int, Tensor] = {}
 
     def fake(tensor: Tensor) -> Tensor:
@@ -240,6 +242,9 @@ def _without_memory(model: nn.Module, mode: FakeTensorMode) -> None:
             for name, tensor in tensors.items():
                 if tensor is not None:
                     tensors[name] = fake(tensor)  # type: ignore[assignment]
+        for name, value in vars(module).items():  # a rotary embedding's first frequencies, which are no buffer
+            if isinstance(value, Tensor):
+                setattr(module, name, fake(value))
 
 
 def nbytes_of(tensors: Sequence[Tensor]) -> int:
@@ -284,15 +289,19 @@ class Run:
 
 
 def simulate(
-    blueprint: Blueprint, config: TrainConfig, tokens: int, row_share: float, autocast: bool, *, on_cpu: bool
-) -> Run:
+    blueprint: Blueprint, config: TrainConfig, tokens: int, row_share: float, autocast: bool, *, on_cpu: bool,
+    regimes: Sequence[str] = ("kept", "sliced"),
+) -> Run:  # fmt: skip
     """A micro-batch of `tokens`, every gradient being there already, as in all micro-batches but a step's first.
-    on_cpu: where it will run, with the layers that are fused there."""
+    on_cpu: where it will run, with the layers that are fused there. regimes: of a trained head."""
     policy, mode = blueprint.policy, blueprint.mode
     model = policy.model
     if policy.unpacked:
         raise ConfigError(f"{type(policy.causal_lm).__name__} runs unpacked, which cannot be planned: set max_tokens")
-    plain = dataclasses.replace(config, activation_offloading=False)
+    # Layers run as they are written: what a compiler leaves out of memory is more, and it has no fake tensors.
+    plain = dataclasses.replace(
+        config, activation_offloading=False, torch_compile=False, torch_compile_backend=None, torch_compile_mode=None
+    )
     per_chain = max(1, round(CHAIN * row_share))
     prompt = np.ones(max(1, CHAIN + 1 - per_chain), np.int32)
     example = Example(prompt, [np.ones(CHAIN + 1 - len(prompt), np.int32)])
@@ -326,11 +335,12 @@ def simulate(
         head = policy.head()
         saved, traces = 0, {}
         trains_head = head.weight.requires_grad or (head.bias is not None and head.bias.requires_grad)
-        for regime, budget in ({"kept": 1 << 62, "sliced": 0} if trains_head else {"frozen": 0}).items():
+        budgets = {"kept": 1 << 62, "sliced": 0, "frozen": 0}
+        for regime in regimes if trains_head else ("frozen",):
             tracker.trace.clear()
             tracker.at_head.clear()
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                logp = policy.logp(batch, memory_budget=budget)
+                logp = policy.logp(batch, memory_budget=budgets[regime])
             saved = tracker.live - base
             logp.sum().backward()
             del logp

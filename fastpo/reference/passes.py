@@ -11,6 +11,7 @@ from fastpo.data.packing import PackedBatch
 from fastpo.errors import ConfigError
 from fastpo.models.modes import eval_mode
 from fastpo.models.policy import Policy, weights_eps
+from fastpo.ops import casts
 from fastpo.reference.cache import RefCache, TokenLogps, reference_logps
 from fastpo.reference.roles import Sets
 from fastpo.training.distributed import Engine, World
@@ -65,7 +66,7 @@ class ReferencePass:
             return self.score(engine, batch.to(self.world.device))
 
         out: dict[str, TokenLogps] = {}
-        with eval_mode(policy.model), policy.attach():
+        with eval_mode(policy.model), policy.attach(), casts.keeping():
             for name, examples in sets.items():
                 rows = sorted(visited[name]) if name in visited else range(len(examples))
                 with contextlib.ExitStack() as stack:

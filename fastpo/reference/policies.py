@@ -72,7 +72,7 @@ class Policies:
             raise ConfigError(
                 f"{role.model} is a model that fsdp has split for another purpose: pass a copy, or its path"
             )
-        policy = Policy(model)
+        policy = Policy(model, fused=config.use_liger_kernel is not False)
         for name, examples in sets.items():
             check_ids(policy, examples, f"{name} (for {role.model})")
         fingerprint = self.world.first(lambda: model_fingerprint(model))
@@ -93,7 +93,7 @@ class Policies:
                 f"Cannot compute reference log-probs for a dataset passed to evaluate(): {name!r} is no longer "
                 "what the run began with; pass the rows as eval_dataset, or ref_model"
             )
-        policy = Policy(model)
+        policy = Policy(model, fused=config.use_liger_kernel is not False)
         return self._split(policy, stack) if config.fsdp != "no" else Engine(policy)
 
     def _split(self, policy: Policy, stack: contextlib.ExitStack) -> Engine:

@@ -12,15 +12,15 @@ from transformers import PreTrainedTokenizerBase
 
 from fastpo.config.train_config import TrainConfig
 from fastpo.data import prepare_examples
-from fastpo.data.packing import TrunkCost, collate, pass_batches, set_sharing, sharing_mode
+from fastpo.data.packing import collate, pass_batches, set_sharing, sharing_mode
 from fastpo.data.prepare import Example
 from fastpo.data.sources import load_rows
 from fastpo.errors import DataError
 from fastpo.models import rotary
-from fastpo.models.flops import Flops
 from fastpo.models.loading import load_model, load_tokenizer
 from fastpo.models.modes import check_ids, eval_mode
 from fastpo.models.policy import Policy
+from fastpo.models.sharing import trunk_cost
 from fastpo.models.verify import guard_rows, verify_or_unpack
 from fastpo.training.distributed import World
 from fastpo.training.memory import MAX_TOKENS, Budget, savings
@@ -92,10 +92,12 @@ def _logps(
 ) -> list[np.ndarray]:  # fmt: skip
     """Of the one response of each example."""
     check_ids(policy, examples, "given")
-    set_sharing(examples, sharing_mode("auto", device.type), TrunkCost.of(Flops(policy, device), device))
-    rotary.unshare(policy.trunk, examples)
     most = max_tokens or MAX_TOKENS.get(device.type, MAX_TOKENS["cuda"])
     config = TrainConfig()
+    bf16 = torch.is_autocast_enabled(device.type)
+    cost = trunk_cost(policy, config, device.type, device, bf16=bf16, room=most)
+    set_sharing(examples, sharing_mode("auto", cost), cost)
+    rotary.unshare(policy.trunk, examples)
     budget = Budget(
         most, config, World(device), lambda training: savings(config, policy.model, policy.dtype, device, training),
         lambda _, row: f"response {row}",

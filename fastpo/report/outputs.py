@@ -186,7 +186,8 @@ class Reporter:
             loss = f", loss {summary['train_loss']:.4g}" if "train_loss" in summary else ""
             model = f"; the model is in {self.folder}" if self.config.save_final else ""
             curves = f", curves in {self.folder / 'report.html'}" if self.config.report else ""
-            log.info("%d steps%s%s%s", state.global_step, loss, model, curves)
+            steps = f"{state.global_step} step{'' if state.global_step == 1 else 's'}"
+            log.info("%s%s%s%s", steps, loss, model, curves)
 
     def fail(
         self,

@@ -76,7 +76,7 @@ class Accumulation:
     def _drop(self, step: int) -> None:
         """Lets go of what a failed attempt has left."""
         self.gradients.begin(1, step)
-        torch.clear_autocast_cache()
+        self.passes.forward.drop_casts()
 
     def _begin(self, rows: Sequence[int], step: int) -> None:
         """Packs the step into this process's micro-batches, and forgets the last one's gradients."""

@@ -81,7 +81,8 @@ class Evaluation:
         shares = [batches[rank :: world.size] for rank in range(world.size)]
         share = shares[world.rank]
         of_tokens = torch.zeros(TOKEN_SUMS, dtype=torch.float64, device=world.device)
-        with eval_mode(policy.model), policy.attach(), passes.forward.watching(self.token_metrics):
+        watching = passes.forward.watching(self.token_metrics)
+        with eval_mode(policy.model), policy.attach(), passes.forward.keeping_casts(), watching:
             stats = self.stepwide.statistics(name, range(len(examples)), passes, ref)
             parts: Iterable[tuple[PackedBatch, Tensor]]
             parts = passes.logps(share, passes.rounds(shares), examples, ref(name), batches[0], statistics=True)

@@ -14,6 +14,7 @@ from torch import Tensor
 from fastpo.config.train_config import TrainConfig
 from fastpo.data.packing import PackedBatch
 from fastpo.models.policy import Head, Policy
+from fastpo.ops import casts
 from fastpo.training.distributed import Engine, uses_bf16
 from fastpo.training.metrics import PROMPT_LOGP
 from fastpo.training.router_loss import RouterLoss
@@ -56,13 +57,21 @@ class Forward:
 
     @contextlib.contextmanager
     def keeping_casts(self) -> Iterator[None]:
-        """Inside, in which weights do not change, autocast casts each of them once, not once a pass."""
+        """Inside, in which weights do not change, each of them is cast once, not once a pass: by autocast what has
+        gradients, by `casts` the head and adapters."""
         torch.autocast_increment_nesting()
         try:
-            yield
+            with casts.keeping():
+                yield
         finally:
             if torch.autocast_decrement_nesting() == 0:
                 torch.clear_autocast_cache()
+
+    @staticmethod
+    def drop_casts() -> None:
+        """Lets go of them, and of what a pass that failed has left with them."""
+        torch.clear_autocast_cache()
+        casts.clear()
 
     @contextlib.contextmanager
     def watching(self, wanted: bool = True) -> Iterator[None]:

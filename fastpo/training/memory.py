@@ -24,6 +24,9 @@ from fastpo.data.packing import packed_size, pass_batches, trunk_tokens
 from fastpo.data.prepare import Example
 from fastpo.errors import TrainingError
 from fastpo.models.adapters import first_line, is_quantized
+from fastpo.models.modes import checkpoint_all
+from fastpo.models.policy import Policy
+from fastpo.ops import default_memory_budget
 from fastpo.training.distributed import World
 from fastpo.training.guardrails import Warning_
 from fastpo.training.random_state import rng_state, set_rng_state
@@ -56,14 +59,15 @@ def savings(config: TrainConfig, model: nn.Module, dtype: torch.dtype, device: t
     the model's weights."""
     full = not hasattr(model, "peft_config")
     wide = dtype in (torch.float32, torch.float64)
+    layers = config.gradient_checkpointing_layers
     length = f"max_length (now {config.max_length})" if config.max_length else "max_length"
     ways = {
         "gradient_checkpointing": not config.gradient_checkpointing,
-        "gradient_checkpointing_layers=None": config.gradient_checkpointing and config.gradient_checkpointing_layers,
+        "gradient_checkpointing_layers=all": config.gradient_checkpointing and type(layers) is int,
         "logits_memory_budget=0": full and config.logits_memory_budget != 0,
         "activation_offloading": not config.activation_offloading and device.type != "cpu",
         "optim=adamw_8bit": full and "8bit" not in config.optim and config.fsdp == "no",
-        "master_weights=stochastic": full and not wide and config.master_weights == "fp32",
+        "master_weights=stochastic": full and not wide and config.master_weights in ("auto", "fp32"),
         "dtype=bfloat16": wide and not is_quantized(model),
         "an adapter (peft_config)": full,
         "a smaller token_bucket": bool(config.token_bucket),
@@ -77,6 +81,39 @@ def savings(config: TrainConfig, model: nn.Module, dtype: torch.dtype, device: t
 MAX_TOKENS = {"cuda": 16_384, "cpu": 2_048}
 
 
+class Retreat:
+    """What the options leave open, and the run took since its memory seemed to hold it (plan/settle.py): given back
+    one by one where that was wrong, before micro-batches become smaller."""
+
+    def __init__(self, config: TrainConfig, taken: Sequence[str] = (), policy: Policy | None = None):
+        """config: of the run's parts, which read it anew in every step; it changes. taken: names of its options."""
+        self.config, self.policy = config, policy
+        self.left = [name for name in ("gradient_checkpointing_layers", "logits_memory_budget") if name in taken]
+        self.given: list[str] = []
+
+    def give(self) -> str | None:
+        """The next one, in words; None where there is none."""
+        if not self.left or self.policy is None:
+            return None
+        name = self.left[0]
+        self.load([*self.given, name])
+        if name == "logits_memory_budget":
+            usual = default_memory_budget(self.policy.head().weight)
+            what = f"the head keeps no more than its usual budget (logits_memory_budget={usual}"
+        else:
+            checkpoint_all(self.policy)
+            what = "every layer is checkpointed (gradient_checkpointing_layers=all"
+        return f"{what} from the start spares the failed attempts)"
+
+    def load(self, given: Sequence[str]) -> None:
+        """Those were given before training began: what `given` holds, as a checkpoint has it."""
+        for name in given:
+            if name in self.left:
+                self.left.remove(name)
+                self.given.append(name)
+                setattr(self.config, name, None)
+
+
 class Budget:
     """Tokens that a micro-batch of this process may have: `max_tokens`, until the device has run out at that."""
 
@@ -87,8 +124,10 @@ class Budget:
         world: World,
         advice: Callable[[bool], str],
         name_of: Callable[[Sequence[Example], int], str],
+        retreat: Retreat | None = None,
     ):
         """advice: what would save memory, with gradients or without (`savings`). name_of: a row, as people count."""
+        self.retreat = retreat or Retreat(config)
         self.max_tokens, self.config, self.world = max_tokens, config, world
         self.advice, self.name_of = advice, name_of
         self.tokens = max_tokens  # with gradients
@@ -115,7 +154,8 @@ class Budget:
         """`work()`, which leaves a step's gradients; after `drop()` of them and `restart()` again where memory ran out.
 
         A first failure at a budget may have been a fragmented allocator's, or another process's: the caches are given
-        back and the step is repeated as it was, bit for bit. The next one lowers the budget for good.
+        back and the step is repeated as it was, bit for bit. The next one takes back what was decided by an estimate of
+        the memory, one after the other, and then lowers the budget for good.
         """
         rng, self.part = rng_state(), ()
         while True:
@@ -144,14 +184,18 @@ class Budget:
                 "begins anew as it was", step, tokens, reason,
             )  # fmt: skip
             return
-        if len(part) == 1:
+        message = f"out of memory in a micro-batch of {tokens:,} tokens ({reason}): "
+        if (given := self.retreat.give()) is not None:
+            message += f"there is less memory than was estimated, and from this step on {given}"
+        elif len(part) == 1:
             raise self._too_large(self.examples, part[0], reason, training=True)
-        self.tokens = self._half(tokens)
-        message = (
-            f"out of memory in a micro-batch of {tokens:,} tokens ({reason}): this step and the following ones are "
-            f"trained in micro-batches of {self.tokens:,} tokens, which changes the results by rounding only; "
-            f"max_tokens={self.tokens} from the start spares the failed attempts"
-        )
+        else:
+            self.tokens = self._half(tokens)
+            message += (
+                f"this step and the following ones are trained in micro-batches of {self.tokens:,} tokens, which "
+                f"changes the results by rounding only; max_tokens={self.tokens} from the start spares the failed "
+                "attempts"
+            )
         warning = Warning_("out_of_memory", step, message)
         warn(warning)
         log.warning("%s", warning)
@@ -221,8 +265,11 @@ class Budget:
     def state_dict(self) -> dict[str, object]:
         """For a checkpoint: a resumed run packs as this one would have. Every rank calls it."""
         auto = self.config.max_tokens == "auto"
-        tokens, pass_tokens = map(list, zip(*self.world.gather((self.tokens, self.pass_tokens)), strict=True))
-        return {"max_tokens": self.max_tokens, "auto": auto, "tokens": tokens, "pass_tokens": pass_tokens}
+        mine = self.tokens, self.pass_tokens, self.retreat.given
+        tokens, pass_tokens, given = map(list, zip(*self.world.gather(mine), strict=True))
+        return {
+            "max_tokens": self.max_tokens, "auto": auto, "tokens": tokens, "pass_tokens": pass_tokens, "given": given,
+        }  # fmt: skip
 
     def load_state_dict(self, state: dict) -> None:
         """Go on where `state_dict` was taken; not with another max_tokens, which was set to try that."""
@@ -237,6 +284,7 @@ class Budget:
         if rank < len(state["tokens"]):
             self.tokens = state["tokens"][rank]
             self.pass_tokens = min(self.pass_tokens, state["pass_tokens"][rank])
+            self.retreat.load(state.get("given", [[]] * (rank + 1))[rank])
 
 
 def release(device: torch.device) -> None:

@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastpo.config.train_config import TrainConfig
-from fastpo.data.packing import PackedBatch, TrunkCost, collate, set_sharing, sharing_mode, step_batches
+from fastpo.data.packing import PackedBatch, collate, set_sharing, sharing_mode, step_batches
 from fastpo.data.prepare import Example
-from fastpo.models import rotary
-from fastpo.models.flops import Flops
+from fastpo.models import rotary, sharing
 from fastpo.models.modes import check_ids
 from fastpo.models.policy import Policy
-from fastpo.training.distributed import World
+from fastpo.training.distributed import World, uses_bf16
+from fastpo.training.memory import MAX_TOKENS
 from fastpo.training.objective import Objective
 from fastpo.training.row_statistics import EVALUATION, draw_rows
 
@@ -20,12 +20,17 @@ class MicroBatches:
 
     def __init__(self, config: TrainConfig, world: World, objective: Objective, policy: Policy):
         self.config, self.world, self.objective, self.policy = config, world, objective, policy
-        self.cost = TrunkCost.of(Flops(policy, world.device), world.device)
+        bf16 = uses_bf16(config, world.device)
+        # Every rank packs the step alike, whatever card it has.
+        kind, given = world.device.type, config.max_tokens
+        room = given if isinstance(given, int) else MAX_TOKENS[kind]
+        costs = world.gather(sharing.trunk_cost(policy, config, kind, world.device, bf16=bf16, room=room))
+        self.cost = costs[0]._replace(shares=all(cost.shares for cost in costs))
 
     def place(self, name: str, examples: list[Example]) -> None:
         """Before the first batch of a set: its ids are checked, and it is decided which rows share their prompt."""
         check_ids(self.policy, examples, name)
-        set_sharing(examples, sharing_mode(self.config.share_prompts, self.world.device.type), self.cost)
+        set_sharing(examples, sharing_mode(self.config.share_prompts, self.cost), self.cost)
         rotary.unshare(self.policy.trunk, examples)
 
     def of_step(self, examples: Sequence[Example], rows: Sequence[int], max_tokens: int) -> list[list[list[int]]]:

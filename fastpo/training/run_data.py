@@ -82,7 +82,15 @@ class DataSets:
         return examples
 
     def _examples(self, dataset: Any, split: str, name: str) -> tuple[list[Example], DataReport]:
-        """The examples of one data set, or of a mixture of several."""
+        """The examples of one data set, or of a mixture of several; what is wrong with an evaluation set names it."""
+        if name == "train":
+            return self._of_all(dataset, split, name)
+        try:
+            return self._of_all(dataset, split, name)
+        except DataError as error:
+            raise DataError(f"{name} data: {error}") from error
+
+    def _of_all(self, dataset: Any, split: str, name: str) -> tuple[list[Example], DataReport]:
         parts = mixing.parts_of(dataset)
         if parts is None:
             return self._of_one(mixing.Part("", dataset), split, name)

@@ -48,7 +48,6 @@ def take_model(
 def as_policy(model: nn.Module, config: TrainConfig, device: torch.device) -> Policy:
     """The policy around it, which refuses what it cannot train before anything is changed for good."""
     policy = Policy(model)
-    if config.use_liger_kernel:
-        adapters.apply_liger(model, config.liger_kernel_config, device)
+    policy.fused.choose(policy.causal_lm, config, device)
     freeze_towers(model)
     return policy

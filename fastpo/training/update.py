@@ -28,8 +28,9 @@ class Update:
         optimizer, scheduler = given
         self.own_optimizer = optimizer is None
         self.max_grad_norm = config.max_grad_norm
+        masters = "fp32" if config.master_weights == "auto" else config.master_weights
         self.gradients = Gradients(
-            dict(parameters), master_weights=config.master_weights if self.own_optimizer else "none", seed=config.seed,
+            dict(parameters), master_weights=masters if self.own_optimizer else "none", seed=config.seed,
             group=world.group, sharded=config.fsdp != "no",
         )  # fmt: skip
         if optimizer is not None:

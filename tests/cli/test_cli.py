@@ -384,6 +384,7 @@ def test_unknown_yaml_key_names_the_nearest(trained, tmp_path, capsys):
         (["train", *INPUTS, "--deepspeed", "zero3.json"], ["deepspeed", "fsdp"]),
         (["train", *INPUTS, "--model.beta", "0.1"], ["model.beta", "OpenRLHF", "here it is beta"]),
         (["train", *INPUTS, "--pref_beta", "0.1"], ["pref_beta", "LLaMA-Factory", "here it is beta"]),
+        (["train", *INPUTS, "--dataset", "a.jsonl"], ["LLaMA-Factory", "here it is train_dataset (a file or"]),
         (["train", *INPUTS, "--fsdp", "hybrid_shard"], ["fsdp", "hybrid_shard"]),
         (["train", "--train-dataset", "d"], ["--model"]),
         (["train", "--model", "m"], ["--train-dataset"]),

@@ -34,7 +34,7 @@ VALUES = {
     "dataset_num_proc": 2, "truncation_mode": "keep_end", "loss_type": ["hinge"], "loss_weights": [0.5],
     "label_smoothing": 0.1, "ref_model_mixup_alpha": 0.5, "adam_beta1": 0.8, "adam_beta2": 0.95,
     "precompute_ref_log_probs": True, "f_divergence_type": "js_divergence", "ld_alpha": 0.5,
-    "torch_compile_backend": "aot_eager", "torch_compile_mode": "default",
+    "torch_compile_backend": "aot_eager", "torch_compile_mode": "default", "use_liger_kernel": True,
 }  # fmt: skip
 NEEDS = {"load_best_model_at_end": {"eval_strategy": "epoch", "save_strategy": "epoch"}}
 

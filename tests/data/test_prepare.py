@@ -355,6 +355,7 @@ def test_invalid_conversations(columns, message):
     [
         ({"prompt": "a", "choosen": "b", "rejected": "c"}, {}, "'chosen' is missing .* did you mean 'choosen'"),
         ({"promt": "a", "chosen": "b", "rejected": "c"}, {}, "no column 'prompt' but 'promt': did you mean"),
+        ({"question": "a", "good": "b", "bad": "c"}, {}, "'chosen' is missing from 'question', .* rename the column"),
         ({"prompt": "a", "completion": "b"}, {}, "rows with 'completion' are for loss_type='sft'"),
         (PAIR, {"kind": "sft"}, "sft rows need the columns 'prompt', 'completion'; 'completion' is missing .* rename"),
         ({**PAIR, "chosen_score": 1.0}, {}, "'chosen_score' needs 'rejected_score'"),

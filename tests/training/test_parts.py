@@ -10,7 +10,7 @@ from transformers import TrainerControl, TrainerState
 from fastpo.config.train_config import TrainConfig
 from fastpo.errors import ConfigError, TrainingError
 from fastpo.models.policy import Policy
-from fastpo.plan.estimate import max_tokens_of_run
+from fastpo.plan.settle import settle
 from fastpo.training import start_guard
 from fastpo.training.accumulation import Accumulation
 from fastpo.training.distributed import Engine, World
@@ -107,7 +107,7 @@ def test_packing_changes_no_log_probability(toy):
             torch.testing.assert_close(torch.from_numpy(x), torch.from_numpy(y), rtol=1e-5, atol=1e-5)
     odd = config_of(max_tokens=100, token_bucket=64)
     with pytest.raises(ConfigError, match="max_tokens=100 is no multiple of token_bucket=64: 64 is one"):
-        max_tokens_of_run(parts.model, odd, WORLD, parts.data.train, parts.objective, autocast=False)
+        settle(parts.model, odd, WORLD, parts.data.train, parts.objective, autocast=False)
 
 
 def test_a_forward_watches_only_when_asked(toy):

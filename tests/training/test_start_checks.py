@@ -231,7 +231,7 @@ SILENT = {
         {"gradient_checkpointing_kwargs": {"use_reentrant": True}},
     ),
     "liger_kernel_config": (
-        {"liger_kernel_config": {"rope": False}}, {"liger_kernel_config": {"rope": False}, "use_liger_kernel": True},
+        {"liger_kernel_config": {"rope": False}, "use_liger_kernel": False}, {"liger_kernel_config": {"rope": False}},
     ),
     "fsdp_gradients": ({"fsdp_gradients": "micro_batch"}, {"fsdp_gradients": "micro_batch", "fsdp": "full_shard"}),
     "ddp_timeout": ({"ddp_timeout": 5}, None),
