@@ -357,8 +357,11 @@ def resources(compiled, target: str) -> dict[str, int]:
 def instructions_a_score(code: str, case: str) -> list[float]:
     """Of a tree attention's loops over tiles, without masks and with them: instructions of all threads for a score."""
     kernel, name = case.removeprefix("tree-").split("-", 1)
-    sizes, dtype, _ = TREES[name]
-    tile = getattr(attention.tree_config(*sizes, dtype), kernel)
+    sizes, dtype, rules = TREES[name]
+    config = attention.tree_config(*sizes, dtype)
+    if rules.get("softcap"):
+        config = attention.softcapped(config, dtype, sizes[0])
+    tile = getattr(config, kernel)
     threads = 32 * tile.warps / (tile.queries * tile.keys)
     return [round(len(loop) * threads, 1) for loop in innermost_loops(code, PRODUCT)]
 

@@ -343,14 +343,27 @@ _CUDA_TILES = {
 _HIP_TILES = {
     (False, 64): TreeConfig(Tile(128, 32, 4, 1), Tile(64, 32, 4, 1), Tile(32, 32, 4, 1)),
     (False, 128): TreeConfig(Tile(64, 32, 8, 1), Tile(64, 32, 8, 1), Tile(32, 32, 4, 1)),
-    (False, 256): TreeConfig(Tile(64, 32, 4, 1), Tile(64, 32, 4, 1), Tile(32, 32, 4, 1)),
+    (False, 256): TreeConfig(Tile(64, 32, 4, 1), Tile(64, 32, 4, 1), Tile(16, 32, 4, 1)),
     (True, 64): TreeConfig(Tile(32, 32, 4, 1), Tile(32, 16, 4, 1), Tile(32, 32, 4, 1)),
     (True, 128): TreeConfig(Tile(32, 16, 4, 1), Tile(32, 16, 4, 1), Tile(32, 16, 4, 1)),
 }
 
 
-# Triton 3.6 keeps two stages of the third kernel's tiles in registers that a soft cap needs for heads of 64 on sm_80.
-_SPILLS = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
+_VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
+
+
+def softcapped(config: TreeConfig, dtype: torch.dtype, head_size: int) -> TreeConfig:
+    """The tiles for scores with a soft cap, which takes registers that some cases do not have under Triton 3.6, and
+    others from 3.8 on. The host's tables do not depend on what changes."""
+    fp32, size = dtype == torch.float32, _padded(head_size)
+    if _VERSION < (3, 7) and not fp32 and size == 64:
+        return config._replace(dkv=config.dkv._replace(stages=1))
+    if _VERSION >= (3, 8) and torch.version.hip is None:
+        if not fp32 and size == 256:
+            return config._replace(dq=config.dq._replace(keys=16))
+        if fp32 and size == 64:
+            return config._replace(dkv=config.dkv._replace(queries=16, warps=16))
+    return config
 
 
 def _padded(size: int) -> int:
@@ -393,8 +406,8 @@ def _launch_args(
     }
     scalars = (float(scale), softcap if softcap is None else float(softcap), window)
     config = tree_config(head_size, value_size, query.dtype)
-    if softcap is not None and _SPILLS and constants["BLOCK_D"] == 64:
-        config = config._replace(dkv=config.dkv._replace(stages=1))
+    if softcap is not None:
+        config = softcapped(config, query.dtype, head_size)
     return (tokens, head_size, value_size), scalars, constants, config
 
 

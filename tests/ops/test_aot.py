@@ -150,13 +150,13 @@ def test_the_tables_of_other_tritons(path, committed):
 
 
 def test_tiles_without_a_mask_take_fewer_instructions(committed):
-    """In 16 bits by a sixth at least; of all threads together, with options for the score too."""
+    """In 16 bits by a quarter at least; with all options, whose arithmetic stays, by an eighth."""
     trees = aot.read_record()["trees"]["instructions"]
     for (case, target), row in committed.items():
         if case.startswith("tree") and row["instructions"]:
             assert row["instructions"] < row["masked"], (case, target)
             if "fp32" not in case:
-                assert row["instructions"] < 5 / 6 * trees[case][target], (case, target)
+                assert row["instructions"] < (7 / 8 if "all" in case else 3 / 4) * trees[case][target], (case, target)
 
 
 @pytest.mark.parametrize(
