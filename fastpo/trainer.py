@@ -63,7 +63,7 @@ from fastpo.training.signals import Signals
 from fastpo.training.step_plan import StepPlan
 from fastpo.training.stepwide import StepWide
 from fastpo.training.take_model import as_policy, take_model
-from fastpo.training.update import Schedule, Update, check_optimizers
+from fastpo.training.update import Update, check_optimizers
 
 log = logging.getLogger("fastpo")
 
@@ -329,7 +329,7 @@ class Trainer(face.Face):
             self.start_guard = start_guard.StartGuard(
                 self.objective, self.forward.low_precision, self.references.start_of, str(cache.cache_folder())
             )
-        parts = {"scheduler": Schedule(update.scheduler), "window": self.window, "stepwide": self.stepwide,
+        parts = {"scheduler": update.kept_schedule(), "window": self.window, "stepwide": self.stepwide,
                  "budget": self.budget, "guards": run_state.AsJson(self.guards)}  # fmt: skip
         state = run_state.RunState(self.weights, update.gradients, update.optimizer, self.progress, parts, self.moving)
         run = self.identity | self.references.kept.keys

@@ -39,6 +39,10 @@ class Update:
         self.optimizer = build_optimizer(model, config, self.gradients) if optimizer is None else optimizer
         self.scheduler = build_scheduler(self.optimizer, config, steps) if scheduler is None else scheduler
 
+    def kept_schedule(self) -> Any:
+        """The schedule, as a checkpoint keeps it."""
+        return LearningRate(self.scheduler)
+
     def learning_rate(self) -> float:
         """Of the next step."""
         return float(self.scheduler.get_last_lr()[0])
@@ -55,7 +59,7 @@ class Update:
         self.scheduler.step()
 
 
-class Schedule:
+class LearningRate:
     """A learning-rate schedule as a checkpoint keeps it: where it stands. What it gives from there is this run's, which
     may have more steps than the one before."""
 
