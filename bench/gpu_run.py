@@ -57,6 +57,7 @@ GPU_TESTS = (
     "tests/training/test_no_sync.py",
     "tests/training/test_optim.py",
     "tests/training/test_prompt_nll.py",
+    "tests/training/test_triton_adamw_interpreter.py",
     "tests/test_trainer.py",
 )
 OURS = ("gemms_1", "gemms_2", "gemms_3", "fastpo_none", "fastpo_frozen", "fastpo_kept", "fastpo_sliced", "naive")

@@ -333,7 +333,7 @@ def test_what_a_run_is_and_what_it_was_begun_as(make, tmp_path, caplog):
     parts, world = make(), World(CPU)
 
     def of(model, config=parts.config):
-        return identity.identify(model, ROWS, config, world, name="small", of_base=False)
+        return identity.identify(model, ROWS, config, world, name="small", of_base=False, settled={})
 
     begun = of(parts.model)
     assert begun["rows"] == 1 and begun["parameters"]["model.norm.weight"] == "(32,)" and begun["run_id"]
