@@ -36,13 +36,13 @@ _COUNTS = {
 }
 _LOGPS = ("logps/chosen", "logps/rejected")
 _REWARDS = ("rewards/chosen", "rewards/rejected", "rewards/margins")  # relative to the largest of a run
-# By dtype of the weights. fp32: on an Intel Xeon the losses are within 2e-6, on an AMD EPYC within 8e-6. fp64: reported
-# losses are of fp32, and so are the reference's log-probabilities in fastpo's cache.
+# By dtype of the weights. fp32: on an Intel Xeon the losses were within 2e-6, on an AMD EPYC within 8e-6. fp64: both
+# sides log fp32, and fastpo's reference log-probabilities are kept in fp32; on the EPYC losses were within 5e-7.
 LIMITS: dict[str, dict[str, tuple[str, float]]] = {
     "float32": {"loss": ("relative", 1e-5), "grad_norm": ("relative", 1e-4)}
     | dict.fromkeys(_LOGPS, ("relative", 2e-6)) | dict.fromkeys(_REWARDS, ("scale", 1e-3)) | _COUNTS,
-    "float64": {"loss": ("relative", 2e-7), "grad_norm": ("relative", 1e-6)}
-    | dict.fromkeys(_LOGPS, ("relative", 1e-7)) | dict.fromkeys(_REWARDS, ("scale", 1e-6)) | _COUNTS,
+    "float64": {"loss": ("relative", 1e-6), "grad_norm": ("relative", 1e-6)}
+    | dict.fromkeys(_LOGPS, ("relative", 2e-7)) | dict.fromkeys(_REWARDS, ("scale", 2e-6)) | _COUNTS,
 }  # fmt: skip
 
 
