@@ -120,6 +120,15 @@ def fastpo_args(output_dir: str, **kwargs) -> dict:
     return defaults | kwargs
 
 
+def own_environment(folder: str, threads: int) -> dict[str, str]:
+    """Of a run on the CPU that is a process of its own: its caches are in `folder`, empty, and it is quiet."""
+    return os.environ | {
+        "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore",
+        "HF_DATASETS_CACHE": f"{folder}/datasets", "FASTPO_CACHE": f"{folder}/fastpo", "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads),
+    }  # fmt: skip
+
+
 def step_logs(log_history: list[dict]) -> list[dict]:
     """The per-step training entries of a log history (no evaluation, no final summary)."""
     return [entry for entry in log_history if "loss" in entry]

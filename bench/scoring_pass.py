@@ -105,13 +105,11 @@ def worker(provider: str, args: argparse.Namespace, path: str) -> None:
 
 
 def spawn(provider: str, args: argparse.Namespace) -> dict:
+    import common
+
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "result.json"
-        threads = str(args.threads)
-        environment = os.environ | {
-            "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore",
-            "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "CUDA_VISIBLE_DEVICES": "",
-        }  # fmt: skip
+        environment = common.own_environment(folder, args.threads)
         command = [sys.executable, __file__, "--worker", provider, str(path), "--rows", args.rows, "--dtype",
                    args.dtype, "--prompts", str(args.prompts)]  # fmt: skip
         run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
