@@ -2,9 +2,10 @@
 
     python bench/scoring_pass.py                              # K = 8 responses of a prompt, bf16, three turns
     python bench/scoring_pass.py --rows hh --dtype fp32 --prompts 16
+    python bench/scoring_pass.py --rows 1024x128              # prompts of 1,024 tokens, eight responses of 128 each
 
 The model is of SmolLM2-135M's shape with random weights (real_shape.py). Rows: `kway`, prompts of the shared data's
-AlpacaEval file with eight responses each; `hh`, its HH dialogues, two responses each. Every run is a process of its
+AlpacaEval file with eight responses each; `hh`, its HH dialogues, two responses each; `PxR`, made ones of random tokens, eight responses each. Every run is a process of its
 own, in turn; `seconds` is from rows to numbers, tokenising included, ours with its guard against the model's logits.
 
 Peers: `padded`, the rows in their order, eight sequences a forward (for `kway` the responses of one prompt);
@@ -16,6 +17,8 @@ response's sum to the padded pass, beside the mean size of these sums.
 import argparse
 import json
 import os
+import random
+import re
 import statistics
 import subprocess
 import sys
@@ -38,6 +41,15 @@ def read_rows(kind: str, prompts: int) -> tuple[list[dict], object]:
     if kind == "kway":
         ours, _, tokenizer = train_vs_peers.kway_rows(prompts, real_shape.VOCAB)
         return ours, tokenizer
+    if kind != "hh":
+        sizes = [int(size) for size in kind.split("x")]
+        tokenizer, rng = common.word_tokenizer(real_shape.VOCAB), random.Random(0)
+
+        def words(size: int) -> str:
+            return " ".join(f"w{rng.randrange(3, real_shape.VOCAB)}" for _ in range(size))
+
+        made = [(words(sizes[0]), [words(sizes[1] - 1) for _ in range(8)]) for _ in range(prompts)]  # and the end
+        return [{"prompt": p, "responses": [{"text": f" {r}"} for r in of_it]} for p, of_it in made], tokenizer
     rows = common.hh_rows()
     tokenizer = common.bpe_tokenizer([row[key] for row in rows for key in ("chosen", "rejected")], real_shape.VOCAB)
     out = []
@@ -120,7 +132,7 @@ def spawn(provider: str, args: argparse.Namespace) -> dict:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", choices=("kway", "hh"), default="kway")
+    parser.add_argument("--rows", default="kway", help="kway, hh, or PxR (tokens of prompt and response)")
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--repeats", type=int, default=3)
@@ -132,6 +144,8 @@ def main() -> int:
         worker(args.worker[0], args, args.worker[1])
         return 0
 
+    if args.rows not in ("kway", "hh") and not re.fullmatch(r"\d+x\d+", args.rows):
+        parser.error(f"--rows {args.rows}: expected kway, hh, or two numbers such as 1024x128")
     import common
 
     runs: dict[str, list[dict]] = {provider: [] for provider in PROVIDERS}
