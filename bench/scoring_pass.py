@@ -5,8 +5,9 @@
     python bench/scoring_pass.py --rows 1024x128              # prompts of 1,024 tokens, eight responses of 128 each
 
 The model is of SmolLM2-135M's shape with random weights (real_shape.py). Rows: `kway`, prompts of the shared data's
-AlpacaEval file with eight responses each; `hh`, its HH dialogues, two responses each; `PxR`, made ones of random tokens, eight responses each. Every run is a process of its
-own, in turn; `seconds` is from rows to numbers, tokenising included, ours with its guard against the model's logits.
+AlpacaEval file with eight responses each; `hh`, its HH dialogues, two responses each; `PxR`, made ones of random
+tokens, eight responses each. Every run is a process of its own, in turn; `seconds` is from rows to numbers, tokenising
+included, ours with its guard against the model's logits.
 
 Peers: `padded`, the rows in their order, eight sequences a forward (for `kway` the responses of one prompt);
 `padded_sorted`, all of them by length, eight a forward. Both take fp32 log_softmax of the logits, then the targets'.
