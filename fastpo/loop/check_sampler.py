@@ -20,8 +20,8 @@ def check_sampler(
 
     samples: requests with their responses; taken are the first of different prompts that have token ids and a
     log-probability. policy: a model in memory, or a name or path. Compared is the mean over responses of the difference
-    of their sums, a token. Returns {"compared": how many, "difference": nats a token}, for the manifest; with nothing to
-    compare {"compared": 0, "why": ...}. TrainingError where the difference is above `tolerance` or is not finite.
+    of their sums, a token. Returns {"compared": how many, "difference": nats a token}, for the manifest; with nothing
+    to compare {"compared": 0, "why": ...}. TrainingError where the difference is above `tolerance` or not finite.
     """
     chosen: dict[str, tuple[Request, Response]] = {}
     seen, without_ids = 0, 0

@@ -91,8 +91,8 @@ class Draw(LogitsProcessor):
         return out
 
     def _cut_draw(self, logits: Tensor, asked: Sequence[Request], u: Tensor) -> Tensor:
-        """Of the top_k likeliest, and of these the fewest that have top_p of what is left, the crossing one included."""
-        values, order = logits.sort(-1, descending=True, stable=True)  # [rows, V]
+        """Of the top_k likeliest, and of these the fewest that have top_p of what is left together."""
+        values, order = logits.sort(stable=True, dim=-1, descending=True)  # [rows, V]
         rank = torch.arange(values.shape[-1], device=values.device)
         most = self._column([r.top_k or values.shape[-1] for r in asked])
         probs = values.masked_fill(rank >= most, -torch.inf).softmax(-1)
@@ -143,3 +143,8 @@ class Ended(StoppingCriteria):
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: object) -> Tensor:
         ended = [*self.draw.ended, *(self.draw.ended[i] for i in self.draw.contrasted)]
         return torch.tensor(ended, device=input_ids.device)
+
+
+def before_stop(text: str, stop: Sequence[str]) -> str:
+    """The text up to the first of the stop strings: as servers give it, while the ids keep all that was sampled."""
+    return text[: min((at for s in stop if (at := text.find(s)) >= 0), default=len(text))]

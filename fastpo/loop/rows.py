@@ -11,8 +11,8 @@ from fastpo.data.sources import load_rows
 from fastpo.errors import TrainingError
 from fastpo.loop.config import LoopConfig
 from fastpo.loop.items import Dropped, Item, Prompt, Scores, prompt_text, seed_of
-from fastpo.loop.requests import refined_prompt
 from fastpo.loop.parts import read_lines, write_json, write_lines
+from fastpo.loop.requests import refined_prompt
 from fastpo.loop.selecting import Selector, as_pairs
 from fastpo.selection import length_penalty, relabel
 

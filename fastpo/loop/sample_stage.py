@@ -26,15 +26,14 @@ _ALIKE = 8  # prompts whose answers are all the same before that is said
 
 def sample_stage(
     sampler: Sampler, requests: Sequence[Request], path: Path, *, bar: bool = True, max_failed: float = 0.02,
-    meta: Mapping[UnitId, Mapping[str, Any]] | None = None, name: str = "sample",
-) -> dict[str, Any]:  # fmt: skip
+    name: str = "sample",
+) -> dict[str, int]:  # fmt: skip
     """Asks what is not in the file yet; returns counts for the manifest, which depend on the file alone.
 
-    Of a sampler that is not exact, what failed before is asked again, once. `meta` is noted with the responses of these
-    units. TrainingError where more than the share `max_failed` of all requests failed.
+    Of a sampler that is not exact, what failed before is asked again, once. TrainingError where more than the share
+    `max_failed` of all requests failed.
     """
     part = Part(path)
-    meta = meta or {}
     lines = {unit_of(line): line for line in part.lines if not _failed(line)}
     failed = {unit_of(line): line for line in part.lines if _failed(line) and unit_of(line) not in lines}
     asked = {request.unit for request in requests}
@@ -53,7 +52,7 @@ def sample_stage(
             for request, answer in new:
                 if request.unit in there:
                     continue
-                line = line_of(request, answer, meta.get(request.unit))
+                line = line_of(request, answer)
                 written.append(line)
                 if isinstance(answer, Failure):
                     failed[request.unit] = line
@@ -69,9 +68,8 @@ def sample_stage(
     if len(failed) > max_failed * len(requests):
         raise TrainingError(_too_many(name, failed, len(requests), max_failed, path))
     counts = _counts([lines[r.unit] for r in requests if r.unit in lines], requests, failed)
-    found = getattr(sampler, "found", None)
     _warn_alike(name, requests, lines)
-    return counts | ({"sampler": dict(found)} if found else {})
+    return counts
 
 
 def _answers(
@@ -91,15 +89,14 @@ def _answers(
             yield [(request, answers[request.unit]) for request in batch]
 
 
-def line_of(request: Request, answer: Response | Failure, meta: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def line_of(request: Request, answer: Response | Failure) -> dict[str, Any]:
     """The line of a request's answer."""
     line: dict[str, Any] = {"id": request.id, "k": request.k, "source": request.source}
     if isinstance(answer, Failure):
         return line | {"status": answer.status, "raw": answer.raw}
-    noted = {**answer.meta, **(meta or {})}
     given = {"text": answer.text, "token_ids": None if answer.token_ids is None else list(answer.token_ids),
              "finished": answer.finished, "logp": answer.logp, "seed": request.seed}  # fmt: skip
-    return line | given | ({"meta": noted} if noted else {})
+    return line | given | ({"meta": dict(answer.meta)} if answer.meta else {})
 
 
 def unit_of(line: Mapping[str, Any]) -> UnitId:
@@ -133,7 +130,7 @@ def _by_name(source: str) -> tuple[bool, str, int]:
 
 def _counts(
     lines: Sequence[Mapping[str, Any]], requests: Sequence[Request], failed: Mapping[UnitId, Mapping[str, Any]]
-) -> dict[str, Any]:
+) -> dict[str, int]:
     exact = [line for line in lines if line["token_ids"] is not None]
     return {
         "asked": len(requests),
@@ -141,7 +138,8 @@ def _counts(
         "truncated": sum(not line["finished"] for line in lines),
         "with_token_ids": len(exact),
         "tokens": sum(len(line["token_ids"]) for line in exact),
-        "failed": dict(sorted(Counter(line["status"] for line in failed.values()).items())),
+        "failed": len(failed),
+        **{f"failed: {status}": n for status, n in sorted(Counter(line["status"] for line in failed.values()).items())},
     }
 
 

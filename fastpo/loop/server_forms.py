@@ -1,9 +1,9 @@
 """What is sent to an OpenAI-compatible server and what its choices say, in the forms that servers have.
 
-Every setting that decides the distribution is sent, the neutral ones too: vLLM and SGLang take what is left out from the
-checkpoint's generation_config.json, llama.cpp from its own defaults. Token ids come back in one of three places: the
-choice's `token_ids` (vLLM, SGLang, of `return_token_ids`), the log-probabilities' tokens written "token_id:123" (vLLM, of
-`return_tokens_as_token_ids`), or their `id` (llama.cpp).
+Every setting that decides the distribution is sent, the neutral ones too: vLLM and SGLang take what is left out from
+the checkpoint's generation_config.json, llama.cpp from its own defaults. Token ids come back in one of three places:
+the choice's `token_ids` (vLLM, SGLang, of `return_token_ids`), the log-probabilities' tokens written "token_id:123"
+(vLLM, of `return_tokens_as_token_ids`), or their `id` (llama.cpp).
 """
 
 import json
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastpo.errors import ConfigError
+from fastpo.loop.drawing import before_stop
 from fastpo.loop.items import Failure, Request, Response
-from fastpo.loop.sampling import before_stop
 
 _ID = "token_id:"
 # What they add to OpenAI's fields; servers that know none of them ignore them, or refuse the request.
@@ -32,8 +32,13 @@ class Form:
     def path(self) -> str:
         return "/chat/completions" if self.chat else "/completions"
 
-    def body(self, request: Request, n: int, model: str, text: str) -> dict[str, Any]:
-        """The JSON of n samples of a request. `text`: its prompt as a text."""
+    @property
+    def says(self) -> str:
+        fields = {"extended": " and further fields", "plain": "", "transformers": " and generation_config"}
+        return ("token ids" if self.ids else "messages" if self.chat else "a text") + fields[self.dialect]
+
+    def body(self, request: Request, n: int, model: str, text: str, stop_ids: Sequence[int] = ()) -> dict[str, Any]:
+        """The JSON of n samples of a request. `text`: its prompt as a text. `stop_ids`: ends unknown to the server."""
         if request.top_k and self.dialect == "plain":
             raise ConfigError("sample.top_k: this server takes OpenAI's fields alone, which have none; leave it out")
         body: dict[str, Any] = {
@@ -48,6 +53,8 @@ class Form:
             body |= {"prompt": list(request.prompt_ids) if self.ids else text, "logprobs": 1}
         if self.dialect == "extended":
             body |= {"top_k": request.top_k or -1, **_NEUTRAL}
+            if stop_ids:
+                body["stop_token_ids"] = list(stop_ids)
             if not (self.ids or self.chat):
                 body["add_special_tokens"] = False
         elif self.dialect == "transformers":
@@ -63,10 +70,21 @@ class Form:
 
     def _messages(self, request: Request) -> list[dict[str, str]]:
         if isinstance(request.prompt, str):
-            raise ConfigError("this server has no /completions, and the prompts are texts: give them as turns")
+            raise ConfigError("the server is asked with messages, and the prompts are texts: give them as turns")
         if request.prompt and request.prompt[-1]["role"] == "assistant":
-            raise ConfigError("this server has no /completions, and a prompt ends in the assistant's turn")
+            raise ConfigError("the server is asked with messages, and a prompt ends in the assistant's turn")
         return [dict(turn) for turn in request.prompt]
+
+
+def forms(tokens: str, request: Request) -> list[Form]:
+    """Those of a mode ("auto", "ids", "text", "chat") that can ask for a request, the best first."""
+    dialects = ("extended", *(() if request.top_k else ("plain",)), "transformers")
+    ids = [Form(ids=True, dialect=dialect) for dialect in dialects[:-1]]
+    text = [Form(dialect=dialect) for dialect in dialects]
+    chat = [Form(chat=True, dialect=dialect) for dialect in dialects]
+    if tokens == "auto" and (isinstance(request.prompt, str) or request.prompt[-1]["role"] == "assistant"):
+        chat = []
+    return {"ids": ids, "text": text, "chat": chat, "auto": [*ids, *text, *chat]}[tokens]
 
 
 @dataclass(frozen=True)
@@ -127,4 +145,4 @@ def sampled_tokens(choice: Mapping[str, Any]) -> tuple[list[int] | None, list[fl
 def _by_stop_string(choice: Mapping[str, Any], request: Request, text: str) -> bool:
     """Whether an answer ended at one of the stop strings: as vLLM and SGLang say, or as the text shows."""
     why = choice.get("stop_reason", choice.get("matched_stop"))
-    return isinstance(why, str) and why in request.stop or any(s in text for s in request.stop)
+    return (isinstance(why, str) and why in request.stop) or any(s in text for s in request.stop)
