@@ -7,7 +7,7 @@ from fastpo.config.train_config import TrainConfig
 from fastpo.errors import ConfigError
 from fastpo.loop.config import POLICY_NAMES, LoopConfig
 from fastpo.loop.items import POLICY, Scorer
-from fastpo.loop.selecting import POLICIES, WITHOUT_SCORES, Selector
+from fastpo.loop.selecting import WITHOUT_SCORES, Selector
 from fastpo.losses import LOSSES, canonical_name
 
 _OF_THE_LOOP = ("reference", "previous")

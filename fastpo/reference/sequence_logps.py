@@ -114,7 +114,7 @@ def _logps(
     parts: Iterable[list[int]] = pass_batches(examples, range(len(examples)), most)
     with torch.no_grad(), eval_mode(policy.model):
         if verify:
-            verify_or_unpack(policy, guard_rows(policy, examples[:8], examples))
+            verify_or_unpack(policy, guard_rows(policy, examples[:2], examples))
         with policy.attach():
             for _ in budget.passes(list(parts), examples, work):
                 progress(sum(map(bool, map(len, out))), len(examples))
