@@ -11,8 +11,8 @@ from fastpo.cli.parser import UsageError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Sample from a model, judge, make pairs, train, and go on from the better model: the options are in a YAML file "
-        "(docs/loop.md), on top of a recipe's. Run again with the same options, it goes on where it stopped."
+        "Sample from a model, judge, make pairs, train, and go on from the better model: the options are in a YAML "
+        "file (docs/loop.md), on top of a recipe's. Run again with the same options, it goes on where it stopped."
     )
     parser.usage = "fastpo iterate --config run.yaml [--recipe NAME] [--model PATH] [--OPTION VALUE ...]"
     parser.add_argument("--config", metavar="FILE", help="YAML file of options")
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", nargs=1, action="append", default=[], metavar="NAME=VALUE", dest="assignments",
                         help="any other option by its dotted name: --set sample.n=8 --set train.beta=0.1")  # fmt: skip
     parser.add_argument("--from", metavar="STAGE", dest="start_from",
-                        help="redo from a stage on: score, or 2:score for iteration 2; the old files are kept")  # fmt: skip
+                        help="redo from a stage on: score, or 2:score for iteration 2; old files are kept")  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="print stages, calls, tokens and disk, and stop")
 
 

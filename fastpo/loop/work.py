@@ -144,12 +144,12 @@ class Work:
         if "previous" in config.train:
             others["prev_model"] = run.policy(config.train["previous"], self.t)
         # The model as it is at the call is its own reference.
-        models = {name: path for name, path in others.items() if path != policy}
+        models: dict[str, Any] = {name: path for name, path in others.items() if path != policy}
 
         def work() -> Mapping[str, Any]:
             for name, path in {"trained from": policy, **others}.items():
                 log.info("%s %s: %s", self.folder.name, name, path)
-            explicit = {"pair_policy": "explicit"} if config.select.rows == "kway" else {}
+            explicit: dict[str, Any] = {"pair_policy": "explicit"} if config.select.rows == "kway" else {}
             result = train(policy, str(self.folder / "rows.jsonl"), **models, args=dict(given), output_dir=str(folder),
                            resume_from_checkpoint="auto", **explicit)  # fmt: skip
             return {name: value for name, value in result.metrics.items() if isinstance(value, int | float)}

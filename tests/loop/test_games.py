@@ -1,7 +1,7 @@
 """Each game-theoretic recipe through the real loop, files and stages included, is the exact update of fastpo.games.
 
 The policy is a Llama whose responses are one token of a vocabulary of n. In the sampler's place stands one that gives
-every response once, with a count in proportion to its probability, so that what the paper takes expectations of is exact.
+every response once, with a count in proportion to its probability, so that the paper's expectations are exact.
 The judge is the game's matrix, cyclic ones among them.
 """
 
@@ -100,7 +100,7 @@ def play(
     }  # fmt: skip
     train = {name: value for name, value in train.items() if value is not None}
     result = fastpo.iterate(
-        recipe=recipe, model=str(folder / "start"), prompts=[{"id": f"p{t}", "prompt": p} for t, p in enumerate("aaa"[:1])],
+        recipe=recipe, model=str(folder / "start"), prompts=[{"id": "p", "prompt": "a"}],
         output_dir=str(folder / "run"), sampler=Enumerator, scorers={"game": Matrix(prefs)},
         sample={"n": len(logits), "drop_truncated": False, "sources": ()}, train=train, **options,
     )  # fmt: skip
