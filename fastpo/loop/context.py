@@ -121,7 +121,7 @@ class Context:
         """All scorers of an iteration by name."""
         made = {name: make_scorer(name, spec, self.policies(t), self.folder) for name, spec in config.scorers.items()}
         for name, given in self.given_scorers.items():
-            made[name] = FunctionScorer(given, name=name) if callable(given) and not hasattr(given, "score") else given
+            made[name] = FunctionScorer(name, given) if callable(given) and not hasattr(given, "score") else given
         return made
 
 
