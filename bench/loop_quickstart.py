@@ -1,11 +1,11 @@
-"""Every recipe of `fastpo iterate` on the quickstart's task: two iterations from a supervised model, the built-in judge.
+"""Every recipe of `fastpo iterate` on the quickstart's task: two iterations from a supervised model.
 
     python bench/loop_quickstart.py                                  # all recipes, three seeds
     python bench/loop_quickstart.py --recipe sppo inpo --seeds 0     # some of them, one seed
-    python bench/loop_quickstart.py --control                        # beside: the same with verdicts drawn at random
+    python bench/loop_quickstart.py --control                        # beside, with verdicts drawn at random
 
-The task is the quickstart's (fastpo/quickstart.py): is the sum of six digits odd or even? The start answers carefully in
-a quarter of the cases and guesses in the others. Accuracy is exact match on 1,000 held-out problems, four sampled answers
+The task is the quickstart's (fastpo/quickstart.py), and so is the judge: is the sum of six digits odd or even? The
+start answers carefully in a quarter of the cases and guesses in the others. Accuracy is exact match on 1,000 held-out problems, four sampled answers
 each. What a recipe needs beside the judge stands in its place as LOOP says: a gold response is the worked answer, a
 user's text is the worked answer, a prefix is a digit that the start was shown with careful or careless answers.
 The control has the same recipe, rows and steps, and a judge whose verdicts are drawn.
@@ -201,8 +201,8 @@ def main() -> None:
                     figures = " -> ".join(f"{100 * a:.1f}%" for a in run["accuracy"])
                     print(f"seed {seed} {name} ({judge}): {figures}, {run['seconds']:.1f} s", flush=True)
     lines = [
-        f"{common.machine_name()}: the quickstart's task, {ITERATIONS} iterations of {PROMPTS} prompts and {STEPS} steps of "
-        f"{BATCH} pairs; exact match of sampled answers to {qs.FULL.heldout:,} held-out problems, mean (and range) of "
+        f"{common.machine_name()}: the quickstart's task, {ITERATIONS} iterations of {PROMPTS} prompts and {STEPS} steps "
+        f"of {BATCH} pairs; exact match of sampled answers to {qs.FULL.heldout:,} held-out problems, mean (and range) of "
         f"seeds {', '.join(map(str, args.seeds))}.", "",
         "| recipe | judge | start | iteration 1 | iteration 2 | change |", "| --- | --- | ---: | ---: | ---: | ---: |",
     ]  # fmt: skip

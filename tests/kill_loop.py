@@ -3,8 +3,8 @@
     python tests/kill_loop.py --kills 30 --seed 0 [--json out.json]
 
 Two iterations on the tests' toy model: samples of the local engine, a function of responses and one of pairs as the
-judge, pairs, training with checkpoints, evaluation. Every process is forked from this one, which has everything imported and
-nothing computed. The kills are spread over the stages: each waits until a stage that is drawn is under way, and a little
+judge, pairs, training with checkpoints, evaluation. Every process is forked from this one, which has everything
+imported and nothing computed. The kills are spread over the stages: each waits until a stage that is drawn is under way, and a little
 longer. Compared are all samples, verdicts, rows, evaluations and weights.
 """
 
@@ -174,9 +174,8 @@ def main() -> None:
             shutil.rmtree(folder)
             number += 1
     by_stage = {stage: hits.count(stage) for stage in sorted(set(hits))}
-    print(
-        f"{len(hits)} kills ({by_stage}), {len(wanted[True])} + {len(wanted[False])} files each, {len(different)} differ"
-    )
+    files = f"{len(wanted[True])} or {len(wanted[False])} files each"
+    print(f"{len(hits)} kills ({by_stage}), {files}, {len(different)} differ")
     if args.json:
         args.json.write_text(json.dumps({"kills": len(hits), "stages": by_stage, "different": different}) + "\n")
     sys.exit(bool(different))
