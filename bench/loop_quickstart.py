@@ -5,10 +5,10 @@
     python bench/loop_quickstart.py --control                        # beside, with verdicts drawn at random
 
 The task is the quickstart's (fastpo/quickstart.py), and so is the judge: is the sum of six digits odd or even? The
-start answers carefully in a quarter of the cases and guesses in the others. Accuracy is exact match on 1,000 held-out problems, four sampled answers
-each. What a recipe needs beside the judge stands in its place as LOOP says: a gold response is the worked answer, a
-user's text is the worked answer, a prefix is a digit that the start was shown with careful or careless answers.
-The control has the same recipe, rows and steps, and a judge whose verdicts are drawn.
+start answers carefully in a quarter of the cases and guesses in the others. Accuracy is exact match on 1,000 held-out
+problems, four sampled answers each. What a recipe needs beside the judge stands in its place as LOOP says: a gold
+response is the worked answer, a user's text is the worked answer, a prefix is a digit that the start was shown with
+careful or careless answers. The control has the same recipe, rows and steps, and a judge whose verdicts are drawn.
 """
 
 import argparse
@@ -199,10 +199,10 @@ def main() -> None:
                     run = one_run(name, folder.parent / "start", folder, asked, heldout, seed, score)
                     runs.append(run | {"judge": judge})
                     figures = " -> ".join(f"{100 * a:.1f}%" for a in run["accuracy"])
-                    print(f"seed {seed} {name} ({judge}): {figures}, {run['seconds']:.1f} s", flush=True)
+                    print(f"{seed} {name} ({judge}): {figures}, {run['seconds']:.1f} s", flush=True)
     lines = [
-        f"{common.machine_name()}: the quickstart's task, {ITERATIONS} iterations of {PROMPTS} prompts and {STEPS} steps "
-        f"of {BATCH} pairs; exact match of sampled answers to {qs.FULL.heldout:,} held-out problems, mean (and range) of "
+        f"{common.machine_name()}: the quickstart's task, {ITERATIONS} iterations of {PROMPTS} prompts and {STEPS} "
+        f"steps of {BATCH} pairs; exact match of sampled answers to {qs.FULL.heldout:,} held-out problems, mean (and range) of "
         f"seeds {', '.join(map(str, args.seeds))}.", "",
         "| recipe | judge | start | iteration 1 | iteration 2 | change |", "| --- | --- | ---: | ---: | ---: | ---: |",
     ]  # fmt: skip

@@ -4,8 +4,8 @@
 
 Two iterations on the tests' toy model: samples of the local engine, a function of responses and one of pairs as the
 judge, pairs, training with checkpoints, evaluation. Every process is forked from this one, which has everything
-imported and nothing computed. The kills are spread over the stages: each waits until a stage that is drawn is under way, and a little
-longer. Compared are all samples, verdicts, rows, evaluations and weights.
+imported and nothing computed. The kills are spread over the stages: each waits until a stage that is drawn is under
+way, and a little longer. Compared are all samples, verdicts, rows, evaluations and weights.
 """
 
 import argparse
