@@ -129,9 +129,9 @@ GOAL = "Write a response whose overall score is {goal} on a scale of 1 to 10."  
 def relabel(row: Mapping[str, Any], *, template: str = GOAL) -> list[dict[str, Any]]:
     """Reward-augmented pairs of one scored pair: for the chosen's score as goal the pair, for the rejected's its flip.
 
-    `row` has prompt, chosen, rejected, chosen_score and rejected_score. The goal goes before a prompt that is a text; in
-    a conversation it ends the system's turn, which is added where there is none. Equal scores would contradict each
-    other: no pairs. The row is left as it was.
+    `row` has prompt, chosen, rejected, chosen_score and rejected_score. The goal goes before a prompt that is a text;
+    in a conversation it ends the system's turn, which is added where there is none. Equal scores would contradict
+    each other: no pairs. The row is left as it was.
     """
     lacking = [c for c in ("prompt", "chosen", "rejected", "chosen_score", "rejected_score") if c not in row]
     if lacking:

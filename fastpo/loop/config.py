@@ -1,17 +1,17 @@
 """The options of a run of the loop: a mapping (YAML) over a recipe's, checked before anything runs.
 
-    recipe: sppo                     # its options are the defaults of everything below
-    model: path/to/sft
-    prompts: prompts.jsonl
-    output_dir: run
-    iterations: 3
-    sample: {n: 5, temperature: 0.7, max_tokens: 512}
-    scorers: {judge: {kind: judge, base_url: http://localhost:8000/v1, model: judge}}
-    score: {by: judge}
-    select: {policy: best_worst}
-    train: {loss_type: sppo, learning_rate: 5.0e-7, reference: current}
-    eval: {prompts: heldout.jsonl}
-    at: {2: {train: {learning_rate: 1.0e-7}}}    # other options in iteration 2
+recipe: sppo                     # its options are the defaults of everything below
+model: path/to/sft
+prompts: prompts.jsonl
+output_dir: run
+iterations: 3
+sample: {n: 5, temperature: 0.7, max_tokens: 512}
+scorers: {judge: {kind: judge, base_url: http://localhost:8000/v1, model: judge}}
+score: {by: judge}
+select: {policy: best_worst}
+train: {loss_type: sppo, learning_rate: 5.0e-7, reference: current}
+eval: {prompts: heldout.jsonl}
+at: {2: {train: {learning_rate: 1.0e-7}}}    # other options in iteration 2
 """
 
 import dataclasses
@@ -127,6 +127,7 @@ class LoopConfig:
     before: str | None = None  # the policy that `model` was trained from, where a recipe reads it
     iterations: int = 3
     prompts_per_iteration: int | None = None  # None: the prompts in equal parts
+    reuse_prompts: bool = False  # each iteration draws from all prompts, not from a part of its own
     seed: int = 42
     max_failed: float = 0.02
     prepare: Options = field(default_factory=dict)  # stages before the first iteration: sft, rules, queries, skillmix
@@ -225,7 +226,7 @@ def _check_numbers(config: LoopConfig) -> None:
 
 
 def _read(cls: type, options: Options, where: str) -> Any:
-    """An instance of the dataclass; an option that it does not know goes into `options`, if it has that, or is refused."""
+    """An instance of the dataclass; what it does not know goes into its `options`, where it has them, or is refused."""
     hints, fields = get_type_hints(cls), {f.name: f for f in dataclasses.fields(cls)}
     values: dict[str, Any] = {}
     free: dict[str, Any] = {}

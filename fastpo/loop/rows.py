@@ -73,7 +73,9 @@ def make_selector(config: LoopConfig, items: Sequence[Item], scores: Mapping[str
 
             values, chars = [], []
             for item in items:
-                given = [(v, len(r.text)) for v, r in zip(_values(scores.get(item.id)), item.responses) if v is not None]
+                given = [
+                    (v, len(r.text)) for v, r in zip(_values(scores.get(item.id)), item.responses) if v is not None
+                ]
                 if len(given) > 1:
                     values.append(torch.tensor([v for v, _ in given], dtype=torch.float64))
                     chars.append(torch.tensor([float(c) for _, c in given], dtype=torch.float64))
@@ -156,7 +158,9 @@ def _replay(config: LoopConfig, earlier: Mapping[int, Path], own: int) -> list[d
 
 def _length_gap(rows: Sequence[Mapping[str, Any]]) -> float | None:
     """Mean characters of winners less those of losers."""
-    gaps = [len(row["responses"][p[0]]["text"]) - len(row["responses"][p[1]]["text"]) for row in rows for p in row["pairs"]]
+    gaps = [
+        len(row["responses"][p[0]]["text"]) - len(row["responses"][p[1]]["text"]) for row in rows for p in row["pairs"]
+    ]
     return sum(gaps) / len(gaps) if gaps else None
 
 

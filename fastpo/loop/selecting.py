@@ -216,7 +216,7 @@ class Selector:
             values = [scores.win_prob(k, counts, itself=select.itself) for k in range(len(counts))]
         places = [k for k, value in enumerate(values) if value is not None]
         kept = [item.responses[k] for k in places]
-        numbers = [float(values[k]) - self.alpha * len(item.responses[k].text) for k in places]  # type: ignore[arg-type]
+        numbers = [float(values[k]) - self.alpha * len(item.responses[k].text) for k in places]
         if select.repeated_ngrams is not None and numbers:
             worst = min(numbers)
             numbers = [worst - 1 if repeats(r.text, select.repeated_ngrams) else v for r, v in zip(kept, numbers)]
