@@ -124,7 +124,7 @@ def recipes(score: Callable[..., float], folder: Path) -> dict[str, dict[str, An
                  "extra_responses": {"chosen": "column:worked", "rejected": "column:wrong"},
                  "train": train_options("selm", loss_kwargs={"alpha": 0.001})},
         "reward_augmented": {"scorers": judge, "sample": four, "train": train_options("dpo"),
-                             "select": {"goal": "{goal}", "goal_join": ""}},
+                             "select": {"goal": "{goal}", "goal_joint": ":"}},
         "rm_ensemble": {"scorers": {f"rm{k}": noisy(score, k) for k in range(3)}, "sample": four,
                         "config_scorers": {"ensemble": {"kind": "ensemble", "rule": "uwo", "coefficient": 0.5,
                                                         "of": ["rm0", "rm1", "rm2"]}},
