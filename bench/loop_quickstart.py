@@ -98,7 +98,7 @@ def noisy(score: Callable[..., float], seed: int) -> Callable[..., float]:
 
 def train_options(loss: str, **more: Any) -> dict[str, Any]:
     known = {"dpo": {"beta": 0.5, "learning_rate": 5e-4}, "sppo": {"beta": 0.02, "learning_rate": 5e-4},
-             "simpo": {"beta": 10.0, "learning_rate": 3e-4}}  # fmt: skip
+             "simpo": {"beta": 10.0, "learning_rate": 3e-4}, "inpo": {"learning_rate": 5e-4}}  # fmt: skip
     return {
         "loss_type": loss, "max_steps": STEPS, "per_device_train_batch_size": BATCH, "use_cpu": True, "report": False,
         "gradient_checkpointing": False, "warmup_ratio": 0.1, "disable_tqdm": True, "optim": "adamw_torch",
@@ -202,8 +202,8 @@ def main() -> None:
                     print(f"{seed} {name} ({judge}): {figures}, {run['seconds']:.1f} s", flush=True)
     lines = [
         f"{common.machine_name()}: the quickstart task, {ITERATIONS} iterations of {PROMPTS} prompts and {STEPS} "
-        f"steps of {BATCH} pairs; exact match of sampled answers to {qs.FULL.heldout:,} held-out problems, mean (and range) of "
-        f"seeds {', '.join(map(str, args.seeds))}.", "",
+        f"steps of {BATCH} pairs; exact match of sampled answers to {qs.FULL.heldout:,} held-out problems, mean (and range) "
+        f"of seeds {', '.join(map(str, args.seeds))}.", "",
         "| recipe | judge | start | iteration 1 | iteration 2 | change |", "| --- | --- | ---: | ---: | ---: | ---: |",
     ]  # fmt: skip
     for name in names:

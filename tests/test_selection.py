@@ -164,9 +164,9 @@ def test_a_goal_for_a_conversation_is_in_the_systems_turn():
     """Not a list printed into a text."""
     scores = {"chosen_score": 9, "rejected_score": 3, "chosen": "a", "rejected": "b"}
     turns = [{"role": "user", "content": "hi"}]
-    high, low = fastpo.selection.relabel({"prompt": turns, **scores}, template="goal {goal}")
+    high, low = selection.relabel({"prompt": turns, **scores}, template="goal {goal}")
     assert high["prompt"] == [{"role": "system", "content": "goal 9"}, *turns]
     assert low["prompt"] == [{"role": "system", "content": "goal 3"}, *turns] and low["chosen"] == "b"
     own = [{"role": "system", "content": "be kind"}, *turns]
-    high, _ = fastpo.selection.relabel({"prompt": own, **scores}, template="goal {goal}")
+    high, _ = selection.relabel({"prompt": own, **scores}, template="goal {goal}")
     assert high["prompt"] == [{"role": "system", "content": "be kind\n\ngoal 9"}, *turns]
