@@ -13,7 +13,7 @@ from fastpo.loop.config import LoopConfig, Select
 from fastpo.loop.items import Dropped, Item, Prompt, Scores, prompt_text, seed_of
 from fastpo.loop.parts import read_lines, write_json, write_lines
 from fastpo.loop.requests import refined_prompt
-from fastpo.loop.selecting import Selector, as_pairs
+from fastpo.loop.selecting import GREEDY, Selector, as_pairs
 from fastpo.selection import length_penalty, relabel
 
 Encode = Callable[[Prompt], Sequence[int]]  # a prompt's token ids, as the policy sees it
@@ -80,7 +80,8 @@ def make_selector(config: LoopConfig, items: Sequence[Item], scores: Mapping[str
                     values.append(torch.tensor([v for v, _ in given], dtype=torch.float64))
                     chars.append(torch.tensor([float(c) for _, c in given], dtype=torch.float64))
             alpha = length_penalty(values, chars)[0] if values else 0.0
-    return Selector(config.select, config.seed, float(alpha))
+    greedy = any(spec.get("source") == GREEDY for spec in config.sample.sources)
+    return Selector(config.select, config.seed, float(alpha), greedy)
 
 
 def _values(scores: Scores | None) -> Sequence[float | None]:
