@@ -46,7 +46,7 @@ def sample_stage(
     most = max(_SURE, max_failed * len(requests))
     again = 0
     with part, tqdm(total=len(requests), initial=len(requests) - len(missing), desc=name, unit="response",
-                    disable=not bar) as progress:  # fmt: skip
+                    disable=None if bar else True) as progress:  # fmt: skip
         for new in _answers(sampler, requests, missing):
             written = []
             for request, answer in new:

@@ -106,7 +106,8 @@ class Reader:
         if reason not in ("stop", "length"):
             return Failure("unparsed", f"finish_reason {reason!r}, text {str(text)[:300]!r}")
         ids, logps = sampled_tokens(choice)
-        if not isinstance(text, str) or not (text or ids):
+        # An empty answer that the server calls ended is one: the policy ended at once.
+        if not isinstance(text, str) or not (text or ids or reason == "stop"):
             return Failure("unparsed", f"no text, finish_reason {reason!r}")
         finished = reason == "stop" or (bool(ids) and ids[-1] in self.ends)
         # The end was sampled and is not among the ids: so they are not all that was sampled.

@@ -322,7 +322,7 @@ def test_no_choices_at_all(serve, sampler_of, choices, why):
 @pytest.mark.parametrize(
     "made, status, raw",
     [
-        (choice("", reason="stop"), "unparsed", "no text"),
+        (choice("", reason="length"), "unparsed", "no text"),
         (choice(None, reason="length"), "unparsed", "no text"),
         (choice("w1", reason=None), "unparsed", "finish_reason None"),
         (choice("w1", reason="abort"), "unparsed", "finish_reason 'abort'"),
@@ -338,9 +338,11 @@ def test_a_choice_that_is_no_response(serve, sampler_of, made, status, raw):
     assert isinstance(failure, Failure) and failure.status == status and raw in failure.raw
 
 
-def test_an_empty_answer_with_its_end_is_a_response(serve, sampler_of):
-    server = serve(after_probe(lambda *_: {"choices": [choice("", ids=[EOS])]}))
-    assert list(all_of(sampler_of(server), requests_for(1, 1)).values()) == [Response("", (EOS,), True)]
+@pytest.mark.parametrize("ids", [[EOS], None], ids=["ids", "text"])
+def test_an_empty_answer_that_ended_is_a_response(serve, sampler_of, ids):
+    server = serve(after_probe(lambda *_: {"choices": [choice("", ids=ids)]}))
+    expected = Response("", None if ids is None else tuple(ids), True)
+    assert list(all_of(sampler_of(server), requests_for(1, 1)).values()) == [expected]
 
 
 def test_ids_without_the_end_are_not_what_was_sampled(serve, sampler_of, caplog):
