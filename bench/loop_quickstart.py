@@ -201,8 +201,8 @@ def main() -> None:
                     figures = " -> ".join(f"{100 * a:.1f}%" for a in run["accuracy"])
                     print(f"{seed} {name} ({judge}): {figures}, {run['seconds']:.1f} s", flush=True)
     lines = [
-        f"{common.machine_name()}: the quickstart task, {ITERATIONS} iterations of {PROMPTS} prompts and {STEPS} "
-        f"steps of {BATCH} pairs; exact match of sampled answers to {qs.FULL.heldout:,} held-out problems, mean (and range) "
+        f"{common.machine_name()}: the quickstart's task, {ITERATIONS} iterations, {PROMPTS} prompts and {STEPS} steps "
+        f"of {BATCH} pairs; exact match of sampled answers to {qs.FULL.heldout:,} held-out problems, mean (and range) "
         f"of seeds {', '.join(map(str, args.seeds))}.", "",
         "| recipe | judge | start | iteration 1 | iteration 2 | change |", "| --- | --- | ---: | ---: | ---: | ---: |",
     ]  # fmt: skip

@@ -178,8 +178,8 @@ class Selector:
     """Rows of scored items by the options `select`."""
 
     def __init__(self, select: Select, seed: int = 0, alpha: float = 0.0, greedy: bool = False):
-        """alpha: the penalty per character, where `select.length_penalty` is a number or has been found. greedy: whether
-        a row needs a greedy response."""
+        """alpha: the penalty per character, where `select.length_penalty` is a number or has been found. greedy:
+        whether a row needs a greedy response."""
         if select.policy not in POLICIES:
             raise ConfigError(f"select.policy: no {select.policy!r}{did_you_mean(select.policy, POLICIES)}")
         self.options, self.seed, self.alpha, self.greedy = select, seed, alpha, greedy
