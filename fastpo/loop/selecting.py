@@ -247,7 +247,7 @@ class Selector:
                     responses.append(same := _entry(response))
                 same["greedy"] = True
         row: dict[str, Any] = {"id": item.id, "prompt": item.prompt}
-        if item.prompt_ids is not None and any(r.token_ids is not None for r in ranked.responses):
+        if item.prompt_ids is not None:
             row["prompt_ids"] = list(item.prompt_ids)
         even = all(weight == pairs[0][2] for *_, weight in pairs)
         row["responses"] = responses
