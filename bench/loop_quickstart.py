@@ -142,7 +142,7 @@ def recipes(score: Callable[..., float], start: Path, folder: Path) -> dict[str,
         "just_say": {"scorers": {}, "train": train_options("dpo"), "sample": {**four, "n": 0, "sources": [
             {"source": "good", "n": 2, "prefix": GOOD}, {"source": "bad", "n": 2, "prefix": BAD}]}},
         "dice": {"scorers": {}, "sample": {**four, "n": 8}, "before": str(start),
-                 "select": {"length_penalty": 0.0, "min_chars": 2},
+                 "select": {"length_penalty": 0.0, "min_chars": 2, "extra_rows": str(folder / "first/iter-001/rows.jsonl")},
                  "train": train_options("dpo", learning_rate=2e-4)},
         "cdr": {"scorers": {}, "sample": four, "train": train_options("simpo"),
                 "config_scorers": {"ratio": {"kind": "density_ratio", "strong": str(folder / "first/iter-001/train"),
