@@ -1,4 +1,4 @@
-"""Three iterations of `fastpo iterate` on a real model: SmolLM2-135M-Instruct, short answers wanted, a verifier as judge.
+"""Three iterations of `fastpo iterate` on a real model, SmolLM2-135M-Instruct, a verifier as judge: short answers.
 
     python bench/loop_real.py --recipe sppo dno_prct inpo iterative_dpo
 
