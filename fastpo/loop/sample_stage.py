@@ -96,6 +96,7 @@ def line_of(request: Request, answer: Response | Failure) -> dict[str, Any]:
         return line | {"status": answer.status, "raw": answer.raw}
     given = {"text": answer.text, "token_ids": None if answer.token_ids is None else list(answer.token_ids),
              "finished": answer.finished, "logp": answer.logp, "seed": request.seed}  # fmt: skip
+    given |= {"count": answer.count} if answer.count > 1 else {}
     return line | given | ({"meta": dict(answer.meta)} if answer.meta else {})
 
 
