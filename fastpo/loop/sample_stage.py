@@ -46,10 +46,9 @@ def sample_stage(
     Of a sampler that is not exact, what failed before is asked again, once. TrainingError where more than the share
     `max_failed` of all requests failed.
     """
-    part = Part(path)
-    done = {unit_of(line): _Done.of(line) for line in part.lines if not _failed(line)}
-    failed = {unit_of(line): line for line in part.lines if _failed(line) and unit_of(line) not in done}
-    part.lines = []  # ids are most of what is in them
+    part = Part(path, keep=lambda line: (unit_of(line), line if _failed(line) else _Done.of(line)))
+    done = {unit: one for unit, one in part.lines if isinstance(one, _Done)}
+    failed = {unit: line for unit, line in part.lines if not isinstance(line, _Done) and unit not in done}
     asked = {request.unit for request in requests}
     if len(asked) < len(requests):
         twice = next(unit for unit, n in Counter(r.unit for r in requests).items() if n > 1)
