@@ -22,6 +22,7 @@ class Example:
     # Rows of a step with the same prompt have one copy of it in the trunk from this many responses on; 0: each its own.
     share_from: int = 0
     whole: bool = False  # the last token of a response enters the trunk too: a router's loss counts it
+    loss: str | None = None  # which entry of loss_type it is trained by; None: all of them
     greedy: int | None = None  # which response is the reference's greedy one (selm); it need not be in a pair
     # Of responses that another one's tokens made begin inside the prompt: how many of their first tokens are the
     # prompt's where each stands alone.
