@@ -9,8 +9,9 @@ from fastpo import data
 from fastpo.checkpoints.checkpoint import data_fingerprint
 from fastpo.data.kway import Forming
 from fastpo.data.packing import collate
-from fastpo.errors import ConfigError, DataError
+from fastpo.errors import ConfigError, DataError, TrainingError
 from fastpo.losses.table import LOSSES
+from fastpo.reference.passes import reference_logps
 
 TRAINED = [name for name, loss in LOSSES.items() if loss.trainable and loss.shape == "pairs" and not loss.of_step]
 
@@ -168,6 +169,26 @@ def test_two_losses_of_pairs_are_the_mean_over_all_pairs(toy, run, losses):
                                   **(models if LOSSES[name].reference else {}), max_steps=1))[0]  # fmt: skip
         apart.append(len(part) / 7 * of_pairs + (whole - of_pairs))
     assert both == pytest.approx(sum(apart), rel=2e-5), nll
+
+
+def test_a_start_away_from_the_reference_is_refused(toy, run, monkeypatch):
+    """With the losses of those rows of the batch that have one."""
+    real = reference_logps
+    monkeypatch.setattr(
+        "fastpo.reference.passes.reference_logps", lambda *a, **k: [[p + 0.5 for p in row] for row in real(*a, **k)]
+    )
+    with pytest.raises(TrainingError, match=r"should start at its reference, .* loss \[[\d.]+\] instead of \[0.6931\]"):
+        run(named(toy.rows(3), "dpo") + named(sft_rows(toy, 2), "sft"), loss_type=["ipo", "dpo", "sft"])
+
+
+def test_own_metrics_of_an_evaluation(toy, run):
+    """Of every pair, whatever its loss; rows of sft have none."""
+    rows = mixture(toy)
+    seen = []
+    options = {"loss_type": ["dpo", "ipo", "sft"], "eval_strategy": "steps", "eval_steps": 1, "max_steps": 1}
+    run(rows, **options, rest={"eval_dataset": rows, "compute_metrics": lambda e: seen.append(e) or {}})
+    assert seen[0].rows.tolist() == [i for i, row in enumerate(rows) if row["loss"] != "sft"]
+    assert seen[0].rejected_logps.shape == seen[0].ref_chosen_logps.shape == (8,)
 
 
 def test_all_rows_of_one_loss(toy, run):
