@@ -21,7 +21,9 @@ class Example:
     share: bool = False  # the responses share one copy of the prompt in the trunk
     # Rows of a step with the same prompt have one copy of it in the trunk from this many responses on; 0: each its own.
     share_from: int = 0
-    whole: bool = False  # the last token of a response enters the trunk too: a router's loss counts it
+    whole: bool = False  # the last token of a response enters the trunk too: a router's loss or a scalar head reads it
+    # Of a reward model: which token of prompt and response, from the prompt's first on, each response is scored at.
+    scored_at: tuple[int, ...] | None = None
     greedy: int | None = None  # which response is the reference's greedy one (selm); it need not be in a pair
     # Of responses that another one's tokens made begin inside the prompt: how many of their first tokens are the
     # prompt's where each stands alone.

@@ -33,6 +33,7 @@ from fastpo.data.rows import (
 from fastpo.errors import DataError, nearest, quoted
 
 PAIRS = "pairs"  # of pair_policy=explicit: [winner, loser] lists of places in `responses`
+OF_PAIRS = ("weight", "margin")  # a number of the row that all its pairs have
 _ROUNDING = 1e-9  # 0.9 - 0.8 is a margin of 0.1
 
 # Keys of an entry: bounds, and the columns of pairs in whose place they stand.
@@ -121,7 +122,7 @@ def read_schema(
     win_probs = "win_prob" in read
     if rank is not None and forming.policy != "explicit" and rank not in read:
         read.append(rank)
-    row_numbers = tuple(name for name in ("weight", "ref_greedy_logps") if name in columns and want(name))
+    row_numbers = tuple(name for name in ("weight", "margin", "ref_greedy_logps") if name in columns and want(name))
     greedy = wanted is not None and GREEDY in wanted
     plan = KWay(forming.policy, forming.margin or 0.0, forming.whole, rank, tuple(read), win_probs, greedy)
     return Schema("preference", forms["prompt"] == "chat", True, forms, row_numbers, kway=plan)
@@ -148,7 +149,7 @@ def parse_row(raw: Mapping, number: int, schema: Schema) -> Row:
     found = {name: [_number(entry, name, f"row {number}: response {k}") for k, entry in enumerate(entries)]
              for name in plan.numbers}  # fmt: skip
     of_row = {name: read_number(raw.get(name), BOUNDS[name], name, f"row {number}: column '{name}'")
-              for name in schema.numbers if name == "weight" or raw.get(name) is not None}  # fmt: skip
+              for name in schema.numbers if name in OF_PAIRS or raw.get(name) is not None}  # fmt: skip
     if plan.policy == "explicit":
         pairs = _explicit(raw, number, len(entries))
     else:
@@ -164,7 +165,7 @@ def parse_row(raw: Mapping, number: int, schema: Schema) -> Row:
     used = range(len(entries)) if plan.whole else dict.fromkeys(k for pair in pairs for k in pair)
     places = [*used, *(k for k in greedy if plan.greedy and k not in used)]
     at = {k: place for place, k in enumerate(places)}
-    of_pairs = {"weight": [of_row["weight"]] * len(pairs)} if "weight" in of_row else {}
+    of_pairs = {name: [of_row[name]] * len(pairs) for name in OF_PAIRS if name in of_row}
     if plan.win_probs:
         probs = found["win_prob"]
         of_pairs["win_prob_chosen"] = [probs[winner] for winner, _ in pairs]

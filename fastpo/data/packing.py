@@ -68,10 +68,12 @@ class PackedBatch:
     pair_weight: Tensor  # [P] fp32
     nll_weight: Tensor  # [N] fp32: the sft term's weight of each token; 0 for responses that are never preferred
     token_weight: Tensor | None  # [N] fp32, in nll_weight already; a token of weight 2 counts as two
+    margin: Tensor | None  # [P] fp32
     win_prob_chosen: Tensor | None  # [P] fp32
     win_prob_rejected: Tensor | None  # [P] fp32
     label: Tensor | None  # [S] bool: desirable; of unpaired rows
     score: Tensor | None  # [S] fp32
+    scored_rows: Tensor | None  # [S] int64: the position at which a scalar head scores each response
     greedy: Tensor | None  # [P] int32: the reference's greedy response of each pair's row
     ref_logp: Tensor | None  # [N] fp32, the reference's token log-probabilities
     ref_response_logps: Tensor | None  # [S] fp32, where the data give only their sums
@@ -355,11 +357,13 @@ def collate(
     token_weights: list[np.ndarray] = []
     pairs: list[tuple[int, int]] = []
     pair_weight: list[float] = []
+    margins: list[float] = []
     win_chosen: list[float] = []
     win_rejected: list[float] = []
     ref_sums: list[float] = []
     labels: list[float] = []
     scores: list[float] = []
+    scored_rows: list[int] = []
     greedy: list[int] = []
     num_tokens = 0
     for i, opens, share in _adjacent_trees(examples, indices):
@@ -371,6 +375,7 @@ def collate(
             pairs.append((first_response + winner, first_response + loser))
             pair_weight.append(weight)
             preferred.setdefault(winner, weight)
+        margins += example.pair_columns.get("margin", [])
         _win_probs(example, win_chosen, win_rejected)
         trunk.begin_row(opens)
         for k, response in enumerate(example.responses):
@@ -386,6 +391,8 @@ def collate(
             if with_prompts and k in preferred:
                 prompts.add(first_response + k, trunk.root if share else trunk.size, prompt, preferred[k])
             rows.append(trunk.add(prompt, response, share, example.whole))
+            if example.scored_at is not None:
+                scored_rows.append(trunk.position(example.scored_at[k]))
             targets.append(response)
             num_tokens += len(prompt) + len(response)
             if ref_logps is not None:
@@ -412,10 +419,12 @@ def collate(
         pair_weight=torch.tensor(pair_weight, dtype=torch.float32),
         nll_weight=torch.from_numpy(np.concatenate(nll)),
         token_weight=torch.from_numpy(np.concatenate(token_weights)) if token_weights else None,
+        margin=_float32(margins, n_pairs),
         win_prob_chosen=_float32(win_chosen, n_pairs),
         win_prob_rejected=_float32(win_rejected, n_pairs),
         label=torch.tensor(labels).bool() if labels else None,
         score=_float32(scores, n_responses),
+        scored_rows=torch.tensor(scored_rows) if scored_rows else None,
         greedy=torch.tensor(greedy, dtype=torch.int32) if pairs and len(greedy) == n_pairs else None,
         ref_logp=torch.from_numpy(np.concatenate(ref).astype(np.float32)) if ref else None,
         ref_response_logps=_float32(ref_sums, n_responses),
@@ -475,6 +484,12 @@ class _Trunk:
         prompt_stop = int(rows[0]) + 1
         self.parts += [(prompt_stop - len(prompt), prompt_stop), (first, first + len(tokens))]
         return rows
+
+    def position(self, token: int) -> int:
+        """Where that token of the last response's prompt and itself is."""
+        (prompt, prompt_stop), (first, _) = self.parts[-2:]
+        length = prompt_stop - prompt
+        return prompt + token if token < length else first + token - length
 
     def uses(self) -> Tensor:
         """How many responses each token is part of; 0 for padding. -> [T] fp32"""

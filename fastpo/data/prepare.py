@@ -30,6 +30,7 @@ from fastpo.data.encoding import Encoded, Encoder
 from fastpo.data.example import Example
 from fastpo.data.kway import BEST_WORST, Forming
 from fastpo.data.layouts import Reading, read_as
+from fastpo.data.long_rows import TOO_LONG, without_long
 from fastpo.data.report import DataReport, warn
 from fastpo.data.rows import (
     BOUNDS,
@@ -79,6 +80,7 @@ class _Preparer:
     keep_end: bool
     drop_invalid: bool
     reading: Reading = Reading()
+    drop_long: bool = False
 
     @property
     def parse(self) -> Callable[[Mapping, int, Schema], Row]:
@@ -104,6 +106,12 @@ class _Preparer:
         examples = []
         for encoded in self._encode(rows, report):
             row = encoded.row
+            if self.drop_long and self.max_length is not None:
+                found = without_long(encoded, self.max_length)
+                if found is None:
+                    report.dropped[TOO_LONG] = report.dropped.get(TOO_LONG, 0) + 1
+                    continue
+                row, encoded = found.row, found
             try:
                 example = self._build(row, encoded, report)
             except InvalidRow as error:
@@ -315,12 +323,13 @@ def prepare_examples(
     others behind the prompt have a token weight of 0. `columns` names the optional columns to read (default: all that
     are there); the others may hold anything. `forming` says which pairs rows of K `responses` give. `invalid="drop"`
     counts rows with NaN, None or out-of-range values, empty texts or identical pairs where "raise" refuses the first of
-    them; rows lost to `max_length` and rows of K that form no pair are always dropped and counted. `recognise` converts
+    them; rows lost to `max_length` and rows of K that form no pair are always dropped and counted (truncation_mode
+    "drop": preferences with a response that is longer than that). `recognise` converts
     rows of other layouts (fastpo/data/layouts.py). `limit` ends the reading when there are as many examples.
     """
     for name, value, allowed in (
         ("kind", kind, tuple(COMPLETIONS)),
-        ("truncation_mode", truncation_mode, ("keep_start", "keep_end")),
+        ("truncation_mode", truncation_mode, ("keep_start", "keep_end", "drop")),
         ("invalid", invalid, ("raise", "drop")),
     ):
         if value not in allowed:
@@ -347,7 +356,8 @@ def prepare_examples(
         encoder = Encoder(tokenizer, schema.conversational, assistant_only)
     except DataError as error:
         raise DataError(f"{error} (the rows are {reading.says()})") if reading.says() else error from None
-    prepare = _Preparer(encoder, schema, max_length, truncation_mode == "keep_end", invalid == "drop", reading)
+    prepare = _Preparer(encoder, schema, max_length, truncation_mode == "keep_end", invalid == "drop", reading,
+                        drop_long=truncation_mode == "drop")  # fmt: skip
 
     report = DataReport(max_length=max_length, columns=names, reading=reading.says(), streamed=limit is not None)
     if report.reading:

@@ -157,6 +157,8 @@ class Guardrails:
     def _learning_rate(self) -> str | None:
         if self.optimizer_given or self.config.optim in OTHER_SCALE:
             return None
+        if self.term is not None and self.term.loss.shape == "scores":  # it has no language to unlearn
+            return None
         if self.full and self.parameters is not None and self.parameters < SMALL_MODEL:
             return None
         rate = self.config.learning_rate

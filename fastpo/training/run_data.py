@@ -12,6 +12,7 @@ from fastpo.errors import ConfigError, DataError
 from fastpo.training.distributed import World
 from fastpo.training.metrics import PAIR_METRICS, metric_means
 from fastpo.training.objective import Objective
+from fastpo.training.reward_metrics import range_means
 
 log = logging.getLogger("fastpo")
 
@@ -112,7 +113,8 @@ class DataSets:
         if isinstance(table, sources.Stream) and name == "train":
             limit = _stream_limit(table, config, self.world.size, mixed=bool(part.label))
         examples, report = prepare_examples(
-            table, self.tokenizer, kind=kind, max_length=config.max_length, truncation_mode=config.truncation_mode,
+            table, self.tokenizer, kind=kind, max_length=config.max_length,
+            truncation_mode="drop" if self.objective.scores else config.truncation_mode,
             columns=self.columns, invalid=config.invalid_rows, num_proc=config.dataset_num_proc, forming=self.forming,
             recognise=config.recognise_layouts, limit=limit, assistant_only=config.assistant_only_loss,
             apart=losses == "unpaired" and kind == "preference",
@@ -141,7 +143,8 @@ class DataSets:
         labels = {label for e in examples for label in e.response_columns.get(rows.LABEL, ())}
         counts = dict.fromkeys(PAIR_METRICS, 1.0)
         counts |= {"chosen": float(labels != {0.0}), "rejected": float(labels != {1.0}), "pairs": float(not labels)}
-        return list(metric_means(list(counts.values()), self.objective.pair_terms))
+        of_range = range_means((0.0, 0.0), 1) if self.objective.scores else {}
+        return [*metric_means(list(counts.values()), self.objective.pair_terms), *of_range]
 
     def name_of(self, examples: Sequence[Example], row: int) -> str:
         """`row 12 of the train data`, as people count: rows that were dropped count too."""
@@ -172,7 +175,7 @@ class DataSets:
 
 def _columns(config: TrainConfig, objective: Objective, given: Collection[str]) -> list[str]:
     """The optional columns that a run reads; others may hold anything."""
-    columns = ["weight", *rows.TOKEN_COLUMNS]
+    columns = ["weight"] if objective.scores else ["weight", *rows.TOKEN_COLUMNS]
     if objective.uses_reference and "ref_model" not in given and not config.sync_ref_model:
         columns += [*rows.RESPONSE_COLUMNS["ref_logps"], "ref_greedy_logps"]
     if objective.kappa is not None and "prev_model" not in given:
