@@ -144,9 +144,7 @@ def peft_config(value: Any, scalar_head: bool = False) -> Any:
     if name.upper() not in kinds:
         raise ConfigError(f"peft_config: unknown peft_type {shown(name)}{did_you_mean(name.upper(), kinds)}")
     if arguments["task_type"] not in (task, peft.TaskType[task]):
-        raise ConfigError(
-            f"peft_config: task_type (lora_task_type) must be {task}, not {shown(arguments['task_type'])}"
-        )
+        raise ConfigError(f"peft_config: task_type must be {task}, not {shown(arguments['task_type'])}")
     return construct("peft_config", kinds[name.upper()], arguments)
 
 
