@@ -5,7 +5,7 @@
 
 Every run is a process of its own that trains one step of 32 pairs on a CPU, with an empty FASTPO_CACHE and with the
 bytecode of earlier runs; the first round warms the disk and is left out. `imports` is until `import fastpo.trainer`
-has returned, `prepared` until on_train_begin, `first step` until on_step_begin; `cpu` are the process's seconds by then.
+has returned, `prepared` until on_train_begin, `first step` until on_step_begin; `cpu` is the process's time by then.
 """
 
 import argparse

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from fastpo.data import prepare_examples
 from fastpo.data.packing import PackedBatch
 from fastpo.data.sources import load_rows
 from fastpo.errors import ConfigError, DataError, UnsupportedModelError
@@ -18,7 +17,7 @@ from fastpo.models.loading import load_model, load_tokenizer
 from fastpo.models.modes import eval_mode
 from fastpo.models.scalar_head import RewardModel, has_scalar_head, head_is_new
 from fastpo.models.verify_scalar import verify_rewards
-from fastpo.reference.sequence_logps import apart, by_row, score
+from fastpo.reference.sequence_logps import apart, by_row, prepared, score
 from fastpo.training.memory import MAX_TOKENS
 
 log = logging.getLogger("fastpo")
@@ -69,12 +68,12 @@ def rewards(
         log.warning("%s is no causal classifier, so nothing is packed: padded batches, which is slower", _name(model))
         _padded(model, tokenizer, _encoded(tokenizer, single), out, max_tokens, progress)
         return by_row(single, out)
-    prepared, _ = prepare_examples([row for _, row in single], tokenizer, kind="sft", recognise=False)
+    examples = prepared(single, tokenizer)
     try:
-        score(RewardModel(model), prepared, take, max_tokens, verify_rewards if verify else None, progress)
+        score(RewardModel(model), examples, take, max_tokens, verify_rewards if verify else None, progress)
     except UnsupportedModelError as error:
         log.warning("%s: padded batches of its own forward instead, which is slower", error)
-        ids = [{"input_ids": [*e.prompt_ids.tolist(), *e.responses[0].tolist()]} for e in prepared]
+        ids = [{"input_ids": [*e.prompt_ids.tolist(), *e.responses[0].tolist()]} for e in examples]
         _padded(model, tokenizer, ids, out, max_tokens, progress)
     return by_row(single, out)
 

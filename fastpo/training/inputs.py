@@ -144,7 +144,8 @@ def peft_config(value: Any, scalar_head: bool = False) -> Any:
     if name.upper() not in kinds:
         raise ConfigError(f"peft_config: unknown peft_type {shown(name)}{did_you_mean(name.upper(), kinds)}")
     if arguments["task_type"] not in (task, peft.TaskType[task]):
-        raise ConfigError(f"peft_config: task_type must be {task}, not {shown(arguments['task_type'])}")
+        named = f"{shown(arguments['task_type'])} (lora_task_type on the command line)"
+        raise ConfigError(f"peft_config: task_type must be {task}, not {named}")
     return construct("peft_config", kinds[name.upper()], arguments)
 
 

@@ -511,3 +511,17 @@ def test_the_command_line(toy, tmp_path):
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config["task_type"] == "SEQ_CLS" and config["modules_to_save"] == ["classifier", "score"]
     assert len(fastpo.rewards(tmp_path / "out", toy.rows(2))) == 2
+
+
+def test_rows_of_token_ids(toy, run):
+    """As sampled, no end appended; equal responses are one, and what is too long goes with its pairs."""
+    ids = [[5, 6], [7, 8, 9], [5, 6], list(range(3, 30))]
+    rows = [{"prompt_ids": [10, 11, 12], "responses": [{"token_ids": r, "score": float(s), "finished": False}
+             for s, r in enumerate(ids)]}]  # fmt: skip
+    model = toy.reward_model().eval()
+    (found,) = fastpo.rewards(model, rows, processing_class=toy.tokenizer())
+    own = [model(input_ids=torch.tensor([[10, 11, 12, *r]])).logits.item() for r in ids]
+    assert found == pytest.approx(own, abs=2e-6)
+    result = run(rows, model, max_length=20, pair_policy="all", max_steps=1, learning_rate=0.0)
+    assert result.log_history[0]["margin"] == pytest.approx(abs(own[0] - own[1]), abs=1e-5) or (
+        result.log_history[0]["margin"] == pytest.approx(-abs(own[0] - own[1]), abs=1e-5))  # fmt: skip

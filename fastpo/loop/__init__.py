@@ -1,0 +1,1 @@
+"""The loop of self-improvement: prompts, samples, judgements, pairs, training, and again."""

@@ -1,0 +1,119 @@
+"""Files of lines of JSON that grow while a stage works and survive its end at any moment.
+
+A line is written whole and flushed before its unit counts as done; what a crash left of a last line is cut off when the
+file is opened again. Files that are read by others are written beside their name and renamed.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from fastpo.errors import DataError
+
+
+class Part:
+    """An append-only file of JSON lines. A context manager; `lines` are those that were there."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.lines = list(_whole_lines(path))
+        self._file: IO[bytes] | None = None
+
+    def __enter__(self) -> "Part":
+        self._file = open(self.path, "ab")
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        assert self._file is not None
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._file = None
+
+    def add(self, lines: Iterable[Mapping[str, Any]]) -> None:
+        """Append them in one write: all are there after a crash of this process, or the torn ones are cut off."""
+        assert self._file is not None, "a part is written inside `with`"
+        self._file.write(b"".join(_line(line) for line in lines))
+        self._file.flush()
+
+
+def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of the file, of which what follows the last line break is cut off first."""
+    if not path.exists():
+        return
+    with open(path, "rb+") as file:
+        data = file.read()
+        end = data.rfind(b"\n") + 1
+        if end < len(data):
+            file.truncate(end)
+    for number, line in enumerate(data[:end].splitlines(), 1):
+        try:
+            yield json.loads(line)
+        except ValueError:
+            raise DataError(
+                f"{path}, line {number} is no JSON: the file was changed by something else than fastpo; move it away "
+                "and start again, the stage will redo it"
+            ) from None
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a finished file of JSON lines."""
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            yield json.loads(line)
+
+
+def write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> int:
+    """Write them all under this name at once; returns how many there were."""
+    count = 0
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.tmp")
+    with open(beside, "wb") as file:
+        for line in lines:
+            file.write(_line(line))
+            count += 1
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+    return count
+
+
+def write_json(path: Path, value: Any) -> None:
+    """The same of one value, indented for people."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.tmp")
+    with open(beside, "w", encoding="utf-8") as file:
+        file.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+def read_json(path: Path) -> Any:
+    """None where the file is not there."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file; of a folder, that of its files' names and contents."""
+    if path.is_dir():
+        whole = hashlib.sha256()
+        for file in sorted(p for p in path.rglob("*") if p.is_file()):
+            whole.update(f"{file.relative_to(path)}\0{file_digest(file)}\n".encode())
+        return whole.hexdigest()
+    with open(path, "rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def _line(value: Mapping[str, Any]) -> bytes:
+    try:
+        return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+    except UnicodeEncodeError:  # half of a surrogate pair, which a server's JSON may hold
+        return json.dumps(value, separators=(",", ":")).encode() + b"\n"
