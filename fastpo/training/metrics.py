@@ -241,7 +241,8 @@ class Window:
     def trunk(self, batch: PackedBatch) -> None:
         """Count one micro-batch's work."""
         self.trunk_tokens += batch.cu_seqlens[-1] - batch.padding
-        self.alone_tokens += batch.num_tokens - sum(batch.row_responses)  # each response with a prompt of its own
+        # Each response with a prompt of its own, and without its last token where the trunk does not see it.
+        self.alone_tokens += batch.num_tokens - (sum(batch.row_responses) if batch.uses is None else 0)
         self.micro_batches += 1
         self.flops.add(batch)
 

@@ -163,7 +163,7 @@ class DataSets:
                             max_tokens, max(over))  # fmt: skip
         repeated = repeated_prompts(self.train)
         if any(e.share for e in self.train):
-            alone = sum(sequence_tokens(e) - len(e.responses) for e in self.train)
+            alone = sum(sequence_tokens(e) - (not e.whole) * len(e.responses) for e in self.train)
             shared = sum(map(trunk_tokens, self.train))
             log.info("prompts are shared by their responses: %d tokens an epoch instead of %d", shared, alone)
         if repeated:

@@ -515,13 +515,26 @@ def test_the_command_line(toy, tmp_path):
 
 def test_rows_of_token_ids(toy, run):
     """As sampled, no end appended; equal responses are one, and what is too long goes with its pairs."""
-    ids = [[5, 6], [7, 8, 9], [5, 6], list(range(3, 30))]
-    rows = [{"prompt_ids": [10, 11, 12], "responses": [{"token_ids": r, "score": float(s), "finished": False}
-             for s, r in enumerate(ids)]}]  # fmt: skip
-    model = toy.reward_model().eval()
+    ids, scores = [[5, 6], [7, 8, 9], [5, 6], list(range(3, 30))], [0.0, 5.0, 1.0, 9.0]
+    entries = [{"token_ids": r, "score": s, "finished": False} for r, s in zip(ids, scores, strict=True)]
+    rows, model = [{"prompt_ids": [10, 11, 12], "responses": entries}], toy.reward_model().eval()
     (found,) = fastpo.rewards(model, rows, processing_class=toy.tokenizer())
     own = [model(input_ids=torch.tensor([[10, 11, 12, *r]])).logits.item() for r in ids]
     assert found == pytest.approx(own, abs=2e-6)
     result = run(rows, model, max_length=20, pair_policy="all", max_steps=1, learning_rate=0.0)
-    assert result.log_history[0]["margin"] == pytest.approx(abs(own[0] - own[1]), abs=1e-5) or (
-        result.log_history[0]["margin"] == pytest.approx(-abs(own[0] - own[1]), abs=1e-5))  # fmt: skip
+    assert result.log_history[0]["margin"] == pytest.approx(own[1] - own[0], abs=1e-5)
+
+
+def test_memory_is_planned(toy, run, tmp_path, capsys):
+    """By `fastpo plan`, from the configuration of a language model, and by max_tokens=auto."""
+    from fastpo import cli
+
+    toy.model().save_pretrained(tmp_path / "lm")
+    toy.tokenizer().save_pretrained(tmp_path / "lm")
+    for loss in ("reward", "dpo"):
+        assert cli.main(["plan", "--model", str(tmp_path / "lm"), "--loss-type", loss, "--memory", "8GiB", "--device",
+                         "cuda", "--json"]) == 0  # fmt: skip
+    reward, dpo = (json.loads(part) for part in capsys.readouterr().out.replace("}\n{", "}\n\0{").split("\0"))
+    assert reward["parameters"] == dpo["parameters"] - 100 * 32 + 32 and reward["max_tokens"] >= dpo["max_tokens"]
+    result = run(toy.kway_rows(4), max_tokens="auto", pair_policy="all", max_steps=1)
+    assert result.log_history[0]["shared_prompt_savings"] >= 0
