@@ -46,6 +46,7 @@ from fastpo.errors import DataError, nearest, quoted
 
 TOKEN_IDS, FINISHED, COUNT = "token_ids", "finished", "count"  # of an entry
 PAIRS = "pairs"  # of pair_policy=explicit: [winner, loser] or [winner, loser, weight], places in `responses`
+OF_PAIRS = ("weight", "margin")  # a number of the row that all its pairs have
 _ROUNDING = 1e-9  # 0.9 - 0.8 is a margin of 0.1
 
 # Keys of an entry: bounds, and the columns of pairs in whose place they stand.
@@ -136,7 +137,7 @@ def read_schema(
     win_probs = "win_prob" in read
     if rank is not None and forming.policy != "explicit" and rank not in read:
         read.append(rank)
-    row_numbers = tuple(name for name in ("weight", "ref_greedy_logps") if name in columns and want(name))
+    row_numbers = tuple(name for name in ("weight", "margin", "ref_greedy_logps") if name in columns and want(name))
     greedy = wanted is not None and GREEDY in wanted
     plan = KWay(forming.policy, forming.margin or 0.0, forming.whole, rank, tuple(read), win_probs, greedy)
     return Schema("preference", forms.get("prompt") == "chat", True, forms, row_numbers, kway=plan,
@@ -219,7 +220,7 @@ def parse_row(raw: Mapping, number: int, schema: Schema) -> Row:
     found = {name: [_number(entry, name, of) for entry, of in zip(entries, what, strict=True)]
              for name in plan.numbers}  # fmt: skip
     of_row = {name: read_number(raw.get(name), BOUNDS[name], name, f"row {number}: column '{name}'")
-              for name in schema.numbers if name == "weight" or raw.get(name) is not None}  # fmt: skip
+              for name in schema.numbers if name in OF_PAIRS or raw.get(name) is not None}  # fmt: skip
     marked = [k for k, entry in enumerate(entries) if entry.get(GREEDY) is True]
     greedy = None
     if plan.greedy and not marked and raw.get(GREEDY) is not None:
@@ -266,8 +267,8 @@ def _formed(offer: Offer, plan: KWay) -> Row:
     used = range(len(completions)) if plan.whole else dict.fromkeys(k for pair in pairs for k in pair)
     places = [*used, *(k for k in greedy if plan.greedy and k not in used)]
     at = {k: place for place, k in enumerate(places)}
-    of_pairs = {}
-    if "weight" in of_row or offer.weighted:
+    of_pairs = {name: [of_row[name]] * len(pairs) for name in OF_PAIRS if name in of_row}
+    if offer.weighted:
         of_pairs["weight"] = [of_row.get("weight", 1.0) * (own[pair] if own else 1.0) for pair in pairs]
     if plan.win_probs:
         probs = found["win_prob"]

@@ -21,6 +21,7 @@ from torch import Tensor
 from fastpo.data.example import Example
 from fastpo.data.packer import pack_all, pack_step
 from fastpo.data.prefetch import to_device
+from fastpo.data.win_probs import take_win_probs
 
 
 class Branch(NamedTuple):
@@ -68,10 +69,12 @@ class PackedBatch:
     pair_weight: Tensor  # [P] fp32
     nll_weight: Tensor  # [N] fp32: the sft term's weight of each token; 0 for responses that are never preferred
     token_weight: Tensor | None  # [N] fp32, in nll_weight already; a token of weight 2 counts as two
+    margin: Tensor | None  # [P] fp32
     win_prob_chosen: Tensor | None  # [P] fp32
     win_prob_rejected: Tensor | None  # [P] fp32
     label: Tensor | None  # [S] bool: desirable; of unpaired rows
     score: Tensor | None  # [S] fp32
+    scored_rows: Tensor | None  # [S] int64: the position at which a scalar head scores each response
     greedy: Tensor | None  # [P] int32: the reference's greedy response of each pair's row
     # Where rows name their loss: the pairs of each that is named in the batch, and which of these is each token's.
     losses: dict[str, tuple[int, ...]] | None  # host
@@ -359,11 +362,13 @@ def collate(
     token_weights: list[np.ndarray] = []
     pairs: list[tuple[int, int]] = []
     pair_weight: list[float] = []
+    margins: list[float] = []
     win_chosen: list[float | None] = []
     win_rejected: list[float | None] = []
     ref_sums: list[float] = []
     labels: list[float] = []
     scores: list[float] = []
+    scored_rows: list[int] = []
     losses: dict[str, list[int]] = {}  # name -> places in `pairs`
     of_rows: list[np.ndarray] = []  # of each response, which of `losses` its row names
     greedy: list[int] = []
@@ -383,7 +388,8 @@ def collate(
             pairs.append((first_response + winner, first_response + loser))
             pair_weight.append(weight)
             preferred.setdefault(winner, weight)
-        _win_probs(example, win_chosen, win_rejected)
+        margins += example.pair_columns.get("margin", [])
+        take_win_probs(example, win_chosen, win_rejected)
         trunk.begin_row(opens)
         for k, response in enumerate(example.responses):
             prompt = example.prompt_of(k)
@@ -399,6 +405,8 @@ def collate(
                 weight = preferred[k] if nll_of_prompt else 0.0
                 prompts.add(first_response + k, trunk.root if share else trunk.size, prompt, weight)
             rows.append(trunk.add(prompt, response, share, example.whole))
+            if example.scored_at is not None:
+                scored_rows.append(trunk.position(example.scored_at[k]))
             targets.append(response)
             num_tokens += len(prompt) + len(response)
             if ref_logps is not None:
@@ -427,10 +435,12 @@ def collate(
         pair_weight=torch.tensor(pair_weight, dtype=torch.float32),
         nll_weight=torch.from_numpy(np.concatenate(nll)),
         token_weight=torch.from_numpy(np.concatenate(token_weights)) if token_weights else None,
+        margin=_float32(margins, n_pairs),
         win_prob_chosen=_float32(win_chosen, n_pairs),
         win_prob_rejected=_float32(win_rejected, n_pairs),
         label=torch.tensor(labels).bool() if labels else None,
         score=_float32(scores, n_responses),
+        scored_rows=torch.tensor(scored_rows) if scored_rows else None,
         greedy=torch.tensor(greedy, dtype=torch.int32) if pairs and len(greedy) == n_pairs else None,
         ref_logp=torch.from_numpy(np.concatenate(ref).astype(np.float32)) if ref else None,
         ref_response_logps=_float32(ref_sums, n_responses),
@@ -492,6 +502,12 @@ class _Trunk:
         prompt_stop = int(rows[0]) + 1
         self.parts += [(prompt_stop - len(prompt), prompt_stop), (first, first + len(tokens))]
         return rows
+
+    def position(self, token: int) -> int:
+        """Where that token of the last response's prompt and itself is."""
+        (prompt, prompt_stop), (first, _) = self.parts[-2:]
+        length = prompt_stop - prompt
+        return prompt + token if token < length else first + token - length
 
     def uses(self) -> Tensor:
         """How many responses each token is part of; 0 for padding. -> [T] fp32"""
@@ -556,21 +572,6 @@ class _PromptRows:
             torch.tensor(self.weights, dtype=torch.float32),
             torch.tensor([self.of_response[winner] for winner, _ in pairs], dtype=torch.int64),
         )  # fmt: skip
-
-
-def _win_probs(example: Example, chosen: list[float | None], rejected: list[float | None]) -> None:
-    """SPPO's two targets; `win_prob`, P(chosen beats rejected), stands in for both in the paper's single form. None
-    where the row's loss reads none."""
-    columns = example.pair_columns
-    if "win_prob_chosen" in columns and "win_prob_rejected" in columns:
-        chosen += columns["win_prob_chosen"]
-        rejected += columns["win_prob_rejected"]
-    elif "win_prob" in columns:
-        chosen += columns["win_prob"]
-        rejected += [1 - p for p in columns["win_prob"]]
-    elif example.loss is not None:
-        chosen += [None] * len(example.pairs)
-        rejected += [None] * len(example.pairs)
 
 
 def _int64(parts: list[np.ndarray]) -> Tensor:

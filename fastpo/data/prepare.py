@@ -27,9 +27,10 @@ import numpy as np
 
 from fastpo.data import content, exact, kway, row_loss
 from fastpo.data.encoding import Encoded, Encoder
-from fastpo.data.example import Example
+from fastpo.data.example import Example, even_weights
 from fastpo.data.kway import BEST_WORST, Forming
 from fastpo.data.layouts import Reading, read_as
+from fastpo.data.long_rows import TOO_LONG, without_long
 from fastpo.data.report import DataReport, warn
 from fastpo.data.row_loss import ByLoss, Losses
 from fastpo.data.rows import (
@@ -88,6 +89,7 @@ class _Preparer:
     reading: Reading = Reading()
     losses: Losses | None = None  # that rows may name
     named: ByLoss | None = None  # where they do
+    drop_long: bool = False
 
     def parse(self, raw: Mapping, number: int) -> Row:
         """The row, which passed the checks; InvalidRow, or DataError."""
@@ -200,6 +202,12 @@ class _Preparer:
         row = encoded.row
         if row.prompt_ids is not None:
             encoded = exact.joined(encoded, self.encoder, report)
+        if self.drop_long and self.max_length is not None:
+            fitting = without_long(encoded, self.max_length)
+            if fitting is None:
+                report.dropped[TOO_LONG] = report.dropped.get(TOO_LONG, 0) + 1
+                return None
+            encoded, row = fitting, fitting.row
         prompt, *wholes = encoded.ids
         boundary = min(common_length(prompt, whole) for whole in wholes)
         if self.schema.language:
@@ -378,13 +386,14 @@ def prepare_examples(
     others behind the prompt have a token weight of 0. `columns` names the optional columns to read (default: all that
     are there); the others may hold anything. `forming` says which pairs rows of K `responses` give. `invalid="drop"`
     counts rows with NaN, None or out-of-range values, empty texts or identical pairs where "raise" refuses the first of
-    them; rows lost to `max_length` and rows of K that form no pair are always dropped and counted. `recognise` converts
-    rows of other layouts (fastpo/data/layouts.py). `limit` ends the reading when there are as many examples. `losses`:
-    the entries of loss_type that rows may name in the column `loss`, with the optional columns that each reads.
+    them; rows lost to `max_length` and rows of K that form no pair are always dropped and counted (truncation_mode
+    "drop": preferences with a response that is longer). `recognise` converts rows of other layouts
+    (fastpo/data/layouts.py). `limit` ends the reading when there are as many examples. `losses`: the entries of
+    loss_type that rows may name in the column `loss`, with the optional columns that each reads.
     """
     for name, value, allowed in (
         ("kind", kind, tuple(COMPLETIONS)),
-        ("truncation_mode", truncation_mode, ("keep_start", "keep_end")),
+        ("truncation_mode", truncation_mode, ("keep_start", "keep_end", "drop")),
         ("invalid", invalid, ("raise", "drop")),
     ):
         if value not in allowed:
@@ -418,7 +427,8 @@ def prepare_examples(
             raise DataError(f"{error} (the rows are {reading.says()})") if reading.says() else error from None
         encoder = Encoder(tokenizer, False, refuses=str(error))  # rows of ids need none of what is lacking
     prepare = _Preparer(encoder, schema, max_length, truncation_mode == "keep_end", invalid == "drop", reading, losses,
-                        ByLoss(schema, losses) if by_loss and losses else None)  # fmt: skip
+                        ByLoss(schema, losses) if by_loss and losses else None,
+                        drop_long=truncation_mode == "drop")  # fmt: skip
 
     report = DataReport(max_length=max_length, columns=names, reading=reading.says(), streamed=limit is not None)
     if report.reading:
@@ -444,17 +454,6 @@ def prepare_examples(
         raise DataError(f"no row is left to train on: {report.summary()}")
     check_win_probs(examples, report.kept_rows)
     return examples, report
-
-
-def even_weights(examples: Sequence[Example]) -> None:
-    """Ones as the weights of tokens, and of pairs, of examples without, where others have them."""
-    if any("weight" in e.pair_columns for e in examples):
-        for example in examples:
-            example.pair_columns.setdefault("weight", [1.0] * len(example.pairs))
-    if any(e.token_weights is not None for e in examples):
-        for example in examples:
-            if example.token_weights is None:
-                example.token_weights = [np.ones(len(ids), np.float32) for ids in example.responses]
 
 
 PROCESSES_A_CORE = 4  # more cost their start and bring nothing: the pool forks them all at once

@@ -121,7 +121,7 @@ def warn(report: DataReport, schema: Schema, names: list[str]) -> None:
             add(f"responses were truncated: {chosen} and {rejected} must be of the truncated ones")
     unread = [name for name in (*BOUNDS, *TOKEN_COLUMNS) if name in names]
     if schema.kway is not None:
-        unread = [name for name in unread if name not in ("weight", "ref_greedy_logps")]
+        unread = [name for name in unread if name not in (*kway.OF_PAIRS, "ref_greedy_logps")]
         if kway.PAIRS in names and schema.kway.policy != "explicit":
             add(f"the column '{kway.PAIRS}' is not used: pair_policy=explicit reads it")
     elif schema.kind == "preference":

@@ -33,6 +33,7 @@ MOST = 1e9
 # Optional columns of preference rows: lowest and highest value. A sum of log-probabilities may round to just above 0.
 BOUNDS = {
     "weight": (0.0, MOST),
+    "margin": (-MOST, MOST),  # of a reward model
     "win_prob": (0.0, 1.0),
     "win_prob_chosen": (0.0, 1.0),
     "win_prob_rejected": (0.0, 1.0),
@@ -44,7 +45,7 @@ BOUNDS = {
     "prev_chosen_logps": (-MOST, 1e-3),
     "prev_rejected_logps": (-MOST, 1e-3),
 }
-PAIR_COLUMNS = ("weight", "win_prob", "win_prob_chosen", "win_prob_rejected")
+PAIR_COLUMNS = ("weight", "margin", "win_prob", "win_prob_chosen", "win_prob_rejected")
 RESPONSE_COLUMNS = {
     "score": ("chosen_score", "rejected_score"),
     "ref_logps": ("ref_chosen_logps", "ref_rejected_logps"),

@@ -30,6 +30,7 @@ class MicroBatches:
     def place(self, name: str, examples: list[Example]) -> None:
         """Before the first batch of a set: its ids are checked, and it is decided which rows share their prompt."""
         check_ids(self.policy, examples, name)
+        self.policy.place(examples)
         set_sharing(examples, sharing_mode(self.config.share_prompts, self.cost), self.cost)
         rotary.unshare(self.policy.trunk, examples)
 

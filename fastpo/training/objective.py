@@ -29,6 +29,7 @@ class Objective:
         self.reads_prompts = frozenset(t.of for t in self.terms if t.reads_prompt)  # entries of loss_type
         self.draws = any(t.loss.drawn for t in self.pair_terms)  # tokens of each response
         self.unpaired = any(t.loss.shape == "unpaired" for t in self.pair_terms)
+        self.scores = any(t.loss.shape == "scores" for t in self.pair_terms)  # rewards, not log-probabilities
         self.kappa = next((t.hyper["kappa"] for t in self.pair_terms if t.loss.previous), None)  # of a previous policy
         self.row_statistics = row_statistics(self.pair_terms)
         self.of_lists = next((t.name for t in self.pair_terms if t.loss.shape == "lists"), None)
@@ -86,6 +87,7 @@ class Objective:
         self, logp: Tensor, batch: PackedBatch, stats: Statistics, pair_count: int, nlls: Sequence[float]
     ) -> tuple[Tensor, Tensor]:
         """This micro-batch's share of the step's loss, and its metrics [len(PAIR_METRICS)], both on the device.
+        `logp`: token log-probabilities [N], of a reward model the rewards [S].
         `pair_count` and `nlls`: what the whole step's losses, and each sft term, are means over."""
         total = logp.new_zeros(())
         metrics = logp.new_zeros(len(PAIR_METRICS))

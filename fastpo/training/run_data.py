@@ -13,6 +13,7 @@ from fastpo.losses.table import SFT, Term
 from fastpo.training.distributed import World
 from fastpo.training.metrics import PAIR_METRICS, metric_means
 from fastpo.training.objective import Objective
+from fastpo.training.reward_metrics import range_means
 
 log = logging.getLogger("fastpo")
 
@@ -121,7 +122,8 @@ class DataSets:
         if isinstance(table, sources.Stream) and name == "train":
             limit = _stream_limit(table, config, self.world.size, mixed=bool(part.label))
         examples, report = prepare_examples(
-            table, self.tokenizer, kind=kind, max_length=config.max_length, truncation_mode=config.truncation_mode,
+            table, self.tokenizer, kind=kind, max_length=config.max_length,
+            truncation_mode="drop" if self.objective.scores else config.truncation_mode,
             columns=self.columns, invalid=config.invalid_rows, num_proc=config.dataset_num_proc, forming=self.forming,
             recognise=config.recognise_layouts, limit=limit, assistant_only=config.assistant_only_loss,
             apart=losses == "unpaired" and kind == "preference", losses=self.losses,
@@ -151,7 +153,8 @@ class DataSets:
         labels = {label for e in examples for label in e.response_columns.get(rows.LABEL, ())}
         counts = dict.fromkeys(PAIR_METRICS, 1.0)
         counts |= {"chosen": float(labels != {0.0}), "rejected": float(labels != {1.0}), "pairs": float(not labels)}
-        return list(metric_means(list(counts.values()), self.objective.pair_terms))
+        of_range = range_means((0.0, 0.0), 1) if self.objective.scores else {}
+        return [*metric_means(list(counts.values()), self.objective.pair_terms), *of_range]
 
     def name_of(self, examples: Sequence[Example], row: int) -> str:
         """`row 12 of the train data`, as people count: rows that were dropped count too."""
@@ -170,7 +173,7 @@ class DataSets:
                             max_tokens, max(over))  # fmt: skip
         repeated = repeated_prompts(self.train)
         if any(e.share for e in self.train):
-            alone = sum(sequence_tokens(e) - len(e.responses) for e in self.train)
+            alone = sum(sequence_tokens(e) - (not e.whole) * len(e.responses) for e in self.train)
             shared = sum(map(trunk_tokens, self.train))
             log.info("prompts are shared by their responses: %d tokens an epoch instead of %d", shared, alone)
         if repeated:
@@ -182,7 +185,11 @@ class DataSets:
 
 def _columns(config: TrainConfig, terms: Sequence[Term], given: Collection[str]) -> list[str]:
     """The optional columns that losses of pairs read; others may hold anything."""
-    columns = ["weight", *rows.TOKEN_COLUMNS]
+    columns = (
+        ["weight"]
+        if any(t.loss is not None and t.loss.shape == "scores" for t in terms)
+        else ["weight", *rows.TOKEN_COLUMNS]
+    )
     if any(t.loss.reference for t in terms) and "ref_model" not in given and not config.sync_ref_model:
         columns += [*rows.RESPONSE_COLUMNS["ref_logps"], "ref_greedy_logps"]
     if any(t.loss.previous for t in terms) and "prev_model" not in given:

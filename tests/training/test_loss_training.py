@@ -10,7 +10,8 @@ import fastpo
 from fastpo.errors import ConfigError, DataError
 from fastpo.losses.table import LOSSES, Term
 
-TRAINABLE = [name for name, loss in LOSSES.items() if loss.trainable]
+# Of language models; test_reward_model.py has the other.
+TRAINABLE = [name for name, loss in LOSSES.items() if loss.trainable and loss.shape != "scores"]
 LN2 = math.log(2)
 
 
