@@ -8,14 +8,13 @@ import yaml
 
 from fastpo.errors import ConfigError, did_you_mean
 
+_FOLDER = files("fastpo.loop") / "recipes"
 ABOUT = ("title", "about", "source", "choices")  # of a recipe's file: texts, no options
 
 
 def names() -> list[str]:
     """Of all recipes."""
-    return sorted(
-        file.name.removesuffix(".yaml") for file in files(__package__).iterdir() if file.name.endswith(".yaml")
-    )
+    return sorted(file.name.removesuffix(".yaml") for file in _FOLDER.iterdir() if file.name.endswith(".yaml"))
 
 
 def read(name: str) -> dict[str, Any]:
@@ -23,7 +22,7 @@ def read(name: str) -> dict[str, Any]:
     known = names()
     if name not in known:
         raise ConfigError(f"no recipe {name!r}{did_you_mean(name, known)} (fastpo recipes lists them)")
-    return dict(yaml.safe_load((files(__package__) / f"{name}.yaml").read_text(encoding="utf-8")))
+    return dict(yaml.safe_load((_FOLDER / f"{name}.yaml").read_text(encoding="utf-8")))
 
 
 def options_of(name: str) -> dict[str, Any]:
