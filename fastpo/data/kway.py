@@ -45,7 +45,7 @@ from fastpo.data.rows import (
 from fastpo.errors import DataError, nearest, quoted
 
 TOKEN_IDS, FINISHED, COUNT = "token_ids", "finished", "count"  # of an entry
-PAIRS = "pairs"  # of pair_policy=explicit: [winner, loser] lists of places in `responses`
+PAIRS = "pairs"  # of pair_policy=explicit: [winner, loser] or [winner, loser, weight], places in `responses`
 _ROUNDING = 1e-9  # 0.9 - 0.8 is a margin of 0.1
 
 # Keys of an entry: bounds, and the columns of pairs in whose place they stand.
@@ -154,9 +154,10 @@ class Offer:
     of_row: Mapping[str, float]
     marked: list[int]  # those that say they are the reference's greedy response
     unfinished: list[bool]
-    pairs: list[tuple[int, int]] | None  # the row's own
+    pairs: Mapping[tuple[int, int], float] | None  # the row's own, with their weights
     given: int  # entries
     greedy: Any = None  # the column, where it is read and no response is marked
+    weighted: bool = False  # whether the row's own pairs have weights
 
     def merge(self, keys: Sequence[Hashable]) -> "Offer":
         """Those of the same key as one response."""
@@ -172,13 +173,17 @@ class Offer:
             counts = [self.counts[k] for k in group]
             return sum(values[k] * count for k, count in zip(group, counts, strict=True)) / sum(counts)
 
-        pairs = self.pairs and [(at[i], at[j]) for i, j in self.pairs if at[i] != at[j]]
+        pairs: dict[tuple[int, int], float] = {}
+        for (i, j), weight in (self.pairs or {}).items():
+            if at[i] != at[j]:  # of two that are one, each with its weight, or one of weight 1
+                before = pairs.get((at[i], at[j]), 0.0)
+                pairs[at[i], at[j]] = before + weight if self.weighted else 1.0
         return replace(
             self, completions=[self.completions[group[0]] for group in groups],
             counts=[sum(self.counts[k] for k in group) for group in groups],
             numbers={name: [mean(values, group) for group in groups] for name, values in self.numbers.items()},
             marked=sorted({at[k] for k in self.marked}), unfinished=[self.unfinished[group[0]] for group in groups],
-            pairs=pairs and list(dict.fromkeys(pairs)),
+            pairs=None if self.pairs is None else pairs,
         )  # fmt: skip
 
 
@@ -213,10 +218,11 @@ def parse_row(raw: Mapping, number: int, schema: Schema) -> Row:
         greedy = _completion({key: raw[GREEDY]}, f"row {number}: '{GREEDY}'", schema, raw)
         if says_nothing(greedy):
             raise InvalidRow("empty completion", f"row {number}: '{GREEDY}' is empty")
+    pairs, weighted = _explicit(raw, number, len(entries)) if plan.policy == "explicit" else (None, False)
     base = Row(number, prompt, (), template_kwargs(raw, number), prompt_ids=prompt_ids)
     offer = Offer(
         base, completions, counts, found, of_row, marked, [entry.get(FINISHED) is False for entry in entries],
-        _explicit(raw, number, len(entries)) if plan.policy == "explicit" else None, len(entries), greedy,
+        pairs, len(entries), greedy, weighted,
     )  # fmt: skip
     same = [next(j for j, other in enumerate(completions) if _same(other, c)) for c in completions]
     return _formed(offer.merge(same) if same != list(range(len(same))) else offer, plan)
@@ -239,7 +245,8 @@ def _formed(offer: Offer, plan: KWay) -> Row:
     if len(completions) < 2:
         reason = "fewer than two distinct responses"
         raise NoPair(reason, f"row {number}: {reason}")
-    pairs = offer.pairs if offer.pairs is not None else Forming(plan.policy, plan.margin).pairs(found[str(plan.rank)])
+    own = offer.pairs
+    pairs = Forming(plan.policy, plan.margin).pairs(found[str(plan.rank)]) if own is None else list(own)
     if not pairs:
         why = {"margin": f"no two differ by {plan.margin:g} in {plan.rank}", "explicit": f"'{PAIRS}' is empty"}
         reason = f"no pair ({why.get(plan.policy, f'all have the same {plan.rank}')})"
@@ -250,7 +257,9 @@ def _formed(offer: Offer, plan: KWay) -> Row:
     used = range(len(completions)) if plan.whole else dict.fromkeys(k for pair in pairs for k in pair)
     places = [*used, *(k for k in greedy if plan.greedy and k not in used)]
     at = {k: place for place, k in enumerate(places)}
-    of_pairs = {"weight": [of_row["weight"]] * len(pairs)} if "weight" in of_row else {}
+    of_pairs = {}
+    if "weight" in of_row or offer.weighted:
+        of_pairs["weight"] = [of_row.get("weight", 1.0) * (own[pair] if own else 1.0) for pair in pairs]
     if plan.win_probs:
         probs = found["win_prob"]
         of_pairs["win_prob_chosen"] = [probs[winner] for winner, _ in pairs]
@@ -312,10 +321,10 @@ def _completion(entry: Mapping, what: str, schema: Schema, raw: Mapping) -> Any:
         return read_ids(entry[TOKEN_IDS], f"{what}: '{TOKEN_IDS}'")
     given = [name for name in ("text", "messages") if entry.get(name) is not None]
     if len(given) != 1:
-        close = None if given else next(
-            (c for name in ("text", "messages", TOKEN_IDS) if (c := nearest(name, entry, 0.5))), None
-        )  # fmt: skip
-        hint = f": did you mean '{close}'?" if close else f", found {quoted(entry)}"
+        keys = [key for key, value in entry.items() if value is not None]
+        near = (nearest(name, keys, 0.5) for name in ("text", "messages", TOKEN_IDS))
+        close = None if given else next(filter(None, near), None)
+        hint = f": did you mean '{close}'?" if close else f", found {quoted(keys)}"
         raise DataError(f"{what} needs 'text', 'messages' or '{TOKEN_IDS}'{', not both' if given else hint}")
     value = entry[given[0]]
     if given == ["text"] and not isinstance(value, str):
@@ -356,16 +365,27 @@ def _number(entry: Mapping, name: str, what: str) -> float:
     return read_number(entry[name], _NUMBERS[name][0], name, f"{what}: '{name}'")
 
 
-def _explicit(raw: Mapping, number: int, k: int) -> list[tuple[int, int]]:
-    """The row's own pairs, each once."""
+def _explicit(raw: Mapping, number: int, k: int) -> tuple[dict[tuple[int, int], float], bool]:
+    """(the row's own pairs with their weights, whether any is given); a pair that is there twice counts once, or with
+    the sum of its weights."""
     pairs = raw.get(PAIRS)
     what = f"row {number}: column '{PAIRS}'"
     if not isinstance(pairs, list | tuple):
         raise InvalidRow(f"bad '{PAIRS}'", f"{what} must be a list of [winner, loser], not {pairs!r}")
+    out: dict[tuple[int, int], float] = {}
+    weighted = any(isinstance(pair, list | tuple) and len(pair) == 3 for pair in pairs)
     for pair in pairs:
-        whole = isinstance(pair, list | tuple) and len(pair) == 2 and all(type(i) is int for i in pair)
+        # Arrow has a list's numbers as one type: places come as floats beside a weight.
+        whole = isinstance(pair, list | tuple) and len(pair) in (2, 3) and all(map(_is_place, pair[:2]))
         if not whole or pair[0] == pair[1]:
             raise InvalidRow(f"bad '{PAIRS}'", f"{what} has {pair!r}, which is no [winner, loser] of two responses")
-        if not all(0 <= i < k for i in pair):
+        if not all(0 <= i < k for i in pair[:2]):
             raise InvalidRow(f"bad '{PAIRS}'", f"{what} has {pair!r}, and the {k} responses are numbered 0 to {k - 1}")
-    return list(dict.fromkeys((i, j) for i, j in pairs))
+        i, j = int(pair[0]), int(pair[1])
+        weight = read_number(pair[2], BOUNDS["weight"], "weight", f"{what}: {pair!r}") if len(pair) == 3 else 1.0
+        out[i, j] = out.get((i, j), 0.0) + weight if weighted else 1.0
+    return out, weighted
+
+
+def _is_place(value: Any) -> bool:
+    return type(value) is int or (type(value) is float and value.is_integer())

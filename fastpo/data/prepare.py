@@ -425,7 +425,10 @@ def prepare_examples(
 
 
 def even_weights(examples: Sequence[Example]) -> None:
-    """Ones as the token weights of examples without, where others have them."""
+    """Ones as the weights of tokens, and of pairs, of examples without, where others have them."""
+    if any("weight" in e.pair_columns for e in examples):
+        for example in examples:
+            example.pair_columns.setdefault("weight", [1.0] * len(example.pairs))
     if any(e.token_weights is not None for e in examples):
         for example in examples:
             if example.token_weights is None:

@@ -80,9 +80,7 @@ class Work:
 
                 def ask(requests: Sequence[Request], part: int) -> dict[str, list[Response]]:
                     path = folder / f"part-{part:04d}.jsonl"
-                    found = sample_stage(sampler, requests, path, max_failed=config.max_failed)
-                    counts.update({name: n for name, n in found.items() if isinstance(n, int)})
-                    counts["failed"] += sum(found["failed"].values())
+                    counts.update(sample_stage(sampler, requests, path, max_failed=config.max_failed))
                     return read_samples(path, sources)
 
                 found = ask(requests_of(items, config.sample, run.encode, *seed), 0)
