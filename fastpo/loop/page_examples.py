@@ -39,8 +39,8 @@ def _held_out_example(one: HeldOut) -> str:
         for j in found[: max(1, JUDGEMENTS // len(one.judgements))]
     )
     return (
-        f'<article class="example">{_prompt(one.prompt, one.id, "h3")}<ol class="answers side">{answers}</ol>{_folded(said)}'
-        "</article>"
+        f'<article class="example">{_prompt(one.prompt, one.id, "h3")}<ol class="answers side">{answers}</ol>'
+        f"{_folded(said)}</article>"
     )
 
 
