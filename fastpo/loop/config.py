@@ -1,17 +1,17 @@
 """The options of a run of the loop: a mapping (YAML) over a recipe's, checked before anything runs.
 
-    recipe: sppo                     # its options are the defaults of everything below
-    model: path/to/sft
-    prompts: prompts.jsonl
-    output_dir: run
-    iterations: 3
-    sample: {n: 5, temperature: 0.7, max_tokens: 512}
-    scorers: {judge: {kind: judge, base_url: http://localhost:8000/v1, model: judge}}
-    score: {by: judge}
-    select: {policy: best_worst}
-    train: {loss_type: sppo, learning_rate: 5.0e-7, reference: current}
-    eval: {prompts: heldout.jsonl}
-    at: {2: {train: {learning_rate: 1.0e-7}}}    # other options in iteration 2
+recipe: sppo                     # its options are the defaults of everything below
+model: path/to/sft
+prompts: prompts.jsonl
+output_dir: run
+iterations: 3
+sample: {n: 5, temperature: 0.7, max_tokens: 512}
+scorers: {judge: {kind: judge, base_url: http://localhost:8000/v1, model: judge}}
+score: {by: judge}
+select: {policy: best_worst}
+train: {loss_type: sppo, learning_rate: 5.0e-7, reference: current}
+eval: {prompts: heldout.jsonl}
+at: {2: {train: {learning_rate: 1.0e-7}}}    # other options in iteration 2
 """
 
 import dataclasses
@@ -24,6 +24,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 import yaml
 
 from fastpo.errors import ConfigError, did_you_mean, shown
+from fastpo.selection import GOAL
 
 Options = Mapping[str, Any]
 POLICY_NAMES = ("start", "before", "current", "previous")  # and iterate-1, iterate-2, ...
@@ -88,6 +89,8 @@ class Select:
     min_chars: int = 1
     max_chars: int | None = None
     relabel: bool = False  # reward-augmented rows
+    goal: str = GOAL  # what asks for a score; {goal} is the number
+    goal_joint: str = "\n\n"  # between it and a prompt that is a text
     rows: str = "kway"  # pairs: a row each, with win_prob of the pair
     extra_rows: str | None = None  # a file of rows that are mixed in
     extra_share: float = 0.5
@@ -127,6 +130,7 @@ class LoopConfig:
     before: str | None = None  # the policy that `model` was trained from, where a recipe reads it
     iterations: int = 3
     prompts_per_iteration: int | None = None  # None: the prompts in equal parts
+    reuse_prompts: bool = False  # each iteration draws from all prompts, not from a part of its own
     seed: int = 42
     max_failed: float = 0.02
     prepare: Options = field(default_factory=dict)  # stages before the first iteration: sft, rules, queries, skillmix
@@ -155,14 +159,14 @@ _FREE = ("options",)  # fields that take what their section does not know
 
 
 def merged(under: Options, over: Options) -> dict[str, Any]:
-    """`over` on top of `under`; mappings in both are merged, everything else is replaced. `scorers` and `prepare` of
-    the upper one replace the lower ones' entries by name; an entry that is null is taken out."""
+    """`over` on top of `under`: mappings in both are merged, null takes an option back to its default, everything else
+    is replaced."""
     out = dict(under)
     for key, value in over.items():
         if isinstance(value, Mapping) and isinstance(out.get(key), Mapping):
             out[key] = merged(out[key], value)
-        elif value is None and isinstance(out.get(key), Mapping):
-            out.pop(key)
+        elif value is None:
+            out.pop(key, None)
         else:
             out[key] = value
     return out
@@ -225,7 +229,7 @@ def _check_numbers(config: LoopConfig) -> None:
 
 
 def _read(cls: type, options: Options, where: str) -> Any:
-    """An instance of the dataclass; an option that it does not know goes into `options`, if it has that, or is refused."""
+    """An instance of the dataclass; what it does not know goes into its `options`, where it has them, or is refused."""
     hints, fields = get_type_hints(cls), {f.name: f for f in dataclasses.fields(cls)}
     values: dict[str, Any] = {}
     free: dict[str, Any] = {}

@@ -88,8 +88,10 @@ class Failure:
 class Sampler(Protocol):
     """Gives responses. `key` is JSON: all that decides what it gives, but the requests."""
 
-    key: Mapping[str, Any]
     exact: bool  # the same requests give the same bytes, whenever and with whatever others they are asked
+
+    @property
+    def key(self) -> Mapping[str, Any]: ...
 
     def batches(self, requests: Sequence[Request]) -> list[list[Request]]:
         """The requests as they are best asked together: a plan that depends on nothing but the requests."""
@@ -138,9 +140,11 @@ class Scorer(Protocol):
     """Judges. `key` is JSON: all that decides its verdicts, but the units."""
 
     name: str
-    key: Mapping[str, Any]
     unit: Literal["response", "pair", "list"]
     # response: any real number, higher is better; pair: P(first beats second), in [0, 1]; list: one number a response
+
+    @property
+    def key(self) -> Mapping[str, Any]: ...
 
     def score(self, units: Sequence[Unit]) -> Iterator[tuple[Unit, Verdict]]:
         """A verdict on each, in any order, as they come."""

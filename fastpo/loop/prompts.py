@@ -6,7 +6,7 @@ from typing import Any
 
 from fastpo.data.sources import load_rows
 from fastpo.errors import ConfigError, DataError, nearest, quoted
-from fastpo.loop.items import Item, digest, prompt_text
+from fastpo.loop.items import Item, digest, prompt_text, seed_of
 
 PROMPT = "prompt"
 
@@ -52,18 +52,23 @@ def _turns(prompt: Any, number: int, what: str) -> Sequence[Mapping[str, str]]:
     return prompt
 
 
-def part_of(items: Sequence[Item], iteration: int, iterations: int, size: int | None, seed: int) -> list[Item]:
-    """The prompts of one iteration, from 1 on: no prompt is in two of them. ConfigError where there are too few."""
-    size = len(items) // iterations if size is None else size
-    if size * iterations > len(items) or size < 1:
+def part_of(
+    items: Sequence[Item], iteration: int, iterations: int, size: int | None, seed: int, reuse: bool = False
+) -> list[Item]:
+    """The prompts of one iteration, from 1 on: no prompt is in two of them, unless they are drawn anew in each
+    (`reuse`). ConfigError where there are too few."""
+    parts = 1 if reuse else iterations
+    size = len(items) // parts if size is None else size
+    if size * parts > len(items) or size < 1:
         raise ConfigError(
             f"{len(items):,} different prompts are too few for {iterations} disjoint iterations of {max(size, 1):,}: "
-            f"set prompts_per_iteration to {len(items) // iterations:,} or less, or iterations to "
-            f"{len(items) // max(size, 1):,} or less"
+            f"set prompts_per_iteration to {len(items) // parts:,} or less, iterations to "
+            f"{len(items) // max(size, 1):,} or less, or reuse_prompts=true"
         )
     order = list(range(len(items)))
-    random.Random(seed).shuffle(order)
-    return [items[k] for k in order[(iteration - 1) * size : iteration * size]]
+    random.Random(seed_of(seed, iteration) if reuse else seed).shuffle(order)
+    first = 0 if reuse else (iteration - 1) * size
+    return [items[k] for k in order[first : first + size]]
 
 
 def to_json(item: Item) -> dict[str, Any]:

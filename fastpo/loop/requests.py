@@ -13,7 +13,7 @@ _KEYS = ("source", "n", "temperature", "top_p", "top_k", "max_tokens", "stop", "
 
 def requests_of(items: Sequence[Item], sample: Sample, encode: Encode, *seed: Any) -> list[Request]:
     """In the order of the prompts; `seed` and the request's name seed each."""
-    sources = [{"source": POLICY, "n": sample.n}] if sample.n else []
+    sources: list[dict[str, Any]] = [{"source": POLICY, "n": sample.n}] if sample.n else []
     sources += [_checked(spec) for spec in sample.sources]
     out = []
     for item in items:

@@ -8,12 +8,14 @@ import yaml
 
 from fastpo.errors import ConfigError, did_you_mean
 
-ABOUT = ("about", "source", "choices")  # of a recipe's file: texts, no options
+ABOUT = ("title", "about", "source", "choices")  # of a recipe's file: texts, no options
 
 
 def names() -> list[str]:
     """Of all recipes."""
-    return sorted(file.name.removesuffix(".yaml") for file in files(__package__).iterdir() if file.name.endswith(".yaml"))
+    return sorted(
+        file.name.removesuffix(".yaml") for file in files(__package__).iterdir() if file.name.endswith(".yaml")
+    )
 
 
 def read(name: str) -> dict[str, Any]:
