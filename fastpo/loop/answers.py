@@ -1,7 +1,7 @@
 """What samplers and scorers answered, in a file that grows: asked once, whatever interrupts.
 
-A line is {id, source, k, text, token_ids, finished, logp, seed} of a response, {id, source, k, scorer, value} of a
-judgement, and of a failure {..., status, raw} in the place of what it should have been. Work that is a function of what
+A line is one of sample_stage.py of a response, {id, source, k, scorer, value} of a judgement, and of a failure
+{..., status, raw} in the place of what it should have been. Work that is a function of what
 it has asked so far does the same when it is begun again: what is in the file is not asked again.
 
 Of samplers and scorers that are exact the file has the same bytes after an interruption as without one: what is asked
@@ -10,7 +10,7 @@ goes in batches that depend on nothing else, and of a batch that was written in 
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from tqdm import tqdm
 from fastpo.errors import TrainingError, shown
 from fastpo.loop.items import Failure, Request, Response, Sampler, Scorer, Unit, Verdict
 from fastpo.loop.parts import Part
+from fastpo.loop.sample_stage import answered, line_of
 
 log = logging.getLogger("fastpo")
 
@@ -69,8 +70,8 @@ class Answers:
         with tqdm(
             total=len(requests), initial=len(found), desc=desc, unit="reply", disable=None if desc else True
         ) as bar:
-            for answers in _batches(sampler, requests, missing):
-                lines = [(names[r.unit], _line_of(r, a)) for r, a in answers if names[r.unit] not in found]
+            for answers in answered(sampler, requests, missing):
+                lines = [(names[r.unit], line_of(r, a)) for r, a in answers if names[r.unit] not in found]
                 self._add(lines, found)
                 bar.update(len(lines))
         return [_answer(found[names[request.unit]]) for request in requests]
@@ -122,33 +123,8 @@ class Answers:
         )
 
 
-def _batches(
-    sampler: Sampler, requests: Sequence[Request], missing: Sequence[Request]
-) -> Iterator[list[tuple[Request, Response | Failure]]]:
-    """What is written at once: of an exact sampler the plan's batches that lack something, else one by one."""
-    if not missing:
-        return
-    if not sampler.exact:
-        for answer in sampler.sample(missing):
-            yield [answer]
-        return
-    lacking = {request.unit for request in missing}
-    for batch in sampler.batches(requests):
-        if any(request.unit in lacking for request in batch):
-            answers = {request.unit: answer for request, answer in sampler.sample(batch)}
-            yield [(request, answers[request.unit]) for request in batch]
-
-
 def _name(line: Mapping[str, Any]) -> Name:
     return (line["id"], line["source"], line["k"], line.get("scorer", ""))
-
-
-def _line_of(request: Request, answer: Response | Failure) -> dict[str, Any]:
-    line: dict[str, Any] = {"id": request.id, "source": request.source, "k": request.k}
-    if isinstance(answer, Failure):
-        return line | {"status": answer.status, "raw": answer.raw[:_RAW]}
-    given = answer.to_json()
-    return line | {name: given[name] for name in ("text", "token_ids", "finished", "logp")} | {"seed": request.seed}
 
 
 def _line(name: Name, verdict: Verdict) -> dict[str, Any]:

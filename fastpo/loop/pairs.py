@@ -3,7 +3,7 @@
 import random
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastpo.data import kway
@@ -29,12 +29,20 @@ class PairOf:
 
 def read_pairs(source: Any, what: str, counts: Counter[str]) -> list[PairOf]:
     """In the order of the rows; `counts` gets what was left out, by reason. DataError where there is none."""
-    rows = load_rows(source)
+    rows = [_as_texts(row) for row in load_rows(source)]
+    if not rows:
+        raise DataError(f"{what}: there are no rows")
     names = column_names(rows)
-    reading = read_as(names, head_rows(rows), "preference", ())
-    given, first = reading.names(names), reading.first(first_rows(rows, set(names), _FIRST))
-    in_k = kway.is_kway(given, first)
-    schema = kway.read_schema(given, first, (), BEST_WORST) if in_k else read_schema(given, first, "preference", ())
+    try:
+        reading = read_as(names, head_rows(rows), "preference", ())
+        given, first = reading.names(names), reading.first(first_rows(rows, set(names), _FIRST))
+        if kway.is_kway(given, first):
+            forming = replace(BEST_WORST, policy="explicit") if kway.PAIRS in given else BEST_WORST
+            schema = kway.read_schema(given, first, (), forming)
+        else:
+            schema = read_schema(given, first, "preference", ())
+    except DataError as error:
+        raise DataError(f"{what}: {error}") from error
     if schema.token_ids:
         raise DataError(f"{what}: these are token ids, and a model is to read the pairs: give texts or conversations")
     out: dict[str, PairOf] = {}
@@ -57,6 +65,17 @@ def read_pairs(source: Any, what: str, counts: Counter[str]) -> list[PairOf]:
         why = ", ".join(f"{reason}: {n}" for reason, n in counts.items()) or "there are no rows"
         raise DataError(f"{what}: no pair can be read ({why})")
     return list(out.values())
+
+
+def _as_texts(row: Mapping) -> dict[str, Any]:
+    """Without the token ids beside texts, which training would read in their place: people's words are wanted here."""
+    out = {name: value for name, value in row.items() if not (name.endswith("_ids") and name[:-4] in row)}
+    if "prompt" in row and isinstance(row.get("responses"), list):
+        out["responses"] = [
+            {k: v for k, v in entry.items() if k != "token_ids"} if "text" in entry or "messages" in entry else entry
+            for entry in row["responses"]
+        ]
+    return out
 
 
 def _pairs(raw: Mapping, number: int, schema: Schema) -> list[tuple[Any, str | None, str | None]]:

@@ -269,9 +269,17 @@ def test_pairs_are_read_in_the_layouts_of_training():
     k_way = [{"id": "k", "prompt": "Hi?", "responses": [{"text": "no", "score": 1}, {"text": "yes", "score": 2}]}]
     [pair] = read_pairs(k_way, "pairs", counts)
     assert (pair.id, pair.prompt, pair.chosen, pair.rejected) == ("k", "Hi?", "yes", "no")
+    responses = [{"text": text, "token_ids": [k], "finished": True} for k, text in enumerate(("no", "yes"))]
+    own = [{"id": "o", "prompt": "Hi?", "prompt_ids": [1], "pairs": [[1, 0]], "responses": responses}]
+    [pair] = read_pairs(own, "pairs", counts)  # rows of an iteration
+    assert (pair.prompt, pair.chosen, pair.rejected) == ("Hi?", "yes", "no")
     same = [*PAIRS, PAIRS[0], {"id": "e", "prompt": "x", "chosen": "", "rejected": "b"}]
     assert len(read_pairs(same, "pairs", counts)) == 7
     assert counts == {"repeated": 1, "empty completion": 1}
+    with pytest.raises(DataError, match="pairs: there are no rows"):
+        read_pairs([], "pairs", counts)
+    with pytest.raises(DataError, match="pairs: preference rows need the columns 'chosen', 'rejected'"):
+        read_pairs([{"prompt": "x", "best": "y"}], "pairs", counts)
     with pytest.raises(DataError, match="token ids"):
         read_pairs([{"prompt": [1], "chosen": [2], "rejected": [3]}], "pairs", counts)
 

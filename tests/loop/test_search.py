@@ -10,6 +10,7 @@ import fastpo
 from fastpo import quickstart
 from fastpo.errors import ConfigError, TrainingError
 from fastpo.loop.items import Failure, Item, Response, Verdict, seed_of
+from fastpo.loop.local_sampler import LocalSampler
 from fastpo.loop.search import read_siblings, search
 from fastpo.loop.tree import Node, backup, chain, confidence, prior, puct, select
 
@@ -533,34 +534,6 @@ def test_failures_of_what_is_not_exact_are_asked_again(tmp_path):
 # ---- a policy
 
 
-class Policy:
-    """Samples of the quickstart's model: prompts of one length together, each row with its own seed."""
-
-    exact, key = True, {}
-
-    def __init__(self, model, tokenizer):
-        self.model, self.end = model, tokenizer.eos_token_id
-
-    def batches(self, requests):
-        by_length = {}
-        for request in requests:
-            by_length.setdefault(len(request.prompt_ids), []).append(request)
-        return list(by_length.values())
-
-    def sample(self, requests):
-        import torch
-
-        for batch in self.batches(requests):
-            assert all(r.max_tokens == 1 for r in batch)
-            with torch.no_grad():
-                logits = self.model(torch.tensor([r.prompt_ids for r in batch])).logits[:, -1].float()
-            logps = logits.log_softmax(-1)
-            for request, row in zip(batch, logps):
-                u = torch.Generator().manual_seed(request.seed)
-                token = int(torch.multinomial((row / request.temperature).softmax(-1), 1, generator=u))
-                yield request, Response("", (token,), token == self.end, float(row[token]))
-
-
 @pytest.fixture(scope="module")
 def policy(tmp_path_factory):
     """A model that has half learnt to keep the running total: some of its digits are wrong."""
@@ -628,7 +601,7 @@ def test_a_policy_and_its_right_digits(policy, tmp_path):
     shares = {}
     for name, verifier in (("verifier", Verifier()), ("coin", Verifier(coin=True))):
         folder = tmp_path / name
-        sampler = Policy(model, tokenizer)
+        sampler = LocalSampler(model, tokenizer, batch_size=256)
         counts = search(sampler, verifier, asked, lambda p: tokenizer(p)["input_ids"], read, spec, folder, 0, 0.0)
         of_right, of_wrong, chosen = digits_of(folder, read)
         shares[name] = sum(chosen) / len(chosen)
@@ -639,6 +612,15 @@ def test_a_policy_and_its_right_digits(policy, tmp_path):
             assert right > 2 * wrong
             assert len(chosen) > 12 and shares[name] > 0.75
     assert shares["coin"] < 0.65
+
+    # Steps that a text ends: all totals, and the verdict with the end of the answer.
+    spec = {"step": {"stop": ["="]}, "depth": 3, "iterations": 8}
+    sampler = LocalSampler(model, tokenizer, batch_size=256)
+    search(sampler, Verifier(), asked[:30], lambda p: tokenizer(p)["input_ids"], read, spec, tmp_path / "stop", 0, 0.0)
+    texts = [r.text for item in read_siblings(tmp_path / "stop") for r in item.responses if not r.finished]
+    ends = [r for item in read_siblings(tmp_path / "stop") for r in item.responses if r.finished]
+    assert texts and all(text.endswith("=") for text in texts)
+    assert ends and all(r.token_ids[-1] == tokenizer.eos_token_id for r in ends)
 
     # What it writes is what a loss of soft labels reads.
     result = fastpo.train(
