@@ -41,7 +41,7 @@ class Search:
 
     iterations: int = 64  # paths from each node that the answer goes through
     first: int = 4  # times as many from the prompt
-    depth: int = 3  # steps of a path
+    depth: int | None = None  # steps of a path; None: 3 with self_eval, which values every step, else to the end
     max_steps: int = 32  # of an answer
     children: int = 2  # samples of a node, equal ones are one child
     first_children: int | None = None  # of the prompt; None: twice as many
@@ -67,9 +67,10 @@ class Search:
 def options_of(spec: Mapping[str, Any]) -> Search:
     """Checked; ConfigError names the first option that is wrong."""
     options: Search = read_section(Search, spec, "search")
-    for name in ("iterations", "first", "depth", "max_steps", "max_pairs", "trees"):
+    for name in ("iterations", "first", "max_steps", "max_pairs", "trees"):
         _need(getattr(options, name) >= 1, name, "1 or more", getattr(options, name))
     _need(options.children >= 2, "children", "2 or more: a pair has two", options.children)
+    _need(options.depth is None or options.depth >= 1, "depth", "1 or more", options.depth)
     _need(options.first_children is None or options.first_children >= 2, "first_children", "2 or more",
           options.first_children)  # fmt: skip
     _need(options.temperature > 0, "temperature", "above 0: equal children are one", options.temperature)
@@ -123,6 +124,7 @@ class Tree:
         """roles: "answer", "self": whom there is to judge."""
         self.item, self.prompt_ids, self.options, self.seed = item, tuple(prompt_ids), options, seed
         self.decode, self.roles = decode, roles
+        self.depth = options.depth or (3 if "self" in roles else options.max_steps)
         self.root = Node("0")
         self.walk: list[tuple[Node, list[Standing]]] = []
         self.counts: Counter[str] = Counter()
@@ -143,10 +145,10 @@ class Tree:
         return node.finished or node.depth >= self.options.max_steps
 
     def _visit(self, start: Node) -> Growth:
-        """A path from a node to the end of an answer, or to `depth` steps below it."""
+        """A path from a node to the end of an answer, or as many steps below it as `depth` says."""
         path = [start]
         start.visits += 1
-        while start.alive and not self._last(path[-1]) and len(path) <= self.options.depth:
+        while start.alive and not self._last(path[-1]) and len(path) <= self.depth:
             if path[-1].children is None:
                 yield from self._expand(path[-1])
                 if not path[-1].living:
@@ -184,7 +186,8 @@ class Tree:
         open_ = list(drawn)
         for part in range(_BLANK if options.step.stops else 1):
             source = node.name if part == 0 else f"{node.name}+{part}"
-            requests = [self._request(before + drawn[k][0], source, k) for k in open_]
+            prompts = {ids: self._continued(before + ids) for ids in {drawn[k][0] for k in open_}}
+            requests = [self._request(prompts[drawn[k][0]], before + drawn[k][0], source, k) for k in open_]
             answers = yield Ask(requests)
             again = []
             for k, answer in zip(open_, answers, strict=True):
@@ -208,10 +211,10 @@ class Tree:
                 break
         return {k: one for k, one in drawn.items() if one[0]}
 
-    def _request(self, steps: tuple[int, ...], source: str, k: int) -> Request:
+    def _request(self, prompt: Prompt, steps: tuple[int, ...], source: str, k: int) -> Request:
         options, item = self.options, self.item
         return Request(
-            item.id, k, source, self._continued(steps), self.prompt_ids + steps, seed_of(self.seed, item.id, source, k),
+            item.id, k, source, prompt, self.prompt_ids + steps, seed_of(self.seed, item.id, source, k),
             options.temperature, options.top_p, options.top_k, options.step.most, options.step.stops,
         )  # fmt: skip
 

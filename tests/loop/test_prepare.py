@@ -1,5 +1,6 @@
 """What is done before the loop: supervision, AutoRule's rules, PUGC's queries, Instruct-SkillMix; by script."""
 
+import dataclasses
 import json
 import random
 import re
@@ -9,12 +10,13 @@ import pytest
 
 from fastpo.errors import ConfigError, DataError, TrainingError
 from fastpo.loop import prepare
-from fastpo.loop.autorule import rules
+from fastpo.loop.autorule import AutoRule, rules
+from fastpo.loop.growth import Search
 from fastpo.loop.items import Failure, Response, seed_of
 from fastpo.loop.pairs import read_pairs
-from fastpo.loop.pugc import queries
-from fastpo.loop.skillmix import mix, read_form, skillmix
-from fastpo.loop.supervise import refining_rows, sft
+from fastpo.loop.pugc import Queries, queries
+from fastpo.loop.skillmix import SkillMix, mix, read_form, skillmix
+from fastpo.loop.supervise import Supervise, refining_rows, sft
 from fastpo.loop.written import Template, is_refusal, read_texts, read_yes_no, unrepeated
 
 
@@ -555,3 +557,29 @@ def test_supervision_that_cannot_be(start, tmp_path):
         sft({"rows": PAIRS}, None, tmp_path)
     with pytest.raises(DataError, match="row 0 has no column 'chose': did you mean 'chosen'"):
         sft({"rows": PAIRS, "column": "chose"}, None, tmp_path, model=start)
+
+
+@pytest.mark.parametrize(
+    ("page", "heading", "options"),
+    [
+        ("loop-prepare.md", "`sft`", Supervise),
+        ("loop-prepare.md", "`rules`", AutoRule),
+        ("loop-prepare.md", "`queries`", Queries),
+        ("loop-prepare.md", "`skillmix`", SkillMix),
+        ("loop-search.md", "# Tree", Search),
+    ],
+)
+def test_the_pages_list_every_option(repo_root, page, heading, options):
+    text = (repo_root / "docs" / page).read_text()
+    section = text[text.index(heading if heading.startswith("#") else f"## {heading}") :]
+    section = section.split("\n## ")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line.startswith("| `")]
+    listed = {name: row for row in rows for name in re.findall(r"`(\w+)`", row[0])}
+    fields = {field.name: field.default for field in dataclasses.fields(options)}
+    assert set(listed) == set(fields)
+    for row in rows:
+        names = re.findall(r"`(\w+)`", row[0])
+        if len(row) == 3 and re.fullmatch(r"[\w., -]+", row[1]) and len(row[1].split(", ")) == len(names):
+            for name, shown in zip(names, row[1].split(", ")):
+                if shown[0].isdigit() or shown in ("true", "false"):
+                    assert shown == str(fields[name]).lower(), name

@@ -9,6 +9,7 @@ import pytest
 import fastpo
 from fastpo import quickstart
 from fastpo.errors import ConfigError, TrainingError
+from fastpo.loop.growth import Tree, options_of
 from fastpo.loop.items import Failure, Item, Response, Verdict, seed_of
 from fastpo.loop.local_sampler import LocalSampler
 from fastpo.loop.search import read_siblings, search
@@ -369,6 +370,16 @@ def test_the_answer_is_no_longer_than_max_steps(tmp_path):
     run(tmp_path, sampler, self_eval=own, max_steps=4)
     assert max(r.source.count(".") for r in sampler.asked) == 3
     assert rows_of(tmp_path)
+
+
+def test_how_deep_a_path_goes(tmp_path):
+    """With every step valued three steps, as in the paper; where only whole answers are judged, to their end."""
+    [item] = items(1)
+    assert Tree(item, (1,), options_of({}), 0, decode, {"self", "answer"}).depth == 3
+    assert Tree(item, (1,), options_of({"max_steps": 9}), 0, decode, {"answer"}).depth == 9
+    judge = Judge(wants)
+    run(tmp_path, Scripted(lambda r: lines(r, steps=6)), judge, depth=None, iterations=1, first=1, asked=items(8))
+    assert judge.asked[0].count("\n") == 5  # the first path ends with an answer
 
 
 # ---- values
