@@ -31,6 +31,17 @@ from fastpo.loop.written import Template, check_templates, numbered, unrepeated,
 _BETTER = re.compile(r"\bbetter\W{0,6}(?:answer|response)?\W{0,4}\b([AB])\b\W*$", re.IGNORECASE)
 
 
+def templates_of(options: "AutoRule") -> dict[str, Template]:
+    """What a reply depends on, by name."""
+    told = options.preference == "told"
+    words = {
+        "justify" if told else "justify_asked": ("prompt", "a", "b", "preferred") if told else ("prompt", "a", "b"),
+        "extract_rules": ("explanation",), "merge_rules": ("rules",),
+    }  # fmt: skip
+    check_templates(options.templates, words, "prepare.rules")
+    return {name: Template(name, slots, options.templates) for name, slots in words.items()}
+
+
 @dataclass(frozen=True)
 class AutoRule:
     """The options of `rules`."""
@@ -81,13 +92,7 @@ class _Work:
 
     def __init__(self, options: AutoRule, asking: Teacher):
         self.options, self.asking, self.counts = options, asking, asking.counts
-        told = options.preference == "told"
-        name = "justify" if told else "justify_asked"
-        words = ("prompt", "a", "b", "preferred") if told else ("prompt", "a", "b")
-        check_templates(options.templates, (name, "extract_rules", "merge_rules"), "prepare.rules")
-        self.why = Template(name, words, options.templates)
-        self.extracting = Template("extract_rules", ("explanation",), options.templates)
-        self.merging = Template("merge_rules", ("rules",), options.templates)
+        self.why, self.extracting, self.merging = templates_of(options).values()
 
     def justify(self, pairs: Sequence[PairOf]) -> list[tuple[str, str]]:
         """(id, explanation) of every pair that got one."""

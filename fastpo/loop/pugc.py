@@ -39,6 +39,13 @@ class Queries:
     teacher: Options = field(default_factory=dict)  # for those who make the sampler
 
 
+def templates_of(options: Queries) -> dict[str, Template]:
+    """What a reply depends on, by name."""
+    words = {"query": ("text",), "answers": ("query", "text")}
+    check_templates(options.templates, words, "prepare.queries")
+    return {name: Template(name, slots, options.templates) for name, slots in words.items()}
+
+
 def queries(
     spec: Mapping[str, Any], teacher: Sampler, folder: Path, *, encode: Encode | None, seed: Any, max_failed: float
 ) -> dict[str, Any]:
@@ -46,9 +53,7 @@ def queries(
     options: Queries = read_section(Queries, spec, "prepare.queries")
     if options.texts is None:
         raise ConfigError("prepare.queries needs texts, a file of what people wrote")
-    check_templates(options.templates, ("query", "answers"), "prepare.queries")
-    asking_for = Template("query", ("text",), options.templates)
-    checking = Template("answers", ("query", "text"), options.templates)
+    asking_for, checking = templates_of(options).values()
     asking = Teacher(
         teacher, folder, "queries", encode=encode, seed=seed, max_failed=max_failed, temperature=options.temperature,
         top_p=options.top_p, max_tokens=options.max_tokens,

@@ -1,13 +1,14 @@
 """Tree search over the steps of an answer, and pairs of steps: MCTS-DPO, arXiv:2405.00451.
 
-    search(sampler, scorer, items, encode, decode, spec, folder, seed, max_failed, self_eval=None) -> counts
+    search(sampler, scorer, items, encode, decode, spec, folder, seed, max_failed, self_eval=, rows_path=) -> counts
 
 of the policy behind `sampler`, for every prompt a tree. It writes into `folder`
 
     tree.jsonl       all answers and verdicts (answers.py); an interrupted search goes on from it
     siblings.jsonl   the nodes on the way that the search took which have several children, as items whose responses
                      are those children; `read_siblings` reads it
-    rows.jsonl       {id, prompt, chosen, rejected, win_prob, weight}, token ids all three, for loss_type=dpo_soft
+    rows.jsonl       (or rows_path) {id, prompt, chosen, rejected, win_prob, weight} for loss_type=dpo_soft; prompt,
+                     chosen and rejected are token ids
 
 * `scorer`: scores finished answers; from `threshold` on an answer is right (v + 1), else wrong (v - 1).
 * `self_eval`: a scorer of responses in [0, 1], the probability that the answer so far is right; every step is asked.
@@ -39,6 +40,7 @@ Encode = Callable[[Prompt], Sequence[int]]
 def search(
     sampler: Sampler, scorer: Scorer | None, items: Sequence[Item], encode: Encode, decode: Decode,
     spec: Mapping[str, Any], folder: Path, seed: Any, max_failed: float, *, self_eval: Scorer | None = None,
+    rows_path: Path | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Grows a tree for every item and writes tree.jsonl, siblings.jsonl and rows.jsonl; returns counts.
 
@@ -75,9 +77,9 @@ def search(
         for row in of_tree:
             row["weight"] = 1.0 if options.weights == "pairs" else len(made) / (with_pairs * len(of_tree))
     write_lines(folder / "siblings.jsonl", siblings)
-    write_lines(folder / "rows.jsonl", made)
-    out = {"trees": len(items), **answers.counts, "siblings": len(siblings), "pairs": len(made),
-           "trees with pairs": with_pairs, **dict(sorted(counts.items()))}  # fmt: skip
+    write_lines(rows_path or folder / "rows.jsonl", made)
+    out = {"prompts": len(items), "prompts kept": with_pairs, "pairs": len(made), "siblings": len(siblings),
+           **answers.counts, **dict(sorted(counts.items()))}  # fmt: skip
     if not made:
         raise TrainingError(
             "search: no pair of steps is left to train on (" + ", ".join(f"{k}: {v}" for k, v in out.items()) + ")"

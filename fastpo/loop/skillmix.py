@@ -58,6 +58,12 @@ class SkillMix:
     teacher: Options = field(default_factory=dict)  # for those who make the sampler
 
 
+def templates_of(options: SkillMix) -> dict[str, Template]:
+    """What a reply depends on, by name."""
+    check_templates(options.templates, _TEMPLATES, "prepare.skillmix")
+    return {name: Template(name, words, options.templates) for name, words in _TEMPLATES.items()}
+
+
 def skillmix(
     spec: Mapping[str, Any], teacher: Sampler, folder: Path, *, encode: Encode | None, seed: Any, max_failed: float
 ) -> dict[str, Any]:
@@ -66,8 +72,7 @@ def skillmix(
     for name in ("topics", "skills_per_topic", "query_types", "n", "k", "max_tokens"):
         if getattr(options, name) < 1:
             raise ConfigError(f"prepare.skillmix.{name} must be 1 or more, not {getattr(options, name)}")
-    check_templates(options.templates, _TEMPLATES, "prepare.skillmix")
-    templates = {name: Template(name, words, options.templates) for name, words in _TEMPLATES.items()}
+    templates = templates_of(options)
     asking = Teacher(
         teacher, folder, "skillmix", encode=encode, seed=seed, max_failed=max_failed, temperature=options.temperature,
         top_p=options.top_p, max_tokens=options.max_tokens,

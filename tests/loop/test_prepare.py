@@ -16,6 +16,7 @@ from fastpo.loop.items import Failure, Response, seed_of
 from fastpo.loop.pairs import read_pairs
 from fastpo.loop.pugc import Queries, queries
 from fastpo.loop.skillmix import SkillMix, mix, read_form, skillmix
+from fastpo.loop.stages import Iteration
 from fastpo.loop.supervise import Supervise, refining_rows, sft
 from fastpo.loop.written import Template, is_refusal, read_texts, read_yes_no, unrepeated
 
@@ -583,3 +584,47 @@ def test_the_pages_list_every_option(repo_root, page, heading, options):
             for name, shown in zip(names, row[1].split(", ")):
                 if shown[0].isdigit() or shown in ("true", "false"):
                     assert shown == str(fields[name]).lower(), name
+
+
+# ---- as stages of a run
+
+
+def test_a_stage_is_done_once_and_knows_its_templates(tmp_path):
+    mine, said, closed = tmp_path / "query.txt", [], []
+    mine.write_text("{text} ?\n")
+
+    def teacher():
+        made = Scripted(reader)
+        made.close = lambda: closed.append(made)
+        return made
+
+    def run(**spec):
+        spec = {"texts": TEXTS, "templates": {"query": str(mine)}} | spec
+        folder = tmp_path / "run" / "prepare"
+        made = prepare.stage("queries", spec, folder / "queries", teacher, encode=encode, seed=1, max_failed=0.0)
+        return Iteration(folder, said.append).run(made)
+
+    first = run()
+    assert first["counts"] == {"texts": 6, "prompts": 6} and len(closed) == 1
+    assert run() == first and len(closed) == 1
+    assert list(first["outputs"]) == ["queries/prompts.jsonl"]
+    mine.write_text("{text} What?\n")
+    with pytest.raises(ConfigError, match=r"stage queries was done with templates.query='\{text\} \?'"):
+        run()
+    mine.write_text("{text} ?\n")
+    with pytest.raises(ConfigError, match="was done with options.max_tokens=512, now it is 5"):
+        run(max_tokens=5)
+    mine.write_text("What?\n")
+    with pytest.raises(ConfigError, match="has no {text}"):
+        prepare.check({"queries": {"templates": {"query": str(mine)}}})
+    with pytest.raises(ConfigError, match="prepare.queries asks a model"):
+        prepare.stage("queries", {}, tmp_path, None, encode=encode, seed=1, max_failed=0.0)
+
+
+def test_supervision_as_a_stage(toy, start, tmp_path):
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in toy.rows(6)))
+    spec = {"pairs": str(tmp_path / "pairs.jsonl"), "template": " w1", "train": FEW}
+    made = prepare.stage("sft", spec, tmp_path / "p" / "sft", None, encode=None, seed=0, max_failed=0.0, model=start)
+    assert set(made.inputs) == {"pairs", "model"}
+    record = Iteration(tmp_path / "p", print).run(made)
+    assert record["counts"]["policy"] == str(tmp_path / "p" / "sft" / "train")

@@ -252,7 +252,7 @@ def test_steps_go_on_from_the_sampled_tokens(tmp_path):
         assert request.seed == seed_of(7, request.id, request.source, request.k)
         assert (request.stop, request.max_tokens, request.temperature) == (("\n",), 128, 1.0)
     assert all(text.count("\n") == 2 for text in judge.asked)  # finished answers alone
-    assert counts["trees"] == 3 and counts["failed"] == {}
+    assert counts["prompts"] == 3 and counts["failed"] == {}
     assert counts["finished answers"] == len(judge.asked)
     assert counts["asked"] == len(sampler.asked) + len(judge.asked)
     first = [r for r in sampler.asked if r.source == "0"]
@@ -288,6 +288,7 @@ def test_items_and_rows(tmp_path):
     of_tree = {}
     for row in rows:
         of_tree.setdefault(row["id"].split("/")[0], []).append(row["weight"])
+    assert counts["prompts kept"] == len(of_tree)
     assert {round(sum(weights), 9) for weights in of_tree.values()} == {round(len(rows) / len(of_tree), 9)}
 
 
@@ -507,6 +508,30 @@ def test_the_same_bytes_after_any_interruption(tmp_path):
         assert {name: (folder / name).read_bytes() for name in names} == whole
         if cut == len(data):
             assert not sampler.asked
+
+
+def test_the_same_bytes_of_a_model(toy, tmp_path):
+    """Through the sampler in process, whose batches hold several trees."""
+    model, tokenizer = toy.model().eval(), toy.tokenizer()
+    prompts = [row["prompt"] for row in toy.rows(4)]
+
+    def work(folder):
+        sampler = LocalSampler(model, tokenizer, batch_size=5)
+        return search(
+            sampler, Judge(lambda text: len(text) % 2), [Item(f"p{i}", p) for i, p in enumerate(prompts)],
+            lambda p: tokenizer(p)["input_ids"], lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
+            {"step": {"tokens": 2}, "max_steps": 2, "iterations": 3}, folder, 1, 0.0,
+            self_eval=Judge(lambda text: len(text) % 3 / 2, "own"),
+        )  # fmt: skip
+
+    counts = work(tmp_path / "whole")
+    whole = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
+    for share in (0.2, 0.55, 0.9):
+        folder = tmp_path / str(share)
+        folder.mkdir()
+        (folder / "tree.jsonl").write_bytes(whole["tree.jsonl"][: int(share * len(whole["tree.jsonl"]))])
+        assert work(folder) == counts
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == whole
 
 
 def test_stopped_and_gone_on_with(tmp_path):
