@@ -10,6 +10,8 @@ from fastpo.moved import MOVED, install
 if TYPE_CHECKING:
     from fastpo.config.train_config import TrainConfig as TrainConfig
     from fastpo.face import TrainResult as TrainResult
+    from fastpo.loop.run import IterateResult as IterateResult
+    from fastpo.loop.run import iterate as iterate
     from fastpo.ops import available_backends as available_backends
     from fastpo.ops import linear_logprob as linear_logprob
     from fastpo.ops import preference_loss as preference_loss
@@ -45,6 +47,8 @@ _EXPORTS = {
     "available_backends": "fastpo.ops",
     "VocabParallel": "fastpo.ops.vocab_parallel",
     "sequence_logps": "fastpo.reference.sequence_logps",
+    "iterate": "fastpo.loop.run",
+    "IterateResult": "fastpo.loop.run",
 }
 _SUBMODULES = ("config", "data", "errors", "games", "losses", "models", "ops", "selection", "trainer")
 

@@ -129,8 +129,9 @@ GOAL = "Write a response whose overall score is {goal} on a scale of 1 to 10."  
 def relabel(row: Mapping[str, Any], *, template: str = GOAL) -> list[dict[str, Any]]:
     """Reward-augmented pairs of one scored pair: for the chosen's score as goal the pair, for the rejected's its flip.
 
-    `row` has prompt, chosen, rejected, chosen_score and rejected_score; the goal goes before the prompt. Equal scores
-    would contradict each other: no pairs. The row is left as it was.
+    `row` has prompt, chosen, rejected, chosen_score and rejected_score. The goal goes before a prompt that is a text;
+    in a conversation it ends the system's turn, which is added where there is none. Equal scores would contradict
+    each other: no pairs. The row is left as it was.
     """
     lacking = [c for c in ("prompt", "chosen", "rejected", "chosen_score", "rejected_score") if c not in row]
     if lacking:
@@ -140,6 +141,14 @@ def relabel(row: Mapping[str, Any], *, template: str = GOAL) -> list[dict[str, A
         return []
     pairs = ((won, "chosen", "rejected"), (lost, "rejected", "chosen"))
     return [
-        {"prompt": f"{template.format(goal=f'{goal:g}')}\n\n{row['prompt']}", "chosen": row[c], "rejected": row[r]}
+        {"prompt": _with_goal(row["prompt"], template.format(goal=f"{goal:g}")), "chosen": row[c], "rejected": row[r]}
         for goal, c, r in pairs
     ]
+
+
+def _with_goal(prompt: Any, goal: str) -> Any:
+    if isinstance(prompt, str):
+        return f"{goal}\n\n{prompt}"
+    if prompt and prompt[0]["role"] == "system":
+        return [{**prompt[0], "content": f"{prompt[0]['content']}\n\n{goal}"}, *prompt[1:]]
+    return [{"role": "system", "content": goal}, *prompt]

@@ -17,6 +17,8 @@ from fastpo.errors import FastpoError, TrainingError
 # Each is a module beside this one, with `add_arguments(parser)` and `run(namespace)`, which returns the exit code.
 COMMANDS = {
     "train": "train a model on preference data",
+    "iterate": "sample, judge, pair, train, and again: a self-improvement loop",
+    "recipes": "the loops of the papers, or all there is to say of one",
     "plan": "what a run takes in memory, and the largest max_tokens that fits",
     "losses": "the table of losses, or all there is to say of one",
     "quickstart": "train a small model on a task with a checkable answer, and show that it got better",

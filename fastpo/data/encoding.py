@@ -10,7 +10,7 @@ from typing import Any
 
 from fastpo.data import content, turns
 from fastpo.data.report import DataReport
-from fastpo.data.rows import InvalidRow, Row, check_text
+from fastpo.data.rows import InvalidRow, Row, Unfinished, check_text
 from fastpo.errors import DataError, one_line
 
 
@@ -22,6 +22,7 @@ class Encoded:
     ids: list[list[int]]  # of the prompt, and of the prompt and each response
     # Of each response, which tokens of prompt and response the assistant writes; None: all of the response's.
     trained: list[list[bool] | None] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)  # what the ids are of; none where a tokenizer gives ids directly
 
 
 @dataclass(slots=True)
@@ -38,16 +39,21 @@ class _Chat:
 class Encoder:
     """Rows to the token ids of the prompt and of prompt + response, each tokenised whole.
 
-    `assistant_only`: in responses of several turns only the assistant's are marked as trained on.
+    `assistant_only`: in responses of several turns only the assistant's are marked as trained on. `refuses`: why the
+    tokenizer takes no texts, for rows that may be all token ids: the first text is the error then.
     """
 
-    def __init__(self, tokenizer: Any, conversational: bool, assistant_only: bool = True):
+    def __init__(self, tokenizer: Any, conversational: bool, assistant_only: bool = True, refuses: str = ""):
         if hasattr(tokenizer, "image_processor") or not hasattr(tokenizer, "eos_token"):
             name = type(tokenizer).__name__
             raise DataError(f"processing_class must be a tokenizer, not a {name} (a processor has one as .tokenizer)")
         self.tokenizer = tokenizer
         self.conversational = conversational
         self.assistant_only = assistant_only
+        self.refuses = refuses
+        if refuses:
+            self.ending_ids = {tokenizer.eos_token_id}
+            return
         if conversational and not getattr(tokenizer, "chat_template", None) and _renders_as_text(tokenizer):
             raise DataError(
                 "the rows are conversations and the tokenizer has no chat template: set tokenizer.chat_template, or "
@@ -97,20 +103,29 @@ class Encoder:
 
     def __call__(self, rows: Sequence[Row], report: DataReport) -> list[Encoded]:
         """The rows' ids, in their order; InvalidRow for the first that cannot be rendered, with nothing counted."""
+        if self.refuses:
+            raise DataError(self.refuses)
         if self.conversational:
             return self._conversations(rows, report)
-        ids = iter(self._ids([text for row in rows for text in self._texts(row, report)], special=True))
+        texts = [self._texts(row, report) for row in rows]
+        ids = iter(self._ids([text for of_row in texts for text in of_row], special=True))
         out = []
-        for row in rows:
-            row_ids = [next(ids) for _ in range(1 + len(row.completions))]
+        for row, of_row in zip(rows, texts, strict=True):
+            row_ids = [next(ids) for _ in of_row]
             self._undouble(row_ids, report)
-            out.append(Encoded(row, row_ids, [None] * len(row.completions)))
+            out.append(Encoded(row, row_ids, [None] * len(row.completions), of_row))
         return out
+
+    def apart(self, text: str) -> list[int]:
+        """The ids of a text that continues others, tokenised behind an EOS: without the space that some tokenizers put
+        before the first word of all."""
+        eos = self.tokenizer.eos_token
+        return self._ids([eos + text], special=False)[0][1:] if eos else self._ids([text], special=False)[0]
 
     def _texts(self, row: Row, report: DataReport) -> list[str]:
         texts = [row.prompt]
         for completion in row.completions:
-            if not completion.endswith(self.tokenizer.eos_token):
+            if not (completion.endswith(self.tokenizer.eos_token) or isinstance(completion, Unfinished)):
                 if completion.rstrip().endswith(self.endings):
                     report.own_endings += 1
                 else:
@@ -146,7 +161,7 @@ class Encoder:
             for chat in chats:
                 row_ids = [next(ids) for _ in chat.texts]
                 trained = [self._trained(chat, k, row_ids[k + 1]) for k in range(len(chat.spans))]
-                done.append(Encoded(chat.row, row_ids, trained))
+                done.append(Encoded(chat.row, row_ids, trained, chat.texts))
             found, lost = [chat.found for chat in chats], [chat.lost for chat in chats]
         for row, counts, missing in zip(rows, found, lost, strict=True):
             report.continued += counts["continued"]

@@ -77,8 +77,17 @@ _ANSWERS = {"chosen": "answer", "rejected": "answer"}
 _PROMPTS = ("prompt", "question", "input", "instruction", "query", "context", "history", "user", "problem", "post")
 P, U, S = "preference", "unpaired", "sft"
 
-# The first that fits is taken.
+# The first that fits is taken. Token ids go before the texts that they are of.
 LAYOUTS: tuple[Layout, ...] = (
+    Layout("token ids, pairs", P, {"prompt_ids": "ids", "chosen_ids": "ids", "rejected_ids": "ids"},
+           "prompt_ids -> prompt, chosen_ids -> chosen, rejected_ids -> rejected",
+           to.renamed(prompt="prompt_ids", chosen="chosen_ids", rejected="rejected_ids")),
+    Layout("token ids, labelled", U, {"prompt_ids": "ids", "completion_ids": "ids", "label": "flag"},
+           "prompt_ids -> prompt, completion_ids -> completion, label",
+           to.renamed(prompt="prompt_ids", completion="completion_ids", label="label")),
+    Layout("token ids, prompt and completion", S, {"prompt_ids": "ids", "completion_ids": "ids"},
+           "prompt_ids -> prompt, completion_ids -> completion",
+           to.renamed(prompt="prompt_ids", completion="completion_ids")),
     Layout("UltraFeedback", P, {"instruction": "text", "completions": "dicts"},
            "instruction -> prompt, completions -> responses, their overall_score -> score", to.ultrafeedback,
            own=("prompt", RESPONSES)),
@@ -193,18 +202,9 @@ LAYOUTS: tuple[Layout, ...] = (
                           ("feedback", "verdict"), ("thumbs", "verdict"))),
     Layout("rated responses", U, {"prompt": "any", "completion": "any", "rating": "number"}, "", without=("label",),
            line=_RATED, why="which ratings are good ones is not in the data"),
-    Layout("token ids, labelled", U, {"prompt_ids": "ids", "completion_ids": "ids", "label": "flag"},
-           "prompt_ids -> prompt, completion_ids -> completion, label",
-           to.renamed(prompt="prompt_ids", completion="completion_ids", label="label"), (), ("completion",)),
-    Layout("token ids, pairs", P, {"prompt_ids": "ids", "chosen_ids": "ids", "rejected_ids": "ids"},
-           "prompt_ids -> prompt, chosen_ids -> chosen, rejected_ids -> rejected",
-           to.renamed(prompt="prompt_ids", chosen="chosen_ids", rejected="rejected_ids"), (), ("chosen",)),
     Layout("token ids", S, {"input_ids": "ids"}, "input_ids -> prompt and completion, by labels, completion_mask or "
            "assistant_masks where they are there", to.token_ids, ("labels", "completion_mask", "assistant_masks"),
            ("completion",)),
-    Layout("token ids, prompt and completion", S, {"prompt_ids": "ids", "completion_ids": "ids"},
-           "prompt_ids -> prompt, completion_ids -> completion",
-           to.renamed(prompt="prompt_ids", completion="completion_ids"), (), ("completion",)),
     *(Layout("conversations", S, {name: "turns"}, f"{name} -> prompt (to the assistant's first turn) and completion",
              to.sft_turns(name), ("system",), ("completion",))
       for name in ("messages", "conversations", "conversation")),

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from fastpo.data import content, kway
+from fastpo.data import content, exact, kway
 from fastpo.data.encoding import Encoded, Encoder
 from fastpo.data.example import Example
 from fastpo.data.kway import BEST_WORST, Forming
@@ -36,6 +36,7 @@ from fastpo.data.rows import (
     COMPLETIONS,
     GREEDY,
     LABEL,
+    PROMPT_IDS,
     RESPONSE_COLUMNS,
     SFT_WEIGHTS,
     TOKEN_COLUMNS,
@@ -67,6 +68,10 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 _CHUNK_ROWS = 1000  # rows that are tokenised in one call: enough to keep all threads of a fast tokenizer busy
+
+
+class _Equal(Exception):
+    """Responses of a row of K are the same token ids."""
 
 
 @dataclass(frozen=True)
@@ -103,30 +108,32 @@ class _Preparer:
             rows = _apart(rows)
         examples = []
         for encoded in self._encode(rows, report):
-            row = encoded.row
             try:
-                example = self._build(row, encoded, report)
+                try:
+                    example = self._build(encoded, report)
+                except _Equal:
+                    example = self._merged(encoded.row, report)
             except InvalidRow as error:
                 self._refuse(error, report)
                 continue
             if example is not None:
                 examples.append(example)
-                report.offered += row.offered
-                report.pairs += len(row.pairs)
-                report.kept_rows.append(row.number)
         report.kept = len(examples)
         return examples, report
 
     def _without_prompt(self, row: Row, report: DataReport) -> Row:
         """Counts a prompt that the responses repeat; of conversations, whose turns are checked, it is taken out."""
+        texts = exact.texts_of(row)
+        if texts is None:
+            return row
         if self.schema.conversational:
-            content.check(row)
-            shorter = content.without_prompt(row) if self.schema.explicit_prompt else row
+            content.check(texts)
+            shorter = content.without_prompt(texts) if self.schema.explicit_prompt else texts
             content.check_responses(shorter)
-            report.repeated_turns += shorter is not row
-            return shorter
-        size = 0 if self.schema.token_ids else len(row.prompt)
-        if self.schema.explicit_prompt and size and all(text[:size] == row.prompt for text in row.completions):
+            report.repeated_turns += shorter is not texts
+            return exact.with_texts(row, shorter)
+        size = 0 if self.schema.token_ids or not texts.completions else len(row.prompt)
+        if self.schema.explicit_prompt and size and all(text[:size] == row.prompt for text in texts.completions):
             report.repeated_prompts += 1
         return row
 
@@ -141,16 +148,49 @@ class _Preparer:
         if self.schema.token_ids:
             return [Encoded(row, [list(row.prompt), *([*row.prompt, *ids] for ids in row.completions)],
                             [None] * len(row.completions)) for row in rows]  # fmt: skip
+        texts = [exact.texts_of(row) for row in rows]
         try:
-            return self.encoder(rows, report)
+            given = [of_row for of_row in texts if of_row is not None]
+            encoded = iter(self.encoder(given, report) if given else ())
         except InvalidRow as error:
             if not self.drop_invalid or len(rows) == 1:
                 self._refuse(error, report)
                 return []
-        # A template refused some row: go through them one by one. The encoder counts only rows that it returns.
-        return list(itertools.chain.from_iterable(self._encode([row], report) for row in rows))
+            # A template refused some row: go through them one by one. The encoder counts only rows that it returns.
+            return list(itertools.chain.from_iterable(self._encode([row], report) for row in rows))
+        out = []
+        for row, of_row in zip(rows, texts, strict=True):
+            found = Encoded(row, []) if of_row is None else next(encoded)
+            out.append(found if row.prompt_ids is None else replace(found, row=row))
+        return out
 
-    def _build(self, row: Row, encoded: Encoded, report: DataReport) -> Example | None:
+    def _merged(self, row: Row, report: DataReport) -> Example | None:
+        """The example of a row of K of which some responses are the same once they are token ids: these are one."""
+        scratch = DataReport()  # what is counted of the row's texts was counted
+        kept: list[list[int]] = []
+        for encoded in self._encode([self._without_prompt(kway.whole(row), scratch)], scratch):
+            if encoded.row.prompt_ids is not None:
+                encoded = exact.joined(encoded, self.encoder, scratch)
+            prompt, *wholes = encoded.ids
+            boundary = min(common_length(prompt, whole) for whole in wholes)
+            kept = self._truncate(prompt[:boundary], [whole[boundary:] for whole in wholes])[1]
+        keys = [(k if not ids else -1, *ids) for k, ids in enumerate(kept)]  # of which nothing is left: each its own
+        if keys:
+            again = self._without_prompt(kway.merged(row, keys, self.schema), scratch)
+            for encoded in self._encode([again], scratch):
+                try:
+                    return self._build(encoded, report)
+                except _Equal:
+                    message = f"row {row.number}: two responses have the same token ids"
+                    raise InvalidRow("identical responses", message) from None
+        for reason, count in scratch.dropped.items():
+            report.dropped[reason] = report.dropped.get(reason, 0) + count
+        return None
+
+    def _build(self, encoded: Encoded, report: DataReport) -> Example | None:
+        row = encoded.row
+        if row.prompt_ids is not None:
+            encoded = exact.joined(encoded, self.encoder, report)
         prompt, *wholes = encoded.ids
         boundary = min(common_length(prompt, whole) for whole in wholes)
         if self.schema.language:
@@ -158,12 +198,12 @@ class _Preparer:
                 1  # nothing predicts the first token: it is the context of the second, as in TRL's shifted labels
             )
             prompt = wholes[0][:1]
-        elif self.schema.token_ids:
+        elif self.schema.token_ids or row.prompt_ids is not None:
             size = len(self.encoder.tokenizer)
-            for token in itertools.chain.from_iterable(wholes):
-                if type(token) is not int or not 0 <= token < size:
-                    message = f"row {row.number}: token id {token!r} is none of the tokenizer's {size} tokens"
-                    raise InvalidRow("bad token ids", message)
+            token = max(map(max, wholes))
+            if token >= size:
+                message = f"row {row.number}: token id {token} is none of the tokenizer's {size} tokens"
+                raise InvalidRow("bad token ids", message)
         responses = [whole[boundary:] for whole in wholes]
         if not boundary:
             why = "merges whole into the first token of the response" if prompt else "is empty"
@@ -172,10 +212,12 @@ class _Preparer:
         if not all(responses):
             raise InvalidRow("empty completion", f"row {row.number}: a response has no tokens of its own")
         pair, compared = self.schema.kind == "preference", row.compared
-        same = "identical pair" if self.schema.kway is None else "identical responses"
+        several = self.schema.kway is not None
         if pair and _twins(responses[:compared]):
-            who = "'chosen' and 'rejected'" if self.schema.kway is None else "two responses"
-            raise InvalidRow(same, f"row {row.number}: {who} have the same token ids")
+            if several:
+                raise _Equal
+            message = f"row {row.number}: 'chosen' and 'rejected' have the same token ids"
+            raise InvalidRow("identical pair", message)
         for name, given, response in zip(TOKEN_COLUMNS, row.token_weights, responses, strict=False):
             if len(given) != len(response):
                 message = (
@@ -183,16 +225,17 @@ class _Preparer:
                     "of sequence included"
                 )
                 raise InvalidRow(f"'{name}' does not fit", message)
-        if boundary < len(prompt):
-            report.boundary_moved += 1
-            report.moved_text = report.moved_text or self.encoder.tokenizer.decode(prompt[boundary:])
-
         prompts, kept = self._truncate(prompt[:boundary], responses)
         dropped = None
         if not all(kept):
             dropped = "prompt fills max_length"
         elif pair and _twins(kept[:compared]):
-            dropped = f"{same} after truncation"
+            if several:
+                raise _Equal
+            dropped = "identical pair after truncation"
+        if boundary < len(prompt):
+            report.boundary_moved += 1
+            report.moved_text = report.moved_text or self.encoder.tokenizer.decode(prompt[boundary:])
         weights = [np.array(w[-len(ids) :] if self.keep_end else w[: len(ids)], np.float32) if w
                    else np.ones(len(ids), np.float32)
                    for w, ids in zip(row.token_weights, kept, strict=False)]  # fmt: skip
@@ -209,7 +252,7 @@ class _Preparer:
                 greedy = twin[0]
                 prompts, responses, kept = prompts[:compared], responses[:compared], kept[:compared]
                 weights = weights[:compared]
-        self._count(boundary, prompts, responses, kept, report)
+        self._count(row, boundary, prompts, responses, kept, report)
         if any(encoded.trained):
             report.masked_tokens += sum(int((w == 0).sum()) for w in weights)
         leads = tuple(common_length(prompt, whole) - boundary for whole in wholes)
@@ -261,7 +304,14 @@ class _Preparer:
                 kept.append(ids)
         return prompts, kept
 
-    def _count(self, prompt_len: int, prompts: list, responses: list, kept: list, report: DataReport) -> None:
+    def _count(
+        self, row: Row, prompt_len: int, prompts: list, responses: list, kept: list, report: DataReport
+    ) -> None:  # fmt: skip
+        report.offered += row.offered
+        report.merged += row.merged
+        report.unfinished += row.unfinished
+        report.pairs += len(row.pairs)
+        report.kept_rows.append(row.number)
         report.responses += len(kept)
         for own_prompt, before, after in zip(prompts, responses, kept, strict=True):
             report.response_tokens += len(after)
@@ -335,7 +385,7 @@ def prepare_examples(
         kind, apart = "preference", True
     reading = read_as(given, head_rows(rows), kind, columns, recognise)
     read = {"prompt", "chosen", "rejected", "completion", "tools", "chat_template_kwargs", *BOUNDS, *TOKEN_COLUMNS,
-            LABEL, GREEDY, SFT_WEIGHTS, kway.RESPONSES, kway.PAIRS, *reading.reads()}  # fmt: skip
+            LABEL, GREEDY, SFT_WEIGHTS, kway.RESPONSES, kway.PAIRS, PROMPT_IDS, *reading.reads()}  # fmt: skip
     names, first = reading.names(given), reading.first(first_rows(rows, read, _CHUNK_ROWS))
     if kind == "preference" and kway.is_kway(names, first):
         schema = kway.read_schema(names, first, columns, forming)
@@ -346,7 +396,9 @@ def prepare_examples(
     try:
         encoder = Encoder(tokenizer, schema.conversational, assistant_only)
     except DataError as error:
-        raise DataError(f"{error} (the rows are {reading.says()})") if reading.says() else error from None
+        if not (schema.token_ids or schema.prompt_ids):
+            raise DataError(f"{error} (the rows are {reading.says()})") if reading.says() else error from None
+        encoder = Encoder(tokenizer, False, refuses=str(error))  # rows of ids need none of what is lacking
     prepare = _Preparer(encoder, schema, max_length, truncation_mode == "keep_end", invalid == "drop", reading)
 
     report = DataReport(max_length=max_length, columns=names, reading=reading.says(), streamed=limit is not None)
@@ -373,7 +425,10 @@ def prepare_examples(
 
 
 def even_weights(examples: Sequence[Example]) -> None:
-    """Ones as the token weights of examples without, where others have them."""
+    """Ones as the weights of tokens, and of pairs, of examples without, where others have them."""
+    if any("weight" in e.pair_columns for e in examples):
+        for example in examples:
+            example.pair_columns.setdefault("weight", [1.0] * len(example.pairs))
     if any(e.token_weights is not None for e in examples):
         for example in examples:
             if example.token_weights is None:

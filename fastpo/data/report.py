@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 
 from fastpo.data import kway
-from fastpo.data.rows import BOUNDS, GREEDY, RESPONSE_COLUMNS, TOKEN_COLUMNS, Schema
+from fastpo.data.rows import BOUNDS, GREEDY, PROMPT_IDS, RESPONSE_COLUMNS, TOKEN_COLUMNS, Schema
 from fastpo.errors import nearest, quoted
 
 logger = logging.getLogger("fastpo.data")
@@ -20,6 +20,9 @@ class DataReport:
     dropped: dict[str, int] = field(default_factory=dict)  # by reason
     pairs: int = 0
     offered: int = 0  # responses of the rows kept that have K of them; `responses` counts those in use
+    merged: int = 0  # of those offered: how many were the same as another one of their row
+    unfinished: int = 0  # of those in use: how many the policy did not end, so that they have no end of sequence
+    other_prompts: int = 0  # rows in which a text after `prompt_ids` was tokenised behind other ids than these
     responses: int = 0
     truncated: int = 0  # responses that lost tokens to max_length
     truncated_eos: int = 0  # of these, how many lost their EOS or end of turn
@@ -72,6 +75,8 @@ class DataReport:
         parts += [f"mixed: {self.mixed}"] * bool(self.mixed)
         if self.offered:
             parts.append(f"{self.pairs} pairs of {self.responses} of their {self.offered} responses")
+        parts += [f"{self.merged} responses merged with equal ones"] * bool(self.merged)
+        parts += [f"{self.unfinished} responses unfinished, trained without an end"] * bool(self.unfinished)
         parts += [f"{count} dropped: {reason}" for reason, count in self.dropped.items()]
         if self.truncated or self.truncated_prompts:
             cut = f"{self.truncated} of {self.responses} responses truncated at max_length {self.max_length}"
@@ -98,6 +103,11 @@ def warn(report: DataReport, schema: Schema, names: list[str]) -> None:
             f"in {report.doubled_specials} rows the text already holds the BOS or EOS that the tokenizer adds "
             "(a chat template was applied before?): the second one was removed"
         )
+    if report.other_prompts:
+        add(
+            f"in {report.other_prompts} rows 'prompt_ids' are not how the prompt and a text after it are tokenised "
+            "together (another chat template, or tokens merge across the boundary): the text's own tokens follow them"
+        )
     if report.own_endings:
         add(f"{report.own_endings} responses end as the chat template ends a turn: no EOS was added to them")
     _warn_of_turns(report, add)
@@ -115,9 +125,11 @@ def warn(report: DataReport, schema: Schema, names: list[str]) -> None:
         unread = []
     if unread:
         add(f"the columns {quoted(unread)} are not used for {'K-way' if schema.kway else schema.kind} rows")
+    if PROMPT_IDS in names and schema.prompt_ids != PROMPT_IDS:
+        add(f"the column '{PROMPT_IDS}' is not used: it is empty in the first rows")
     if "tools" in names and not schema.conversational:
         add("the column 'tools' is not used: the rows are texts, and only a chat template can show tools")
-    known = {*BOUNDS, *TOKEN_COLUMNS, GREEDY, kway.RESPONSES, "tools", "chat_template_kwargs"}
+    known = {*BOUNDS, *TOKEN_COLUMNS, GREEDY, kway.RESPONSES, PROMPT_IDS, "tools", "chat_template_kwargs"}
     for name in names:
         close = nearest(name, known, 0.8)
         if close and close not in names and name not in known:

@@ -19,7 +19,9 @@ COMPLETIONS = {"preference": ("chosen", "rejected"), "sft": ("completion",), "un
 LABEL = "label"  # of unpaired rows: whether the completion is desirable
 RESPONSES = "responses"  # of rows with K responses: their entries (fastpo/data/kway.py)
 GREEDY = "greedy"  # the reference's greedy response, beside the pair or the responses
+PROMPT_IDS = "prompt_ids"  # the prompt as the policy had it: responses after it may be token ids (fastpo/data/exact.py)
 _FORM_NAMES = {"text": "a text", "chat": "a conversation", "ids": "a list of token ids"}
+_ANY = "any"  # form of the responses after `prompt_ids`: token ids, or what the prompt is
 
 # No number of a row is larger: losses are computed in fp32, which ends at 3e38, and the norm of a gradient squares what
 # a weight or a score multiplies. A billion leaves room for that, and no log-probability, score or weight needs more.
@@ -66,6 +68,10 @@ class NoPair(InvalidRow):
     always_dropped = True
 
 
+class Unfinished(str):
+    """A text that its writer did not end: no end of sequence is appended to it."""
+
+
 class Row(NamedTuple):
     """One row that passed the checks."""
 
@@ -79,6 +85,10 @@ class Row(NamedTuple):
     token_weights: tuple[list[float], ...] = ()  # one list for each response, where the data have them
     greedy: int | None = None  # which completion is the reference's greedy response
     offered: int = 0  # responses that a row of K has, of which the completions are those in use
+    prompt_ids: Sequence[int] | None = None  # where completions may be token ids; empty: those of the prompt's text
+    offer: Any = None  # all that a row of K has, kway.Offer
+    merged: int = 0  # of the responses offered: how many were the same as one before them
+    unfinished: int = 0  # of the completions: how many the policy did not end
 
     @property
     def compared(self) -> int:
@@ -100,6 +110,7 @@ class Schema:
     kway: "KWay | None" = None  # how rows of K responses are read
     apart: bool = False  # pairs are two unpaired rows each
     language: bool = False  # every token is trained, the first one apart: the prompt is empty
+    prompt_ids: str | None = None  # the column that is the prompt as token ids, where responses need not be ids
 
     @property
     def token_ids(self) -> bool:
@@ -129,10 +140,11 @@ def read_schema(columns: list[str], rows: list[Mapping], kind: str, wanted: Coll
     required = {"sft": ("prompt", "completion"), "unpaired": ("prompt", "completion", LABEL)}.get(
         kind, COMPLETIONS[kind]
     )
-    for name in required:
+    exact = has_prompt_ids(columns, rows)
+    for name in (name for name in required if not (exact and name == "prompt")):
         if name not in columns:
             raise DataError(_missing_column(name, required, columns, kind))
-    if kind == "preference" and "prompt" not in columns:
+    if kind == "preference" and "prompt" not in columns and not exact:
         close = nearest("prompt", columns, 0.85)
         if close:
             raise DataError(
@@ -141,7 +153,7 @@ def read_schema(columns: list[str], rows: list[Mapping], kind: str, wanted: Coll
             )
     refuse_images(columns)
     greedy = kind == "preference" and GREEDY in columns and (wanted is None or GREEDY in wanted)
-    if greedy and "prompt" not in columns:
+    if greedy and "prompt" not in columns and not exact:
         raise DataError(f"the column '{GREEDY}' needs 'prompt' beside it")
     if kind == "preference":
         for pair in _TOGETHER:
@@ -152,13 +164,22 @@ def read_schema(columns: list[str], rows: list[Mapping], kind: str, wanted: Coll
 
     texts = [name for name in ("prompt", *COMPLETIONS[kind], *((GREEDY,) if greedy else ())) if name in columns]
     at, first = first_whole(rows, texts)
-    forms = {name: form_of(first.get(name), name, at) for name in texts}
-    explicit = "prompt" in columns
+    explicit = "prompt" in columns or exact
+    if exact:
+        forms = {**prompt_form(rows), **{name: _ANY for name in texts if name != "prompt"}}
+    else:
+        forms = {name: form_of(first.get(name), name, at) for name in texts}
     if kind == "preference" and forms.get("prompt") == "text" and forms["chosen"] == "chat":
         # A common layout: the prompt's text in its own column, and whole conversations that contain it as a turn.
         del forms["prompt"]
         explicit = False
-    if len(set(forms.values())) > 1:
+    ids = next((name for name, form in forms.items() if form == "ids" and name != "prompt"), None)
+    if ids and forms.get("prompt") == "chat":
+        message = f"row {at}: '{ids}' is a list of token ids, and the prompt is a conversation"
+        raise DataError(f"{message}: give its ids too, as the column '{PROMPT_IDS}'")
+    if ids and forms.get("prompt") == "text":  # of which the ids are the tokenizer's
+        forms = {name: "text" if name == "prompt" else _ANY for name in forms}
+    elif len(set(forms.values())) > 1 and not exact:
         found = ", ".join(f"'{name}' is {_FORM_NAMES[form]}" for name, form in forms.items())
         raise DataError(f"row {at}: the columns must all be texts or all be conversations: {found}")
     if kind == "preference" and not explicit and "chat" not in forms.values():
@@ -166,7 +187,20 @@ def read_schema(columns: list[str], rows: list[Mapping], kind: str, wanted: Coll
     optional = BOUNDS if kind == "preference" else ()
     numbers_read = tuple(name for name in optional if name in columns and (wanted is None or name in wanted))
     weighs = kind == "preference" and TOKEN_COLUMNS[0] in columns and (wanted is None or TOKEN_COLUMNS[0] in wanted)
-    return Schema(kind, "chat" in forms.values(), explicit, forms, numbers_read, weighs)
+    return Schema(kind, "chat" in forms.values(), explicit, forms, numbers_read, weighs,
+                  prompt_ids=PROMPT_IDS if exact else None)  # fmt: skip
+
+
+def has_prompt_ids(columns: Collection[str], rows: Sequence[Mapping]) -> bool:
+    """Whether prompts are given as token ids, by the first of the rows."""
+    return PROMPT_IDS in columns and any(row.get(PROMPT_IDS) is not None for row in rows)
+
+
+def prompt_form(rows: Sequence[Mapping]) -> dict[str, str]:
+    """The form of the texts or turns that stand beside `prompt_ids`; empty where there are none."""
+    number, first = next(((k, row) for k, row in enumerate(rows) if row.get("prompt") is not None), (0, {}))
+    form = form_of(first["prompt"], "prompt", number) if first else "ids"
+    return {} if form == "ids" else {"prompt": form}
 
 
 def _refuse_apart(columns: Sequence[str], rows: Sequence[Mapping]) -> None:
@@ -247,7 +281,8 @@ def form_of(value: Any, name: str, number: int) -> str:
 
 def parse_row(raw: Mapping, number: int, schema: Schema) -> Row:
     """Checks one row; InvalidRow for what may be dropped, DataError for what breaks the form of the others."""
-    values = read_texts(raw, number, schema.forms)
+    prompt_ids = read_prompt_ids(raw, number, schema)
+    values = read_texts(raw, number, schema.forms, prompt_ids is not None)
     completions = [values[name] for name in schema.completions]
     for name, completion in zip(schema.completions, completions, strict=True):
         if says_nothing(completion):
@@ -255,17 +290,21 @@ def parse_row(raw: Mapping, number: int, schema: Schema) -> Row:
     if schema.kind == "preference" and not schema.apart and completions[0] == completions[1]:
         raise InvalidRow("identical pair", f"row {number}: 'chosen' and 'rejected' are identical")
     if schema.explicit_prompt:
-        prompt = values["prompt"]
+        prompt = values.get("prompt", "")  # of rows with prompt_ids it may be missing
     else:
         prompt, *completions = extract_prompt(*completions)
-    if schema.conversational and not prompt:
+    if schema.conversational and not prompt and prompt_ids is None:
         hint = "" if schema.explicit_prompt else ": chosen and rejected share no turns, so give it as a list of turns"
         raise InvalidRow("empty prompt", f"row {number}: the prompt is empty{hint}")
-    if schema.token_ids:
-        _check_ids(values, number)
+    for name, value in values.items():
+        if is_ids(value):
+            read_ids(value, f"row {number}: '{name}'")
+    if prompt_ids is None and not schema.token_ids and any(map(is_ids, completions)):
+        prompt_ids = []
     found = {name: _number(raw, name, number) for name in schema.numbers}
     weights = tuple(_token_weights(raw, name, number) for name in TOKEN_COLUMNS) if schema.token_weights else ()
-    row = Row(number, prompt, tuple(completions), template_kwargs(raw, number), token_weights=weights)
+    row = Row(number, prompt, tuple(completions), template_kwargs(raw, number), token_weights=weights,
+              prompt_ids=prompt_ids)  # fmt: skip
     if schema.kind == "unpaired":
         return row._replace(response_columns={LABEL: [_label(raw, number)]})
     if schema.kind == "sft" and schema.token_ids and raw.get(SFT_WEIGHTS) is not None:
@@ -294,10 +333,13 @@ def with_greedy(row: Row, greedy: Any, ref_logp: float | None) -> Row:
     return row._replace(completions=(*own, greedy), greedy=len(own), response_columns=columns, token_weights=weights)
 
 
-def read_texts(raw: Mapping, number: int, forms: Mapping[str, str]) -> dict[str, Any]:
-    """The text columns of a row, each of the form that it has in the rows before."""
+def read_texts(raw: Mapping, number: int, forms: Mapping[str, str], exact: bool = False) -> dict[str, Any]:
+    """The text columns of a row, each of the form that it has in the rows before. `exact`: the row has `prompt_ids`,
+    beside which its prompt may be missing."""
     values = {}
-    for name in forms:
+    for name, expected in forms.items():
+        if exact and name == "prompt" and raw.get(name) is None:
+            continue
         if name not in raw:
             close = nearest(name, [key for key in raw if key not in forms], 0.6)
             hint = f": did you mean '{close}'?" if close else f", only {quoted(raw)}"
@@ -306,11 +348,17 @@ def read_texts(raw: Mapping, number: int, forms: Mapping[str, str]) -> dict[str,
             raise InvalidRow(f"'{name}' is None", f"row {number}: column '{name}' is None")
         values[name] = arrow.without_nulls(raw[name])
         form = form_of(values[name], name, number)
-        if form != forms[name]:
-            raise DataError(
-                f"row {number}: column '{name}' is {_FORM_NAMES[form]}, where it is {_FORM_NAMES[forms[name]]} in the "
-                "rows before"
-            )
+        if expected == _ANY:
+            if form == "ids" or (not values[name] and form == "chat"):
+                continue
+            if "prompt" not in values:
+                raise InvalidRow("a text without 'prompt'", without_prompt(f"row {number}: column '{name}'", form))
+            expected = forms["prompt"]
+            where = f"where the prompt is {_FORM_NAMES[expected]}"
+        else:
+            where = f"where it is {_FORM_NAMES[expected]} in the rows before"
+        if form != expected:
+            raise DataError(f"row {number}: column '{name}' is {_FORM_NAMES[form]}, {where}")
         if form == "text":
             check_text(values[name], f"row {number}: column '{name}'")
     return values
@@ -360,12 +408,39 @@ def says_nothing(completion: Any) -> bool:
     return not any(value or not isinstance(value, str | list | tuple | Mapping | int | float) for value in given)
 
 
-def _check_ids(values: Mapping[str, Any], number: int) -> None:
-    for name, ids in values.items():
-        wrong = [i for i in ids if not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < 2**31]
-        if wrong:
-            message = f"row {number}: '{name}' has {_shortened(wrong[0])}, which is no token id"
-            raise InvalidRow("bad token ids", message)
+def is_ids(completion: Any) -> bool:
+    """Whether a completion is token ids, not a text or turns."""
+    return not isinstance(completion, str) and len(completion) > 0 and isinstance(completion[0], int)
+
+
+def read_ids(value: Any, what: str) -> list[int]:
+    """Token ids, at least one, or InvalidRow that says `what`."""
+    if not isinstance(value, list | tuple):
+        raise InvalidRow("bad token ids", f"{what} must be a list of token ids, not {_shortened(value)}")
+    if not value:
+        raise InvalidRow("no token ids", f"{what} has no token ids")
+    if set(map(type, value)) != {int} or min(value) < 0 or max(value) >= 2**31:
+        wrong = next(i for i in value if type(i) is not int or not 0 <= i < 2**31)
+        raise InvalidRow("bad token ids", f"{what} has {_shortened(wrong)}, which is no token id")
+    return list(value)
+
+
+def read_prompt_ids(raw: Mapping, number: int, schema: Schema) -> list[int] | None:
+    """The prompt's ids where the rows have them; every row must."""
+    if schema.prompt_ids is None:
+        if raw.get(PROMPT_IDS) is not None:
+            raise DataError(f"row {number} has '{PROMPT_IDS}', which the rows before have not")
+        return None
+    if raw.get(schema.prompt_ids) is None:
+        message = f"row {number} has no '{schema.prompt_ids}', which the rows before have"
+        raise InvalidRow(f"'{schema.prompt_ids}' is None", message)
+    return read_ids(raw[schema.prompt_ids], f"row {number}: column '{schema.prompt_ids}'")
+
+
+def without_prompt(what: str, form: str = "text") -> str:
+    """What to say of a text or turns after a prompt of which there are only ids."""
+    return (f"{what} is {_FORM_NAMES[form]}, and the row has no 'prompt' that it was written after: give 'prompt' "
+            f"beside '{PROMPT_IDS}', or the response's token ids")  # fmt: skip
 
 
 def _token_weights(raw: Mapping, name: str, number: int) -> list[float]:

@@ -5,6 +5,7 @@ A failed judgement is None everywhere, never a number. Everything here can be wr
 
 import hashlib
 import json
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
@@ -19,7 +20,7 @@ class Response:
     """One answer to a prompt."""
 
     text: str
-    token_ids: tuple[int, ...] | None = None  # as sampled, the end included; None for a text from outside
+    token_ids: Sequence[int] | None = None  # as sampled, the end included; None for a text from outside
     finished: bool = True  # ended by itself, not by max_tokens
     logp: float | None = None  # sum over token_ids, the sampler's own
     source: str = POLICY  # "greedy", "refined-2", "gold", "negative", "iterate-1"
@@ -34,7 +35,8 @@ class Response:
     @classmethod
     def from_json(cls, line: Mapping[str, Any]) -> "Response":
         ids = line.get("token_ids")
-        return cls(line["text"], None if ids is None else tuple(ids), line.get("finished", True), line.get("logp"),
+        # A hundred ids are 400 bytes so, and 3,600 as Python's integers.
+        return cls(line["text"], None if ids is None else array("i", ids), line.get("finished", True), line.get("logp"),
                    line.get("source", POLICY), line.get("count", 1), line.get("meta", {}))  # fmt: skip
 
 
@@ -86,8 +88,10 @@ class Failure:
 class Sampler(Protocol):
     """Gives responses. `key` is JSON: all that decides what it gives, but the requests."""
 
-    key: Mapping[str, Any]
     exact: bool  # the same requests give the same bytes, whenever and with whatever others they are asked
+
+    @property
+    def key(self) -> Mapping[str, Any]: ...
 
     def batches(self, requests: Sequence[Request]) -> list[list[Request]]:
         """The requests as they are best asked together: a plan that depends on nothing but the requests."""
@@ -136,9 +140,11 @@ class Scorer(Protocol):
     """Judges. `key` is JSON: all that decides its verdicts, but the units."""
 
     name: str
-    key: Mapping[str, Any]
     unit: Literal["response", "pair", "list"]
     # response: any real number, higher is better; pair: P(first beats second), in [0, 1]; list: one number a response
+
+    @property
+    def key(self) -> Mapping[str, Any]: ...
 
     def score(self, units: Sequence[Unit]) -> Iterator[tuple[Unit, Verdict]]:
         """A verdict on each, in any order, as they come."""

@@ -19,6 +19,9 @@ from fastpo.loop.items import digest
 from fastpo.loop.parts import file_digest, read_json, write_json
 
 FORMAT = 1
+# Files of a model's folder that decide what it says: its log, its checkpoints and its page do not.
+_OF_A_MODEL = ("*.safetensors", "*.bin", "*.gguf", "config.json", "adapter_config.json", "tokenizer*", "vocab*",
+               "merges*", "*.jinja", "*.model", "special_tokens_map.json", "added_tokens.json")  # fmt: skip
 _VERSIONS = ("fastpo", "torch", "transformers", "tokenizers", "openai", "peft")
 
 
@@ -148,6 +151,8 @@ _digests: dict[tuple[str, int, int], str] = {}
 
 def _digest(path: Path) -> str:
     """Of a file or folder; that of a file that was hashed in this process is known while size and time stay."""
+    if (path / "config.json").is_file() or (path / "adapter_config.json").is_file():
+        return digest({p.name: _digest(p) for pattern in _OF_A_MODEL for p in path.glob(pattern) if p.is_file()})
     if path.is_dir():
         return digest({str(p.relative_to(path)): _digest(p) for p in sorted(path.rglob("*")) if p.is_file()})
     stat = path.stat()

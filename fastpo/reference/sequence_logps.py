@@ -2,6 +2,7 @@
 sampler are made of."""
 
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,8 +15,9 @@ from fastpo.config.train_config import TrainConfig
 from fastpo.data import prepare_examples
 from fastpo.data.packing import collate, pass_batches, set_sharing, sharing_mode
 from fastpo.data.prepare import Example
+from fastpo.data.rows import PROMPT_IDS, Unfinished, is_ids
 from fastpo.data.sources import load_rows
-from fastpo.errors import DataError
+from fastpo.errors import DataError, quoted
 from fastpo.models import rotary
 from fastpo.models.loading import load_model, load_tokenizer
 from fastpo.models.modes import check_ids, eval_mode
@@ -41,16 +43,18 @@ def sequence_logps(
 
     * `model`: a causal language model in memory (of transformers or PEFT), in the dtype and on the device where it is,
       or a name or path. Its mode and its attention are as before afterwards; nothing is trained, no gradient is kept.
-    * `rows`: what `fastpo.train` takes, with `prompt` and one of `completion`, `chosen` and `rejected`, or `responses`
-      (texts, or entries with `text`): texts, messages or token ids. Equal responses are allowed.
+    * `rows`: what `fastpo.train` takes, with `prompt` or `prompt_ids` and one of `completion`, `chosen` and `rejected`,
+      or `responses` (entries with `text`, `messages` or `token_ids`, or their values alone). Texts, messages and token
+      ids may stand side by side; equal responses are allowed.
     * `max_tokens`: of a micro-batch (default: 16,384 on a GPU, 2,048 on a CPU); halved where memory runs out.
     * `verify`: hold a few rows against the model's own logits first, as training does.
     * `progress`: called with (responses done, responses in all).
 
-    Returns for each row, in the order of its responses (`chosen` before `rejected`), fp32 arrays [tokens]; the end that
-    training would append to a text is the last of them. Responses of one prompt share it in one pass, wherever they
-    stand, and no logits are kept. Call it under `torch.autocast` for another precision. DataError for a row that has
-    no response, or one without tokens; UnsupportedModelError where the packed pass is not the model's own.
+    Returns for each row, in the order of its responses (`chosen` before `rejected`), fp32 arrays [tokens]: of token ids
+    as many as there are, of a text with the end that training would append to it. Responses of one prompt share it in
+    one pass, wherever they stand, and no logits are kept. Call it under `torch.autocast` for another precision.
+    DataError for a row that has no response, or one without tokens; UnsupportedModelError where the packed pass is not
+    the model's own.
     """
     if not isinstance(model, nn.Module):
         name = os.fspath(model)
@@ -61,7 +65,7 @@ def sequence_logps(
     single = list(_apart(load_rows(rows)))
     if not single:
         return []
-    prepared, _ = prepare_examples([row for _, row in single], tokenizer, kind="sft", recognise=False)
+    prepared = _prepared(single, tokenizer)
     policy = Policy(model)
     device = policy.causal_lm.get_input_embeddings().weight.device
     of_responses = _logps(policy, prepared, device, max_tokens, verify, progress)
@@ -74,16 +78,58 @@ def sequence_logps(
 def _apart(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
     """(number of the row, a row with one completion) of every response."""
     for number, row in enumerate(rows):
-        if row.get("prompt") is None:
+        if row.get("prompt") is None and row.get(PROMPT_IDS) is None:
             raise DataError(f"row {number} has no prompt, which log-probabilities of a response are given")
-        rest = {k: v for k, v in row.items() if k in ("prompt", "tools", "chat_template_kwargs") and v is not None}
-        given = [row[name] for name in ("completion", "chosen", "rejected") if row.get(name) is not None]
-        if row.get("responses") is not None:
-            given += [r["text"] if isinstance(r, Mapping) and "text" in r else r for r in row["responses"]]
+        names = ("prompt", PROMPT_IDS, "tools", "chat_template_kwargs")
+        rest = {k: v for k, v in row.items() if k in names and v is not None}
+        given = [(name, row[name]) for name in ("completion", "chosen", "rejected") if row.get(name) is not None]
+        for k, entry in enumerate(row.get("responses") or ()):
+            given.append((f"response {k}", _value(entry, f"row {number}: response {k}")))
         if not given:
             raise DataError(f"row {number} has no response: expected one of {', '.join(_RESPONSES)}")
-        for response in given:
+        turns = _form(row.get("prompt")) == "turns"
+        for what, response in given:
+            if turns and isinstance(response, Unfinished):
+                raise DataError(f"row {number}: {what} is not 'finished', and a chat template would end it: give its "
+                                "'token_ids'")  # fmt: skip
+            if turns and isinstance(response, str):
+                response = [{"role": "assistant", "content": response}]
             yield number, {**rest, "completion": response}
+
+
+def _form(value: Any) -> str:
+    return "" if value is None else "text" if isinstance(value, str) else "ids" if is_ids(value) else "turns"
+
+
+def _value(entry: Any, what: str) -> Any:
+    """The token ids, turns or text of an entry of `responses`."""
+    if not isinstance(entry, Mapping):
+        return entry
+    finished = entry.get("finished")
+    if finished is not None and not isinstance(finished, bool):
+        raise DataError(f"{what}: 'finished' must be true or false, not {finished!r}")
+    value = next((entry[name] for name in ("token_ids", "messages", "text") if entry.get(name) is not None), None)
+    if value is None:
+        raise DataError(f"{what} needs 'text', 'messages' or 'token_ids', found {quoted(entry)}")
+    return Unfinished(value) if finished is False and isinstance(value, str) else value
+
+
+def _prepared(single: Sequence[tuple[int, dict[str, Any]]], tokenizer: Any) -> list[Example]:
+    """The example of each row with one completion; rows of one form are read together."""
+    forms: dict[tuple, list[int]] = {}
+    for at, (_, row) in enumerate(single):
+        exact = row.get(PROMPT_IDS) is not None
+        forms.setdefault((exact, _form(row.get("prompt")), exact or _form(row["completion"])), []).append(at)
+    out: dict[int, Example] = {}
+    for places in forms.values():
+        try:
+            prepared, _ = prepare_examples([single[at][1] for at in places], tokenizer, kind="sft", recognise=False)
+        except DataError as error:  # which counts the rows of this part
+            parts = re.split(r"(?<=\brow )(\d+)", str(error))
+            parts[1::2] = [str(single[places[int(k)]][0]) for k in parts[1::2]]
+            raise DataError("".join(parts)) from error
+        out |= zip(places, prepared, strict=True)
+    return [out[at] for at in range(len(single))]
 
 
 def _logps(
@@ -114,7 +160,7 @@ def _logps(
     parts: Iterable[list[int]] = pass_batches(examples, range(len(examples)), most)
     with torch.no_grad(), eval_mode(policy.model):
         if verify:
-            verify_or_unpack(policy, guard_rows(policy, examples[:8], examples))
+            verify_or_unpack(policy, guard_rows(policy, examples[:2], examples))
         with policy.attach():
             for _ in budget.passes(list(parts), examples, work):
                 progress(sum(map(bool, map(len, out))), len(examples))

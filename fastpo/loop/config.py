@@ -1,0 +1,305 @@
+"""The options of a run of the loop: a mapping (YAML) over a recipe's, checked before anything runs.
+
+recipe: sppo                     # its options are the defaults of everything below
+model: path/to/sft
+prompts: prompts.jsonl
+output_dir: run
+iterations: 3
+sample: {n: 5, temperature: 0.7, max_tokens: 512}
+scorers: {judge: {kind: judge, base_url: http://localhost:8000/v1, model: judge}}
+score: {by: judge}
+select: {policy: best_worst}
+train: {loss_type: sppo, learning_rate: 5.0e-7, reference: current}
+eval: {prompts: heldout.jsonl}
+at: {2: {train: {learning_rate: 1.0e-7}}}    # other options in iteration 2
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+import yaml
+
+from fastpo.errors import ConfigError, did_you_mean, shown
+
+Options = Mapping[str, Any]
+POLICY_NAMES = ("start", "before", "current", "previous")  # and iterate-1, iterate-2, ...
+
+
+@dataclass(frozen=True)
+class Sample:
+    """How the policy answers. What is not listed here goes to the engine: base_url, command, batch_size, ..."""
+
+    engine: str = "local"  # local: transformers in this process; openai: a server
+    n: int = 4
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    max_tokens: int = 512
+    stop: Sequence[str] = ()
+    sources: Sequence[Options] = ()  # more of each prompt: {source, n, temperature, prefix, contrast, ...}
+    drop_truncated: bool = True
+    check_logps: int = 4  # responses of an iteration whose log-probabilities are held against our own
+    tolerance: float = 0.1  # nats a token
+    options: Options = field(default_factory=dict)  # of the engine
+
+
+@dataclass(frozen=True)
+class Refine:
+    """Rounds of y_k+1 given (x, y_k, z)."""
+
+    rounds: int = 0
+    template: str = "Please give a better answer to my first message."
+    temperature: float | None = None  # None: the sample's
+    train: bool = True  # rows of (x, y_k, z) beside those of x
+    weights: Sequence[float] = (0.2, 0.4, 0.4)  # of rows on x, on the rejected y_k, on the chosen one
+
+
+@dataclass(frozen=True)
+class Score:
+    """Which scorer decides, and what it is asked."""
+
+    by: str = ""  # the scorer's name; empty: the only one
+    units: str = "all"  # of a pair scorer: all, tournament, against
+    both_orders: bool = True
+    position_bias: float = 0.9  # more of the pairs decided by the place alone: the judge is refused
+
+
+@dataclass(frozen=True)
+class Select:
+    """Which pairs are made of scored responses (fastpo/loop/selecting.py)."""
+
+    policy: str = "best_worst"
+    margin: float = 0.0
+    margin_if_chosen_sampled: float | None = None
+    min_chosen: float | None = None
+    max_pairs: int | None = None
+    min_valid: int = 2  # responses with a verdict
+    labels: str = "hard"  # all, margin: soft gives both orders of a pair, weighted by P
+    itself: bool = True  # whether a response's win probability counts it against itself
+    length_penalty: float | str = 0.0  # a character; auto: DICE's rule
+    soften: float = 0.0  # win rates towards 1/2 by overlap of the two responses
+    repeated_ngrams: int | None = None  # a response that repeats as many n-grams is worth nothing
+    chosen_source: str | None = None
+    rejected_source: str | None = None
+    min_chars: int = 1
+    max_chars: int | None = None
+    relabel: bool = False  # reward-augmented rows
+    rows: str = "kway"  # pairs: a row each, with win_prob of the pair
+    extra_rows: str | None = None  # a file of rows that are mixed in
+    extra_share: float = 0.5
+
+
+@dataclass(frozen=True)
+class Eval:
+    """How a new policy is measured: greedy answers to held-out prompts."""
+
+    prompts: Any = None
+    scorer: str = ""  # empty: the one that decides
+    against: str = "start"
+    temperature: float = 0.0
+    max_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class Guards:
+    """What is said of an iteration that goes wrong: the run goes on, or stops where `stop` says so."""
+
+    max_length_growth: float = 2.0  # mean tokens over those of the first iteration
+    min_distinct: float = 0.5  # distinct 3-grams over those of the first iteration
+    max_truncated: float = 0.2
+    min_agreement: float = 0.6  # of the two orders of pairs
+    min_kept: float = 0.05  # prompts that give a row
+    stop: bool = False
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """Every option of a run."""
+
+    model: str
+    prompts: Any
+    output_dir: str
+    recipe: str | None = None
+    before: str | None = None  # the policy that `model` was trained from, where a recipe reads it
+    iterations: int = 3
+    prompts_per_iteration: int | None = None  # None: the prompts in equal parts
+    reuse_prompts: bool = False  # each iteration draws from all prompts, not from a part of its own
+    seed: int = 42
+    max_failed: float = 0.02
+    prepare: Options = field(default_factory=dict)  # stages before the first iteration: sft, rules, queries, skillmix
+    search: Options = field(default_factory=dict)  # tree search in the place of sampling
+    sample: Sample = field(default_factory=Sample)
+    refine: Refine = field(default_factory=Refine)
+    extra_responses: Options = field(default_factory=dict)  # source -> file of {id, text}
+    scorers: Mapping[str, Options] = field(default_factory=dict)
+    score: Score = field(default_factory=Score)
+    select: Select = field(default_factory=Select)
+    replay: Mapping[int, float] = field(default_factory=dict)  # iterations back -> share of the pairs
+    train: Options = field(default_factory=dict)  # of fastpo.train, and reference, previous: names of policies
+    eval: Eval = field(default_factory=Eval)
+    guards: Guards = field(default_factory=Guards)
+    at: Mapping[int, Options] = field(default_factory=dict)
+
+    def in_iteration(self, number: int) -> "LoopConfig":
+        """With what `at` says of this iteration."""
+        if number not in self.at:
+            return self
+        return build(merged(plain(self), self.at[number]) | {"at": {}})
+
+
+_PER_ITERATION = ("sample", "refine", "score", "select", "replay", "train", "eval", "guards", "search", "scorers")
+_FREE = ("options",)  # fields that take what their section does not know
+
+
+def merged(under: Options, over: Options) -> dict[str, Any]:
+    """`over` on top of `under`; mappings in both are merged, everything else is replaced. `scorers` and `prepare` of
+    the upper one replace the lower ones' entries by name; an entry that is null is taken out."""
+    out = dict(under)
+    for key, value in over.items():
+        if isinstance(value, Mapping) and isinstance(out.get(key), Mapping):
+            out[key] = merged(out[key], value)
+        elif value is None and isinstance(out.get(key), Mapping):
+            out.pop(key)
+        else:
+            out[key] = value
+    return out
+
+
+def load(path: str | Path) -> dict[str, Any]:
+    """The mapping of a YAML file."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"config {path}: {error.strerror or error}") from error
+    try:
+        found = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config {path} is no YAML: {error}") from error
+    if not isinstance(found, Mapping):
+        raise ConfigError(f"config {path} must hold options by name, not {shown(found)}")
+    return dict(found)
+
+
+def build(options: Options) -> LoopConfig:
+    """The checked options; ConfigError names the first that is wrong."""
+    lacking = [name for name in ("model", "prompts", "output_dir") if options.get(name) is None]
+    if lacking:
+        raise ConfigError(f"fastpo iterate needs {lacking[0]}: give it in the config or as --{lacking[0]}")
+    config: LoopConfig = _read(LoopConfig, options, "")
+    for number, part in config.at.items():
+        wrong = next((key for key in part if key not in _PER_ITERATION), None)
+        if wrong is not None:
+            raise ConfigError(f"at.{number}.{wrong}: only {', '.join(_PER_ITERATION)} change between iterations")
+    for name in ("output_dir", "resume_from_checkpoint", "pair_policy", "pair_margin"):
+        if name in config.train:
+            raise ConfigError(f"train.{name} is set by the loop: leave it out")
+    _check_numbers(config)
+    return config
+
+
+def _check_numbers(config: LoopConfig) -> None:
+    def need(right: bool, name: str, what: str, value: Any) -> None:
+        if not right:
+            raise ConfigError(f"{name} must be {what}, not {shown(value)}")
+
+    need(config.iterations >= 1, "iterations", "1 or more", config.iterations)
+    need(0 <= config.max_failed < 1, "max_failed", "a share in [0, 1)", config.max_failed)
+    sample, select = config.sample, config.select
+    need(sample.n >= 0, "sample.n", "0 or more", sample.n)
+    need(sample.temperature >= 0, "sample.temperature", "0 or more", sample.temperature)
+    need(0 < sample.top_p <= 1, "sample.top_p", "in (0, 1]", sample.top_p)
+    need(sample.max_tokens >= 1, "sample.max_tokens", "1 or more", sample.max_tokens)
+    need(config.score.units in ("all", "tournament", "against"), "score.units", "all, tournament or against",
+         config.score.units)  # fmt: skip
+    need(select.labels in ("hard", "soft"), "select.labels", "hard or soft", select.labels)
+    need(select.rows in ("kway", "pairs"), "select.rows", "kway or pairs", select.rows)
+    need(0 <= select.soften <= 1, "select.soften", "in [0, 1]", select.soften)
+    need(select.min_valid >= 2, "select.min_valid", "2 or more", select.min_valid)
+    need(0 <= select.extra_share < 1, "select.extra_share", "a share in [0, 1)", select.extra_share)
+    need(len(config.refine.weights) == 3, "refine.weights", "three numbers", config.refine.weights)
+    need(all(k >= 1 and s >= 0 for k, s in config.replay.items()) and sum(config.replay.values()) < 1, "replay",
+         "shares by how many iterations back, less than 1 in all", dict(config.replay))  # fmt: skip
+
+
+def _read(cls: type, options: Options, where: str) -> Any:
+    """An instance of the dataclass; what it does not know goes into its `options`, where it has them, or is refused."""
+    hints, fields = get_type_hints(cls), {f.name: f for f in dataclasses.fields(cls)}
+    values: dict[str, Any] = {}
+    free: dict[str, Any] = {}
+    for name, value in options.items():
+        full = f"{where}.{name}" if where else str(name)
+        if name not in fields:
+            if any(f in fields for f in _FREE):
+                free[str(name)] = value
+                continue
+            raise ConfigError(f"no option {full}{did_you_mean(str(name), fields)}")
+        if name in _FREE and isinstance(value, Mapping):
+            free.update(value)
+            continue
+        values[name] = _value(hints[name], value, full)
+    if free:
+        values["options"] = free
+    return cls(**values)
+
+
+def _value(hint: Any, value: Any, name: str) -> Any:
+    """The value as the field's type has it."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return value
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            return value
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{name} must hold options by name, not {shown(value)}")
+        return _read(hint, value, name)
+    if origin is not None and issubclass(type(origin), type) and issubclass(origin, Mapping):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{name} must be a mapping, not {shown(value)}")
+        try:
+            return {inner[0](k) if inner[0] is int else k: v for k, v in value.items()}
+        except (TypeError, ValueError):
+            raise ConfigError(f"{name}: the keys are numbers of iterations, not {shown(list(value))}") from None
+    if origin is not None and isinstance(origin, type) and issubclass(origin, Sequence):
+        if isinstance(value, str) or not isinstance(value, Sequence):
+            value = (value,)
+        return tuple(value)
+    kinds = inner or (hint,)
+    if value is None and type(None) in kinds:
+        return None
+    if float in kinds and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    for kind in (bool, int, str):
+        if kind in kinds and type(value) is kind:
+            return value
+    if float in kinds and isinstance(value, str):  # YAML 1.1 reads 5e-7 as a text
+        try:
+            return float(value)
+        except ValueError:
+            if str in kinds:
+                return value
+    if str in kinds and isinstance(value, Path):
+        return str(value)
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+    expected = " or ".join(words[k] for k in kinds if k in words)
+    raise ConfigError(f"{name} must be {expected}, not {shown(value)}")
+
+
+def plain(config: LoopConfig) -> dict[str, Any]:
+    """As nested mappings."""
+    return {f.name: _unwrapped(getattr(config, f.name)) for f in dataclasses.fields(config)}
+
+
+def _unwrapped(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _unwrapped(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    return value
+
+
+def as_json(section: Any) -> Any:
+    """A section as JSON has it, for the key of a stage."""
+    return json.loads(json.dumps(_unwrapped(section), default=str))

@@ -1,0 +1,50 @@
+"""What is watched of an iteration, and what is said when it goes wrong: longer, poorer, cut, disagreeing, empty."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastpo.loop.config import Guards
+from fastpo.loop.items import Response
+from fastpo.loop.selecting import distinct_ngrams
+
+
+def sample_figures(responses: Sequence[Response]) -> dict[str, float]:
+    """Of all sampled responses: how many, mean length in tokens and characters, share cut off, distinct 3-grams."""
+    if not responses:
+        return {"responses": 0}
+    total = sum(r.count for r in responses)
+    with_ids = [r for r in responses if r.token_ids is not None]
+    tokens = sum(r.count * len(r.token_ids or ()) for r in with_ids) / max(1, sum(r.count for r in with_ids))
+    return {
+        "responses": total, "mean tokens": tokens,
+        "mean characters": sum(r.count * len(r.text) for r in responses) / total,
+        "truncated": sum(r.count for r in responses if not r.finished) / total,
+        "distinct 3-grams": distinct_ngrams([r.text for r in responses]),
+    }  # fmt: skip
+
+
+def warnings_of(
+    guards: Guards, now: Mapping[str, float], first: Mapping[str, float], rows: Mapping[str, Any],
+    evaluated: Mapping[str, Any],
+) -> list[str]:  # fmt: skip
+    """Sentences for people. `now`, `first`: sample_figures of this and of the first iteration; `rows`: rows.json."""
+    found = []
+    name = "mean tokens" if now.get("mean tokens") else "mean characters"
+    if first.get(name) and now[name] > guards.max_length_growth * first[name]:
+        found.append(f"responses are {now[name] / first[name]:.1f} times as long as in the first iteration ({name})")
+    if first.get("distinct 3-grams") and now["distinct 3-grams"] < guards.min_distinct * first["distinct 3-grams"]:
+        found.append(
+            f"distinct 3-grams fell from {first['distinct 3-grams']:.2f} to {now['distinct 3-grams']:.2f}: the policy "
+            "repeats itself"
+        )
+    if now.get("truncated", 0) > guards.max_truncated:
+        found.append(f"{now['truncated']:.0%} of the responses were cut at max_tokens")
+    agreed = rows.get("mean difference of the orders")
+    if agreed is not None and 1 - agreed < guards.min_agreement:
+        found.append(f"the two orders of a pair differ by {agreed:.2f} on average: the judge goes by the place")
+    if rows.get("prompts") and rows["prompts kept"] / rows["prompts"] < guards.min_kept:
+        found.append(f"only {rows['prompts kept']} of {rows['prompts']} prompts gave a row")
+    win = evaluated.get("win rate")
+    if win is not None and win < 0.5 and win + 2 * evaluated.get("win rate error", 0.0) < 0.5:
+        found.append(f"it loses to {evaluated['against']}: win rate {win:.2f}")
+    return found

@@ -1,0 +1,188 @@
+"""The rows that an iteration trains on: of its own scored items, of earlier iterations, of a file; and their counts."""
+
+import math
+import random
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastpo.data.sources import load_rows
+from fastpo.errors import TrainingError
+from fastpo.loop.config import LoopConfig
+from fastpo.loop.items import Dropped, Item, Prompt, Scores, prompt_text, seed_of
+from fastpo.loop.parts import read_lines, write_json, write_lines
+from fastpo.loop.requests import refined_prompt
+from fastpo.loop.selecting import Selector, as_pairs
+from fastpo.selection import length_penalty, relabel
+
+Encode = Callable[[Prompt], Sequence[int]]  # a prompt's token ids, as the policy sees it
+
+
+def make_rows(
+    config: LoopConfig,
+    items: Sequence[Item],
+    scores: Mapping[str, Scores],
+    *,
+    scored: bool,
+    selector: Any,
+    earlier: Mapping[int, Path],
+    dropped: Counter[str],
+    encode: Encode,
+    rows_path: Path,
+    counts_path: Path,
+) -> dict[str, Any]:
+    """Writes rows.jsonl and rows.json; returns the counts. `earlier`: rows of iterations so many back, `dropped`: what
+    went before the judgement. TrainingError where no row is left."""
+    found = Counter(dropped)
+    kept: list[dict[str, Any]] = []
+    for item in items:
+        made = selector.select(item, scores.get(item.id) if scored else None)
+        if isinstance(made, Dropped):
+            found[made.reason] += 1
+            continue
+        kept.append(made)
+    pairs = sum(len(row["pairs"]) for row in kept)
+    by_id = {item.id: item for item in items}
+    rows = [out for row in kept for out in _forms(row, by_id[row["id"]], config, encode)]
+    own = len(rows)
+    rows += _extra(config, own)
+    replayed = _replay(config, earlier, own)
+    rows += replayed
+    gap = _length_gap(kept)
+    counts = {
+        "prompts": len(items), "prompts kept": len(kept), "pairs": pairs, "rows": len(rows), "of this iteration": own,
+        "replayed": len(replayed), "from a file": len(rows) - own - len(replayed),
+        "dropped": dict(sorted(found.items())), "length gap, characters": gap, **_agreement(scores),
+    }  # fmt: skip
+    if not rows:
+        raise TrainingError(_why_nothing(counts))
+    write_lines(rows_path, rows)
+    write_json(counts_path, counts)
+    return counts
+
+
+def make_selector(config: LoopConfig, items: Sequence[Item], scores: Mapping[str, Scores]) -> Selector:
+    """With DICE's penalty per character found over the whole stage, where it is asked for."""
+    alpha = config.select.length_penalty
+    if isinstance(alpha, str):
+        if alpha != "auto":
+            alpha = float(alpha)
+        else:
+            import torch
+
+            values, chars = [], []
+            for item in items:
+                given = [
+                    (v, len(r.text)) for v, r in zip(_values(scores.get(item.id)), item.responses) if v is not None
+                ]
+                if len(given) > 1:
+                    values.append(torch.tensor([v for v, _ in given], dtype=torch.float64))
+                    chars.append(torch.tensor([float(c) for _, c in given], dtype=torch.float64))
+            alpha = length_penalty(values, chars)[0] if values else 0.0
+    return Selector(config.select, config.seed, float(alpha))
+
+
+def _values(scores: Scores | None) -> Sequence[float | None]:
+    if scores is None:
+        return []
+    if scores.wins is None:
+        return scores.values
+    return [scores.win_prob(k) for k in range(len(scores.wins))]
+
+
+def _forms(row: dict[str, Any], item: Item, config: LoopConfig, encode: Encode) -> list[dict[str, Any]]:
+    """The rows that one selected item gives: itself, relabelled for its goals, on refinements, or pair by pair."""
+    if config.select.relabel:
+        return [out for pair in row["pairs"] for out in _relabelled(row, pair, encode)]
+    rounds = config.refine
+    if not rounds.rounds or not rounds.train:
+        return as_pairs(row) if config.select.rows == "pairs" else [row]
+    direct, on_lost, on_won = rounds.weights
+    out = [{**row, "weight": direct}]
+    for pair in row["pairs"]:
+        i, j = pair[0], pair[1]
+        two = [row["responses"][i], row["responses"][j]]
+        for k, weight in ((j, on_lost), (i, on_won)):
+            prompt = refined_prompt(item.prompt, row["responses"][k]["text"], rounds.template)
+            ids = {"prompt_ids": list(encode(prompt))} if "prompt_ids" in row else {}
+            out.append({"id": f"{row['id']}/after-{k}", "prompt": prompt, **ids, "responses": two, "pairs": [[0, 1]],
+                        "weight": weight})  # fmt: skip
+    return out
+
+
+def _relabelled(row: Mapping[str, Any], pair: Sequence[Any], encode: Encode) -> list[dict[str, Any]]:
+    """Reward-augmented rows: for the winner's score as goal the pair, for the loser's its flip."""
+    won, lost = (row["responses"][k] for k in pair[:2])
+    scored = {"prompt": row["prompt"], "chosen": won, "rejected": lost, "chosen_score": won["score"],
+              "rejected_score": lost["score"]}  # fmt: skip
+    out = []
+    for number, made in enumerate(relabel(scored)):
+        ids = {"prompt_ids": list(encode(made["prompt"]))} if "prompt_ids" in row else {}
+        out.append({"id": f"{row['id']}/goal-{number}", "prompt": made["prompt"], **ids,
+                    "responses": [made["chosen"], made["rejected"]], "pairs": [[0, 1]]})  # fmt: skip
+    return out
+
+
+def _extra(config: LoopConfig, own: int) -> list[dict[str, Any]]:
+    """Rows of a file, so many that they are `extra_share` of all of them; drawn by the seed."""
+    if config.select.extra_rows is None:
+        return []
+    share = config.select.extra_share
+    rows = [_kway(row) for row in load_rows(config.select.extra_rows)]
+    wanted = min(len(rows), math.floor(own * share / (1 - share)))
+    return random.Random(seed_of(config.seed, "extra rows")).sample(rows, wanted)
+
+
+def _kway(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A pair in the form of the others."""
+    if "responses" in row:
+        return dict(row)
+    entries = [{"text" if isinstance(row[name], str) else "messages": row[name]} for name in ("chosen", "rejected")]
+    rest = {key: value for key, value in row.items() if key not in ("chosen", "rejected")}
+    return {**rest, "responses": entries, "pairs": [[0, 1]]}
+
+
+def _replay(config: LoopConfig, earlier: Mapping[int, Path], own: int) -> list[dict[str, Any]]:
+    """Rows of earlier iterations, at most so many that each has its share of all."""
+    there = {back: share for back, share in sorted(config.replay.items()) if back in earlier}
+    whole = own / (1 - sum(there.values())) if there else 0
+    out: list[dict[str, Any]] = []
+    for back, share in there.items():
+        rows = [row for row in read_lines(earlier[back]) if "replayed" not in row]
+        wanted = min(len(rows), math.floor(whole * share))
+        drawn = random.Random(seed_of(config.seed, "replay", back, len(rows))).sample(rows, wanted)
+        out += [{**row, "replayed": back} for row in drawn]
+    return out
+
+
+def _length_gap(rows: Sequence[Mapping[str, Any]]) -> float | None:
+    """Mean characters of winners less those of losers."""
+    gaps = [
+        len(row["responses"][p[0]]["text"]) - len(row["responses"][p[1]]["text"]) for row in rows for p in row["pairs"]
+    ]
+    return sum(gaps) / len(gaps) if gaps else None
+
+
+def _agreement(scores: Mapping[str, Scores]) -> dict[str, float]:
+    """Of pairs that were asked in both orders: how far apart the two answers are, and the share that says the same."""
+    gaps = [gap for one in scores.values() for gap in one.agreement]
+    if not gaps:
+        return {}
+    return {"asked in both orders": len(gaps), "mean difference of the orders": sum(gaps) / len(gaps)}
+
+
+def _why_nothing(counts: Mapping[str, Any]) -> str:
+    reasons = ", ".join(f"{reason}: {count}" for reason, count in counts["dropped"].items()) or "no prompt"
+    hint = ""
+    if counts["dropped"].get("all tie", 0) > counts["prompts"] / 2 and "asked in both orders" in counts:
+        hint = (
+            "; the judge gives both orders of a pair the same answer, that is, it goes by the place alone: take a "
+            "judge that can tell the responses apart"
+        )
+    return f"no row is left to train on ({reasons}){hint}"
+
+
+def preview(prompt: Prompt, most: int = 80) -> str:
+    text = " ".join(prompt_text(prompt).split())
+    return text if len(text) <= most else text[: most - 1] + "…"
