@@ -17,7 +17,7 @@ from fastpo.errors import ConfigError, did_you_mean, quoted, shown
 from fastpo.loop import replies
 from fastpo.loop.client import Client
 from fastpo.loop.items import Failure, Unit, Verdict, digest, prompt_text
-from fastpo.loop.scorers import RAW, BaseScorer, UnitKind
+from fastpo.loop.scoring import RAW, BaseScorer, UnitKind
 
 Mode = Literal["pair", "response", "list", "rule"]
 By = Literal["text", "logprobs", "systemone"]

@@ -20,7 +20,7 @@ from fastpo.data.encoding import Encoder
 from fastpo.errors import ConfigError, DataError, did_you_mean, one_line, quoted
 from fastpo.loop.items import Failure, Item, Response, Scores, Unit, Verdict, digest
 from fastpo.loop.parts import file_digest
-from fastpo.loop.scorers import RAW, BaseScorer
+from fastpo.loop.scoring import RAW, BaseScorer
 from fastpo.models.adapters import saved_adapter
 from fastpo.models.loading import load_model, load_tokenizer, loading_dtype, resolve_device
 from fastpo.reference.sequence_logps import sequence_logps
@@ -354,17 +354,19 @@ class ImplicitReward(_Ratio):
     def _ids(self, units: Sequence[Unit]) -> list[Ids | Failure]:
         reader = self.first.reader
         found: list[Ids | Failure] = [Failure("empty", "")] * len(units)
-        outside = []
+        read = []  # through the template: what was not sampled, and prompts of which the tokens are not known
         for n, unit in enumerate(units):
-            response = unit.responses[0]
-            if unit.item.prompt_ids is None or response.token_ids is None:
-                outside.append(n)
-            elif response.token_ids:
-                self._check_tokens(response)
-                found[n] = (list(unit.item.prompt_ids), list(response.token_ids))
-        rows = [as_row(units[n].item.prompt, units[n].responses[0].text, reader.chat) for n in outside]
-        for n, ids in zip(outside, reader.ids(rows), strict=True):
-            found[n] = ids
+            sampled = unit.responses[0].token_ids
+            if sampled is not None:
+                self._check_tokens(unit.responses[0])
+            if sampled is None or unit.item.prompt_ids is None:
+                read.append(n)
+            elif len(sampled):
+                found[n] = (list(unit.item.prompt_ids), list(sampled))
+        rows = [as_row(units[n].item.prompt, units[n].responses[0].text, reader.chat) for n in read]
+        for n, ids in zip(read, reader.ids(rows), strict=True):
+            sampled = units[n].responses[0].token_ids
+            found[n] = ids if sampled is None or isinstance(ids, Failure) else (ids[0], list(sampled))
         return [f if isinstance(f, Failure) else self._ended(reader, f, unit.responses[0].finished)
                 for f, unit in zip(found, units)]  # fmt: skip
 
@@ -372,7 +374,8 @@ class ImplicitReward(_Ratio):
         """A few sampled responses: their tokens must be their text in the policy's tokenizer too."""
         if len(self._compared) >= 16 or any(self._compared):
             return
-        read = self.first.reader.tokenizer.decode(list(response.token_ids or ()), skip_special_tokens=True)
+        ids = [] if response.token_ids is None else list(response.token_ids)
+        read = self.first.reader.tokenizer.decode(ids, skip_special_tokens=True)
         self._compared.append("".join(response.text.split()) in "".join(read.split()))
         if len(self._compared) == 16 and not any(self._compared):
             raise ConfigError(

@@ -5,6 +5,7 @@ that was cut short asks what is not there, and once more what failed; of several
 all is asked, `NAME/scorer.json` says how: unit, plan, both orders, and what was settled over the whole stage.
 """
 
+import itertools
 import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,8 +17,9 @@ from tqdm.auto import tqdm
 from fastpo.errors import ConfigError, TrainingError, did_you_mean
 from fastpo.loop.items import POLICY, Item, Scores, Unit, Verdict, digest
 from fastpo.loop.judges import cache_key
-from fastpo.loop.parts import Part, read_json, read_lines, write_json
-from fastpo.loop.scorers import RAW, BothOrders, of_both_orders
+from fastpo.loop.parts import Part, read_json, read_lines, write_json, write_lines
+from fastpo.loop.scoring import RAW, BothOrders, Ensemble, of_both_orders
+from fastpo.loop.selecting import bracket
 from fastpo.loop.verdicts import VerdictCache
 
 Pair = tuple[int, int]
@@ -31,81 +33,40 @@ WINDOW = 2048  # of one that asks servers
 # ---- which units
 
 
-class Tournament:
-    """Best and worst of K by matches: pairs first, then the winners among themselves, and the losers; at last the best
-    against the worst. 11 matches of 8 responses (INPO, arXiv:2407.00617).
+def tournament_matches(count: int, known: Mapping[Pair, float | None]) -> list[Pair]:
+    """The matches of the next round of the knock-out that `selecting.bracket` is, among `count` responses, that are not
+    in `known` (P(i beats j), None of a failed one); at last the best against the worst; [] at the end.
 
-    A tie is the first one's. Of an odd number the last goes on without a match. Who meets in a match that failed is out
-    on that side. Everything follows from the verdicts so far, so that it goes on where it was cut short.
+    11 matches of 8 responses (INPO, arXiv:2407.00617). Everything follows from the verdicts so far, so that it goes on
+    where it was cut short.
     """
+    missing: list[Pair] = []
 
-    def __init__(self, count: int):
-        self.count = count
+    def probability(i: int, j: int) -> float | None:
+        if (i, j) in known:
+            return known[i, j]
+        if (j, i) in known:
+            p = known[j, i]
+            return None if p is None else 1.0 - p
+        missing.append((i, j))
+        return None
 
-    def missing(self, known: Mapping[Pair, float | None]) -> list[Pair]:
-        """Matches of the next round that are not in `known`, P(i beats j), None of a failed one; [] at the end."""
-        return self._play(known)[0]
-
-    def result(self, known: Mapping[Pair, float | None]) -> tuple[int | None, int | None, float | None]:
-        """(best, worst, P(best beats worst)); None where failures leave nobody, or matches are missing."""
-        missing, best, worst = self._play(known)
-        if missing or best is None or worst is None:
-            return best, worst, None
-        return best, worst, _p(known, best, worst)
-
-    def _play(self, known: Mapping[Pair, float | None]) -> tuple[list[Pair], int | None, int | None]:
-        missing, winners, losers = self._round(list(range(self.count)), known)
-        if missing:
-            return missing, None, None
-        while len(winners) > 1 or len(losers) > 1:
-            missing_w, winners, _ = self._round(winners, known) if len(winners) > 1 else ([], winners, [])
-            missing_l, _, losers = self._round(losers, known) if len(losers) > 1 else ([], [], losers)
-            if missing_w or missing_l:
-                return missing_w + missing_l, None, None
-        best, worst = winners[0] if winners else None, losers[0] if losers else None
-        if best is None or worst is None or best == worst or _met(known, best, worst):
-            return [], best, worst
-        return [(best, worst)], best, worst
-
-    @staticmethod
-    def _round(players: Sequence[int], known: Mapping[Pair, float | None]) -> tuple[list[Pair], list[int], list[int]]:
-        """(matches that are missing, winners, losers) of neighbours' matches."""
-        missing, winners, losers = [], [], []
-        for i, j in zip(players[::2], players[1::2]):
-            if not _met(known, i, j):
-                missing.append((i, j))
-                continue
-            p = _p(known, i, j)
-            if p is not None:
-                winners.append(i if p >= 0.5 else j)
-                losers.append(j if p >= 0.5 else i)
-        if len(players) % 2:
-            winners.append(players[-1])
-            losers.append(players[-1])
-        return missing, winners, losers
-
-
-def _met(known: Mapping[Pair, float | None], i: int, j: int) -> bool:
-    return (i, j) in known or (j, i) in known
-
-
-def _p(known: Mapping[Pair, float | None], i: int, j: int) -> float | None:
-    if (i, j) in known:
-        return known[i, j]
-    p = known[j, i]
-    return None if p is None else 1.0 - p
+    best, worst = bracket(count, probability)
+    if not missing and best is not None and worst is not None and best != worst:
+        probability(best, worst)
+    return missing
 
 
 def matches(item: Item, plan: str, known: Mapping[Pair, float | None]) -> list[Pair]:
     """The pairs of this round, each once, without its other order; [] when the plan is at its end.
 
     `all`: every pair. `against`, or `against:SOURCE`: every pair in which a response of this source ("policy") is.
-    `tournament`: see Tournament. `known`: P of the pairs that have a verdict.
+    `tournament`: see tournament_matches. `known`: P of the pairs that have a verdict.
     """
     plan, _, source = plan.partition(":")
     count = len(item.responses)
     if plan == "tournament":
-        return Tournament(count).missing(known) if count > 1 else []
+        return tournament_matches(count, known) if count > 1 else []
     pairs = [(i, j) for i in range(count) for j in range(i + 1, count)]
     if plan == "against":
         of = [response.source == (source or POLICY) for response in item.responses]
@@ -169,10 +130,10 @@ def _asked(scorer: Any, both_orders: bool | None) -> tuple[Any, bool]:
 
 def score_stage(
     scorer: Any,
-    items: Sequence[Item],
+    items: Iterable[Item],
     folder: Path,
     *,
-    cache: VerdictCache | None = None,
+    cache: VerdictCache | bool = True,
     plan: str = "all",
     both_orders: bool | None = None,
     bar: bool | None = None,
@@ -180,7 +141,8 @@ def score_stage(
 ) -> dict[str, Any]:
     """Ask the scorer about these items, or about what is left of them; returns counts.
 
-    * `folder`: of all scorers; this one's files are in `folder/NAME`.
+    * `folder`: of all scorers; this one's files are in `folder/NAME`. Those of an ensemble's members are beside it.
+    * `cache`: True: the user's own, for scorers whose verdicts are worth keeping; False: none.
     * `both_orders`: None: of a BothOrders.
     * `max_failed`: the share of units that may fail. TrainingError beyond it, with the counts by status and three of
       the replies: as soon as it is sure, or at the end.
@@ -192,6 +154,20 @@ def score_stage(
     check_plan(plan)
     if not 0 <= max_failed <= 1:
         raise ConfigError(f"max_failed={max_failed!r}: expected a share in [0, 1]")
+    items = items if isinstance(items, Sequence) else list(items)
+    given: dict[str, Any] = {"plan": plan, "both_orders": both_orders, "bar": bar, "max_failed": max_failed}
+    if isinstance(scorer, Ensemble):
+        return _ensemble_stage(scorer, items, folder, cache=cache, **given)
+    if cache is True and (getattr(scorer, "cached", False) or hasattr(scorer, "kept")):
+        with VerdictCache() as own:
+            return _one_stage(scorer, items, folder, cache=own, **given)
+    return _one_stage(scorer, items, folder, cache=cache if isinstance(cache, VerdictCache) else None, **given)
+
+
+def _one_stage(
+    scorer: Any, items: Sequence[Item], folder: Path, *, cache: VerdictCache | None, plan: str,
+    both_orders: bool | None, bar: bool | None, max_failed: float,
+) -> dict[str, Any]:  # fmt: skip
     asked, both = _asked(scorer, both_orders)
     show = sys.stderr.isatty() if bar is None else bar
     total = planned(items, scorer, plan, both)
@@ -210,14 +186,45 @@ def score_stage(
         settled = asked.settle({i.id: scores_of(stage.of.get(i.id, {}), i, asked.unit, both) for i in items}, items)
     if both:
         counts["orders"] = position_bias(stage.of)
+    _say(folder, scorer, asked.unit, counts, lines=stage.line_key, plan=plan, both_orders=both, settled=settled)
     if stage.forgotten:
         counts["of_another_judge"] = stage.forgotten
-    write_json(folder / scorer.name / "scorer.json", {
-        "name": scorer.name, "unit": asked.unit, "key": dict(scorer.key), "lines": stage.line_key, "plan": plan,
-        "both_orders": both, "settled": settled,
-        "counts": {k: v for k, v in counts.items() if k not in ("asked", "from_cache", "of_another_judge")},
-    })  # fmt: skip
     return counts
+
+
+def _ensemble_stage(scorer: Ensemble, items: Sequence[Item], folder: Path, **given: Any) -> dict[str, Any]:
+    """The members' stages, then the ensemble's lines at once."""
+    counts = {name: score_stage(member, items, folder, **given) for name, member in scorer.members.items()}
+    table, moments = scorer.combine({name: read_scores(folder, name, items) for name in scorer.members})
+    key = digest(dict(scorer.key))[:8]
+    lines, units, failed = [], 0, 0
+    for item in items:
+        scores = table[item.id]
+        for i, value in enumerate(scores.values):
+            status = "ok" if value is not None else "member_failed"
+            spread = scores.spread[i] if scores.spread else None
+            lines.append({"id": item.id, "i": i, "j": None, "value": value, "status": status, "raw": "", "key": key,
+                          "spread": spread})  # fmt: skip
+            units += 1
+            failed += value is None
+    if failed > given["max_failed"] * units:
+        raise TrainingError(
+            f"scorer {scorer.name!r} has no value for {failed} of {units} responses, more than max_failed="
+            f"{given['max_failed']:g} allows: in each fewer than {scorer.least} of its members have one"
+        )
+    write_lines(folder / scorer.name / "part-0000.jsonl", lines)
+    found = {"units": units, "ok": units - failed, "failed": failed,
+             "statuses": {"member_failed": failed} if failed else {}}  # fmt: skip
+    _say(folder, scorer, "response", found, lines=key, plan="all", both_orders=False, settled={"members": moments})
+    asked = {n: sum(of[n] for of in counts.values()) for n in ("asked", "from_cache")}
+    return {**found, **asked, "members": counts}
+
+
+def _say(folder: Path, scorer: Any, unit: str, counts: Mapping[str, Any], **more: Any) -> None:
+    """How it was judged, for who reads the lines: written last."""
+    kept = {k: v for k, v in counts.items() if k not in ("asked", "from_cache")}
+    said = {"name": scorer.name, "unit": unit, "key": dict(scorer.key), **more, "counts": kept}
+    write_json(folder / scorer.name / "scorer.json", said)
 
 
 class _OtherJudge(Exception):
@@ -236,7 +243,7 @@ class _Stage:
         # Of each item, by what was shown: a value, or the status of a failure. Millions of them: no more than that.
         self.of: dict[str, dict[Shown, Any]] = {}
         self.again: set[tuple[str, int | None, int | None]] = set()  # failed before this call, not asked again yet
-        self.raws: list[str] = []  # of the first three failures
+        self.raws: dict[str, list[str]] = {}  # of the first three failures of each status
         self.done = self.failed = self.asked = self.from_cache = self.forgotten = 0
         self.key = digest(dict(scorer.key))[:8]
         self.line_key = self.key  # and, behind a dash, what a judge's server says of itself, where that is known
@@ -364,17 +371,20 @@ class _Stage:
         for _, verdict in verdicts:
             if verdict.value is None:
                 self.failed += 1
-                if len(self.raws) < 3:
-                    self.raws.append(f"{verdict.status}: {' '.join(verdict.raw.split())[:300]!r}")
+                some = self.raws.setdefault(verdict.status, [])
+                if len(some) < 3:
+                    some.append(f"{verdict.status}: {' '.join(verdict.raw.split())[:300]!r}")
         if self.failed:
             self._check(max(self.total, self.done))
 
     def _check(self, total: int) -> None:
         if self.failed > self.max_failed * total:
             statuses = ", ".join(f"{n} {status}" for status, n in self.counts()["statuses"].items())
+            # Of each status one, before a second of any.
+            some = [raw for of_status in itertools.zip_longest(*self.raws.values()) for raw in of_status if raw]
             raise TrainingError(
                 f"scorer {self.scorer.name!r} failed on {self.failed} of {total} units, more than max_failed="
-                f"{self.max_failed:g} allows: {statuses}. Replies: {' | '.join(self.raws)}"
+                f"{self.max_failed:g} allows: {statuses}. Replies: {' | '.join(some[:3])}"
             )
 
     def counts(self) -> dict[str, Any]:
@@ -476,7 +486,8 @@ def read_scores(folder: Path, name: str, items: Iterable[Item], *, wins: bool = 
     `wins`: give response and list scorers P(i beats j) = sigmoid(s_i - s_j) too.
     """
     said = _said(folder, name)
-    found = read_verdicts(folder, name)
+    spreads: dict[str, dict[Shown, Any]] = {}
+    found = read_verdicts(folder, name, spreads)
     table = {}
     for item in items:
         scores = scores_of(found.get(item.id, {}), item, said["unit"], said["both_orders"])
@@ -484,19 +495,26 @@ def read_scores(folder: Path, name: str, items: Iterable[Item], *, wins: bool = 
             scores.values = [
                 None if v is None else v - alpha * len(r.text) for v, r in zip(scores.values, item.responses)
             ]  # fmt: skip
+        if spread := spreads.get(item.id):
+            scores.spread = [spread.get((i, None)) for i in range(len(item.responses))]
         if wins and scores.wins is None:
             scores.wins = wins_of(scores.values)
         table[item.id] = scores
     return table
 
 
-def read_verdicts(folder: Path, name: str) -> dict[str, dict[Shown, Any]]:
-    """Of each item its verdicts by (i, j) as they were shown: a number, a tuple of a list's, or a failure's status."""
+def read_verdicts(
+    folder: Path, name: str, spreads: dict[str, dict[Shown, Any]] | None = None
+) -> dict[str, dict[Shown, Any]]:
+    """Of each item its verdicts by (i, j) as they were shown: a number, a tuple of a list's, or a failure's status.
+    Spreads of an ensemble are put into `spreads`."""
     said = _said(folder, name)
     found: dict[str, dict[Shown, Any]] = {}
     for line in read_lines(folder / name / "part-0000.jsonl"):
         if line["key"] == said["lines"]:
             found.setdefault(line["id"], {})[_pair(line["i"], line["j"])] = _read(line)
+            if spreads is not None and "spread" in line:
+                spreads.setdefault(line["id"], {})[_pair(line["i"], line["j"])] = line["spread"]
     return found
 
 

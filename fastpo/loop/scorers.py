@@ -1,527 +1,228 @@
-"""Scorers of plain Python: functions, rules, both orders of a pair, ensembles. Judges are in judges.py, reward models
-and ratios of policies in policy_scorers.py.
+"""Scorers by name: a section of the configuration becomes an object that judges."""
 
-A failed judgement is a `Verdict` without a number: an exception, None, NaN, an infinity, something that is no number, a
-probability outside [0, 1], too few or too many values. Nothing here makes a number of it.
-"""
-
-import hashlib
-import importlib
-import importlib.util
 import inspect
 import json
-import math
-import numbers
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from fastpo.errors import ConfigError, did_you_mean, one_line, shown
-from fastpo.loop.items import Item, Prompt, Scores, Unit, Verdict
+from fastpo.errors import ConfigError, did_you_mean, shown
+from fastpo.loop.client import Client
+from fastpo.loop.judges import Judge, LocalBackend, ServerBackend
+from fastpo.loop.policy_scorers import DensityRatio, ImplicitReward, RewardModelScorer
+from fastpo.loop.scoring import BothOrders, Ensemble, FunctionScorer, Rules
+from fastpo.loop.verifiers import make_verifier
 
-RAW = 2000  # characters that are kept of what a judge said
-UnitKind = Literal["response", "pair", "list"]
+__all__ = [
+    "BothOrders", "DensityRatio", "Ensemble", "FunctionScorer", "ImplicitReward", "Judge", "RewardModelScorer", "Rules",
+    "make_scorer",
+]  # fmt: skip
 
 
-class BaseScorer:
-    """What the score stage asks of a scorer beside the protocol.
+def make_scorer(
+    name: str,
+    spec: Mapping[str, Any],
+    policies: Mapping[str, str],
+    where: Path,
+    *,
+    others: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Any:
+    """The scorer of a section: `kind` and the options of that kind (docs/loop-scorers.md).
 
-    * `exact`: the same units, asked together, give the same verdicts, whenever: they are asked in batches that the
-      plan decides, so that a run that was killed ends with the same bytes.
-    * `cached`: verdicts are worth keeping across runs.
+    `policies`: paths by the names that policies have (start, current, ...); a path may stand in place of a name.
+    `where`: the folder of relative paths that are not found from the working directory. `others`: the sections of all
+    scorers, for an ensemble that names its members. ConfigError for what is unknown, with the nearest name.
     """
-
-    name: str
-    unit: UnitKind = "response"
-    exact = True
-    cached = False
-    settles = False
-
-    @property
-    def key(self) -> Mapping[str, Any]:
-        raise NotImplementedError
-
-    @property
-    def identity(self) -> Mapping[str, Any]:
-        """`key`, and what only the judge itself can say of who it is: the key of kept verdicts."""
-        return self.key
-
-    def content(self, unit: Unit) -> Any:
-        """JSON of all that the verdict depends on beside `key`."""
-        return {"prompt": _plain(unit.item.prompt), "responses": [r.text for r in unit.responses],
-                "meta": dict(unit.item.meta)}  # fmt: skip
-
-    def score(self, units: Sequence[Unit]) -> Iterator[tuple[Unit, Verdict]]:
-        raise NotImplementedError
-
-    def settle(self, table: Mapping[str, Scores], items: Iterable[Item]) -> dict[str, Any]:
-        """Asked of a scorer with `settles`, once all units have a verdict: facts that hold for the whole stage. `alpha`
-        is a penalty per character, which the table is read with."""
-        return {}
-
-    def close(self) -> None:
-        """Nothing is held."""
-
-
-def _plain(prompt: Prompt) -> Any:
-    return prompt if isinstance(prompt, str) else [dict(turn) for turn in prompt]
-
-
-# ---- values
-
-
-def number(value: Any) -> float | Verdict:
-    """A finite float of a number or truth value, of Python, NumPy or PyTorch; or the verdict that it is none."""
-    if value is None:
-        return Verdict.failed("none", "None")
-    if not isinstance(value, numbers.Real) and getattr(value, "shape", None) == () and hasattr(value, "item"):
-        value = value.item()  # a tensor without dimensions, a NumPy truth value
-    if not isinstance(value, numbers.Real):
-        return Verdict.failed("not_a_number", shown(value, 200))
-    try:
-        result = float(value)
-    except OverflowError:  # a whole number of hundreds of digits
-        return Verdict.failed("not_finite", shown(value, 200))
-    return result if math.isfinite(result) else Verdict.failed("not_finite", repr(result))
-
-
-def verdict_of(value: Any, unit: Unit, kind: UnitKind, raw: str = "") -> Verdict:
-    """A scorer's value as a verdict on this unit; of a list, None and what is no number stay None in their places."""
-    if kind == "list":
-        count = len(unit.responses)
-        if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
-            return Verdict.failed("not_a_list", raw or shown(value, 200))
-        values = list(value)
-        if len(values) != count:
-            return Verdict.failed("wrong_count", raw or f"{len(values)} values for {count} responses")
-        found = [number(v) for v in values]
-        if all(isinstance(v, Verdict) for v in found):
-            return Verdict.failed(found[0].status if found else "none", raw or shown(values, 200))  # type: ignore[union-attr]
-        return Verdict(tuple(None if isinstance(v, Verdict) else v for v in found), raw=raw)
-    result = number(value)
-    if isinstance(result, Verdict):
-        return Verdict.failed(result.status, raw or result.raw)
-    if kind == "pair" and not 0 <= result <= 1:
-        return Verdict.failed("out_of_range", raw or f"P = {result!r}")
-    return Verdict(result, raw=raw)
-
-
-# ---- functions
-
-_BY_UNIT: dict[str, tuple[str, ...]] = {
-    "response": ("prompt", "response", "meta"),
-    "pair": ("prompt", "first", "second", "meta"),
-    "list": ("prompt", "responses", "meta"),
-}
-
-
-class FunctionScorer(BaseScorer):
-    """A Python function.
-
-    * `function`: a callable, "module:name", or "file.py:name" (from `where`).
-    * `f(prompt, response, meta) -> float | None`, for `unit="pair"` `f(prompt, first, second, meta)` -> P(first beats
-      second), for `unit="list"` `f(prompt, responses, meta)` -> a value for each. The parameters are given by these
-      names, or by position to a function that has others. Responses are texts; `meta` are the prompt's other columns.
-    * TRL's reward functions, known by a parameter `completions`: `f(prompts, completions, **columns) -> list`, called
-      with all responses of one prompt. As there, completions of a prompt of turns are lists of one turn.
-
-    `key`: a hash of the function's source with its defaults, and of the whole file where it is named by a text.
-    """
-
-    def __init__(
-        self, name: str, function: Callable[..., Any] | str, *, unit: UnitKind = "response",
-        key: Mapping[str, Any] | None = None, where: Path = Path(),
-    ):  # fmt: skip
-        self.name, self.unit = name, unit
-        if unit not in _BY_UNIT:
-            raise ConfigError(f"unit={unit!r}: expected response, pair or list{did_you_mean(str(unit), _BY_UNIT)}")
-        found, of_file = load_function(function, where)
-        self.function = found
-        self._key = dict(key) if key is not None else {"function": _source_key(found)} | of_file | {"unit": unit}
-        self._call = self._binding()
-
-    @property
-    def key(self) -> Mapping[str, Any]:
-        return self._key
-
-    def _binding(self) -> Callable[..., Any] | None:
-        """How one unit is given to the function; None where all responses of a prompt are given to TRL's kind."""
-        known = _BY_UNIT[self.unit]
-        try:
-            parameters = inspect.signature(self.function).parameters
-        except (TypeError, ValueError):  # a builtin
-            return lambda *values: self.function(*values)
-        required = [n for n, p in parameters.items() if p.default is p.empty and p.kind not in _VARIADIC]
-        self._all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-        if "completions" in parameters:
-            if self.unit != "response":
-                raise ConfigError(
-                    f"scorer {self.name!r}: a function of completions scores responses, not a {self.unit}"
-                )
-            self._columns, self._required = set(parameters), set(required)
-            return None
-        by_name = [n for n in known if n in parameters and parameters[n].kind is not inspect.Parameter.POSITIONAL_ONLY]
-        if set(required) <= set(by_name):
-            given = known if self._all else by_name
-            return lambda *values: self.function(**{n: v for n, v in zip(known, values) if n in given})
-        positional = [p for p in parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-        if len(required) <= len(known) <= len(positional) or any(p.kind is p.VAR_POSITIONAL for p in positional):
-            return lambda *values: self.function(*values)
+    if not isinstance(spec, Mapping) or "kind" not in spec:
+        raise ConfigError(f"scorer {name!r} has no `kind`: expected one of {', '.join(_KINDS)}")
+    kind, options = spec["kind"], {k: v for k, v in spec.items() if k != "kind"}
+    if kind not in _KINDS:
         raise ConfigError(
-            f"scorer {self.name!r}: {getattr(self.function, '__name__', 'the function')}({', '.join(parameters)}) "
-            f"cannot be called: expected ({', '.join(known)}) or (prompts, completions, **columns)"
+            f"scorer {name!r}: kind={kind!r} is none of {', '.join(_KINDS)}{did_you_mean(str(kind), _KINDS)}"
+        )
+    return _KINDS[kind](_Making(name, policies, where, others or {}), options)
+
+
+class _Making:
+    """What the makers share."""
+
+    def __init__(self, name: str, policies: Mapping[str, str], where: Path, others: Mapping[str, Mapping[str, Any]]):
+        self.name, self.policies, self.where, self.others = name, policies, Path(where), others
+
+    def policy(self, option: str, value: Any) -> tuple[str, str]:
+        """(name, path) of a policy by name, or of a model by path or by its name on the hub."""
+        value = str(value)
+        if value in self.policies:
+            return value, str(self.policies[value])
+        path = self.path(value)
+        if Path(path).exists() or "/" in value:
+            return value, path
+        raise ConfigError(
+            f"scorer {self.name!r}: {option}={value!r} is no path and no policy, of which there are "
+            f"{', '.join(self.policies)}{did_you_mean(value, self.policies)}"
         )
 
-    def score(self, units: Sequence[Unit]) -> Iterator[tuple[Unit, Verdict]]:
-        if self._call is None:
-            for same in _by_item(units):
-                yield from zip(same, self._of_completions(same))
-            return
-        for unit in units:
-            item = unit.item
-            texts = [response.text for response in unit.responses]
-            shown_as: Any = (texts,) if self.unit == "list" else tuple(texts)
-            try:
-                value = self._call(_plain(item.prompt), *shown_as, dict(item.meta))
-            except Exception as error:  # a user's function may raise anything
-                yield unit, Verdict.failed("error", one_line(error)[:RAW])
-                continue
-            yield unit, verdict_of(value, unit, self.unit)
+    def path(self, value: Any) -> str:
+        """As it is found from the working directory, or from `where`; as it is where neither has it."""
+        inside = self.where / str(value)
+        return str(inside) if not Path(str(value)).exists() and inside.exists() else str(value)
 
-    def _of_completions(self, units: Sequence[Unit]) -> list[Verdict]:
-        item = units[0].item
-        prompt, count = _plain(item.prompt), len(units)
-        responses = [unit.responses[0] for unit in units]
-        as_turns = not isinstance(prompt, str)
-        columns: dict[str, Any] = {name: [value] * count for name, value in item.meta.items()}
-        columns["prompts"] = [prompt] * count
-        columns["completions"] = [
-            [{"role": "assistant", "content": r.text}] if as_turns else r.text for r in responses
-        ]  # fmt: skip
-        if all(r.token_ids is not None for r in responses):
-            columns["completion_ids"] = [list(r.token_ids or ()) for r in responses]
-        lacking = sorted(self._required - set(columns))
-        if lacking:
-            return [Verdict.failed("error", f"the prompt {item.id!r} has no column {lacking[0]!r}")] * count
-        given = columns if self._all else {n: v for n, v in columns.items() if n in self._columns}
+    def check(self, options: Mapping[str, Any], known: list[str], needed: tuple[str, ...] = ()) -> None:
+        for option in options:
+            if option not in known:
+                raise ConfigError(
+                    f"scorer {self.name!r} has no option {option!r}, only {', '.join(known)}"
+                    f"{did_you_mean(str(option), known)}"
+                )
+        for option in needed:
+            if options.get(option) is None:
+                raise ConfigError(f"scorer {self.name!r} needs {option!r}")
+
+    def call(self, made: Callable[..., Any], *given: Any, **options: Any) -> Any:
+        """Values of the wrong type are a user's mistake too."""
         try:
-            values = self.function(**given)
-            values = list(values)
-        except Exception as error:
-            return [Verdict.failed("error", one_line(error)[:RAW])] * count
-        if len(values) != count:
-            return [Verdict.failed("wrong_count", f"{len(values)} values for {count} completions")] * count
-        return [verdict_of(value, unit, "response") for unit, value in zip(units, values)]
+            return made(*given, **options)
+        except TypeError as error:
+            raise ConfigError(f"scorer {self.name!r}: {error}") from error
 
 
-_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+def _parameters(made: Callable[..., Any], *without: str) -> list[str]:
+    return [n for n in inspect.signature(made).parameters if n not in ("self", "name", *without)]
 
 
-def _by_item(units: Sequence[Unit]) -> Iterator[list[Unit]]:
-    """Neighbours of one item together."""
-    same: list[Unit] = []
-    for unit in units:
-        if same and unit.item is not same[0].item:
-            yield same
-            same = []
-        same.append(unit)
-    if same:
-        yield same
+def _function(making: _Making, options: dict[str, Any]) -> FunctionScorer:
+    making.check(options, ["function", "unit"], ("function",))
+    function = options["function"]
+    if isinstance(function, str) and ".py:" in function:
+        path, _, attribute = function.rpartition(":")
+        function = f"{making.path(path)}:{attribute}"
+    return FunctionScorer(making.name, function, unit=options.get("unit", "response"), where=Path())
 
 
-def load_function(
-    function: Callable[..., Any] | str, where: Path = Path()
-) -> tuple[Callable[..., Any], dict[str, str]]:
-    """(the function, the hash of the file that it was named in)."""
-    if callable(function):
-        return function, {}
-    source, _, attribute = str(function).rpartition(":")
-    if not source or not attribute:
-        raise ConfigError(f"function={function!r}: expected a callable, 'module:name' or 'file.py:name'")
+def _verifier(making: _Making, options: dict[str, Any]) -> FunctionScorer:
+    verifier = options.pop("verifier", None)
+    if verifier is None:
+        raise ConfigError(f"scorer {making.name!r} needs 'verifier'")
+    check, key = making.call(make_verifier, verifier, options)
+    return FunctionScorer(making.name, check, key=key)
+
+
+def _reward_model(making: _Making, options: dict[str, Any]) -> RewardModelScorer:
+    making.check(options, ["model", *_parameters(RewardModelScorer, "path")], ("model",))
+    _, path = making.policy("model", options.pop("model"))
+    return making.call(RewardModelScorer, making.name, path, **options)
+
+
+_JUDGE = _parameters(Judge, "backend", "where")
+_SERVER = ["base_url", *_parameters(ServerBackend, "client", "by")]
+_CLIENT = ["api_key_env", "timeout", "attempts", "concurrency"]
+_LOCAL = ["path", *_parameters(LocalBackend, "path")]
+_MODES = ("pair", "response", "list", "rule", "reference_text")
+
+
+def _judge(making: _Making, options: dict[str, Any]) -> Any:
+    """On a server (`base_url`), or in this process (`path`)."""
+    local = "path" in options
+    making.check(options, [*_JUDGE, "both_orders", *(_LOCAL if local else [*_SERVER, *_CLIENT])])
+    if not local and not options.get("base_url"):
+        raise ConfigError(f"scorer {making.name!r} needs 'base_url' of a server, or the 'path' of a model")
+    mode, both = options.pop("mode", "pair"), options.pop("both_orders", None)
+    if mode not in _MODES:
+        raise ConfigError(
+            f"scorer {making.name!r}: mode={mode!r} is none of {', '.join(_MODES)}{did_you_mean(str(mode), _MODES)}"
+        )
+    if mode == "reference_text":
+        mode = "response"
+        options.setdefault("template", "score_reference")
+    if both and mode != "pair":
+        raise ConfigError(f"scorer {making.name!r}: both_orders is for mode pair, not {mode}")
+    of_judge = {k: v for k, v in options.items() if k in _JUDGE}
+    if local:
+        if of_judge.setdefault("by", "logprobs") != "logprobs":
+            raise ConfigError(
+                f"scorer {making.name!r}: a model in this process judges by logprobs, not {options['by']}"
+            )
+        given = {k: v for k, v in options.items() if k in _LOCAL}
+        _, path = making.policy("path", given.pop("path"))
+        backend: Any = making.call(LocalBackend, path, **given)
+    else:
+        of_client = {k: v for k, v in options.items() if k in (*_CLIENT, "base_url")}
+        of_server = {k: v for k, v in options.items() if k in _SERVER and k not in of_client}
+        client = making.call(Client, **of_client)
+        backend = making.call(
+            ServerBackend, client, of_server.pop("model", None), by=of_judge.get("by", "text"), **of_server
+        )
+    scale = of_judge.get("scale")
+    if scale is not None and not (isinstance(scale, list | tuple) and len(scale) == 2):
+        raise ConfigError(f"scorer {making.name!r}: scale={scale!r}: expected [low, high]")
+    judge = making.call(Judge, making.name, backend, mode, where=making.where, **of_judge)
+    return BothOrders(judge) if mode == "pair" and both is not False else judge
+
+
+def _implicit(making: _Making, options: dict[str, Any]) -> ImplicitReward:
+    making.check(options, _parameters(ImplicitReward), ("policy", "reference"))
+    policies = [making.policy(option, options.pop(option)) for option in ("policy", "reference")]
+    return making.call(ImplicitReward, making.name, *policies, **options)
+
+
+def _density_ratio(making: _Making, options: dict[str, Any]) -> DensityRatio:
+    making.check(options, _parameters(DensityRatio), ("strong", "weak"))
+    policies = [making.policy(option, options.pop(option)) for option in ("strong", "weak")]
+    return making.call(DensityRatio, making.name, *policies, **options)
+
+
+def _rules(making: _Making, options: dict[str, Any]) -> Rules:
+    """`rules`: a list, or a file with a rule a line or a list of JSON."""
+    making.check(options, ["rules", "judge"], ("rules",))
+    rules, judge = options["rules"], options.get("judge")
+    if isinstance(rules, str):
+        rules = _rules_of_file(making, Path(making.path(rules)))
+    if not isinstance(rules, list):
+        raise ConfigError(f"scorer {making.name!r}: rules={shown(rules, 60)}: expected a list, or a file's path")
+    if judge is not None:
+        if not isinstance(judge, Mapping):
+            raise ConfigError(f"scorer {making.name!r}: judge={shown(judge, 60)}: expected the options of a judge")
+        given = {k: v for k, v in judge.items() if k != "kind"}
+        if given.setdefault("mode", "rule") != "rule":
+            raise ConfigError(f"scorer {making.name!r}: the judge of rules has mode rule, not {given['mode']}")
+        inner = _Making(f"{making.name}.judge", making.policies, making.where, making.others)
+        judge = _judge(inner, given)
+    return Rules(making.name, rules, judge, where=making.where)
+
+
+def _rules_of_file(making: _Making, path: Path) -> list[str]:
     try:
-        if source.endswith(".py"):
-            path = (where / source).resolve()
-            if not path.is_file():
-                raise ConfigError(f"function={function!r}: there is no file {path}")
-            named = f"fastpo_scorer_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
-            spec = importlib.util.spec_from_file_location(named, path)
-            assert spec is not None and spec.loader is not None
-            module = importlib.util.module_from_spec(spec)
-            sys.modules[named] = module  # where pickle and dataclasses look for it
-            spec.loader.exec_module(module)
-        else:
-            module = importlib.import_module(source)
-    except ConfigError:
-        raise
-    except Exception as error:
-        raise ConfigError(f"function={function!r} cannot be imported: {one_line(error)}") from error
-    found = getattr(module, attribute, None)
-    if not callable(found):
-        near = did_you_mean(attribute, [n for n in vars(module) if callable(getattr(module, n))])
-        raise ConfigError(f"function={function!r}: {source} has no function {attribute!r}{near}")
-    file = getattr(module, "__file__", None)
-    return found, ({"file": hashlib.sha256(Path(file).read_bytes()).hexdigest()} if file else {})
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"scorer {making.name!r}: rules={str(path)!r} cannot be read: {error.strerror}") from None
+    if text.lstrip().startswith("["):
+        try:
+            return list(json.loads(text))
+        except ValueError as error:
+            raise ConfigError(f"scorer {making.name!r}: {path} is no list of JSON: {error}") from None
+    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
-def _source_key(function: Callable[..., Any]) -> dict[str, str]:
-    """A name and a hash of what the function is: its source, its defaults, the plain values that it closes over."""
-    bare: Any = inspect.unwrap(function)
-    while hasattr(bare, "func"):  # functools.partial
-        bare = bare.func
-    target = bare if inspect.isroutine(bare) or inspect.isclass(bare) else type(bare)
-    digest = hashlib.sha256()
-    try:
-        digest.update(inspect.getsource(target).encode())
-    except (OSError, TypeError):  # from a terminal, or of C
-        code = getattr(bare, "__code__", None)
-        digest.update(code.co_code + repr(code.co_consts).encode() if code else repr(target).encode())
-    cells = [c.cell_contents for c in getattr(bare, "__closure__", None) or () if _has_contents(c)]
-    given = [getattr(bare, "__defaults__", None), getattr(function, "args", None), getattr(function, "keywords", None)]
-    digest.update(repr([v for v in (*given, *cells) if _is_plain(v)]).encode())
-    return {"name": getattr(target, "__qualname__", str(target)), "source": digest.hexdigest()}
+def _ensemble(making: _Making, options: dict[str, Any]) -> Ensemble:
+    """`of`: names of other scorers, or sections by name."""
+    making.check(options, ["of", *_parameters(Ensemble, "members")], ("of",))
+    of = options.pop("of")
+    sections: dict[str, Mapping[str, Any]] = dict(of) if isinstance(of, Mapping) else {}
+    for member in of if not isinstance(of, Mapping) else ():
+        if member not in making.others:
+            known = [n for n in making.others if n != making.name]
+            raise ConfigError(
+                f"scorer {making.name!r}: of names {member!r}, no scorer of {', '.join(known) or 'this configuration'}"
+                f"{did_you_mean(str(member), known)}"
+            )
+        sections[member] = making.others[member]
+    if any(section.get("kind") == "ensemble" for section in sections.values()):
+        raise ConfigError(f"scorer {making.name!r}: an ensemble has no ensembles as members")
+    members = {n: make_scorer(n, s, making.policies, making.where) for n, s in sections.items()}
+    return making.call(Ensemble, making.name, members, **options)
 
 
-def _has_contents(cell: Any) -> bool:
-    try:
-        return cell.cell_contents is not None
-    except ValueError:  # of a name that has no value yet
-        return False
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, list | tuple):
-        return all(map(_is_plain, value))
-    if isinstance(value, Mapping):
-        return all(map(_is_plain, value.values()))
-    return value is None or isinstance(value, str | int | float | bool)
-
-
-# ---- both orders
-
-
-def of_both_orders(first: float | None, second: float | None) -> float | None:
-    """P(i beats j) of P(i beats j) with i shown first, and P(j beats i) with j shown first; None where one failed."""
-    return None if first is None or second is None else (first + 1.0 - second) / 2
-
-
-class BothOrders(BaseScorer):
-    """A pair scorer asked both ways: (p_ab + 1 - p_ba)/2, and a failure where one of the two failed.
-
-    The score stage asks its `inner` and keeps both verdicts; `score` here asks both and gives one verdict, whose `raw`
-    is JSON of the two.
-    """
-
-    unit: UnitKind = "pair"
-
-    def __init__(self, inner: Any):
-        if inner.unit != "pair":
-            raise ConfigError(f"scorer {inner.name!r} judges a {inner.unit}: only a pair has two orders")
-        self.inner, self.name = inner, inner.name
-        self.exact, self.cached = getattr(inner, "exact", False), getattr(inner, "cached", False)
-
-    @property
-    def key(self) -> Mapping[str, Any]:
-        return {"both_orders": dict(self.inner.key)}
-
-    def score(self, units: Sequence[Unit]) -> Iterator[tuple[Unit, Verdict]]:
-        asked = [u for unit in units for u in (unit, Unit(unit.item, unit.j, unit.i))]
-        found = {unit.key: verdict for unit, verdict in self.inner.score(asked)}
-        for unit in units:
-            yield unit, both_verdict(found[unit.key], found[(unit.item.id, unit.j, unit.i)])
-
-    def close(self) -> None:
-        self.inner.close()
-
-
-def both_verdict(ab: Verdict, ba: Verdict) -> Verdict:
-    """One verdict on (a, b) of the two."""
-    failed = next((v for v in (ab, ba) if v.value is None), None)
-    if failed is not None:
-        return failed
-    raw = json.dumps({"ab": {"p": ab.value, "raw": ab.raw}, "ba": {"p": ba.value, "raw": ba.raw}})
-    return Verdict(of_both_orders(ab.value, ba.value), raw=raw)  # type: ignore[arg-type]
-
-
-# ---- rules
-
-
-class Rules(BaseScorer):
-    """AutoRule's reward (arXiv:2506.15651): the mean over rules of whether a response follows each, 0 or 1.
-
-    `rules`: functions as a FunctionScorer takes them (a callable, or a text "module:name" under `function`), or texts,
-    which need a `judge` that answers yes or no (`judges.Judge` with mode "rule"). A rule of which no verdict could be
-    had is a failure of the whole: the mean of the others is another number.
-    """
-
-    def __init__(
-        self, name: str, rules: Sequence[Callable[..., Any] | Mapping[str, str] | str], judge: Any = None,
-        where: Path = Path(),
-    ):  # fmt: skip
-        self.name, self.judge = name, judge
-        if not rules:
-            raise ConfigError(f"scorer {name!r} has no rules")
-        self.members: list[FunctionScorer | str] = [
-            rule if isinstance(rule, str) else FunctionScorer(f"{name}[{n}]", _rule_function(rule), where=where)
-            for n, rule in enumerate(rules)
-        ]  # fmt: skip
-        self.texts = [m for m in self.members if isinstance(m, str)]
-        if self.texts and judge is None:
-            raise ConfigError(f"scorer {name!r}: the rule {shown(self.texts[0], 60)} is a text, which needs a judge")
-        self.exact = not self.texts or judge.exact
-        self.cached = bool(self.texts)
-
-    @property
-    def key(self) -> Mapping[str, Any]:
-        return self._key_with("key")
-
-    @property
-    def identity(self) -> Mapping[str, Any]:
-        return self._key_with("identity")
-
-    def _key_with(self, of_judge: str) -> dict[str, Any]:
-        members = [m if isinstance(m, str) else dict(m.key) for m in self.members]
-        return {"rules": members} | ({"judge": dict(getattr(self.judge, of_judge))} if self.texts else {})
-
-    def score(self, units: Sequence[Unit]) -> Iterator[tuple[Unit, Verdict]]:
-        said: list[dict[str, Verdict]] = [{} for _ in units]
-        if not self.texts:
-            yield from ((unit, self._mean(unit, {})) for unit in units)
-            return
-        asked = [(n, rule) for n in range(len(units)) for rule in dict.fromkeys(self.texts)]
-        for place, verdict in self.judge.ask_rules([(units[n], rule) for n, rule in asked]):
-            n, rule = asked[place]
-            said[n][rule] = verdict
-            if len(said[n]) == len(set(self.texts)):
-                yield units[n], self._mean(units[n], said[n])
-
-    def _mean(self, unit: Unit, said: Mapping[str, Verdict]) -> Verdict:
-        total, answers = 0.0, []
-        for member in self.members:
-            if isinstance(member, str):
-                rule, verdict = member, said[member]
-            else:
-                [(_, verdict)] = member.score([unit])
-                rule = member.name
-            if verdict.value is None:
-                return Verdict.failed(verdict.status, f"{rule[:200]}: {verdict.raw}"[:RAW])
-            if not 0 <= verdict.value <= 1:  # type: ignore[operator]
-                return Verdict.failed("out_of_range", f"{rule[:200]}: {verdict.value}, expected 0 to 1")
-            total += verdict.value  # type: ignore[operator]
-            answers.append(verdict.value)
-        return Verdict(total / len(answers), raw=json.dumps(answers))
-
-    def close(self) -> None:
-        if self.judge is not None:
-            self.judge.close()
-
-
-def _rule_function(rule: Any) -> Any:
-    if not isinstance(rule, Mapping):
-        return rule
-    if set(rule) != {"function"}:
-        raise ConfigError(f"a rule is a text, or {{function: 'module:name'}}, not {shown(rule, 80)}")
-    return rule["function"]
-
-
-# ---- ensembles
-
-
-class Ensemble:
-    """One table of several scorers' tables: `mean`, `sum` (both with weights), `wco` (the least) or `uwo` (mean less
-    `coefficient` times the variance), arXiv:2310.02743.
-
-    * `normalise`: True, False, or the names of those members that are: (value - mean)/standard deviation over all
-      values of the stage; a member that never differs is 0 everywhere.
-    * `min_valid`: how many members need a number for there to be one; None: all of them. Where fewer than all are
-      there, the rule is over those. Not with `sum`, where the sum of some is another number.
-    * variances are over the members, 1/k; `unbiased`: 1/(k - 1). The standard deviation is kept as the spread.
-
-    Of members that judge pairs the row means are taken.
-    """
-
-    def __init__(
-        self, members: Sequence[str], rule: str = "mean", *, coefficient: float = 0.5, unbiased: bool = False,
-        normalise: bool | Sequence[str] = True, weights: Mapping[str, float] | None = None,
-        min_valid: int | None = None,
-    ):  # fmt: skip
-        rules = ("mean", "sum", "wco", "uwo")
-        if rule not in rules:
-            raise ConfigError(f"ensemble: rule {rule!r} is none of {', '.join(rules)}{did_you_mean(str(rule), rules)}")
-        if not members or len(set(members)) != len(members):
-            raise ConfigError(f"ensemble: members {list(members)} must be scorers, each once")
-        weights = dict(weights or {})
-        for what, names in (("weights", weights), ("normalise", [] if isinstance(normalise, bool) else normalise)):
-            for name in names:
-                if name not in members:
-                    raise ConfigError(f"ensemble: {what} name {name!r}, no member{did_you_mean(str(name), members)}")
-        wrong = [w for w in weights.values() if not isinstance(number(w), float)]
-        if wrong:
-            raise ConfigError(f"ensemble: the weight {wrong[0]!r} is no finite number")
-        if weights and rule in ("wco", "uwo"):
-            raise ConfigError(f"ensemble: rule {rule} has no weights")
-        if rule == "mean" and not all(w > 0 for w in weights.values()):
-            raise ConfigError("ensemble: the weights of a mean must be above 0; rule sum takes any")
-        if rule == "sum" and min_valid is not None and min_valid < len(members):
-            raise ConfigError("ensemble: min_valid does not go with rule sum: a sum of some members is another number")
-        least = len(members) if min_valid is None else min_valid
-        if not 1 <= least <= len(members) or (unbiased and rule == "uwo" and least < 2):
-            raise ConfigError(f"ensemble: min_valid={min_valid} of {len(members)} members")
-        self.members, self.rule, self.coefficient, self.unbiased = list(members), rule, coefficient, unbiased
-        self.normalised = set(members if normalise is True else normalise or ())
-        self.weights = {name: float(weights.get(name, 1.0)) for name in members}
-        self.least = least
-
-    @property
-    def key(self) -> Mapping[str, Any]:
-        return {"ensemble": self.members, "rule": self.rule, "coefficient": self.coefficient,
-                "unbiased": self.unbiased, "normalised": sorted(self.normalised), "weights": self.weights,
-                "min_valid": self.least}  # fmt: skip
-
-    def combine(self, tables: Mapping[str, Mapping[str, Scores]]) -> tuple[dict[str, Scores], dict[str, Any]]:
-        """(the table, each member's mean and standard deviation over the stage) of one table a member."""
-        missing = [name for name in self.members if name not in tables]
-        if missing:
-            raise ConfigError(f"ensemble: no scorer {missing[0]!r}{did_you_mean(missing[0], tables)}")
-        given = {name: tables[name] for name in self.members}
-        moments = {name: _moments(table) for name, table in given.items()}
-        combined = {}
-        for item in next(iter(given.values())):
-            columns = [[self._normal(name, v, moments) for v in table[item].values] for name, table in given.items()]
-            found = [self._one(of_response) for of_response in zip(*columns, strict=True)]
-            combined[item] = Scores([value for value, _ in found], spread=[spread for _, spread in found])
-        facts = {name: {"mean": m, "std": s, "normalised": name in self.normalised} for name, (m, s) in moments.items()}
-        return combined, facts
-
-    def _normal(self, name: str, value: float | None, moments: Mapping[str, tuple[float, float]]) -> float | None:
-        if value is None or name not in self.normalised:
-            return value
-        mean, std = moments[name]
-        return (value - mean) / std if std > 0 else 0.0
-
-    def _one(self, of_members: Sequence[float | None]) -> tuple[float | None, float | None]:
-        """(the rule's value, the standard deviation) of one response."""
-        there = [(v, self.weights[name]) for name, v in zip(self.members, of_members) if v is not None]
-        if len(there) < self.least:
-            return None, None
-        values = [v for v, _ in there]
-        mean = math.fsum(values) / len(values)
-        squares = math.fsum((v - mean) ** 2 for v in values)
-        spread = math.sqrt(squares / len(values))
-        if self.rule == "wco":
-            return min(values), spread
-        if self.rule == "uwo":
-            return mean - self.coefficient * squares / (len(values) - self.unbiased), spread
-        weighted, total = math.fsum(v * w for v, w in there), math.fsum(w for _, w in there)
-        if self.rule == "sum":
-            return weighted, spread
-        return weighted / total, spread
-
-
-def _moments(table: Mapping[str, Scores]) -> tuple[float, float]:
-    """(mean, standard deviation 1/N) of all numbers of a table."""
-    values = [v for scores in table.values() for v in scores.values if v is not None]
-    if not values:
-        return 0.0, 0.0
-    mean = math.fsum(values) / len(values)
-    return mean, math.sqrt(math.fsum((v - mean) ** 2 for v in values) / len(values))
+_KINDS: dict[str, Callable[[_Making, dict[str, Any]], Any]] = {
+    "function": _function, "verifier": _verifier, "reward_model": _reward_model, "judge": _judge,
+    "implicit": _implicit, "density_ratio": _density_ratio, "rules": _rules, "ensemble": _ensemble,
+}  # fmt: skip
