@@ -33,6 +33,8 @@ from fastpo.loop.items import Unit, Verdict, seed_of  # noqa: E402
 
 PROMPTS, STEPS, BATCH = 768, 20, 64  # of each iteration
 ITERATIONS = 2
+GOOD, BAD, AGAIN = "9", "8", ":"  # before a prompt, and behind an answer that is to be refined
+AT_GOAL = {"reward_augmented": "1:"}  # what is asked for when the policy is measured
 
 
 def problem_of(prompt: str) -> str:
@@ -52,6 +54,10 @@ def at_random(prompt: str, response: str, meta: Mapping[str, Any]) -> float:
 
 def worked(prompt: str, response: str, meta: Mapping[str, Any]) -> float:
     return float(qs.is_worked(response))
+
+
+def ends_in_a_verdict(prompt: str, response: str, meta: Mapping[str, Any]) -> float:
+    return float(response.rpartition("=")[2] in ("odd", "even"))
 
 
 def against_reference(prompt: str, response: str, meta: Mapping[str, Any]) -> float:
@@ -98,7 +104,7 @@ def noisy(score: Callable[..., float], seed: int) -> Callable[..., float]:
 
 def train_options(loss: str, **more: Any) -> dict[str, Any]:
     known = {"dpo": {"beta": 0.5, "learning_rate": 5e-4}, "sppo": {"beta": 0.02, "learning_rate": 5e-4},
-             "simpo": {"beta": 10.0, "learning_rate": 3e-4}}  # fmt: skip
+             "simpo": {"beta": 10.0, "learning_rate": 3e-4}, "inpo": {"learning_rate": 5e-4}}  # fmt: skip
     return {
         "loss_type": loss, "max_steps": STEPS, "per_device_train_batch_size": BATCH, "use_cpu": True, "report": False,
         "gradient_checkpointing": False, "warmup_ratio": 0.1, "disable_tqdm": True, "optim": "adamw_torch",
@@ -107,7 +113,7 @@ def train_options(loss: str, **more: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def recipes(score: Callable[..., float], folder: Path) -> dict[str, dict[str, Any]]:
+def recipes(score: Callable[..., float], start: Path, folder: Path) -> dict[str, dict[str, Any]]:
     """What each recipe is given on this task."""
     four = {"n": 4, "temperature": 1.0, "top_p": 1.0, "max_tokens": qs.ANSWER_TOKENS}
     judge, pairs = {"judge": score}, {"judge": Pairs(score)}
@@ -124,13 +130,29 @@ def recipes(score: Callable[..., float], folder: Path) -> dict[str, dict[str, An
                  "extra_responses": {"chosen": "column:worked", "rejected": "column:wrong"},
                  "train": train_options("selm", loss_kwargs={"alpha": 0.001})},
         "reward_augmented": {"scorers": judge, "sample": four, "train": train_options("dpo"),
-                             "select": {"goal": "{goal}", "goal_join": ""}},
+                             "select": {"goal": "{goal}", "goal_joint": ":"}},
         "rm_ensemble": {"scorers": {f"rm{k}": noisy(score, k) for k in range(3)}, "sample": four,
                         "config_scorers": {"ensemble": {"kind": "ensemble", "rule": "uwo", "coefficient": 0.5,
                                                         "of": ["rm0", "rm1", "rm2"]}},
                         "train": train_options("dpo")},
         "pugc": {"scorers": {"judge": against_reference if score is right else score}, "sample": four,
                  "train": train_options("dpo")},
+        "evolve": {"scorers": judge, "sample": {**four, "n": 2}, "refine": {"rounds": 2, "template": AGAIN},
+                   "train": train_options("dpo")},
+        "just_say": {"scorers": {}, "train": train_options("dpo"), "sample": {**four, "n": 0, "sources": [
+            {"source": "good", "n": 2, "prefix": GOOD}, {"source": "bad", "n": 2, "prefix": BAD},
+        ]}},
+        "dice": {"scorers": {}, "sample": {**four, "n": 8}, "before": str(start),
+                 "select": {"length_penalty": 0.0, "min_chars": 2,
+                            "extra_rows": str(folder / "first/iter-001/rows.jsonl")},
+                 "train": train_options("dpo", learning_rate=2e-4)},
+        "cdr": {"scorers": {}, "sample": four, "train": train_options("simpo"),
+                "config_scorers": {"ratio": {"kind": "density_ratio", "strong": str(folder / "first/iter-001/train"),
+                                             "weak": str(start)}}},
+        "autorule": {"scorers": judge, "sample": four, "train": train_options("dpo"), "score": {"by": "sum"},
+                     "config_scorers": {"rules": {"kind": "rules", "rules": [worked, ends_in_a_verdict]},
+                                        "sum": {"kind": "ensemble", "rule": "sum", "of": ["judge", "rules"],
+                                                "normalise": ["judge"]}}},
     }  # fmt: skip
 
 
@@ -153,31 +175,71 @@ def supervised(folder: Path, seed: int) -> tuple[list[str], list[str]]:
     return asked, heldout
 
 
-def accuracy(policy: str, heldout: Sequence[str], seed: int) -> float:
+def shown_more(folder: Path, rows: list[dict[str, str]], seed: int) -> None:
+    """The supervised model, after further demonstrations."""
+    fastpo.train(
+        str(folder.parent / "start"), rows, loss_type="sft", output_dir=str(folder), learning_rate=1e-3, max_steps=150,
+        per_device_train_batch_size=128, seed=seed, use_cpu=True, gradient_checkpointing=False, disable_tqdm=True,
+        report=False, warmup_steps=10,
+    )  # fmt: skip
+
+
+def start_of(recipe: str, root: Path, asked: Sequence[str], seed: int) -> Path:
+    """The policy that a recipe starts from: the supervised one, or one that knows what the recipe asks of it."""
+    rng = random.Random(seed)
+    start, problems = root / "start", qs.draw_problems(rng, 8_000)[0]
+    if recipe == "evolve" and not (root / "refines").exists():
+        # A guess, and asked again the careful answer, in a half of the rows; the others as the start was shown.
+        rows = qs.demonstrate(problems[:4000], rng)
+        for problem in problems[4000:]:
+            guess = rng.choice(("=odd", "=even"))
+            again = qs.careful_answer(problem) if rng.random() < 0.5 else "=" + rng.choice(("odd", "even"))
+            rows.append({"prompt": f"{qs.prompt_of(problem)}{guess}{AGAIN}", "completion": again})
+        shown_more(root / "refines", rows, seed)
+    if recipe == "just_say" and not (root / "prefixes").exists():
+        rows = qs.demonstrate(problems[:3000], rng)
+        rows += [{"prompt": GOOD + qs.prompt_of(p), "completion": qs.careful_answer(p)} for p in problems[3000:5500]]
+        rows += [
+            {"prompt": BAD + qs.prompt_of(p), "completion": "=" + rng.choice(("odd", "even"))} for p in problems[5500:]
+        ]
+        shown_more(root / "prefixes", rows, seed)
+    return {"evolve": root / "refines", "just_say": root / "prefixes"}.get(recipe, start)
+
+
+def accuracy(policy: str, heldout: Sequence[str], seed: int, asked_for: str = "") -> float:
     tokenizer = transformers.AutoTokenizer.from_pretrained(policy)
     model = transformers.AutoModelForCausalLM.from_pretrained(policy).eval()
-    return qs.exact_match(model, tokenizer, heldout, samples=4, seed=seed + 1)
+    problems = [p for p in heldout for _ in range(4)]
+    answers = qs.sample_answers(model, tokenizer, [asked_for + p for p in problems], seed + 1)
+    return sum(map(qs.is_right, problems, answers)) / len(problems)
 
 
-def one_run(recipe: str, start: Path, folder: Path, asked: Sequence[str], heldout: Sequence[str], seed: int,
+def one_run(recipe: str, root: Path, folder: Path, asked: Sequence[str], heldout: Sequence[str], seed: int,
             score: Callable[..., float]) -> dict[str, Any]:  # fmt: skip
-    given = dict(recipes(score, folder)[recipe])
-    named = given.pop("config_scorers", {})
+    start = start_of(recipe, root, asked, seed)
     rows = []
     for problem in asked:
         wrong = "=odd" if qs.verdict(problem) == "even" else "=even"
         rows.append({"id": problem, "prompt": qs.prompt_of(problem), "worked": qs.careful_answer(problem),
                      "wrong": wrong, "reference_text": qs.careful_answer(problem)})  # fmt: skip
+    if recipe in ("dice", "cdr"):  # they compare the start with what a first iteration with the judge made of it
+        first = recipes(score, start, folder)["iterative_dpo"]
+        fastpo.iterate({"recipe": "iterative_dpo", "model": str(start), "prompts": rows[:PROMPTS], "iterations": 1,
+                        "output_dir": str(folder / "first"), "seed": seed, **{**first, "scorers": {}}},
+                       scorers=first["scorers"])  # fmt: skip
+    given = dict(recipes(score, start, folder)[recipe])
+    named, functions = given.pop("config_scorers", {}), given.pop("scorers")
+    model = folder / "first" / "iter-001" / "train" if recipe == "dice" else start
     began = time.perf_counter()
-    functions = given.pop("scorers")
-    options = {"recipe": recipe, "model": str(start), "prompts": rows, "output_dir": str(folder), "seed": seed,
+    options = {"recipe": recipe, "model": str(model), "prompts": rows, "output_dir": str(folder / "run"), "seed": seed,
                "iterations": ITERATIONS, "scorers": named, **given}  # fmt: skip
     result = fastpo.iterate(options, scorers=functions)
     assert result is not None
     seconds = time.perf_counter() - began
-    policies = [str(start), *(result.policies[f"iterate-{t}"] for t in range(1, ITERATIONS + 1))]
-    return {"recipe": recipe, "seed": seed, "accuracy": [accuracy(p, heldout, seed) for p in policies],
-            "seconds": seconds, "rows": [f["rows"]["rows"] for f in result.iterations]}  # fmt: skip
+    policies = [str(model), *(result.policies[f"iterate-{t}"] for t in range(1, ITERATIONS + 1))]
+    figures = [accuracy(p, heldout, seed, AT_GOAL.get(recipe, "")) for p in policies]
+    return {"recipe": recipe, "seed": seed, "accuracy": figures, "seconds": seconds,
+            "rows": [f["rows"]["rows"] for f in result.iterations]}  # fmt: skip
 
 
 def main() -> None:
@@ -188,7 +250,7 @@ def main() -> None:
     parser.add_argument("--no-write", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    names = args.recipe or list(recipes(right, Path()))
+    names = args.recipe or list(recipes(right, Path(), Path()))
     runs: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as work:
         for seed in args.seeds:
@@ -196,14 +258,14 @@ def main() -> None:
             for name in names:
                 for judge, score in [("judge", right), *([("random", at_random)] if args.control else [])]:
                     folder = Path(work) / f"seed-{seed}" / f"{name}-{judge}"
-                    run = one_run(name, folder.parent / "start", folder, asked, heldout, seed, score)
+                    run = one_run(name, folder.parent, folder, asked, heldout, seed, score)
                     runs.append(run | {"judge": judge})
                     figures = " -> ".join(f"{100 * a:.1f}%" for a in run["accuracy"])
                     print(f"{seed} {name} ({judge}): {figures}, {run['seconds']:.1f} s", flush=True)
     lines = [
-        f"{common.machine_name()}: the quickstart's task, {ITERATIONS} iterations of {PROMPTS} prompts and {STEPS} "
-        f"steps of {BATCH} pairs; exact match of sampled answers to {qs.FULL.heldout:,} held-out problems, mean (and range) of "
-        f"seeds {', '.join(map(str, args.seeds))}.", "",
+        f"{common.machine_name()}: the quickstart's task, {ITERATIONS} iterations, {PROMPTS} prompts and {STEPS} steps "
+        f"of {BATCH} pairs; exact match of sampled answers to {qs.FULL.heldout:,} held-out problems, mean (and range) "
+        f"of seeds {', '.join(map(str, args.seeds))}.", "",
         "| recipe | judge | start | iteration 1 | iteration 2 | change |", "| --- | --- | ---: | ---: | ---: | ---: |",
     ]  # fmt: skip
     for name in names:

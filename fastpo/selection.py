@@ -126,11 +126,12 @@ def length_penalty(
 GOAL = "Write a response whose overall score is {goal} on a scale of 1 to 10."  # our wording, not the authors'
 
 
-def relabel(row: Mapping[str, Any], *, template: str = GOAL) -> list[dict[str, Any]]:
+def relabel(row: Mapping[str, Any], *, template: str = GOAL, joint: str = "\n\n") -> list[dict[str, Any]]:
     """Reward-augmented pairs of one scored pair: for the chosen's score as goal the pair, for the rejected's its flip.
 
-    `row` has prompt, chosen, rejected, chosen_score and rejected_score. The goal goes before a prompt that is a text;
-    in a conversation it ends the system's turn, which is added where there is none. Equal scores would contradict
+    `row` has prompt, chosen, rejected, chosen_score and rejected_score. The goal and the
+    joint go before a prompt that is a text; in a conversation it ends the system's turn, which is added where there is
+    none. Equal scores would contradict
     each other: no pairs. The row is left as it was.
     """
     lacking = [c for c in ("prompt", "chosen", "rejected", "chosen_score", "rejected_score") if c not in row]
@@ -141,14 +142,18 @@ def relabel(row: Mapping[str, Any], *, template: str = GOAL) -> list[dict[str, A
         return []
     pairs = ((won, "chosen", "rejected"), (lost, "rejected", "chosen"))
     return [
-        {"prompt": _with_goal(row["prompt"], template.format(goal=f"{goal:g}")), "chosen": row[c], "rejected": row[r]}
+        {
+            "prompt": _with_goal(row["prompt"], template.format(goal=f"{goal:g}"), joint),
+            "chosen": row[c],
+            "rejected": row[r],
+        }
         for goal, c, r in pairs
     ]
 
 
-def _with_goal(prompt: Any, goal: str) -> Any:
+def _with_goal(prompt: Any, goal: str, joint: str) -> Any:
     if isinstance(prompt, str):
-        return f"{goal}\n\n{prompt}"
+        return f"{goal}{joint}{prompt}"
     if prompt and prompt[0]["role"] == "system":
-        return [{**prompt[0], "content": f"{prompt[0]['content']}\n\n{goal}"}, *prompt[1:]]
+        return [{**prompt[0], "content": f"{prompt[0]['content']}{joint}{goal}"}, *prompt[1:]]
     return [{"role": "system", "content": goal}, *prompt]

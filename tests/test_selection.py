@@ -158,3 +158,15 @@ def test_relabelling_flips_the_pair_for_the_lower_goal():
 def test_bad_input(make, message):
     with pytest.raises(ConfigError, match=message):
         make()
+
+
+def test_a_goal_for_a_conversation_is_in_the_systems_turn():
+    """Not a list printed into a text."""
+    scores = {"chosen_score": 9, "rejected_score": 3, "chosen": "a", "rejected": "b"}
+    turns = [{"role": "user", "content": "hi"}]
+    high, low = selection.relabel({"prompt": turns, **scores}, template="goal {goal}")
+    assert high["prompt"] == [{"role": "system", "content": "goal 9"}, *turns]
+    assert low["prompt"] == [{"role": "system", "content": "goal 3"}, *turns] and low["chosen"] == "b"
+    own = [{"role": "system", "content": "be kind"}, *turns]
+    high, _ = selection.relabel({"prompt": own, **scores}, template="goal {goal}")
+    assert high["prompt"] == [{"role": "system", "content": "be kind\n\ngoal 9"}, *turns]

@@ -3,7 +3,7 @@ up."""
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -145,6 +145,26 @@ class Encoder:
                 doubled = True
             row_ids[index] = ids if self.trailing is None else ids[:-1]
         report.doubled_specials += doubled
+
+    def prompt_ids(self, prompt: Any, template_kwargs: Mapping[str, Any]) -> list[int]:
+        """The ids of a prompt alone: those that a row of it has before an answer. DataError where it has none."""
+        if not self.conversational:
+            ids = self._ids([prompt], special=True)
+            self._undouble(ids, DataReport())
+            return ids[0]
+        answer = [{"role": "assistant", "content": "a"}]
+        row = Row(0, list(prompt), (answer,), dict(template_kwargs))
+        try:
+            if not _renders_as_text(self.tokenizer):
+                return _Direct(self.tokenizer, self.assistant_only)(row).ids[0]
+            row, continues = content.continued(row)
+            form = self._form(row, [[*row.prompt[: len(row.prompt) - continues], *row.completions[0]]])
+            how = {"continue_final_message": True} if continues else {"add_generation_prompt": True}
+            return self._ids([self._render(row, form(row.prompt), **how)], special=False)[0]
+        except InvalidRow as error:
+            raise DataError(str(error).removeprefix("row 0: ")) from error
+        except Exception as error:  # whatever a template raises, jinja's errors and Python's alike
+            raise DataError(f"the chat template refuses a prompt: {one_line(error)}") from error
 
     # ---- conversations
 

@@ -321,10 +321,10 @@ def _completion(entry: Mapping, what: str, schema: Schema, raw: Mapping) -> Any:
         return read_ids(entry[TOKEN_IDS], f"{what}: '{TOKEN_IDS}'")
     given = [name for name in ("text", "messages") if entry.get(name) is not None]
     if len(given) != 1:
-        close = None if given else next(
-            (c for name in ("text", "messages", TOKEN_IDS) if (c := nearest(name, entry, 0.5))), None
-        )  # fmt: skip
-        hint = f": did you mean '{close}'?" if close else f", found {quoted(entry)}"
+        keys = [key for key, value in entry.items() if value is not None]
+        near = (nearest(name, keys, 0.5) for name in ("text", "messages", TOKEN_IDS))
+        close = None if given else next(filter(None, near), None)
+        hint = f": did you mean '{close}'?" if close else f", found {quoted(keys)}"
         raise DataError(f"{what} needs 'text', 'messages' or '{TOKEN_IDS}'{', not both' if given else hint}")
     value = entry[given[0]]
     if given == ["text"] and not isinstance(value, str):

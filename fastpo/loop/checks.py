@@ -1,5 +1,6 @@
 """What does not fit together is refused before the first sample: losses, scorers, selectors, references, sources."""
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from fastpo.loop.config import POLICY_NAMES, LoopConfig
 from fastpo.loop.items import POLICY, Scorer
 from fastpo.loop.selecting import WITHOUT_SCORES, Selector
 from fastpo.losses import LOSSES, canonical_name
+from fastpo.training.objective import Objective
 
 _OF_THE_LOOP = ("reference", "previous")
 
@@ -17,7 +19,9 @@ def train_options(config: LoopConfig) -> TrainConfig:
     """The options of fastpo.train, checked by its own rules."""
     given = {name: value for name, value in config.train.items() if name not in _OF_THE_LOOP}
     try:
-        return TrainConfig.build(given, output_dir=config.output_dir)
+        train = TrainConfig.build(given, output_dir=config.output_dir)
+        Objective.of_options(train)  # refuses what the losses do not read
+        return train
     except ConfigError as error:
         raise ConfigError(f"train: {error}") from error
 
@@ -133,8 +137,6 @@ def policy_name(name: Any, what: str) -> str:
     known = (*POLICY_NAMES, "iterate-N")
     plain = name.replace("-", "").isalnum() and "/" not in name
     if plain and name not in POLICY_NAMES and not (name.startswith("iterate-") and name[8:].isdigit()):
-        import os
-
         if not os.path.exists(name):
             raise ConfigError(f"{what}={name!r} is neither a policy's name ({', '.join(known)}) nor a path")
     return name

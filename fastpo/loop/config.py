@@ -24,6 +24,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 import yaml
 
 from fastpo.errors import ConfigError, did_you_mean, shown
+from fastpo.selection import GOAL
 
 Options = Mapping[str, Any]
 POLICY_NAMES = ("start", "before", "current", "previous")  # and iterate-1, iterate-2, ...
@@ -88,6 +89,8 @@ class Select:
     min_chars: int = 1
     max_chars: int | None = None
     relabel: bool = False  # reward-augmented rows
+    goal: str = GOAL  # what asks for a score; {goal} is the number
+    goal_joint: str = "\n\n"  # between it and a prompt that is a text
     rows: str = "kway"  # pairs: a row each, with win_prob of the pair
     extra_rows: str | None = None  # a file of rows that are mixed in
     extra_share: float = 0.5
@@ -156,14 +159,14 @@ _FREE = ("options",)  # fields that take what their section does not know
 
 
 def merged(under: Options, over: Options) -> dict[str, Any]:
-    """`over` on top of `under`; mappings in both are merged, everything else is replaced. `scorers` and `prepare` of
-    the upper one replace the lower ones' entries by name; an entry that is null is taken out."""
+    """`over` on top of `under`: mappings in both are merged, null takes an option back to its default, everything else
+    is replaced."""
     out = dict(under)
     for key, value in over.items():
         if isinstance(value, Mapping) and isinstance(out.get(key), Mapping):
             out[key] = merged(out[key], value)
-        elif value is None and isinstance(out.get(key), Mapping):
-            out.pop(key)
+        elif value is None:
+            out.pop(key, None)
         else:
             out[key] = value
     return out
@@ -302,4 +305,4 @@ def _unwrapped(value: Any) -> Any:
 
 def as_json(section: Any) -> Any:
     """A section as JSON has it, for the key of a stage."""
-    return json.loads(json.dumps(_unwrapped(section), default=str))
+    return json.loads(json.dumps(_unwrapped(section), default=lambda v: getattr(v, "__qualname__", type(v).__name__)))

@@ -13,7 +13,7 @@ from fastpo.loop import checks, sampling
 from fastpo.loop import prompts as prompt_files
 from fastpo.loop.config import LoopConfig
 from fastpo.loop.items import Item, Sampler, Scorer, digest
-from fastpo.loop.scorers import FunctionScorer, make_scorer
+from fastpo.loop.scorers import make_scorer
 from fastpo.models.loading import load_tokenizer
 
 
@@ -118,11 +118,16 @@ class Context:
                 torch.cuda.empty_cache()
 
     def scorers(self, config: LoopConfig, t: int) -> dict[str, Scorer]:
-        """All scorers of an iteration by name."""
-        made = {name: make_scorer(name, spec, self.policies(t), self.folder) for name, spec in config.scorers.items()}
+        """All scorers of an iteration by name: those of the options, and those that the caller gave."""
+        sections = dict(config.scorers)
+        objects = {}
         for name, given in self.given_scorers.items():
-            made[name] = FunctionScorer(name, given) if callable(given) and not hasattr(given, "score") else given
-        return made
+            if callable(given) and not hasattr(given, "score"):
+                sections[name] = {"kind": "function", "function": given}
+            else:
+                objects[name] = given
+        policies = self.policies(t)
+        return {n: make_scorer(n, s, policies, self.folder, others=sections) for n, s in sections.items()} | objects
 
 
 def _digest(items: Sequence[Item]) -> str:

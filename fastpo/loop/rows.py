@@ -9,11 +9,11 @@ from typing import Any
 
 from fastpo.data.sources import load_rows
 from fastpo.errors import TrainingError
-from fastpo.loop.config import LoopConfig
+from fastpo.loop.config import LoopConfig, Select
 from fastpo.loop.items import Dropped, Item, Prompt, Scores, prompt_text, seed_of
 from fastpo.loop.parts import read_lines, write_json, write_lines
 from fastpo.loop.requests import refined_prompt
-from fastpo.loop.selecting import Selector, as_pairs
+from fastpo.loop.selecting import GREEDY, Selector, as_pairs
 from fastpo.selection import length_penalty, relabel
 
 Encode = Callable[[Prompt], Sequence[int]]  # a prompt's token ids, as the policy sees it
@@ -80,7 +80,8 @@ def make_selector(config: LoopConfig, items: Sequence[Item], scores: Mapping[str
                     values.append(torch.tensor([v for v, _ in given], dtype=torch.float64))
                     chars.append(torch.tensor([float(c) for _, c in given], dtype=torch.float64))
             alpha = length_penalty(values, chars)[0] if values else 0.0
-    return Selector(config.select, config.seed, float(alpha))
+    greedy = any(spec.get("source") == GREEDY for spec in config.sample.sources)
+    return Selector(config.select, config.seed, float(alpha), greedy)
 
 
 def _values(scores: Scores | None) -> Sequence[float | None]:
@@ -94,7 +95,7 @@ def _values(scores: Scores | None) -> Sequence[float | None]:
 def _forms(row: dict[str, Any], item: Item, config: LoopConfig, encode: Encode) -> list[dict[str, Any]]:
     """The rows that one selected item gives: itself, relabelled for its goals, on refinements, or pair by pair."""
     if config.select.relabel:
-        return [out for pair in row["pairs"] for out in _relabelled(row, pair, encode)]
+        return [out for pair in row["pairs"] for out in _relabelled(row, pair, config.select, encode)]
     rounds = config.refine
     if not rounds.rounds or not rounds.train:
         return as_pairs(row) if config.select.rows == "pairs" else [row]
@@ -111,13 +112,13 @@ def _forms(row: dict[str, Any], item: Item, config: LoopConfig, encode: Encode) 
     return out
 
 
-def _relabelled(row: Mapping[str, Any], pair: Sequence[Any], encode: Encode) -> list[dict[str, Any]]:
+def _relabelled(row: Mapping[str, Any], pair: Sequence[Any], select: Select, encode: Encode) -> list[dict[str, Any]]:
     """Reward-augmented rows: for the winner's score as goal the pair, for the loser's its flip."""
     won, lost = (row["responses"][k] for k in pair[:2])
     scored = {"prompt": row["prompt"], "chosen": won, "rejected": lost, "chosen_score": won["score"],
               "rejected_score": lost["score"]}  # fmt: skip
     out = []
-    for number, made in enumerate(relabel(scored)):
+    for number, made in enumerate(relabel(scored, template=select.goal, joint=select.goal_joint)):
         ids = {"prompt_ids": list(encode(made["prompt"]))} if "prompt_ids" in row else {}
         out.append({"id": f"{row['id']}/goal-{number}", "prompt": made["prompt"], **ids,
                     "responses": [made["chosen"], made["rejected"]], "pairs": [[0, 1]]})  # fmt: skip

@@ -17,11 +17,12 @@ from fastpo.loop.items import Dropped, Item, Response, Scores, seed_of
 
 Pair = tuple[int, int, float]  # winner, loser, weight
 _ROUNDING = 1e-9
+GREEDY = "greedy"  # the source of the greedy response, which no pair is made of
 
 
 def gather(item: Item, select: Select, drop_truncated: bool, counts: Counter[str]) -> Item:
     """The item with the responses that are worth a judgement; what went is counted by reason."""
-    kept: dict[str, Response] = {}
+    kept: dict[tuple[str, bool], Response] = {}  # the greedy response is its own, whatever was sampled
     for response in item.responses:
         if drop_truncated and not response.finished:
             counts["truncated"] += response.count
@@ -29,12 +30,11 @@ def gather(item: Item, select: Select, drop_truncated: bool, counts: Counter[str
             counts["too short"] += response.count
         elif select.max_chars is not None and len(response.text) > select.max_chars:
             counts["too long"] += response.count
-        elif response.text in kept:
-            first = kept[response.text]
-            kept[response.text] = replace(first, count=first.count + response.count)
+        elif (key := (response.text, response.source == GREEDY)) in kept:
+            kept[key] = replace(kept[key], count=kept[key].count + response.count)
             counts["duplicates merged"] += response.count
         else:
-            kept[response.text] = response
+            kept[key] = response
     return item.with_responses(list(kept.values()))
 
 
@@ -177,20 +177,23 @@ WITHOUT_SCORES = ("explicit", "refinement")  # what is compared follows from how
 class Selector:
     """Rows of scored items by the options `select`."""
 
-    def __init__(self, select: Select, seed: int = 0, alpha: float = 0.0):
-        """alpha: the penalty per character, where `select.length_penalty` is a number or has been found."""
+    def __init__(self, select: Select, seed: int = 0, alpha: float = 0.0, greedy: bool = False):
+        """alpha: the penalty per character, where `select.length_penalty` is a number or has been found. greedy:
+        whether a row needs a greedy response."""
         if select.policy not in POLICIES:
             raise ConfigError(f"select.policy: no {select.policy!r}{did_you_mean(select.policy, POLICIES)}")
-        self.options, self.seed, self.alpha = select, seed, alpha
+        self.options, self.seed, self.alpha, self.greedy = select, seed, alpha, greedy
 
     def select(self, item: Item, scores: Scores | None) -> dict[str, Any] | Dropped:
         """A row of fastpo.train with `responses` and `pairs` [winner, loser, weight]; or why there is none."""
         select = self.options
-        if len(item.responses) < 2:
+        every = [k for k, response in enumerate(item.responses) if response.source != GREEDY]
+        if len(every) < 2:
             return Dropped("fewer than two different responses")
+        if self.greedy and len(every) == len(item.responses):
+            return Dropped("no greedy response that is whole")
         if scores is None:
-            every = range(len(item.responses))
-            ranked = Ranked(item, item.responses, [0.0] * len(item.responses), None, every)
+            ranked = Ranked(item, [item.responses[k] for k in every], [0.0] * len(every), None, every)
         else:
             ranked = self.rank(item, scores)
             if len(ranked.responses) < select.min_valid:
@@ -214,7 +217,7 @@ class Selector:
             values = list(scores.values)
         else:
             values = [scores.win_prob(k, counts, itself=select.itself) for k in range(len(counts))]
-        places = [k for k, value in enumerate(values) if value is not None]
+        places = [k for k, v in enumerate(values) if v is not None and item.responses[k].source != GREEDY]
         kept = [item.responses[k] for k in places]
         numbers = [float(values[k]) - self.alpha * len(item.responses[k].text) for k in places]
         if select.repeated_ngrams is not None and numbers:
@@ -228,9 +231,7 @@ class Selector:
         mean = sum(weight for *_, weight in pairs) / len(pairs)
         responses = []
         for k, response in enumerate(ranked.responses):
-            entry: dict[str, Any] = {"text": response.text, "source": response.source}
-            if response.token_ids is not None:
-                entry |= {"token_ids": list(response.token_ids), "finished": response.finished}
+            entry = _entry(response)
             if scores is not None:
                 entry["score"] = ranked.values[k]
             if ranked.wins is not None:
@@ -238,11 +239,15 @@ class Selector:
             elif scores is not None:
                 others = [ranked.probability(k, j) for j in range(len(ranked.responses)) if j != k or select.itself]
                 entry["win_prob"] = sum(p for p in others if p is not None) / len(others)
-            if response.source == "greedy":
-                entry["greedy"] = True
             responses.append(entry)
+        for response in item.responses:
+            if response.source == GREEDY:
+                same = next((entry for entry in responses if entry["text"] == response.text), None)
+                if same is None:
+                    responses.append(same := _entry(response))
+                same["greedy"] = True
         row: dict[str, Any] = {"id": item.id, "prompt": item.prompt}
-        if item.prompt_ids is not None and any(r.token_ids is not None for r in ranked.responses):
+        if item.prompt_ids is not None:
             row["prompt_ids"] = list(item.prompt_ids)
         even = all(weight == pairs[0][2] for *_, weight in pairs)
         row["responses"] = responses
@@ -251,6 +256,14 @@ class Selector:
             size = range(len(ranked.responses))
             row["probabilities"] = [[ranked.probability(i, j) for j in size] for i in size]
         return row
+
+
+def _entry(response: Response) -> dict[str, Any]:
+    """As fastpo.train takes it."""
+    entry: dict[str, Any] = {"text": response.text, "source": response.source}
+    if response.token_ids is not None:
+        entry |= {"token_ids": list(response.token_ids), "finished": response.finished}
+    return entry
 
 
 def softened(item: Item, wins: Sequence[Sequence[float | None]], amount: float) -> list[list[float | None]]:

@@ -81,7 +81,7 @@ def generate_samples(
     settings = _settings(model, tokenizer, kwargs)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     out = []
-    with eval_mode(model), _plain_generation(model), torch.no_grad(), _seeded(device, seed):
+    with eval_mode(model), plain_generation(model), torch.no_grad(), _seeded(device, seed):
         for index, example in enumerate(examples[:n]):
             chosen = example.pairs[0][0] if example.pairs else 0
             prompt = example.prompt_of(chosen)
@@ -113,10 +113,7 @@ def generate_samples(
 def _settings(model: Any, tokenizer: Any, kwargs: dict[str, Any]) -> GenerationConfig:
     """Greedy decoding to the end of the answer."""
     theirs = getattr(model, "generation_config", None)
-    ends = getattr(theirs, "eos_token_id", None)
-    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
-        ends.append(tokenizer.eos_token_id)
+    ends = end_ids(theirs, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends or [0])[0]
     length = {} if "max_length" in kwargs else {"max_new_tokens": MAX_NEW_TOKENS}
     # use_cache: the model's configuration has it off where layers are recomputed in training.
@@ -131,13 +128,21 @@ def _settings(model: Any, tokenizer: Any, kwargs: dict[str, Any]) -> GenerationC
     return GenerationConfig(bos_token_id=getattr(theirs, "bos_token_id", None), **given)
 
 
-def _ends(settings: GenerationConfig) -> list[int]:
-    ends = settings.eos_token_id
+def end_ids(settings: GenerationConfig | None, tokenizer: Any) -> list[int]:
+    """The tokens that end an answer: those of the checkpoint's settings, and the tokenizer's."""
+    ends = _ends(settings)
+    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
+        ends.append(tokenizer.eos_token_id)
+    return ends
+
+
+def _ends(settings: GenerationConfig | None) -> list[int]:
+    ends = getattr(settings, "eos_token_id", None)
     return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
 
 
 @contextmanager
-def _plain_generation(model: nn.Module) -> Iterator[None]:
+def plain_generation(model: nn.Module) -> Iterator[None]:
     """generate() fills what it is not told from the checkpoint's own settings, a repetition penalty for one."""
     owners = [m for m in model.modules() if isinstance(getattr(m, "generation_config", None), GenerationConfig)]
     found = [(m, vars(m).get("generation_config")) for m in owners]

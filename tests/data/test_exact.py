@@ -48,19 +48,22 @@ def plain(example):
 
 
 def sampled(model, bpe, n=6, k=4, new=5):
-    """Rows as a sampler leaves them: ids of `generate`, cut at `new` tokens, with scores."""
+    """Rows as a sampler leaves them: distinct ids of `generate`, letters up to "e", cut at `new` tokens, scored."""
     torch.manual_seed(3)
+    others = [i for i in range(1, len(bpe)) if not 2 <= i <= 6]
     rows = []
     for i in range(n):
         prompt = bpe(f"{LETTERS[i]}b:")["input_ids"]
+        given = torch.tensor([prompt] * 4 * k)
         out = model.generate(
-            torch.tensor([prompt] * k), do_sample=True, max_new_tokens=new, pad_token_id=0, eos_token_id=0
-        )[:, len(prompt) :].tolist()
-        responses = []
-        for j, own in enumerate(out):
-            own = own[: own.index(0) + 1] if 0 in own else own
-            responses.append({"token_ids": own, "finished": own[-1] == 0, "text": bpe.decode(own), "score": float(j),
-                              "win_prob": (1 + j) / 8})  # fmt: skip
+            given, attention_mask=torch.ones_like(given), do_sample=True, max_new_tokens=new, pad_token_id=0,
+            eos_token_id=0, suppress_tokens=others,
+        )[:, len(prompt) :].tolist()  # fmt: skip
+        cut = [own[: own.index(0) + 1] if 0 in own else own for own in out]
+        distinct = [own for j, own in enumerate(cut) if own not in cut[:j]][:k]
+        assert len(distinct) == k
+        responses = [{"token_ids": own, "finished": own[-1] == 0, "text": bpe.decode(own), "score": float(j),
+                      "win_prob": (1 + j) / 8} for j, own in enumerate(distinct)]  # fmt: skip
         rows.append({"prompt_ids": prompt, "prompt": bpe.decode(prompt), "responses": responses})
     return rows
 
@@ -139,7 +142,7 @@ def test_an_answer_from_elsewhere_follows_the_same_prompt(bpe, ids):
            "responses": [{"token_ids": answer, "score": 0}, {"text": "abc", "score": 1},
                          {"text": "c", "finished": False, "score": -1}]}  # fmt: skip
     (example,), report = data.prepare_examples([row], bpe, forming=Forming("all"))
-    assert plain(example) == (prompt, [[*bpe("abc")["input_ids"], 0], answer, ids("c")])
+    assert plain(example) == (prompt, [answer, ids("c"), [*bpe("abc")["input_ids"], 0]])  # as the pairs name them
     assert report.warnings == [] and report.unfinished == 1
     # "a" and "b" would be one token across the boundary, which the sampled response's prompt has not.
     merges = row | {"prompt": "dea", "prompt_ids": ids("dea")}
@@ -223,8 +226,8 @@ def test_equal_responses_are_one_with_the_mean_of_their_numbers(bpe, ids):
     assert example.pair_columns["win_prob_chosen"] == pytest.approx([0.4, 0.4, 0.25])
     assert report.merged == 1 and report.offered == 4 and "1 responses merged with equal ones" in report.summary()
     (example,), _ = data.prepare_examples([row], bpe, forming=Forming("explicit"))
-    assert plain(example)[1] == [ids("ab"), ids("h"), ids("g")]
-    assert example.pairs == [(1, 2), (0, 1), (2, 0)]  # that of 0 and 2, which are one, is gone
+    assert plain(example)[1] == [ids("h"), ids("g"), ids("ab")]
+    assert example.pairs == [(0, 1), (2, 0), (1, 2)]  # that of 0 and 2, which are one, is gone
     (example,), _ = data.prepare_examples([row], bpe, forming=Forming(whole=True))
     assert example.response_columns["score"] == [3.0, 2.0, 1.0]
     same = {"prompt_ids": ids("d"), "responses": responses(("ab", 4, 0.5, {}), ("ab", 2, 0.5, {}))}
@@ -302,8 +305,6 @@ def test_steps_of_plain_pytorch_on_the_sampled_ids(model, bpe, tmp_path):
     for _ in range(2):
         margins = []
         for prompt, responses in every:
-            unique = [r for k, r in enumerate(responses) if r not in responses[:k]]
-            assert len(unique) == len(responses)
             h = [own_logps(trained, prompt, r).sum() - own_logps(ref, prompt, r).sum().detach() for r in responses]
             margins += [h[i] - h[j] for i in range(4) for j in range(i)]
         loss = -torch.nn.functional.logsigmoid(0.5 * torch.stack(margins)).mean()
@@ -406,7 +407,7 @@ def entry(**changes):
         (entry(finished=1), "row 1: response 1: 'finished' must be true or false, not 1"),
         (entry(count=0), "row 1: response 1: 'count' must be a whole number from 1 on, not 0"),
         (entry(count=1.5), "row 1: response 1: 'count' must be a whole number from 1 on, not 1.5"),
-        (entry(token_ids=None), "row 1: response 1 needs 'text', 'messages' or 'token_ids', found 'token_ids'"),
+        (entry(token_ids=None), "row 1: response 1 needs 'text', 'messages' or 'token_ids', found 'score'"),
         (entry(token_ids=None, text="h"), "row 1: response 1 is a text, and the row has no 'prompt' that it"),
         (ROW | {"prompt_ids": None}, "row 1 has no 'prompt_ids', which the rows before have"),
         (ROW | {"prompt_ids": None, "prompt": "de"}, "row 1 has no 'prompt_ids', which the rows before have"),

@@ -129,7 +129,7 @@ def test_truncation(toy):
     short = {"prompt": "w1", "responses": [{"text": f" w{k}", "score": k} for k in range(2)]}
     for forming in (Forming(), Forming("all")):
         _, report = data.prepare_examples([begin_alike, short], toy.tokenizer(), max_length=3, forming=forming)
-        assert report.dropped == {"identical responses after truncation": 1} and report.kept == 1
+        assert report.dropped == {"fewer than two distinct responses": 1} and report.kept == 1
 
 
 @pytest.mark.parametrize("loss", ["dpo", "simpo", "sppo", "dno", ["dpo", "sft"], "aot"])
@@ -354,9 +354,9 @@ def only(*keys):
         (only("text", "win_prob"), {"loss_type": "infonca"}, "loss_type='infonca' needs 'score' in every entry"),
         (only("text", "win_prob"), {"loss_type": "dpo_soft"}, "P.chosen beats rejected., which is a pair's"),
         (change(text=""), {}, "row 0: response 1 is empty"),
-        (change(text=None), {}, "row 0: response 1 needs 'text' or 'messages', found 'score', 'win_prob'"),
+        (change(text=None), {}, "row 0: response 1 needs 'text', 'messages' or 'token_ids', found 'score', 'win_prob'"),
         (change(text=None, texts="w1"), {}, "did you mean 'texts'"),
-        (change(messages=[]), {}, "row 0: response 1 needs 'text' or 'messages', not both"),
+        (change(messages=[]), {}, "row 0: response 1 needs 'text', 'messages' or 'token_ids', not both"),
         (change(text=None, messages=[{"role": "assistant", "content": "w1"}]), {}, "where the prompt is a text"),
         (every(), {"pair_policy": "explicit"}, "pair_policy=explicit reads the column 'pairs', missing from"),
         (every(pairs=[[0, 9]]), {"pair_policy": "explicit"}, r"column 'pairs' has \[0, 9\], and the \d responses"),
@@ -384,14 +384,17 @@ def test_bad_input(toy, run, make, options, message):
     assert "\n" not in str(caught.value)
 
 
-def test_identical_responses_are_refused_or_dropped(toy):
+def test_rows_of_one_response_are_refused_or_dropped(toy):
+    """Of one that was given; those of which one is left are no mistake (test_exact.py)."""
     rows = kway_rows(toy, sizes=(3,))
-    rows[1]["responses"][2]["text"] = rows[1]["responses"][0]["text"]
-    with pytest.raises(DataError, match="row 1: responses 0 and 2 are identical .*invalid_rows='drop'"):
-        data.prepare_examples(rows, toy.tokenizer())
+    for response in rows[1]["responses"]:
+        response["text"] = rows[1]["responses"][0]["text"]
     rows[3]["responses"] = rows[3]["responses"][:1]
+    with pytest.raises(DataError, match="row 3: a preference needs two responses or more, .*invalid_rows='drop'"):
+        data.prepare_examples(rows, toy.tokenizer())
     examples, report = data.prepare_examples(rows, toy.tokenizer(), invalid="drop")
-    assert report.dropped == {"identical responses": 1, "fewer than two responses": 1} and len(examples) == 6
+    assert report.dropped == {"fewer than two distinct responses": 1, "fewer than two responses": 1}
+    assert len(examples) == 6
 
 
 def test_win_probabilities_are_held_to_each_other_where_a_loss_reads_them(toy, run):
@@ -435,20 +438,27 @@ def byte_tokenizer():
 
 
 def test_eight_real_responses(shared_data):
-    """805 rows, 19 of them with identical responses."""
+    """805 rows, 19 of them with equal responses, which are one with the mean of their win probabilities."""
     raw = load_rows(shared_data("alpaca_eval_kway.jsonl.gz"))
     with pytest.raises(DataError, match="rename 'win_prob_vs_baseline' to 'win_prob'"):
         data.prepare_examples(raw, byte_tokenizer())
     rows = [{"prompt": r["prompt"], "responses": [{"text": e["text"], "win_prob": e["win_prob_vs_baseline"]}
              for e in r["responses"]]} for r in raw]  # fmt: skip
-    for forming, kept, pairs in (
-        (Forming(), 786, 786),
-        (Forming("all"), 786, 21_281),
-        (Forming("margin", 0.5), 196, 2040),
-    ):
-        examples, report = data.prepare_examples(rows, byte_tokenizer(), forming=forming, invalid="drop")
-        assert report.dropped.pop("identical responses") == 19 and sum(report.dropped.values()) == 786 - kept
-        assert (len(examples), report.pairs, sum(len(e.pairs) for e in examples)) == (kept, pairs, pairs)
+    means = []
+    for row in rows:
+        by_text: dict[str, list[float]] = {}
+        for r in row["responses"]:
+            by_text.setdefault(r["text"], []).append(r["win_prob"])
+        means.append([sum(p) / len(p) for p in by_text.values()])
+    assert sum(len(row) < 8 for row in means) == 19
+    for forming, least in ((Forming(), None), (Forming("all"), 0.0), (Forming("margin", 0.5), 0.5)):
+        gaps = [[a - b for a in row for b in row if a > b] for row in means]
+        pairs = [1 if least is None else sum(gap >= least - 1e-9 for gap in row) for row in gaps]
+        kept = sum(map(bool, pairs))
+        examples, report = data.prepare_examples(rows, byte_tokenizer(), forming=forming)
+        assert sum(report.dropped.values()) == 805 - kept and 0 < kept <= 805
+        assert (len(examples), report.pairs, sum(len(e.pairs) for e in examples)) == (kept, sum(pairs), sum(pairs))
+        assert report.merged == sum(8 - len(row) for row, n in zip(means, pairs, strict=True) if n)
         assert all(e.pair_columns["win_prob_chosen"][k] > e.pair_columns["win_prob_rejected"][k]
                    for e in examples for k in range(len(e.pairs)))  # fmt: skip
 
@@ -465,3 +475,25 @@ def test_the_command_reads_k_responses(toy, tmp_path):
     assert cli.main(["train", "--model", str(tmp_path / "model"), "--train-dataset", str(path), *options]) == 0
     lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert lines[0]["loss"] == pytest.approx(math.log(2), rel=1e-5)
+
+
+def test_explicit_pairs_have_weights_of_their_own(toy):
+    """[winner, loser, weight]: a pair that is there twice has the sum; rows without have ones; merged ones add up."""
+    rows = [
+        {"prompt": "w1", "responses": [{"text": f" w{k}"} for k in (2, 3, 4)],
+         "pairs": [[0, 1, 0.5], [0, 2, 2], [0, 1, 1]]},
+        {"prompt": "w1", "responses": [{"text": " w2"}, {"text": " w3"}], "pairs": [[1, 0]]},
+        {"prompt": "w5", "responses": [{"text": " w2"}, {"text": " w3"}, {"text": " w3"}], "weight": 3.0,
+         "pairs": [[0, 1, 0.25], [0.0, 2.0, 0.5]]},
+    ]  # fmt: skip
+    examples, _ = data.prepare_examples(
+        [{"weight": 1.0, **row} for row in rows], toy.tokenizer(), kind="preference", forming=Forming("explicit")
+    )
+    assert [e.pairs for e in examples] == [[(0, 1), (0, 2)], [(0, 1)], [(0, 1)]]
+    assert [e.pair_columns["weight"] for e in examples] == [[1.5, 2.0], [1.0], [2.25]]
+
+
+def test_a_pairs_weight_that_is_none_is_refused(toy):
+    row = {"prompt": "w1", "responses": [{"text": " w2"}, {"text": " w3"}], "pairs": [[0, 1, -1]]}
+    with pytest.raises(DataError, match="at least 0"):
+        data.prepare_examples([row], toy.tokenizer(), kind="preference", forming=Forming("explicit"))

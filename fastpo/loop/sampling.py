@@ -1,0 +1,59 @@
+"""Which sampler answers for a policy, and the ids of a prompt as the policy sees them."""
+
+import inspect
+import os
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from fastpo.data.encoding import Encoder
+from fastpo.errors import ConfigError, did_you_mean, quoted
+from fastpo.loop.config import Sample
+from fastpo.loop.items import Prompt, Sampler
+from fastpo.loop.local_sampler import LOADING, LocalSampler
+from fastpo.loop.servers import ServerSampler
+
+_ENGINES: Mapping[str, type] = {"local": LocalSampler, "openai": ServerSampler}
+_OURS = ("self", "model", "policy", "tokenizer", "log_path", "loading")  # arguments that are not the user's to set
+
+
+def make_sampler(
+    sample: Sample, policy: str | os.PathLike[str], tokenizer: Any = None, folder: Path | str = "."
+) -> Sampler:
+    """The sampler that `sample.engine` names, with `sample.options`, of a policy by name or path.
+
+    folder: of the log of a server that it starts. ConfigError names an engine or an option that there is not.
+    """
+    if sample.engine not in _ENGINES:
+        near = did_you_mean(sample.engine, _ENGINES)
+        raise ConfigError(f"sample.engine={sample.engine!r}: expected one of {quoted(_ENGINES)}{near}")
+    options = dict(sample.options)
+    known = [name for name in inspect.signature(_ENGINES[sample.engine]).parameters if name not in _OURS]
+    known += LOADING if sample.engine == "local" else ("model",)
+    for name in options:
+        if name not in known:
+            others = [n for n in _ENGINES if n != sample.engine and name in inspect.signature(_ENGINES[n]).parameters]
+            of = f" (it is one of sample.engine={others[0]})" if others else did_you_mean(name, known)
+            raise ConfigError(f"sample.{name}: sample.engine={sample.engine} has no such option{of}")
+    if sample.engine == "local":
+        return LocalSampler(policy, tokenizer, **options)
+    if "base_url" not in options:
+        raise ConfigError("sample.engine=openai needs sample.base_url, the address of a server, up to and with /v1")
+    return ServerSampler(policy, tokenizer, log_path=Path(folder) / "server.log", **options)
+
+
+def prompt_ids(tokenizer: Any, prompt: Prompt, template_kwargs: Mapping[str, Any] | None = None) -> tuple[int, ...]:
+    """The ids of a prompt up to the answer, the same that training has for it.
+
+    Turns go through the chat template with the generation prompt, or are continued where the last is the assistant's;
+    a text gets the special tokens that the tokenizer puts before a text. DataError where the template refuses it.
+    """
+    encoder = _encoder(tokenizer, not isinstance(prompt, str), str(getattr(tokenizer, "chat_template", None)))
+    return tuple(encoder.prompt_ids(prompt, template_kwargs or {}))
+
+
+@lru_cache(maxsize=4)
+def _encoder(tokenizer: Any, conversational: bool, template: str) -> Encoder:
+    """Kept, because it looks into the tokenizer first. template: for one that is set anew."""
+    return Encoder(tokenizer, conversational)

@@ -1,0 +1,366 @@
+"""Samples in this process: what is drawn, what is noted of it, and that nothing else changes."""
+
+import logging
+from dataclasses import replace
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from fastpo import sequence_logps
+from fastpo.data import prepare_examples
+from fastpo.errors import ConfigError, DataError, TrainingError
+from fastpo.loop.check_sampler import check_sampler
+from fastpo.loop.config import Sample
+from fastpo.loop.items import Failure, Request, Response, seed_of
+from fastpo.loop.local_sampler import LocalSampler
+from fastpo.loop.sampling import make_sampler, prompt_ids
+
+CHAT = (
+    "{% for turn in messages %}<{{ turn.role }}> {{ turn.content }} <eos> {% endfor %}"
+    "{% if add_generation_prompt %}<assistant> {% endif %}"
+)
+
+
+def requests_for(toy, n=6, k=3, seed=0, **settings):
+    """k of each of n prompts of 1 to n + 2 tokens."""
+    tokenizer = toy.tokenizer()
+    out = []
+    for i in range(n):
+        prompt = " ".join(f"w{(7 * i + j) % toy.words}" for j in range(1 + (5 * i) % (n + 2)))
+        ids = prompt_ids(tokenizer, prompt)
+        given = {"max_tokens": 20, **settings}
+        out += [Request(f"p{i}", j, "policy", prompt, ids, seed_of(seed, i, j), **given) for j in range(k)]
+    return out
+
+
+def policy_of(toy, **changes):
+    """As the tokenizer ends: Llama's configuration has another token for it."""
+    model = toy.model(**changes).eval()
+    model.generation_config.eos_token_id = 0
+    return model
+
+
+@pytest.fixture(scope="module")
+def model(toy):
+    return policy_of(toy)
+
+
+@pytest.fixture(scope="module")
+def sampler(toy, model):
+    return LocalSampler(model, toy.tokenizer(), batch_size=5)
+
+
+def all_of(sampler, requests):
+    return {request.unit: answer for request, answer in sampler.sample(requests)}
+
+
+# ---- what is drawn
+
+
+def test_log_probabilities_are_the_policys_own(toy, sampler, model):
+    requests = requests_for(toy, temperature=0.6, top_p=0.8, top_k=30)
+    answers = all_of(sampler, requests)
+    pairs = [(request, answers[request.unit]) for request in requests]
+    rows = [{"prompt": list(q.prompt_ids), "completion": list(r.token_ids)} for q, r in pairs]
+    ours = sequence_logps(model, rows, processing_class=toy.tokenizer())
+    for (_, response), (logp,) in zip(pairs, ours, strict=True):
+        assert response.logp == pytest.approx(float(logp.sum()), abs=2e-4)
+    found = check_sampler(pairs, model, toy.tokenizer(), n=5)
+    assert found["compared"] == 5 and found["difference"] < 1e-5
+    with pytest.raises(TrainingError, match="the sampler is not the policy.*stale weights"):
+        check_sampler(pairs, toy.model(seed=1, initializer_range=0.3), toy.tokenizer())
+    without = [(q, replace(r, logp=None)) for q, r in pairs]
+    assert check_sampler(without, model)["why"].startswith("the sampler gives no log-probabilities")
+    texts = [(q, replace(r, token_ids=None)) for q, r in pairs]
+    assert "no token ids" in check_sampler(texts, model)["why"]
+    assert check_sampler([], model)["compared"] == 0
+    not_finite = [(q, replace(r, logp=float("nan"))) for q, r in pairs]
+    with pytest.raises(TrainingError, match="not the policy"):
+        check_sampler(not_finite, model, toy.tokenizer())
+
+
+def test_greedy_is_that_of_each_prompt_alone(toy, sampler, model):
+    requests = requests_for(toy, k=1, temperature=0.0)
+    answers = all_of(sampler, requests)
+    for request in requests:
+        ids = torch.tensor([request.prompt_ids])
+        settings = GenerationConfig(do_sample=False, max_new_tokens=20, eos_token_id=0, pad_token_id=2)
+        alone = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
+        assert answers[request.unit].token_ids == tuple(alone[0, ids.shape[1] :].tolist())
+
+
+def test_an_answer_ends_where_the_policy_ended_it(toy, sampler):
+    answers = all_of(sampler, requests_for(toy, n=8, k=8, max_tokens=60)).values()
+    ended = [a for a in answers if a.finished]
+    assert ended and len(ended) < len(answers)
+    for answer in answers:
+        assert (answer.token_ids[-1] == 0) is answer.finished and 0 not in answer.token_ids[:-1]
+        assert answer.finished or len(answer.token_ids) == 60
+        assert answer.text == toy.tokenizer().decode(answer.token_ids, skip_special_tokens=True)
+
+
+def test_a_conversations_answer_ends_with_the_templates_turn(toy):
+    """The template ends a turn with <end>, which the checkpoint's settings do not know."""
+    tokenizer = toy.tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<end>"]})
+    tokenizer.chat_template = CHAT.replace("<eos>", "<end>")
+    end = tokenizer.convert_tokens_to_ids("<end>")
+    model = policy_of(toy, vocab_size=len(tokenizer))
+    with torch.no_grad():
+        model.lm_head.weight[end] = 3 * model.lm_head.weight[:100].abs().max(0).values
+    turns = [{"role": "user", "content": "w1 w2"}]
+    chat, text = prompt_ids(tokenizer, turns), prompt_ids(tokenizer, "w1 w2")
+    requests = [Request("c", k, "policy", turns, chat, k, max_tokens=50) for k in range(8)]
+    requests += [Request("t", k, "policy", "w1 w2", text, k, max_tokens=50) for k in range(8)]
+    answers = all_of(LocalSampler(model, tokenizer), requests)
+    drawn = [answers[r.unit] for r in requests if r.id == "c" and end in answers[r.unit].token_ids]
+    assert drawn and all(a.finished and a.token_ids.index(end) == len(a.token_ids) - 1 for a in drawn)
+    assert any(end in answers[r.unit].token_ids[:-1] for r in requests if r.id == "t")
+
+
+@pytest.mark.parametrize("temperature, top_p, top_k", [(1.0, 1.0, 0), (0.5, 1.0, 0), (1.0, 0.5, 0), (0.7, 0.6, 6)])
+def test_tokens_are_drawn_from_the_distribution(toy, model, temperature, top_p, top_k):
+    ids = (10, 11, 12)
+    settings = dict(temperature=temperature, top_p=top_p, top_k=top_k, max_tokens=1)
+    n = 3000
+    requests = [Request("p", k, "policy", "", ids, seed_of(k), **settings) for k in range(n)]
+    answers = all_of(LocalSampler(model, toy.tokenizer(), batch_size=1000), requests).values()
+    found = torch.bincount(torch.tensor([a.token_ids[0] for a in answers]), minlength=100) / n
+    with torch.no_grad():
+        values, order = (model(torch.tensor([ids])).logits[0, -1].double() / temperature).sort(descending=True)
+    if top_k:
+        values[top_k:] = -torch.inf
+    probs = values.softmax(-1)
+    probs[torch.cat([torch.tensor([False]), probs.cumsum(-1)[:-1] >= top_p])] = 0
+    expected = torch.zeros(100, dtype=torch.float64).scatter_(0, order, probs / probs.sum())
+    assert not found[expected == 0].any()
+    # Four standard deviations of a count: of 100 tokens none is beyond it but once in a hundred such tests.
+    assert ((found - expected).abs() <= 4 * (expected * (1 - expected) / n).sqrt() + 1e-9).all()
+
+
+def test_a_contrast_mixes_the_logits_of_two_prompts(toy, model, sampler):
+    plain = requests_for(toy, n=5, k=2, temperature=1.0)
+    other = (4, 5, 6, 7, 8, 9, 10, 11, 12)
+    there = all_of(sampler, [replace(r, prompt_ids=other) for r in plain])
+    for c, expected in ((1.0, there), (0.0, all_of(sampler, plain))):
+        mixed = all_of(sampler, [replace(r, contrast_ids=other, contrast=c) for r in plain])
+        assert {u: a.token_ids for u, a in mixed.items()} == {u: a.token_ids for u, a in expected.items()}
+    # Between the two, beside rows without; log-probabilities stay the policy's after its own prompt.
+    some = [replace(r, contrast_ids=other, contrast=-0.5, temperature=0.0) if r.k else r for r in plain]
+    answers = all_of(sampler, some)
+    assert check_sampler([(r, answers[r.unit]) for r in some], model, toy.tokenizer(), n=9)["difference"] < 1e-5
+    for request in some:
+        if request.contrast_ids is None:
+            continue
+        drawn: list[int] = []
+        for token in answers[request.unit].token_ids:
+            with torch.no_grad():
+                own, contrast = (
+                    model(torch.tensor([[*ids, *drawn]])).logits[0, -1] for ids in (request.prompt_ids, other)
+                )
+            assert token == int((1.5 * own - 0.5 * contrast).argmax())
+            drawn.append(token)
+
+
+def test_stop_strings_end_an_answer_and_are_not_in_its_text(toy, sampler):
+    free = all_of(sampler, requests_for(toy, k=4, max_tokens=40))
+    unit, answer = next((u, a) for u, a in free.items() if len(a.token_ids) > 6)
+    word = answer.text.split()[4]
+    stopped = all_of(sampler, requests_for(toy, k=4, max_tokens=40, stop=(f" {word}",)))
+    for key, whole in free.items():
+        at = whole.text.find(f" {word}")
+        # "w1" is found in "w12" too, as a server finds it.
+        assert stopped[key].text == (whole.text if at < 0 else whole.text[:at])
+        assert stopped[key].token_ids == whole.token_ids[: len(stopped[key].token_ids)]
+        assert stopped[key].finished or at < 0
+    assert len(stopped[unit].token_ids) <= 5 and stopped[unit].finished
+
+
+def test_ids_are_kept_that_the_text_would_not_give_again():
+    """A tokenizer that joins a and b, and a policy that gives them one by one."""
+    inner = Tokenizer(models.BPE(vocab={"a": 0, "b": 1, "ab": 2, "<eos>": 3}, merges=[("a", "b")]))
+    inner.pre_tokenizer = pre_tokenizers.Split("<eos>", "isolated")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>", pad_token="<eos>")
+    config = LlamaConfig(vocab_size=4, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+                         max_position_embeddings=64)  # fmt: skip
+    sampler = LocalSampler(LlamaForCausalLM(config), tokenizer)
+    requests = [Request("p", k, "policy", "a", (0,), k, max_tokens=12) for k in range(20)]
+    answers = all_of(sampler, requests).values()
+    other = [
+        a for a in answers if tuple(tokenizer(a.text)["input_ids"]) != tuple(a.token_ids[: -1 if a.finished else None])
+    ]
+    assert other and all(tokenizer.decode(a.token_ids, skip_special_tokens=True) == a.text for a in other)
+
+
+# ---- exactness, and what stays as it is
+
+
+def test_the_same_requests_give_the_same_answers(toy, model):
+    requests = requests_for(toy, n=7, k=3, temperature=1.0)
+    first = all_of(LocalSampler(model, toy.tokenizer(), batch_size=4), requests)
+    torch.manual_seed(5)
+    again = all_of(LocalSampler(model, toy.tokenizer(), batch_size=4), requests[::-1])
+    assert first == again
+    assert len({a.token_ids for u, a in first.items() if u[0] == "p3"}) == 3
+    # Other batches are other sums in another order, and the same draws.
+    wide = all_of(LocalSampler(model, toy.tokenizer(), batch_size=50), requests)
+    assert {u: a.token_ids for u, a in wide.items()} == {u: a.token_ids for u, a in first.items()}
+
+
+def test_the_plan_depends_on_the_requests_alone(toy, sampler):
+    requests = requests_for(toy, n=9, k=3)
+    plan = sampler.batches(requests)
+    assert plan == sampler.batches(requests[5:] + requests[:5])
+    assert sorted(r.unit for batch in plan for r in batch) == sorted(r.unit for r in requests)
+    flat = [r for batch in plan for r in batch]
+    assert [len(r.prompt_ids) for r in flat] == sorted((len(r.prompt_ids) for r in flat), reverse=True)
+    assert sum(a.id != b.id for a, b in zip(flat, flat[1:], strict=False)) == 8  # those of a prompt together
+    assert all(sampler.batches(batch) == [batch] for batch in plan)
+    bounded = LocalSampler(sampler.model, toy.tokenizer(), batch_tokens=80)
+    for batch in bounded.batches(requests):
+        assert len(batch) == 1 or len(batch) * max(len(r.prompt_ids) + 20 for r in batch) <= 80
+        assert bounded.batches(batch) == [batch]
+
+
+def test_nothing_but_the_answers_comes_of_it(toy):
+    model = toy.model(attention_dropout=0.5)
+    model.train()
+    model.model.layers[0].eval()
+    model.config.use_cache = False
+    model.generation_config = GenerationConfig(repetition_penalty=5.0, do_sample=True, top_k=1, max_new_tokens=2)
+    settings, state = model.generation_config.to_dict(), torch.get_rng_state()
+    requests = requests_for(toy, k=2)
+    answers = all_of(LocalSampler(model, toy.tokenizer()), requests)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.training and not model.model.layers[0].training and model.model.layers[1].training
+    assert model.generation_config.to_dict() == settings and model.config.use_cache is False
+    assert answers == all_of(LocalSampler(model.eval(), toy.tokenizer()), requests)  # no dropout, no penalty
+    assert max(len(a.token_ids) for a in answers.values()) > 2
+
+
+def test_memory_that_runs_out_halves_the_batches_and_is_said_once(toy, monkeypatch, caplog):
+    model, requests = toy.model().eval(), requests_for(toy, n=5, k=4, temperature=1.0)
+    whole = all_of(LocalSampler(model, toy.tokenizer(), batch_size=10), requests)
+    sizes, generate = [], model.generate
+
+    def small(input_ids, **kwargs):
+        sizes.append(len(input_ids))
+        if len(input_ids) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return generate(input_ids=input_ids, **kwargs)
+
+    monkeypatch.setattr(model, "generate", small)
+    with caplog.at_level(logging.WARNING, "fastpo"):
+        parts = all_of(LocalSampler(model, toy.tokenizer(), batch_size=10), requests)
+    assert {u: a.token_ids for u, a in parts.items()} == {u: a.token_ids for u, a in whole.items()}
+    assert sizes[:2] == [10, 5] and set(sizes[2:]) <= {1, 2}  # the second batch is not tried whole again
+    said = [r.message for r in caplog.records if "did not fit" in r.message]
+    assert len(said) == 2 and "batch_size=2" in said[1]  # 10, then 5
+
+
+def test_a_row_that_does_not_fit_by_itself_is_an_error(toy, monkeypatch):
+    model = toy.model()
+
+    def never(**kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(model, "generate", never)
+    with pytest.raises(torch.OutOfMemoryError):
+        all_of(LocalSampler(model, toy.tokenizer()), requests_for(toy, n=1))
+
+
+def test_a_prompt_without_room_fails_alone(toy):
+    model = toy.model(max_position_embeddings=32)
+    requests = requests_for(toy, n=3, k=1, max_tokens=50)
+    long = Request("long", 0, "policy", "", tuple([5] * 32), 1, max_tokens=50)
+    tight = Request("tight", 0, "policy", "", tuple([5] * 30), 1, max_tokens=50)
+    empty = Request("empty", 0, "policy", "", (), 1)
+    answers = all_of(LocalSampler(model, toy.tokenizer()), [*requests, long, tight, empty])
+    assert answers[long.unit] == Failure("error", "the prompt has 32 tokens, the model 32 positions")
+    assert answers[empty.unit] == Failure("error", "the prompt has no tokens")
+    assert len(answers[tight.unit].token_ids) <= 2
+    assert all(isinstance(answers[r.unit], Response) for r in requests)
+    with pytest.raises(ConfigError, match="none of the model's 100"):
+        all_of(LocalSampler(model, toy.tokenizer()), [replace(long, prompt_ids=(5, 100))])
+
+
+def test_logits_that_are_not_finite_end_it(toy):
+    model = toy.model()
+    with torch.no_grad():
+        model.lm_head.weight[7] = torch.nan
+    with pytest.raises(TrainingError, match="not finite"):
+        all_of(LocalSampler(model, toy.tokenizer()), requests_for(toy, n=1))
+
+
+def test_a_folder_is_loaded_when_it_is_asked(toy, tmp_path):
+    toy.model().save_pretrained(tmp_path)
+    toy.tokenizer().save_pretrained(tmp_path)
+    made = make_sampler(Sample(options={"batch_size": 2, "use_cpu": True, "dtype": "float32"}), str(tmp_path))
+    assert made.key["model"] == str(tmp_path) and made._model is None
+    requests = requests_for(toy, n=2)
+    assert all_of(made, requests) == all_of(LocalSampler(toy.model(), toy.tokenizer(), batch_size=2), requests)
+    made.close()
+    assert made._model is None
+
+
+@pytest.mark.parametrize(
+    "sample, message",
+    [
+        (Sample(engine="vlm"), "sample.engine='vlm'"),
+        (Sample(options={"batchsize": 2}), "no such option; did you mean 'batch_size'"),
+        (Sample(options={"base_url": "http://x/v1"}), "it is one of sample.engine=openai"),
+        (Sample(options={"batch_size": 0}), "a whole number from 1 on"),
+        (Sample(engine="openai"), "needs sample.base_url"),
+    ],
+    ids=lambda value: "" if isinstance(value, Sample) else value.split("=")[0][:30],
+)
+def test_wrong_options_are_named(sample, message, toy):
+    with pytest.raises(ConfigError, match=message):
+        make_sampler(sample, "policy", toy.tokenizer())
+
+
+# ---- ids of prompts
+
+
+def byte_tokenizer():
+    """Letters, with a BOS that it puts before every text, as Llama's."""
+    letters = {c: i for i, c in enumerate(["<s>", "</s>", *"abcdefghijklmnopqrstuvwxyz<>:/ \n"])}
+    inner = Tokenizer(models.BPE(vocab=letters, merges=[]))
+    inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+
+
+PARTS = (
+    "{{ bos_token }}{% for turn in messages %}{{ turn.role }}: {% for part in turn.content %}{{ part.text }}"
+    "{% endfor %}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+@pytest.mark.parametrize("template", [None, "{{ bos_token }}" + CHAT, PARTS], ids=["text", "chat", "parts"])
+def test_prompts_have_the_ids_that_training_has(template):
+    tokenizer = byte_tokenizer()
+    if template is None:
+        prompts = ["hello", "<s>hello", "a b"]
+        rows = [{"prompt": p, "completion": " yes"} for p in prompts]
+    else:
+        tokenizer.chat_template = template
+        user, system = {"role": "user", "content": "hello"}, {"role": "system", "content": "be"}
+        begun = {"role": "assistant", "content": "so"}
+        prompts = [[user], [system, user], [user, {"role": "assistant", "content": "no"}, user]]
+        if template is not PARTS:  # which cannot write them apart
+            prompts.append([user, begun])
+        rows = [{"prompt": p, "completion": [{"role": "assistant", "content": " yes"}]} for p in prompts]
+    examples, _ = prepare_examples(rows, tokenizer, kind="sft", recognise=False)
+    for prompt, example in zip(prompts, examples, strict=True):
+        assert prompt_ids(tokenizer, prompt) == tuple(example.prompt_ids.tolist())
+
+
+def test_a_prompt_that_the_template_refuses(toy):
+    tokenizer = toy.tokenizer()
+    with pytest.raises(DataError, match="no chat template"):
+        prompt_ids(tokenizer, [{"role": "user", "content": "w1"}])
+    tokenizer.chat_template = "{{ raise_exception('no system turn') }}"
+    with pytest.raises(DataError, match="refuses a prompt.*no system turn"):
+        prompt_ids(tokenizer, [{"role": "user", "content": "w1"}])
