@@ -113,9 +113,8 @@ class _Reader:
             return Failure("unreadable", one_line(error)[:RAW])
         for turn in (turns[-1], *reversed(turns[:-1])):
             if not has_text(written, turn["content"]):
-                return Failure(
-                    "not_seen", f"the template of {self.name} writes no {turn['role']}'s text: {written}"[:RAW]
-                )
+                message = f"the template of {self.name} does not write this {turn['role']}'s text: {written}"
+                return Failure("not_seen", message[:RAW])
         return None
 
     def without_end(self, ids: Sequence[int]) -> list[int]:
@@ -367,8 +366,9 @@ class ImplicitReward(_Ratio):
         for n, ids in zip(read, reader.ids(rows), strict=True):
             sampled = units[n].responses[0].token_ids
             found[n] = ids if sampled is None or isinstance(ids, Failure) else (ids[0], list(sampled))
-        return [f if isinstance(f, Failure) else self._ended(reader, f, unit.responses[0].finished)
-                for f, unit in zip(found, units)]  # fmt: skip
+        # What was sampled has an end where the policy gave one, and none else.
+        return [f if isinstance(f, Failure) else self._ended(reader, f, r.finished or r.token_ids is not None)
+                for f, r in zip(found, (unit.responses[0] for unit in units))]  # fmt: skip
 
     def _check_tokens(self, response: Response) -> None:
         """A few sampled responses: their tokens must be their text in the policy's tokenizer too."""

@@ -296,7 +296,7 @@ def test_counts_of_a_judge_that_fails_now_and_then(server, tmp_path):
         "units": 24, "ok": 12, "failed": 12, "statuses": {"error": 8, "unparsed": 4}, "asked": 24, "from_cache": 0,
         "orders": {"pairs": 0, "agree": None, "by_position": None, "first": None, "gap": None},
     }  # fmt: skip
-    with pytest.raises(TrainingError, match=r"failed on 1\d? of 24 units.* error.*HTTP 500: no") as error:
+    with pytest.raises(TrainingError, match=r"failed on 1\d? of 24 units.* error.*'500 no'") as error:
         score_stage(judge, items, tmp_path / "strict", cache=False, max_failed=0.4)
     assert "\n" not in str(error.value)
     judge.close()
