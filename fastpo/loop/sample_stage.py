@@ -62,7 +62,7 @@ def sample_stage(
     again = 0
     with part, tqdm(total=len(requests), initial=len(requests) - len(missing), desc=name, unit="response",
                     disable=None if bar else True) as progress:  # fmt: skip
-        for new in _answers(sampler, requests, missing):
+        for new in answered(sampler, requests, missing):
             written = []
             for request, answer in new:
                 if request.unit in there:
@@ -89,7 +89,7 @@ def sample_stage(
     return _counts([done[r.unit] for r in requests if r.unit in done], len(requests), failed)
 
 
-def _answers(
+def answered(
     sampler: Sampler, requests: Sequence[Request], missing: Sequence[Request]
 ) -> Iterator[list[tuple[Request, Response | Failure]]]:
     """What is to be written at once: of an exact sampler the plan's batches that lack something, else one by one."""
