@@ -1,9 +1,9 @@
 """The work of a sample stage: every request asked once, a line for each as it comes, and what was there kept.
 
 Beside the file goes what gave the responses: NAME.sampler.json. A line is {id, k, source, text, token_ids, finished,
-logp, seed}, with `meta` where there is any, or of a failure {id, k, source, status, raw}. Of a sampler that is exact, an
-interrupted stage and an unbroken one leave the same bytes: batches go in the order of the plan, and one that was written
-in part is asked whole for the lines that lack.
+logp, seed}, with `meta` where there is any, or of a failure {id, k, source, status, raw}. Of a sampler that is exact,
+an interrupted stage and an unbroken one leave the same bytes: batches go in the order of the plan, and one that was
+written in part is asked whole for the lines that lack.
 """
 
 import logging
