@@ -86,9 +86,9 @@ def test_scorers_of_the_examples_can_be_made(tmp_path):
     (tmp_path / "rules.json").write_text('["is polite"]')
     for name in NAMES:
         config = configs.build(options_of(name))
+        if "base_url" in str(config.scorers) and not find_spec("openai"):
+            continue  # a client of servers is made with it
         for key, spec in config.scorers.items():
-            if "base_url" in str(spec) and not find_spec("openai"):
-                continue
             made = scorers.make_scorer(key, spec, policies, tmp_path, others=config.scorers)
             assert made.unit == unit_of(spec), (name, key)
 
