@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fastpo.ops import linear_logprob as linear_logprob
     from fastpo.ops import preference_loss as preference_loss
     from fastpo.ops.vocab_parallel import VocabParallel as VocabParallel
+    from fastpo.reference.rewards import rewards as rewards
     from fastpo.reference.sequence_logps import sequence_logps as sequence_logps
     from fastpo.trainer import Trainer as Trainer
     from fastpo.trainer import train as train
@@ -47,6 +48,7 @@ _EXPORTS = {
     "available_backends": "fastpo.ops",
     "VocabParallel": "fastpo.ops.vocab_parallel",
     "sequence_logps": "fastpo.reference.sequence_logps",
+    "rewards": "fastpo.reference.rewards",
     "iterate": "fastpo.loop.run",
     "IterateResult": "fastpo.loop.run",
 }

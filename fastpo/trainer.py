@@ -88,12 +88,13 @@ def train(
 
     * `model`: a name or path (of a model, or of a trained adapter), or a model of transformers or PEFT in memory,
       trained in place; at the call it is the reference where a loss needs one and neither `ref_model` nor the data do.
+      `loss_type="reward"`: a sequence classifier of one label, or the name of a language model, which gets a new head.
     * `train_dataset`: a `datasets.Dataset`, a list of dicts, a .jsonl, .jsonl.gz, .json or .parquet path or a hub id,
       with `prompt`, `chosen`, `rejected` (sft: `prompt`, `completion`). `eval_dataset`: the same, or several by name.
     * `ref_model`: a model in memory, or a name or path, such as an earlier checkpoint.
     * `prev_model`: the same for the previous policy of inpo and dno_reg; without it and the columns `prev_*_logps` that
       is the policy as it is at the call, as in their papers' first iteration.
-    * `args`: a `TrainConfig`, a dict, a YAML path or a config of TRL's (DPO, KTO, CPO, ORPO); `overrides` go on top.
+    * `args`: a `TrainConfig`, a dict, a YAML path or a DPO-, KTO-, CPO-, ORPO- or RewardConfig; `overrides` go on top.
     * `compute_metrics`: called at every evaluation with a `fastpo.Evaluated`, returns further metrics of it.
 
     Under torchrun every process calls it alike. Raises fastpo.errors.FastpoError with one line for whatever a user can
@@ -149,7 +150,8 @@ class Trainer(face.Face):
             live.check(config, objective.pair_terms)
         start_checks.check_options(config, self.device, cache.cache_folder())
         inputs.check(processing_class, callbacks, optimizers, eval_dataset)
-        peft_config, quantized = inputs.peft_config(peft_config), inputs.quantization_config(quantization_config)
+        peft_config = inputs.peft_config(peft_config, scalar_head=config.scalar_head)
+        quantized = inputs.quantization_config(quantization_config)
         model_files.check_shard_size(config.max_shard_size)
 
         # The folder, and what lies in it.
@@ -184,7 +186,7 @@ class Trainer(face.Face):
         self.hub = Hub(config) if config.push_to_hub and world.main else None
 
         # The model, and how rows go through it.
-        self.model = take_model(origin, config, self.device, peft_config, quantized)
+        self.model = take_model(origin, config, self.device, peft_config, quantized, self.tokenizer)
         self.callbacks.take(self.model)
         self.tags = face.add_tags(self.model, [*self._tag_names, *dict.fromkeys(t.name for t in objective.terms)])
         self.policy = as_policy(self.model, config, self.device)
@@ -473,10 +475,8 @@ class Trainer(face.Face):
         window.add(loss[0], metrics, norm, finite)
         if self.router is not None:
             window.add_aux(self.world.sum_(self.router.total), finite)
-        if self.config.grad_filter:
-            window.add_dropped(sums.dropped, self.world)
-        if self.forward.watches:
-            window.add_tokens(self.world.sum_(sums.tokens))
+        dropped, tokens = bool(self.config.grad_filter), self.forward.watches
+        window.add_rows(sums, self.world, finite, dropped=dropped, tokens=tokens)
         for batch in sums.batches:  # here, so that a step cut short leaves no trace in the counters
             window.trunk(batch)
         self.progress.num_tokens += sum(sequence_tokens(self.data.train[i]) for i in rows)

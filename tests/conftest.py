@@ -178,6 +178,15 @@ class Toy:
         return LlamaForCausalLM(LlamaConfig(**{**options, **changes}))
 
     @staticmethod
+    def reward_model(seed: int = 0, **changes):
+        """The same trunk under a scalar head."""
+        from transformers import LlamaForSequenceClassification
+
+        config = Toy.model(seed, **changes).config
+        config.num_labels, config.pad_token_id = 1, 2
+        return LlamaForSequenceClassification(config)
+
+    @staticmethod
     def text(rng: random.Random, low: int, high: int) -> str:
         return " ".join(f"w{rng.randrange(Toy.words)}" for _ in range(rng.randint(low, high)))
 

@@ -319,8 +319,6 @@ def _script_options(merged: dict[str, Any], inputs: dict[str, Any]) -> None:
                 r"[\w.,\s]+", lora[key]
             ):  # else all-linear, or a pattern
                 lora[key] = [part.strip() for part in lora[key].split(",")]
-        if lora.get("task_type", "CAUSAL_LM") != "CAUSAL_LM":
-            raise ConfigError(f"lora_task_type must be CAUSAL_LM, not {lora['task_type']!r}")
         inputs["peft_config"] = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05, **lora}
 
     four, eight = merged.pop("load_in_4bit", None), merged.pop("load_in_8bit", None)
@@ -368,7 +366,8 @@ def run_arguments(
             raise ConfigError(f"no {name} given: --{name.replace('_', '-')} PATH, or {name}: PATH in the YAML file")
     from fastpo.training import inputs as arguments
 
-    for name in JSON_INPUTS:
-        if inputs.get(name) is not None:
-            inputs[name] = getattr(arguments, name)(inputs[name])
+    if inputs.get("peft_config") is not None:
+        inputs["peft_config"] = arguments.peft_config(inputs["peft_config"], scalar_head=args.scalar_head)
+    if inputs.get("quantization_config") is not None:
+        inputs["quantization_config"] = arguments.quantization_config(inputs["quantization_config"])
     return inputs, args

@@ -20,7 +20,7 @@ honoured, renamed, refused by an error that says what to do instead, or accepted
 
 **A Python script.** Replace the import, and `DPOTrainer(...)` with its `.train()` by one `fastpo.train(...)` of the
 same arguments; `DPOConfig` stays, or becomes a dict, a `TrainConfig` or keyword arguments. So it is with `KTOTrainer`,
-`CPOTrainer` and `ORPOTrainer`: the class of `args` says the loss. A script that goes on with its trainer (evaluates
+`CPOTrainer`, `ORPOTrainer` and `RewardTrainer`: the class of `args` says the loss. A script that goes on with its trainer (evaluates
 other rows, saves elsewhere) takes the class `fastpo.Trainer(...)`, with the same arguments too.
 
 ```python
@@ -189,7 +189,7 @@ def page() -> str:
         _options_table(options.SCRIPT),
         *_classes(),
         "### Their options by name\n\nIn a dict, a YAML file or as keyword arguments, where no class says the loss.\n",
-        _table(("option", "here"), ((f"`{n}`", _here(n, o, {})) for n, o in {**options.KTO, **options.CPO}.items())),
+        _table(("option", "here"), ((f"`{n}`", _here(n, o, {})) for n, o in {**options.KTO, **options.CPO, **options.REWARD}.items())),
     ]  # fmt: skip
     for project, names in options.FOREIGN.items():
         more = ", there also as `--group.name`" if project == "OpenRLHF" else ""

@@ -267,6 +267,13 @@ KTO: dict[str, Option] = {
     "undesirable_weight": _no("set loss_kwargs={undesirable_weight: ...}", 1.0, (1,)),
 }
 
+# TRL's RewardConfig beyond DPOConfig.
+REWARD: dict[str, Option] = {
+    "center_rewards_coefficient": _no("with loss_type=reward set loss_kwargs={center_rewards_coefficient: ...}"),
+    "chat_template_path": _no("set the tokenizer's chat_template, and pass it as processing_class"),
+    "eos_token": _no("set the tokenizer's eos_token, and pass it as processing_class"),
+}
+
 # Options of `trl dpo` beyond DPOConfig (ScriptArguments, ModelConfig, DatasetMixtureConfig). `fastpo train` takes those
 # that are honoured or renamed, on the command line and in its YAML file, and turns them into arguments of fastpo.train.
 SCRIPT: dict[str, Option] = {
@@ -287,7 +294,7 @@ SCRIPT: dict[str, Option] = {
     "lora_target_modules": _to("peft_config"),
     "lora_target_parameters": _to("peft_config"),
     "lora_modules_to_save": _to("peft_config"),
-    "lora_task_type": _to("peft_config", "CAUSAL_LM"),
+    "lora_task_type": _to("peft_config", "CAUSAL_LM", "SEQ_CLS with loss_type=reward, without being told"),
     "use_rslora": _to("peft_config", False),
     "use_dora": _to("peft_config", False),
     "load_in_8bit": _to("quantization_config", False),
@@ -392,14 +399,16 @@ TRL_LOSSES: dict[str, str | None] = {
 
 
 def lookup(name: str) -> Option | None:
-    """The option of that name in DPOConfig, CPOConfig, KTOConfig, `trl dpo`, or earlier versions; None where nobody has it."""
-    return next((table[name] for table in (OPTIONS, EARLIER, CPO, KTO, SCRIPT) if name in table), None)
+    """The option of that name in TRL's configs, `trl dpo`, or earlier versions; None where nobody has it."""
+    return next((table[name] for table in (OPTIONS, EARLIER, CPO, KTO, REWARD, SCRIPT) if name in table), None)
 
 
 def all_names() -> list[str]:
     """Every name that is known in some way, for the nearest to a misspelt one."""
     return list(
-        dict.fromkeys([*OPTIONS, *EARLIER, *CPO, *KTO, *SCRIPT, *(n for names in FOREIGN.values() for n in names)])
+        dict.fromkeys(
+            [*OPTIONS, *EARLIER, *CPO, *KTO, *REWARD, *SCRIPT, *(n for names in FOREIGN.values() for n in names)]
+        )
     )
 
 

@@ -258,6 +258,11 @@ class TrainConfig:
         return [self.loss_type] if isinstance(self.loss_type, str) else list(self.loss_type)
 
     @property
+    def scalar_head(self) -> bool:
+        """Whether a reward model is trained, which has a scalar head in place of a language model's."""
+        return "reward" in self.losses
+
+    @property
     def step_size(self) -> int:
         """Pairs (or rows, for sft) of one optimiser step on one device."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps

@@ -1,4 +1,4 @@
-"""TRL's arguments objects to fastpo's options: DPOConfig, KTOConfig, CPOConfig, ORPOConfig, plain TrainingArguments.
+"""TRL's arguments objects to fastpo's options: DPO-, KTO-, CPO-, ORPO- and RewardConfig, plain TrainingArguments.
 
 Each trainer of TRL has a class of its own whose defaults mean its loss; here the loss is an option. The tables say what
 becomes of the fields that a class has beyond DPOConfig's, which are in fastpo/config/options.py.
@@ -41,6 +41,13 @@ CLASSES: dict[str, tuple[str, dict[str, Option]]] = {
         "beta": _same(0.1, "the odds ratio's weight"),
         "padding_value": _any("nothing is padded"),
         **_ENCODER_DECODER,
+    }),
+    "RewardConfig": ("reward", {
+        "learning_rate": _same(1e-4),
+        "max_length": _same(1024, "rows over it are left out and counted; of rows of K responses, those responses"),
+        "center_rewards_coefficient": _same(None, _KWARGS),
+        "chat_template_path": _no("set the tokenizer's chat_template, and pass it as processing_class"),
+        "eos_token": _no("set the tokenizer's eos_token, and pass it as processing_class"),
     }),
 }  # fmt: skip
 _CPO_LOSSES = {"sigmoid": "cpo", "hinge": "cpo_hinge", "ipo": "cpo_ipo", "simpo": "cpo_simpo"}
@@ -123,6 +130,13 @@ def _orpo(changed: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
     return {"loss_type": "orpo"}
 
 
+def _reward(changed: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
+    coefficient = fields["center_rewards_coefficient"]
+    _take(changed, ("center_rewards_coefficient",))
+    kwargs = {} if coefficient is None else {"loss_kwargs": {"center_rewards_coefficient": coefficient}}
+    return {"loss_type": "reward", **kwargs}
+
+
 def _take(changed: dict[str, Any], names: Collection[str]) -> None:
     for name in names:
         changed.pop(name, None)
@@ -130,4 +144,5 @@ def _take(changed: dict[str, Any], names: Collection[str]) -> None:
 
 _OWN: dict[str, Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]]] = {
     "KTOConfig": _kto, "CPOConfig": _cpo, "ORPOConfig": _orpo,
+    "RewardConfig": _reward,
 }  # fmt: skip

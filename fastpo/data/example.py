@@ -1,5 +1,6 @@
 """A row as training sees it: the token ids of a prompt and its responses, and their numbers."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,7 +22,10 @@ class Example:
     share: bool = False  # the responses share one copy of the prompt in the trunk
     # Rows of a step with the same prompt have one copy of it in the trunk from this many responses on; 0: each its own.
     share_from: int = 0
-    whole: bool = False  # the last token of a response enters the trunk too: a router's loss counts it
+    whole: bool = False  # the last token of a response enters the trunk too: a router's loss or a scalar head reads it
+    # Of a reward model: which token of prompt and response, from the prompt's first on, each response is scored at.
+    scored_at: tuple[int, ...] | None = None
+    loss: str | None = None  # which entry of loss_type it is trained by; None: all of them
     greedy: int | None = None  # which response is the reference's greedy one (selm); it need not be in a pair
     # Of responses that another one's tokens made begin inside the prompt: how many of their first tokens are the
     # prompt's where each stands alone.
@@ -30,3 +34,14 @@ class Example:
     def prompt_of(self, response: int) -> np.ndarray:
         """The prompt ids that response number `response` continues."""
         return self.prompt_ids if self.response_prompts is None else self.response_prompts[response]
+
+
+def even_weights(examples: Sequence[Example]) -> None:
+    """Ones as the weights of tokens, and of pairs, of examples without, where others have them."""
+    if any("weight" in e.pair_columns for e in examples):
+        for example in examples:
+            example.pair_columns.setdefault("weight", [1.0] * len(example.pairs))
+    if any(e.token_weights is not None for e in examples):
+        for example in examples:
+            if example.token_weights is None:
+                example.token_weights = [np.ones(len(ids), np.float32) for ids in example.responses]

@@ -46,6 +46,7 @@ from fastpo.errors import DataError, nearest, quoted
 
 TOKEN_IDS, FINISHED, COUNT = "token_ids", "finished", "count"  # of an entry
 PAIRS = "pairs"  # of pair_policy=explicit: [winner, loser] or [winner, loser, weight], places in `responses`
+OF_PAIRS = ("weight", "margin")  # a number of the row that all its pairs have
 _ROUNDING = 1e-9  # 0.9 - 0.8 is a margin of 0.1
 
 # Keys of an entry: bounds, and the columns of pairs in whose place they stand.
@@ -136,11 +137,20 @@ def read_schema(
     win_probs = "win_prob" in read
     if rank is not None and forming.policy != "explicit" and rank not in read:
         read.append(rank)
-    row_numbers = tuple(name for name in ("weight", "ref_greedy_logps") if name in columns and want(name))
+    row_numbers = tuple(name for name in ("weight", "margin", "ref_greedy_logps") if name in columns and want(name))
     greedy = wanted is not None and GREEDY in wanted
     plan = KWay(forming.policy, forming.margin or 0.0, forming.whole, rank, tuple(read), win_probs, greedy)
     return Schema("preference", forms.get("prompt") == "chat", True, forms, row_numbers, kway=plan,
                   prompt_ids=prompt if exact else None)  # fmt: skip
+
+
+def narrowed(plan: KWay, columns: Collection[str]) -> KWay:
+    """What is read of rows whose loss reads these optional columns alone, by the names that pairs have."""
+    read = {name for name, (_, stands_for) in _NUMBERS.items() if any(column in columns for column in stands_for)}
+    return replace(
+        plan, numbers=tuple(name for name in plan.numbers if name in read or name == plan.rank),
+        win_probs=plan.win_probs and "win_prob" in read, greedy=plan.greedy and GREEDY in columns,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -201,21 +211,21 @@ def parse_row(raw: Mapping, number: int, schema: Schema) -> Row:
     if sum(counts) < 2:
         message = f"row {number}: a preference needs two responses or more, '{RESPONSES}' has {len(entries)}"
         raise InvalidRow("fewer than two responses", message)
-    completions = [_completion(entry, of, schema, raw) for entry, of in zip(entries, what, strict=True)]
-    for completion, of in zip(completions, what, strict=True):
-        if says_nothing(completion):
+    completions = [completion(entry, of, schema, raw) for entry, of in zip(entries, what, strict=True)]
+    for response, of in zip(completions, what, strict=True):
+        if says_nothing(response):
             raise InvalidRow("empty completion", f"{of} is empty")
     if prompt_ids is None and any(map(is_ids, completions)):
         prompt_ids = []  # those of the prompt's text
     found = {name: [_number(entry, name, of) for entry, of in zip(entries, what, strict=True)]
              for name in plan.numbers}  # fmt: skip
     of_row = {name: read_number(raw.get(name), BOUNDS[name], name, f"row {number}: column '{name}'")
-              for name in schema.numbers if name == "weight" or raw.get(name) is not None}  # fmt: skip
+              for name in schema.numbers if name in OF_PAIRS or raw.get(name) is not None}  # fmt: skip
     marked = [k for k, entry in enumerate(entries) if entry.get(GREEDY) is True]
     greedy = None
     if plan.greedy and not marked and raw.get(GREEDY) is not None:
         key = "text" if isinstance(raw[GREEDY], str) else TOKEN_IDS if is_ids(raw[GREEDY]) else "messages"
-        greedy = _completion({key: raw[GREEDY]}, f"row {number}: '{GREEDY}'", schema, raw)
+        greedy = completion({key: raw[GREEDY]}, f"row {number}: '{GREEDY}'", schema, raw)
         if says_nothing(greedy):
             raise InvalidRow("empty completion", f"row {number}: '{GREEDY}' is empty")
     pairs, weighted = _explicit(raw, number, len(entries)) if plan.policy == "explicit" else (None, False)
@@ -257,8 +267,8 @@ def _formed(offer: Offer, plan: KWay) -> Row:
     used = range(len(completions)) if plan.whole else dict.fromkeys(k for pair in pairs for k in pair)
     places = [*used, *(k for k in greedy if plan.greedy and k not in used)]
     at = {k: place for place, k in enumerate(places)}
-    of_pairs = {}
-    if "weight" in of_row or offer.weighted:
+    of_pairs = {name: [of_row[name]] * len(pairs) for name in OF_PAIRS if name in of_row}
+    if offer.weighted:
         of_pairs["weight"] = [of_row.get("weight", 1.0) * (own[pair] if own else 1.0) for pair in pairs]
     if plan.win_probs:
         probs = found["win_prob"]
@@ -309,7 +319,7 @@ def _entries(raw: Mapping, number: int) -> Sequence[Mapping]:
     return entries
 
 
-def _completion(entry: Mapping, what: str, schema: Schema, raw: Mapping) -> Any:
+def completion(entry: Mapping, what: str, schema: Schema, raw: Mapping) -> Any:
     """The entry's token ids, or its text or turns in the form of the prompt."""
     finished = entry.get(FINISHED)
     if finished is not None and not isinstance(finished, bool):

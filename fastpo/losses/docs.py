@@ -90,6 +90,8 @@ NOTES: dict[str, Note] = {
     "online_ipo": Note("ipo on pairs sampled while training", "TRL's online trainer has the sum too.", _IPO_UNVERIFIED),
     "ipo_md": Note("online_ipo on samples held near the reference", "", _IPO_UNVERIFIED),
     "selm": Note("exploration: the reference's own greedy response is pushed down", "The authors' code has alpha beta, algorithm 1 of the paper prints alpha. alpha 1e-3 is their Zephyr recipe, 1e-4 Llama-3. As theirs, the sum over the greedy response is not divided by its length. It may be the chosen or the rejected response too."),
+    "reward": Note("a reward model: a scalar head at the end of each response, for best-of-n, scoring and ensembles (docs/reward-models.md)",
+                   "As TRL's RewardTrainer, whose mean is over a micro-batch's pairs, here over the whole step's; with rows of K responses every pair that `pair_policy` forms counts as one, and each response passes the model once. InstructGPT divides the loss of a prompt by its number of pairs: a column `weight` of 1/pairs does."),
     "xpo": Note("exploration while sampling: the reference's samples are pushed down", "As TRL's XPO trainer (gone from 1.16); SELM subtracts the reference's term and scales by beta."),
 }
 # fmt: on
@@ -149,6 +151,8 @@ def _trains(loss: Loss) -> str:
         return "yes, on rows of K responses with scores, or on pairs with the columns chosen_score and rejected_score"
     if "greedy_logps" in loss.needs:
         return "yes, with the column greedy, a text or turns, or one of K responses marked greedy: true"
+    if loss.shape == "scores":
+        return "yes, a model with a scalar head; margin is read where the data have it"
     if not loss.columns:
         return "yes"
     # An alternative that stands in for every column comes first: "win_prob, or win_prob_chosen and win_prob_rejected".
@@ -209,10 +213,31 @@ Rows of K `responses` ([training.md](training.md#k-responses-a-prompt)) give pai
 `exo_rw`, `infonca` and `nca_rw` read whole lists: their loss is a mean over the rows of the step, of any K; rewards and
 accuracies are those of the best and the worst by score. They can be summed with losses of that pair.
 
+Several losses are summed over all rows, unless rows say which of them is theirs: in the column `loss`, an entry of
+`loss_type`, which then every row has.
+
+```json
+{"prompt": "...", "chosen": "...", "rejected": "...", "loss": "dpo", "weight": 0.6}
+{"prompt": "...", "chosen": "...", "rejected": "...", "loss": "ipo", "weight": 0.2}
+{"prompt": "...", "completion": "...", "loss": "sft"}
+```
+
+Such a row is trained by that loss alone, times the loss's own weight, and needs the columns that this loss reads. The sum
+of the losses of pairs is divided by the pairs of the step, whichever loss each of them names, so that a row counts the
+same whatever else is in its step; an NLL is a mean over the chosen tokens of the rows that name its loss. A row of `sft`
+trains on its `completion`, or on its `chosen` response (of K responses: those that win a pair); the others do not go
+through the model. `weight` weighs it too. Rewards are of all pairs, with the beta of the first loss that has a reference.
+Losses that read a number of the whole step (`aot`, `aot_unpaired`, `kto`, `bco`), whole lists (`exo_rw`, `infonca`,
+`nca_rw`) or unpaired rows cannot be named beside others, which is an error. The reference scores every row, those of
+losses without one too.
+
 Unpaired losses take one response a row, [S], and K-response losses [P, K], both as first argument (and
 `ref_chosen_logps`). A previous policy that is a loss's only reference is read from `ref_*`.
 In training `inpo` and `dno_reg` mix previous policy and reference into one number a response, so they cannot be summed
 with a loss that reads the reference alone.
+
+`reward` trains a scalar head instead of a language model's ([reward-models.md](reward-models.md)): the rewards stand in
+the place of the log-probabilities, and it cannot be summed with other losses.
 
 `kto`, `apo_zero_unpaired` and `bco` train on rows of `prompt`, `completion` and `label` (true: desirable), or on pairs,
 each as two rows. What `kto`, `bco` and `aot` read of the whole step is exact for any cut into micro-batches and ranks. `bco` and `aot` pay a forward

@@ -48,6 +48,7 @@ class Pairs(NamedTuple):
     label: Tensor | None = None  # [S] bool: desirable
     kl: Tensor | None = None  # []: mean log-ratio of mismatched prompts and responses over the whole step
     reward_mean: Tensor | None = None  # []: running mean of the rewards
+    margin: Tensor | None = None  # by which the chosen reward should be the larger
 
     @property
     def chosen_logratios(self) -> Tensor:

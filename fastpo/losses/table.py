@@ -5,8 +5,8 @@ function returns one loss a pair, [P], without weights or reduction, and is diff
 gradient in closed form. `LOSSES["simpo"](chosen, rejected, ...)` works without the trainer; arguments that a loss does
 not read are ignored, those that it needs and lacks are an error.
 
-The functions are in fastpo/losses/functions.py, losses/cpo.py and losses/statistics.py; docs/losses.md is made from
-them and this table by `python -m fastpo.losses.docs > docs/losses.md`.
+The functions are in fastpo/losses/functions.py, losses/cpo.py, losses/statistics.py and losses/scalar.py;
+docs/losses.md is made from them and this table by `python -m fastpo.losses.docs > docs/losses.md`.
 """
 
 import difflib
@@ -21,6 +21,7 @@ from torch import Tensor
 from fastpo.errors import ConfigError
 from fastpo.losses import cpo as c
 from fastpo.losses import functions as f
+from fastpo.losses import scalar
 from fastpo.losses import statistics as g
 from fastpo.losses.functions import F_DIVERGENCES, Gradient, Pairs
 
@@ -53,7 +54,9 @@ class Loss:
     drawn: bool = False  # its log-probabilities are sums over tokens drawn, as many of each response of a pair
     lacks: str = NO_LACK  # what of its needs fastpo.train does not carry; empty where the loss can be trained
     of_step: str = ""  # what it reads of the whole step: KL, REWARD_MEAN or ORDER
-    shape: str = "pairs"  # or "unpaired" [S], or "lists" [P, K]: then only the first and the third argument are given
+    # Or "unpaired" [S], or "lists" [P, K]: then only the first and the third argument are given. Or "scores": pairs, of
+    # which the numbers are rewards of a scalar head.
+    shape: str = "pairs"
 
     def __call__(
         self,
@@ -112,7 +115,7 @@ class Loss:
 
     def needed(self, hyper: Mapping[str, Any]) -> list[str]:
         """Fields of Pairs that the loss reads with these hyper-parameters."""
-        pairs = self.shape == "pairs"
+        pairs = self.shape in ("pairs", "scores")
         names = ["rejected_logps"] if pairs else []
         if self.reference:
             names += ["ref_chosen_logps", "ref_rejected_logps"] if pairs else ["ref_chosen_logps"]
@@ -194,6 +197,7 @@ _DOMAINS: dict[Any, _Domain] = {
     **dict.fromkeys(("beta", "eta", "discopop_tau", "temperature", "beta_r", "score_scale"), _POSITIVE),
     **dict.fromkeys(("desirable_weight", "undesirable_weight"), _POSITIVE),
     **dict.fromkeys(("alpha", "cpo_alpha", "rpo_alpha", "lambda_coef", "nll_coef", "dpop_lambda"), _NOT_NEGATIVE),
+    "center_rewards_coefficient": _NOT_NEGATIVE,
     **dict.fromkeys(("kappa", "ld_alpha"), _SHARE),
     **dict.fromkeys(("disable_prompt_loss", "clamp_weight"), _FLAG),
     "label_smoothing": _Domain("in [0, 1)", low=0.0, high=1.0),
@@ -290,6 +294,8 @@ _TABLE = (
          needs=("greedy_logps", "ref_greedy_logps")),
     Loss("xpo", g.xpo, g.d_xpo, "2405.21046", {"beta": 0.1, "alpha": 1e-5}, needs=("ref_sample_logps",),
          lacks="pairs sampled from the policy and the reference as it trains"),
+    Loss("reward", scalar.reward, scalar.d_reward, "2203.02155", {"center_rewards_coefficient": 0.0}, reference=False,
+         may_read=("margin",), shape="scores"),
 )  # fmt: skip
 
 
@@ -341,6 +347,7 @@ class Term:
     weight: float
     loss: Loss | None
     hyper: Mapping[str, Any]
+    of: str = ""  # the entry of loss_type that it is of, by which rows name their loss
 
     @property
     def beta(self) -> float:
@@ -385,17 +392,15 @@ def resolve_terms(
             if not _DOMAINS["nll_reduction"].holds(reduction):
                 raise ConfigError(f"sft: nll_reduction must be {_DOMAINS['nll_reduction'].text}, not {reduction!r}")
             unread -= {"nll_reduction"}
-            terms.append(Term(SFT, weight, None, {"nll_reduction": reduction}))
+            terms.append(Term(SFT, weight, None, {"nll_reduction": reduction}, SFT))
             continue
-        if name == "dpo":
-            name = _of_dpo(options, weighted)
-        loss = LOSSES[name]
+        loss = LOSSES[_of_dpo(options, weighted) if name == "dpo" else name]
         reads = {k: v for k, v in options.items() if k in loss.defaults}
         unread -= set(reads)
         if weighted:
             # As TRL has it: DPO's own beta, and no cap.
             reads = {"beta": LOSSES["dpo"].defaults["beta"], "clamp_weight": False} | reads
-        terms += _terms(loss, weight, loss.hyper(**reads))
+        terms += _terms(loss, weight, loss.hyper(**reads), name)
     if not terms:
         raise ConfigError("loss_type names no loss")
     if unread:
@@ -414,6 +419,13 @@ def resolve_terms(
     unpaired, paired = ([t.name for t in terms if t.loss and (t.loss.shape == "unpaired") == u] for u in (True, False))
     if unpaired and paired:
         raise ConfigError(f"{unpaired[0]} takes unpaired rows and {paired[0]} pairs: they cannot be mixed")
+    scores = [t.name for t in terms if t.loss and t.loss.shape == "scores"]
+    if scores and len(terms) > 1:
+        other = next((t.name for t in terms if t.name not in scores), scores[0])
+        raise ConfigError(
+            f"{scores[0]} trains a scalar head, which has no log-probabilities for {other}: give loss_type={scores[0]} "
+            "alone"
+        )
     ordered = [t.name for t in terms if t.loss and t.loss.of_step == ORDER]
     with_kl = [t.name for t in terms if t.loss and "chosen_kl" in t.loss.needs]
     if ordered and with_kl:  # its first pass over a step reads a reference that is computed beforehand
@@ -444,19 +456,19 @@ def _of_dpo(options: Mapping[str, Any], weighted: bool) -> str:
     return next(iter(named.values()), "dpo")
 
 
-def _terms(loss: Loss, weight: float, hyper: dict[str, Any]) -> list[Term]:
+def _terms(loss: Loss, weight: float, hyper: dict[str, Any], of: str) -> list[Term]:
     """A loss as the trainer sums it: its NLL by tokens apart. ConfigError where the trainer cannot feed it."""
     if loss.lacks:
         advice = f"call fastpo.losses.LOSSES[{loss.name!r}] yourself"
         raise ConfigError(f"{loss.name} needs {loss.lacks}, which fastpo.train does not carry yet; {advice}")
     if not loss.nll or hyper["nll_reduction"] != "token_mean":
-        return [Term(loss.name, weight, loss, hyper)]
+        return [Term(loss.name, weight, loss, hyper, of)]
     apart = (loss.nll, "nll_reduction", "disable_prompt_loss")
-    terms = [Term(loss.name, weight, loss, {k: v for k, v in hyper.items() if k not in apart})]
+    terms = [Term(loss.name, weight, loss, {k: v for k, v in hyper.items() if k not in apart}, of)]
     if not hyper[loss.nll]:
         return terms
     nll = _TOKEN_NLL if hyper.get("disable_prompt_loss", True) else _TOKEN_NLL | {"disable_prompt_loss": False}
-    return [*terms, Term(SFT, weight * hyper[loss.nll], None, nll)]
+    return [*terms, Term(SFT, weight * hyper[loss.nll], None, nll, of)]
 
 
 def segment_sum(values: Tensor, offsets: Tensor) -> Tensor:

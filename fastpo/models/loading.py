@@ -5,8 +5,11 @@ that it would leave out, end the run before it begins; what the class itself dec
 predict further tokens) is carried over as it is (models/carried.py).
 """
 
+import copy
 import difflib
+import logging
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +19,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -27,6 +31,8 @@ from fastpo.errors import ConfigError, DeviceError
 from fastpo.models import adapters
 from fastpo.models.adapters import first_line
 from fastpo.models.carried import COMPUTED, WHERE, left_out
+
+log = logging.getLogger("fastpo")
 
 
 def load_model(
@@ -40,8 +46,11 @@ def load_model(
     revision: str | None = None,
     quantization_config: object | None = None,
     model_init_kwargs: dict[str, Any] | None = None,
+    scalar_head: bool = False,
 ) -> PreTrainedModel:
-    """A causal language model by name or path, in the checkpoint's own dtype unless `dtype` says otherwise.
+    """A causal language model by name or path, in the checkpoint's own dtype unless `dtype` says otherwise; with
+    `scalar_head` a reward model: a sequence classifier of one label, whose head is new where the checkpoint is a
+    language model's.
 
     Its class is the one that the checkpoint's config names. A trained adapter's folder or hub name gives its base with
     that adapter, trainable; `revision` is the adapter's. `attn_implementation` is what the model runs outside fastpo
@@ -58,8 +67,16 @@ def load_model(
     target = resolve_device(device, use_cpu=use_cpu)
     if quantization_config is not None and "device_map" not in kwargs:
         kwargs["device_map"] = {"": target}
+    new_head = False
     try:
-        kind = model_class(_config_of(where, kwargs), where)
+        if scalar_head and kwargs.pop("num_labels", 1) != 1:
+            raise ConfigError("model_init_kwargs: num_labels must be 1, for a reward is one number")
+        config = _config_of(where, kwargs)
+        if scalar_head:
+            new_head = not is_classifier(config)
+            kind, kwargs["config"] = AutoModelForSequenceClassification, with_one_label(config, where)
+        else:
+            kind = model_class(config, where)
         told = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # refused below, by name
         model, info = kind.from_pretrained(where, **{**kwargs, **told})
     except ConfigError:
@@ -69,7 +86,7 @@ def load_model(
         raise ConfigError(f"loading {where!r} needs a package that is not installed: {hint}") from error
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"cannot load the model {where!r}{of}: {first_line(error)}") from error
-    _check_whole(model, info, where, kwargs)
+    _check_whole(model, _with_new_head(model, info) if new_head else info, where, kwargs)
     adapters.settle_quantized(model, just_loaded=True)
     model = model if "device_map" in kwargs else model.to(target)
     return model if adapter is None else adapters.continue_adapter(model, name_or_path, revision)
@@ -130,12 +147,54 @@ def _classes_of(config: Any) -> list[str]:
     return [k.__name__ for kind in found for k in (kind if isinstance(kind, tuple) else (kind,))]
 
 
-def empty_model(config: Any, dtype: torch.dtype, where: str, trust_remote_code: bool = False) -> PreTrainedModel:
+def empty_model(
+    config: Any, dtype: torch.dtype, where: str, trust_remote_code: bool = False, scalar_head: bool = False
+) -> PreTrainedModel:
     """A model of a config alone, of the class that `load_model` would give it, with the weights that it starts with."""
+    if scalar_head:
+        config = with_one_label(config, where)
+        return AutoModelForSequenceClassification.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     kind: Any = model_class(config, where)
     if issubclass(kind, PreTrainedModel):
         return kind._from_config(config, dtype=dtype)
     return kind.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+
+
+# ---- a scalar head in the place of the language model's
+
+_LM_HEADS = re.compile(r"(^|\.)(lm_head|embed_out)\.")
+_SCALAR_HEAD = re.compile(r"(^|\.)score\.")
+
+
+def with_one_label(config: Any, where: str) -> Any:
+    """A copy of a model's config for a reward model; ConfigError where it is a classifier's of more labels than one."""
+    config = copy.deepcopy(config)
+    if is_classifier(config) and config.num_labels != 1:
+        raise ConfigError(
+            f"{where!r} is a {config.architectures[0]} of {config.num_labels} labels, and a reward is one number: give "
+            "a language model, or a classifier trained with num_labels=1"
+        )
+    if config.num_labels != 1:
+        config.num_labels = 1
+    return config
+
+
+def is_classifier(config: Any) -> bool:
+    """Whether the config is that of a sequence classifier, which brings a head of its own."""
+    return any(name.endswith("ForSequenceClassification") for name in getattr(config, "architectures", None) or ())
+
+
+def _with_new_head(model: Any, info: Mapping[str, Any]) -> dict[str, Any]:
+    """What loading said of a language model's checkpoint, without the head that it is expected to lack, which is drawn
+    at random, and the one that it has instead."""
+    new = [key for key in info["missing_keys"] if _SCALAR_HEAD.search(key)]
+    model.fastpo_new_head = bool(new)
+    log.info("%s: a new scalar head (%s), drawn at random", type(model).__name__, ", ".join(sorted(new)))
+    return {
+        **info,
+        "missing_keys": [key for key in info["missing_keys"] if key not in new],
+        "unexpected_keys": [key for key in info["unexpected_keys"] if not _LM_HEADS.search(key)],
+    }
 
 
 # ---- whether all of it was loaded

@@ -109,20 +109,21 @@ def check_quiet(policy: Policy, examples: Sequence[Example]) -> None:
         for module, training in modes:
             module.training = training
     kind = f", first behind {where} ({type(policy.causal_lm.get_submodule(where)).__name__})" if where else ""
+    unit = "reward" if policy.scores else "token"
     raise ConfigError(
         f"{type(policy.causal_lm).__name__} is random in train mode though disable_dropout is on: the same rows run "
-        f"twice differ by up to {float((first - second).abs().max()):.2g} a token{kind}; switch its noise off in the "
+        f"twice differ by up to {float((first - second).abs().max()):.2g} a {unit}{kind}; switch its noise off in the "
         "model, or pass disable_dropout=False"
     )
 
 
 def _with_two_seeds(policy: Policy, batch: PackedBatch, each: Callable[[], None] = lambda: None) -> tuple[Tensor, ...]:
-    """Log-probabilities [N] fp64 of a batch run twice, each time under another seed and after a call of `each`."""
+    """What losses read, fp64, of a batch run twice, each time under another seed and after a call of `each`."""
     runs = []
     for seed in (1, 2):
         each()
         torch.manual_seed(seed)
-        runs.append(policy.logp(batch).double())
+        runs.append(policy.read(batch).double())
     return tuple(runs)
 
 

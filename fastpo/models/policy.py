@@ -10,7 +10,7 @@ import contextlib
 import inspect
 import itertools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from fastpo import ops
+from fastpo.data.example import Example
 from fastpo.data.packing import PackedBatch
 from fastpo.errors import ConfigError, UnsupportedModelError
 from fastpo.models import adapters, attention, rotary
@@ -65,12 +66,14 @@ class Head:
 class Policy:
     """A causal language model, with or without a PEFT adapter, seen as packed log-probabilities."""
 
+    scores = False  # whether its head gives a number a response (scalar_head.py), not one a token
+
     def __init__(self, model: nn.Module, fused: bool = True):
         """fused: whether layers are computed by fused ones while attached, where there are any (models/fused.py)."""
         self.model = model
-        self.causal_lm = _causal_lm(model)
+        self.causal_lm = self._taken(model)
         self.trunk = trunk_of(self.causal_lm)
-        self.softcap, self.logit_scale = _logit_rule(self.causal_lm)
+        self.softcap, self.logit_scale = self._logit_rule()
         self.head()  # refuses here what it would refuse in the first step
         self.unpacked = attention.runs_unpacked()
         if not self.unpacked and (why := _unpackable(self.causal_lm)):
@@ -102,15 +105,34 @@ class Policy:
 
     def head(self) -> Head:
         """The head's tensors, looked up anew: an adapter may hold a copy of its own, or be switched off."""
-        module = _unwrap_head(self.causal_lm)
+        module = unwrap_head(self.causal_lm, self._head_module())
         return Head(module.weight, getattr(module, "bias", None), self.softcap, self.logit_scale)
+
+    @staticmethod
+    def _taken(model: nn.Module) -> PreTrainedModel:
+        return _causal_lm(model)
+
+    def _logit_rule(self) -> tuple[float | None, float]:
+        return _logit_rule(self.causal_lm)
+
+    def _head_module(self) -> Any:
+        return self.causal_lm.get_output_embeddings()
+
+    def place(self, examples: Sequence[Example]) -> None:
+        """Notes in rows that it will read what they must bring beside their ids: here nothing."""
+
+    def read(self, batch: PackedBatch, **options: Any) -> Tensor:
+        """What losses read of a batch: here `logp`, whose options these are."""
+        out = self.logp(batch, **options)
+        assert isinstance(out, Tensor)
+        return out
 
     def hidden(self, batch: PackedBatch) -> Tensor:
         """Last hidden states [T, D], after the final norm, of a packed batch. The policy must be attached."""
         if self._originals is None:
             raise RuntimeError("Policy.hidden needs packed attention: call it inside `with policy.attach():`")
         layout = Layout.from_chains(batch.cu_seqlens, batch.branches)
-        # The last token of a response, which a router's loss alone sends through the trunk, is part of a row's length.
+        # The last token of a response is part of a row's length, whether it is sent through the trunk or not.
         with rotary.forward_of(None if self.unpacked else layout, missing=int(batch.uses is None)):
             if self.unpacked:
                 return self._hidden_unpacked(batch.input_ids, layout)
@@ -237,6 +259,17 @@ class Policy:
 
 
 def _causal_lm(model: Any) -> PreTrainedModel:
+    """The causal language model inside a PEFT wrapper."""
+    inner = decoder_of(model)
+    if inner.get_output_embeddings() is None:
+        raise UnsupportedModelError(
+            f"{type(inner).__name__} has no output head; load it with AutoModelForCausalLM, or pass a ...ForCausalLM "
+            "model"
+        )
+    return inner
+
+
+def decoder_of(model: Any) -> PreTrainedModel:
     """The transformers model inside a PEFT wrapper, if it is one that can be trained here."""
     name = type(model).__name__
     inner = model
@@ -250,10 +283,6 @@ def _causal_lm(model: Any) -> PreTrainedModel:
     config = inner.config
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(f"{name} is an encoder-decoder; fastpo trains decoder-only language models")
-    if inner.get_output_embeddings() is None:
-        raise UnsupportedModelError(
-            f"{name} has no output head; load it with AutoModelForCausalLM, or pass a ...ForCausalLM model"
-        )
     text = config.get_text_config(decoder=True)
     if not getattr(text, "is_causal", True):
         raise UnsupportedModelError(f"{name} is configured with is_causal=False; fastpo trains causal models")
@@ -274,10 +303,9 @@ def _name_of(causal_lm: PreTrainedModel, module: nn.Module) -> str:
     return next((name for name, of in causal_lm.named_modules() if of is module), "it")
 
 
-def _unwrap_head(causal_lm: PreTrainedModel) -> Any:
+def unwrap_head(causal_lm: PreTrainedModel, head: Any) -> Any:
     """The module whose `weight` and `bias` are the head's, out of the wrappers that people and PEFT put around it."""
     name = type(causal_lm).__name__
-    head = causal_lm.get_output_embeddings()
     while True:
         kind = type(head).__name__
         if tying := _tied_by(causal_lm):

@@ -57,15 +57,15 @@ def verify_policy(policy: Policy, examples: Sequence[Example], tolerance: float 
     device = policy.causal_lm.get_input_embeddings().weight.device
     cuda = [device] if device.type == "cuda" else []
     with torch.no_grad(), torch.random.fork_rng(cuda), eval_mode(policy.model):
-        with policy.detached(), _soft_caps_honoured(policy.causal_lm):
+        with policy.detached(), soft_caps_honoured(policy.causal_lm):
             own, spacing = _own_logps(policy, examples, device)
         noise = _Noise.of(spacing) if tolerance is None else _Noise(tolerance, tolerance, few=0.0)
         try:
             with policy.attach():
                 if not policy.unpacked:
-                    _check_attention_pattern(policy, device)
+                    check_attention_pattern(policy, device)
                 batch = collate(examples, range(len(examples)))
-                _check_batch(policy, batch, examples)
+                check_batch(policy, batch, examples)
                 batch = batch.to(device)
                 packed = _last_of_each(policy.logp(batch), batch.response_offsets.tolist())
         except TypeError as error:  # a trunk whose forward does not know the keywords
@@ -75,7 +75,7 @@ def verify_policy(policy: Policy, examples: Sequence[Example], tolerance: float 
             raise UnsupportedModelError(f"{name} cannot run packed: {error}; {attention.UNPACKED}") from error
         difference = _difference(packed, own, noise)
         if tolerance is None and (difference is not None or policy.is_sharded):
-            with policy.detached(), _soft_caps_honoured(policy.causal_lm):
+            with policy.detached(), soft_caps_honoured(policy.causal_lm):
                 noise = _measured(policy, examples, own, spacing, device)
             difference = _difference(packed, own, noise)
         if difference is not None:
@@ -83,14 +83,16 @@ def verify_policy(policy: Policy, examples: Sequence[Example], tolerance: float 
         _compare_pairs(type(policy.causal_lm).__name__, packed, batch, examples, own, noise)
 
 
-def verify_or_unpack(policy: Policy, examples: Sequence[Example]) -> None:
-    """`verify_policy`; a model that is wrong or cannot run when packed, and right when every response runs alone, runs
-    so from here on (recurrent layers that its config does not name, masks of its own). Else the first error stands.
+def verify_or_unpack(
+    policy: Policy, examples: Sequence[Example], verify: Callable[[Policy, Sequence[Example]], None] = verify_policy
+) -> None:
+    """`verify`; a model that is wrong or cannot run when packed, and right when every response runs alone, runs so from
+    here on (recurrent layers that its config does not name, masks of its own). Else the first error stands.
     """
     try:
-        verify_policy(policy, examples)
+        verify(policy, examples)
     except UnsupportedModelError as error:
-        _unpack(policy, examples, error)
+        _unpack(policy, examples, error, verify)
     except FastpoError:
         raise
     except (TypeError, ValueError, AttributeError) as error:
@@ -101,13 +103,16 @@ def verify_or_unpack(policy: Policy, examples: Sequence[Example]) -> None:
         raise UnsupportedModelError(f"{name} cannot run on rows of text alone: {first_line(error)}") from error
 
 
-def _unpack(policy: Policy, examples: Sequence[Example], error: UnsupportedModelError) -> None:
+def _unpack(
+    policy: Policy, examples: Sequence[Example], error: UnsupportedModelError,
+    verify: Callable[[Policy, Sequence[Example]], None],
+) -> None:  # fmt: skip
     """Go on unpacked where that is right, else raise `error`."""
     if policy.unpacked:
         raise error
     policy.unpacked = True
     try:
-        verify_policy(policy, examples)
+        verify(policy, examples)
     except (UnsupportedModelError, ConfigError):  # ConfigError: fsdp, which cannot run unpacked
         policy.unpacked = False
         raise error from None
@@ -162,7 +167,7 @@ def _one_pair(example: Example) -> Example:
 
 
 @contextlib.contextmanager
-def _soft_caps_honoured(causal_lm: PreTrainedModel) -> Iterator[None]:
+def soft_caps_honoured(causal_lm: PreTrainedModel) -> Iterator[None]:
     """Older transformers (5.11, not 5.23) run Gemma 2 with SDPA, which leaves its soft caps out; eager has them."""
     implementations = attention_implementations(causal_lm)
     text = causal_lm.config.get_text_config(decoder=True)
@@ -181,7 +186,7 @@ def _own_logps(policy: Policy, examples: Sequence[Example], device: torch.device
     Logits are stored with a spacing of eps times their magnitude, of which the part of a token is lost that has all the
     probability: its logit is its own normaliser; and log-probabilities in fp32.
     """
-    eps = _working_eps(policy, device)
+    eps = working_eps(policy, device)
     own, scales = [], []
     for number, example in enumerate(examples):
         for k, response in enumerate(example.responses):
@@ -205,9 +210,9 @@ def _measured(
     31) moved by 1.6e-6 a token in fp32 and by 0.06 in bf16 under that, by 6e-7 in fp32 through packing, and by 0.7 with
     responses one position off.
     """
-    eps = _working_eps(policy, device)
+    eps = working_eps(policy, device)
     moved, first = [], 0
-    with _rounded(policy, eps / 2):
+    with rounded(policy, eps / 2):
         for example in examples:  # one of a prompt's responses shows how far roundings are carried
             response = example.responses[0]
             row = torch.as_tensor([*example.prompt_of(0), *response], dtype=torch.int64, device=device)
@@ -250,7 +255,7 @@ def _not_finite(policy: Policy, number: int, length: int) -> str:
 
 
 @contextlib.contextmanager
-def _rounded(policy: Policy, eps: float) -> Iterator[None]:
+def rounded(policy: Policy, eps: float) -> Iterator[None]:
     """Embeddings and layers whose outputs are moved by a share of `eps` inside the block."""
     layers = [m for m in policy.trunk.modules() if isinstance(m, GradientCheckpointingLayer)]
 
@@ -280,7 +285,7 @@ def _nudged(out: Any, eps: float) -> Any:
     return out * (1 + eps * sign)
 
 
-def _working_eps(policy: Policy, device: torch.device) -> float:
+def working_eps(policy: Policy, device: torch.device) -> float:
     """Spacing of the precision that the matrix multiplies run in."""
     if torch.is_autocast_enabled(device.type):
         return torch.finfo(torch.get_autocast_dtype(device.type)).eps
@@ -289,7 +294,7 @@ def _working_eps(policy: Policy, device: torch.device) -> float:
     return max(eps, 2.0**-10) if tf32 else eps
 
 
-def _check_batch(policy: Policy, batch: PackedBatch, examples: Sequence[Example]) -> None:
+def check_batch(policy: Policy, batch: PackedBatch, examples: Sequence[Example]) -> None:
     """Every response must lie in the batch behind its own prompt, at its own positions: exact, in any precision."""
     ids, positions, predicted, target = (
         x.numpy() for x in (batch.input_ids, batch.position_ids, batch.logit_rows, batch.target)
@@ -352,7 +357,7 @@ def _cause(
     """The message of a difference. Where it comes from is tried: head before trunk, rows alone before packed ones."""
     name = type(policy.causal_lm).__name__
     amount = f"by {found.average:.2g} on average over {found.tokens} tokens where rounding explains {noise.average:.2g}"
-    with policy.detached(), _soft_caps_honoured(policy.causal_lm):
+    with policy.detached(), soft_caps_honoured(policy.causal_lm):
         by_trunk = _by_own_trunk(policy, examples, device)
     if by_trunk is not None and _difference(by_trunk, own, noise) is not None:
         return (
@@ -440,7 +445,7 @@ def _compare_pairs(
 _FAR = 1 << 20  # tokens; a window that reaches this far back is none
 
 
-def _check_attention_pattern(policy: Policy, device: torch.device) -> None:
+def check_attention_pattern(policy: Policy, device: torch.device) -> None:
     """Every layer must tell its attention about the window that its mask has.
 
     Packed attention sees the layers' keywords and no mask. A family that puts a sliding window, chunks or bidirectional

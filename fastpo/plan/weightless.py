@@ -32,6 +32,7 @@ from fastpo.models.adapters import first_line
 from fastpo.models.loading import empty_model, loading_dtype
 from fastpo.models.modes import training_mode
 from fastpo.models.policy import Policy
+from fastpo.models.scalar_head import has_scalar_head, policy_of
 from fastpo.models.trunk import freeze_towers
 from fastpo.training.inputs import model_name
 from fastpo.training.optim import NARROW, Gradients
@@ -159,12 +160,13 @@ class Blueprint:
             quantization = inner.config.quantization_config
             config = copy.deepcopy(inner.config)
             del config.quantization_config
-            return cls._build(mode, config, inner.dtype, peft_config, quantization)
+            scalar = has_scalar_head(model)
+            return cls._build(mode, config, inner.dtype, peft_config, quantization, scalar_head=scalar)
         weights = nbytes_of([*model.parameters(), *model.buffers()])
         with FakeCopyMode(mode):
             fake = copy.deepcopy(model)
         _without_memory(fake, mode)  # on the CPU, where the fake batch is
-        return cls(Policy(fake), mode, weights)
+        return cls(policy_of(fake), mode, weights)
 
     @classmethod
     def of_name(
@@ -192,18 +194,20 @@ class Blueprint:
         if hasattr(of_model, "quantization_config"):
             del of_model.quantization_config
         mode = FakeTensorMode(allow_non_fake_inputs=True)
-        return cls._build(mode, of_model, parsed, peft_config, quantization, config.trust_remote_code, where)
+        scalar = config.scalar_head and argument == "model"
+        return cls._build(mode, of_model, parsed, peft_config, quantization, config.trust_remote_code, where, scalar)
 
     @classmethod
     def _build(
         cls, mode: FakeTensorMode, of_model: Any, dtype: torch.dtype, peft_config: Any, quantization: Any,
-        trust_remote_code: bool = False, where: str = "",
+        trust_remote_code: bool = False, where: str = "", scalar_head: bool = False,
     ) -> "Blueprint":  # fmt: skip
         try:
             with torch.device("meta"):
-                model = empty_model(of_model, dtype, where, trust_remote_code)
+                model = empty_model(of_model, dtype, where, trust_remote_code, scalar_head)
         except (ValueError, ImportError) as error:
-            raise ConfigError(f"no causal language model of {of_model.model_type!r}: {first_line(error)}") from error
+            what = "reward model" if scalar_head else "causal language model"
+            raise ConfigError(f"no {what} of {of_model.model_type!r}: {first_line(error)}") from error
         weights = nbytes_of([*model.parameters(), *model.buffers()])
         scratch, kind = 0, ""
         if quantization is not None:
@@ -222,7 +226,7 @@ class Blueprint:
         weights += nbytes_of([*model.parameters(), *model.buffers()]) - before
         freeze_towers(model)
         _without_memory(model, mode)
-        return cls(Policy(model), mode, weights, scratch, kind)
+        return cls(policy_of(model), mode, weights, scratch, kind)
 
 
 def _without_memory(model: nn.Module, mode: FakeTensorMode) -> None:
@@ -305,6 +309,7 @@ def simulate(
     per_chain = max(1, round(CHAIN * row_share))
     prompt = np.ones(max(1, CHAIN + 1 - per_chain), np.int32)
     example = Example(prompt, [np.ones(CHAIN + 1 - len(prompt), np.int32)])
+    policy.place([example])
     batch = collate([example], [0] * (tokens // CHAIN))
     moved: dict[str, Any] = {f.name: mode.from_tensor(value) for f in dataclasses.fields(batch)
                              if isinstance(value := getattr(batch, f.name), Tensor)}  # fmt: skip
@@ -340,7 +345,7 @@ def simulate(
             tracker.trace.clear()
             tracker.at_head.clear()
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                logp = policy.logp(batch, memory_budget=budgets[regime])
+                logp = policy.read(batch, memory_budget=budgets[regime])
             saved = tracker.live - base
             logp.sum().backward()
             del logp

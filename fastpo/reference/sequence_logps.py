@@ -4,7 +4,7 @@ sampler are made of."""
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fastpo.config.train_config import TrainConfig
 from fastpo.data import prepare_examples
-from fastpo.data.packing import collate, pass_batches, set_sharing, sharing_mode
+from fastpo.data.packing import PackedBatch, collate, pass_batches, set_sharing, sharing_mode
 from fastpo.data.prepare import Example
 from fastpo.data.rows import PROMPT_IDS, Unfinished, is_ids
 from fastpo.data.sources import load_rows
@@ -23,9 +23,11 @@ from fastpo.models.loading import load_model, load_tokenizer
 from fastpo.models.modes import check_ids, eval_mode
 from fastpo.models.policy import Policy
 from fastpo.models.sharing import trunk_cost
-from fastpo.models.verify import guard_rows, verify_or_unpack
+from fastpo.models.verify import guard_rows, verify_or_unpack, verify_policy
 from fastpo.training.distributed import World
 from fastpo.training.memory import MAX_TOKENS, Budget, savings
+
+T = TypeVar("T")
 
 _RESPONSES = ("completion", "chosen", "rejected", "responses")
 
@@ -62,24 +64,37 @@ def sequence_logps(
         model = load_model(name)
     else:
         tokenizer = processing_class or load_tokenizer(getattr(model.config, "_name_or_path", ""))
-    single = list(_apart(load_rows(rows)))
+    single = list(apart(load_rows(rows)))
     if not single:
         return []
-    prepared = _prepared(single, tokenizer)
-    policy = Policy(model)
-    device = policy.causal_lm.get_input_embeddings().weight.device
-    of_responses = _logps(policy, prepared, device, max_tokens, verify, progress)
-    out: list[list[np.ndarray]] = [[] for _ in range(single[-1][0] + 1)]
-    for (number, _), logp in zip(single, of_responses, strict=True):
-        out[number].append(logp)
+    examples = prepared(single, tokenizer)
+    out: list[np.ndarray] = [np.empty(0, np.float32)] * len(examples)
+
+    def take(batch: PackedBatch, logp: np.ndarray) -> None:
+        offsets = batch.response_offsets.tolist()
+        for i, start, stop in zip(batch.examples, offsets, offsets[1:], strict=False):
+            out[i] = logp[start:stop].copy()
+
+    score(Policy(model), examples, take, max_tokens, verify_policy if verify else None, progress)
+    return by_row(single, out)
+
+
+# ---- of what fastpo.rewards is made too
+
+
+def by_row(single: Sequence[tuple[int, Any]], values: Sequence[T]) -> list[list[T]]:
+    """The responses' values, a list for each row; `single` as of `apart`."""
+    out: list[list[T]] = [[] for _ in range(single[-1][0] + 1)]
+    for (number, _), value in zip(single, values, strict=True):
+        out[number].append(value)
     return out
 
 
-def _apart(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
+def apart(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
     """(number of the row, a row with one completion) of every response."""
     for number, row in enumerate(rows):
         if row.get("prompt") is None and row.get(PROMPT_IDS) is None:
-            raise DataError(f"row {number} has no prompt, which log-probabilities of a response are given")
+            raise DataError(f"row {number} has no prompt, after which a response is scored")
         names = ("prompt", PROMPT_IDS, "tools", "chat_template_kwargs")
         rest = {k: v for k, v in row.items() if k in names and v is not None}
         given = [(name, row[name]) for name in ("completion", "chosen", "rejected") if row.get(name) is not None]
@@ -114,7 +129,7 @@ def _value(entry: Any, what: str) -> Any:
     return Unfinished(value) if finished is False and isinstance(value, str) else value
 
 
-def _prepared(single: Sequence[tuple[int, dict[str, Any]]], tokenizer: Any) -> list[Example]:
+def prepared(single: Sequence[tuple[int, dict[str, Any]]], tokenizer: Any) -> list[Example]:
     """The example of each row with one completion; rows of one form are read together."""
     forms: dict[tuple, list[int]] = {}
     for at, (_, row) in enumerate(single):
@@ -123,21 +138,25 @@ def _prepared(single: Sequence[tuple[int, dict[str, Any]]], tokenizer: Any) -> l
     out: dict[int, Example] = {}
     for places in forms.values():
         try:
-            prepared, _ = prepare_examples([single[at][1] for at in places], tokenizer, kind="sft", recognise=False)
+            found, _ = prepare_examples([single[at][1] for at in places], tokenizer, kind="sft", recognise=False)
         except DataError as error:  # which counts the rows of this part
             parts = re.split(r"(?<=\brow )(\d+)", str(error))
             parts[1::2] = [str(single[places[int(k)]][0]) for k in parts[1::2]]
             raise DataError("".join(parts)) from error
-        out |= zip(places, prepared, strict=True)
+        out |= zip(places, found, strict=True)
     return [out[at] for at in range(len(single))]
 
 
-def _logps(
-    policy: Policy, examples: list[Example], device: torch.device, max_tokens: int | None, verify: bool,
+def score(
+    policy: Policy, examples: list[Example], take: Callable[[PackedBatch, np.ndarray], object],
+    max_tokens: int | None, verify: Callable[[Policy, Sequence[Example]], None] | None,
     progress: Callable[[int, int], object],
-) -> list[np.ndarray]:  # fmt: skip
-    """Of the one response of each example."""
+) -> None:  # fmt: skip
+    """Runs rows of one response each through a policy, packed, without gradient; `take` gets each micro-batch and what
+    the policy reads of it, fp32. verify: the guard to hold a few rows against first."""
     check_ids(policy, examples, "given")
+    policy.place(examples)
+    device = policy.causal_lm.get_input_embeddings().weight.device
     most = max_tokens or MAX_TOKENS.get(device.type, MAX_TOKENS["cuda"])
     config = TrainConfig()
     bf16 = torch.is_autocast_enabled(device.type)
@@ -148,20 +167,17 @@ def _logps(
         most, config, World(device), lambda training: savings(config, policy.model, policy.dtype, device, training),
         lambda _, row: f"response {row}",
     )  # fmt: skip
-    out: list[np.ndarray] = [np.empty(0, np.float32)] * len(examples)
+    done: set[int] = set()
 
     def work(part: list[int]) -> None:
         batch = collate(examples, part)
-        offsets = batch.response_offsets.tolist()
-        logp = policy.logp(batch.to(device)).float().cpu().numpy()
-        for i, start, stop in zip(batch.examples, offsets, offsets[1:], strict=False):
-            out[i] = logp[start:stop].copy()
+        take(batch, policy.read(batch.to(device)).float().cpu().numpy())
+        done.update(part)
 
     parts: Iterable[list[int]] = pass_batches(examples, range(len(examples)), most)
     with torch.no_grad(), eval_mode(policy.model):
-        if verify:
-            verify_or_unpack(policy, guard_rows(policy, examples[:2], examples))
+        if verify is not None:
+            verify_or_unpack(policy, guard_rows(policy, examples[:2], examples), verify)
         with policy.attach():
             for _ in budget.passes(list(parts), examples, work):
-                progress(sum(map(bool, map(len, out))), len(examples))
-    return out
+                progress(len(done), len(examples))

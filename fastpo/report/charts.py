@@ -21,9 +21,10 @@ LOG_RATIO = 1000.0  # positive values that span more than this are drawn on a lo
 # Title, metrics and a word on them. What a chart does not have it does not show.
 LEARNING = (
     ("Loss", ("loss",), ""),
-    ("Accuracy", ("rewards/accuracies",), "chosen reward above rejected"),
-    ("Reward margin", ("rewards/margins",), "chosen minus rejected"),
+    ("Accuracy", ("rewards/accuracies", "accuracy"), "chosen reward above rejected"),
+    ("Reward margin", ("rewards/margins", "margin"), "chosen minus rejected"),
     ("Rewards", ("rewards/chosen", "rewards/rejected"), ""),
+    ("Rewards of responses", ("max_reward", "mean_reward", "min_reward"), ""),
     ("Log-probabilities", ("logps/chosen", "logps/rejected"), "nats an answer"),
     ("Gradient norm", ("grad_norm",), "before clipping"),
     ("Learning rate", ("learning_rate",), ""),
@@ -39,6 +40,8 @@ MACHINE = (
 )
 NO_CURVE = {"step", "epoch", "num_tokens", "total_flos", "runtime", "samples_per_second", "steps_per_second"}
 KNOWN = [key for _, keys, _ in (*LEARNING, *MACHINE) for key in keys] + sorted(NO_CURVE)
+# Names so plain that other metrics end in them: they are these only where the log is a reward model's.
+OF_REWARDS = {"accuracy", "margin", "max_reward", "mean_reward", "min_reward"}
 
 
 class Curves(NamedTuple):
@@ -61,6 +64,8 @@ def read_curves(log_history: Sequence[Mapping[str, Any]]) -> Curves:
     of: dict[str, dict[str, list[Point]]] = {}
     sets = ["train"]
     has_train = any("loss" in line for line in log_history)
+    of_rewards = any("mean_reward" in line or "eval_mean_reward" in line for line in log_history)
+    known = [key for key in KNOWN if of_rewards or key not in OF_REWARDS]
     for index, line in enumerate(log_history):
         if "train_runtime" in line and has_train:
             continue
@@ -68,7 +73,7 @@ def read_curves(log_history: Sequence[Mapping[str, Any]]) -> Curves:
         for key, value in line.items():
             if not is_number(value) and value is not None:
                 continue
-            name, metric = _split(key)
+            name, metric = _split(key, known)
             if metric in NO_CURVE or (metric.startswith("train_") and metric != "train_loss"):
                 continue
             metric = "loss" if metric == "train_loss" else metric
@@ -80,12 +85,12 @@ def read_curves(log_history: Sequence[Mapping[str, Any]]) -> Curves:
     return Curves(of, sets)
 
 
-def _split(key: str) -> tuple[str, str]:
+def _split(key: str, known: Sequence[str] = KNOWN) -> tuple[str, str]:
     """`eval_easy_rewards/margins` -> ("easy", "rewards/margins"); other keys are the training's."""
     if not key.startswith("eval_"):
         return "train", key
     rest = key.removeprefix("eval_")
-    for metric in KNOWN:
+    for metric in known:
         if rest == metric:
             return "eval", metric
         if rest.endswith(f"_{metric}"):

@@ -85,7 +85,8 @@ def model_card(
     base = base_model if _is_hub_id(base_model) else None
     data = [d for d in datasets if _is_hub_id(d)]
     name = (repo_id or Path(config.output_dir).absolute().name).rpartition("/")[2]
-    head: dict[str, Any] = {"library_name": "peft" if adapter else "transformers", "pipeline_tag": "text-generation"}
+    task = "text-classification" if config.scalar_head else "text-generation"
+    head: dict[str, Any] = {"library_name": "peft" if adapter else "transformers", "pipeline_tag": task}
     head["base_model"] = base
     head["datasets"] = data
     head["model_name"] = name if _HUB_ID.fullmatch(name) else None  # any other is a folder's, of this machine
@@ -101,7 +102,7 @@ def model_card(
             f"{kind} {origin}, trained{of_data} with "
             f"{_enumerate([_term(t) for t in terms])} by fastpo {fastpo.__version__}.\n",
             "## Use\n",
-            f"```python\n{_quick_start(repo_id or name, adapter, chat)}\n```\n",
+            f"```python\n{(_score if config.scalar_head else _quick_start)(repo_id or name, adapter, chat)}\n```\n",
             "## Training\n",
             *_training(config, terms, rows, steps, batch_size, dtype),
             *_results(metrics or {}),
@@ -179,6 +180,30 @@ def _quick_start(where: str, adapter: bool, chat: bool) -> str:
         "tokens = model.generate(**inputs, max_new_tokens=128)",
         'print(tokenizer.decode(tokens[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))',
     ]
+    return "\n".join(lines)
+
+
+def _score(where: str, adapter: bool, chat: bool) -> str:
+    """How to score a response with a reward model, by transformers alone."""
+    question, answer = "What do you think of the sea?", "It is wide."
+    kind = "AutoPeftModelForSequenceClassification" if adapter else "AutoModelForSequenceClassification"
+    imports = ["import torch", f"from peft import {kind}", "from transformers import AutoTokenizer\n"]
+    if not adapter:
+        imports = ["import torch", f"from transformers import AutoTokenizer, {kind}\n"]
+    labels = ", num_labels=1" if adapter else ""
+    lines = [
+        *imports,
+        f"model = {kind}.from_pretrained({_python(where)}{labels})",
+        f"tokenizer = AutoTokenizer.from_pretrained({_python(where)})",
+    ]
+    if chat:
+        lines += [
+            f'turns = [{{"role": "user", "content": "{question}"}}, {{"role": "assistant", "content": "{answer}"}}]',
+            'inputs = tokenizer.apply_chat_template(turns, return_tensors="pt", return_dict=True)',
+        ]
+    else:
+        lines.append(f'inputs = tokenizer("{question} {answer}" + tokenizer.eos_token, return_tensors="pt")')
+    lines += ["with torch.no_grad():", "    print(model(**inputs).logits.item())  # the reward"]
     return "\n".join(lines)
 
 

@@ -40,6 +40,7 @@ def ensure_log_handler(quiet: bool) -> None:
 def say(metrics: Mapping[str, Any], step: int, steps: int) -> None:
     """A log line on the terminal, where no bar shows it."""
     names = {"loss": "loss", "eval_loss": "eval_loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin",
+             "accuracy": "accuracy", "margin": "margin",  # of a reward model
              "grad_norm": "grad_norm", "learning_rate": "lr", "tokens_per_second": "tokens/s"}  # fmt: skip
     parts = [f"{short} {metrics[name]:.4g}" for name, short in names.items() if name in metrics]
     parts += [f"{k} {v:.4g}" for k, v in metrics.items() if k.endswith("_loss") and k not in (*names, "train_loss")]
@@ -134,9 +135,9 @@ class Reporter:
         if self.main and (self.config.disable_tqdm or not sys.stderr.isatty()):
             say(metrics, state.global_step, state.max_steps)
         if bar is not None:
-            names = {"loss": "loss", "acc": "rewards/accuracies", "margin": "rewards/margins"}
-            names["tok/s"] = "tokens_per_second"
-            bar.set_postfix({k: f"{metrics[v]:.4g}" for k, v in names.items() if v in metrics})
+            names = {"loss": "loss", "rewards/accuracies": "acc", "accuracy": "acc", "rewards/margins": "margin",
+                     "margin": "margin", "tokens_per_second": "tok/s"}  # fmt: skip
+            bar.set_postfix({short: f"{metrics[k]:.4g}" for k, short in names.items() if k in metrics})
 
     def bar(self, **kwargs: Any) -> tqdm:
         """A progress bar, where somebody looks at it."""

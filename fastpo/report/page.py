@@ -92,8 +92,8 @@ def _head(title: str, config: Mapping, summary: Mapping, curves: Curves, warning
     tiles: list[tuple[str, Any]] = [
         ("final loss", curves.last("loss")),
         *evals,
-        ("accuracy", curves.last("rewards/accuracies")),
-        ("margin", curves.last("rewards/margins")),
+        ("accuracy", _first(curves.last("rewards/accuracies"), curves.last("accuracy"))),
+        ("margin", _first(curves.last("rewards/margins"), curves.last("margin"))),
         ("steps", None if steps is None else f"{steps:,.0f}" + (f" of {of:,.0f}" if of and of != steps else "")),
         ("time", duration(summary["train_runtime"]) if is_finite(summary.get("train_runtime")) else None),
         ("tokens/s", summary.get("tokens_per_second", curves.last("tokens_per_second"))),
@@ -108,6 +108,10 @@ def _head(title: str, config: Mapping, summary: Mapping, curves: Curves, warning
         f'<header><h1>{escape(title)}</h1><p><span class="chip {kind}">{escape(outcome)}</span>{noted}</p>'
         f'<dl class="facts">{facts}</dl><div class="tiles">{shown}</div></header>'
     )
+
+
+def _first(*values: float | None) -> float | None:
+    return next((value for value in values if value is not None), None)
 
 
 def _loss_text(config: Mapping[str, Any]) -> str:

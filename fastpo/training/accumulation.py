@@ -15,6 +15,7 @@ from fastpo.training.metrics import PAIR_METRICS, TOKEN_SUMS, token_sums
 from fastpo.training.objective import Objective
 from fastpo.training.optim import Gradients
 from fastpo.training.passes import Passes
+from fastpo.training.reward_metrics import no_range, reward_range
 from fastpo.training.row_statistics import TRAIN
 from fastpo.training.start_guard import StartGuard
 from fastpo.training.step_statistics import Statistics
@@ -28,6 +29,7 @@ class StepSums:
     loss: Tensor  # []
     metrics: Tensor  # [len(PAIR_METRICS)], sums over pairs
     tokens: Tensor  # [TOKEN_SUMS], where the log watches them
+    range: Tensor  # [RANGE], of a reward model's rewards
     batches: list[PackedBatch] = field(default_factory=list)
     dropped: list[Tensor] = field(default_factory=list)  # by grad_filter: of each micro-batch's rows
     wrong_start: str | None = None
@@ -104,7 +106,7 @@ class Accumulation:
         device = world.device
         sums = StepSums(
             torch.zeros((), device=device), torch.zeros(len(PAIR_METRICS), device=device),
-            torch.zeros(TOKEN_SUMS, device=device),
+            torch.zeros(TOKEN_SUMS, device=device), no_range(device),
         )  # fmt: skip
         if forward.router is not None:
             forward.router.begin()
@@ -131,6 +133,8 @@ class Accumulation:
             loss.backward()
             if DROPPED_MASS in batch.rows:
                 sums.dropped.append(batch.rows[DROPPED_MASS])
+            if batch.scored_rows is not None:
+                sums.range = torch.maximum(sums.range, reward_range(logp))
             if forward.watches:
                 sums.tokens += token_sums(batch)
             batch.rows.clear()  # the step's batches are counted at its end: their graphs need not live until then

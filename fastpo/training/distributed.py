@@ -86,6 +86,12 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
+    def max_(self, tensor: Tensor) -> Tensor:
+        """The largest of the ranks' numbers, element by element, in place."""
+        if self.several:
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return tensor
+
     def gather(self, value: T) -> list[T]:
         """Every rank's `value` (picklable), in the order of ranks, on every rank."""
         if not self.several:

@@ -16,13 +16,15 @@ from fastpo.models.modes import eval_mode
 from fastpo.training.metrics import PAIR_METRICS, TOKEN_SUMS, metric_means, pair_inputs, token_means, token_sums
 from fastpo.training.objective import Objective
 from fastpo.training.passes import Passes
+from fastpo.training.reward_metrics import no_range, range_means, reward_range
 from fastpo.training.router_loss import ROUTER, value
 from fastpo.training.stepwide import RefOf, StepWide
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """What `compute_metrics` gets of an evaluation: log-probabilities of whole responses, no logits.
+    """What `compute_metrics` gets of an evaluation: log-probabilities of whole responses (of a reward model their
+    rewards), no logits.
 
     Arrays fp32 in the order of the rows kept: [P], one entry a pair; of unpaired rows [S] in `chosen_logps`, and None
     for the rejected. metrics: what fastpo reports, keys without prefix. A compute_metrics that asks for transformers'
@@ -81,6 +83,7 @@ class Evaluation:
         shares = [batches[rank :: world.size] for rank in range(world.size)]
         share = shares[world.rank]
         of_tokens = torch.zeros(TOKEN_SUMS, dtype=torch.float64, device=world.device)
+        of_rewards = no_range(world.device)
         watching = passes.forward.watching(self.token_metrics)
         with eval_mode(policy.model), policy.attach(), passes.forward.keeping_casts(), watching:
             stats = self.stepwide.statistics(name, range(len(examples)), passes, ref)
@@ -96,8 +99,10 @@ class Evaluation:
                     router = sums_of if router is None else router + sums_of
                 loss, metrics = self.objective(logp, batch, stats, pair_count, nlls)
                 sums += torch.cat([loss.reshape(1), metrics])
-                if self.token_metrics:
+                if passes.forward.watches:
                     of_tokens += token_sums(batch)
+                if batch.scored_rows is not None:
+                    of_rewards = torch.maximum(of_rewards, reward_range(logp))
                 if self.compute_metrics is not None:
                     _note(mine, logp, batch, examples)
         total, *means = world.sum_(torch.cat([sums, of_tokens])).tolist()
@@ -109,6 +114,8 @@ class Evaluation:
             total += router_loss.coefficient * aux["aux_loss"]
         seconds = time.monotonic() - started
         of_pairs = metric_means(means, self.objective.pair_terms) if self.objective.pair_terms else {}
+        if self.objective.scores:
+            of_pairs |= range_means(world.max_(of_rewards).tolist(), 1)
         out = {"loss": total, **aux, **of_pairs, **token_means(of_all_tokens)}
         if self.compute_metrics is not None:
             everywhere = {row: values for part in world.gather(mine) for row, values in part.items()}

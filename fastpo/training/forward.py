@@ -76,15 +76,15 @@ class Forward:
     @contextlib.contextmanager
     def watching(self, wanted: bool = True) -> Iterator[None]:
         """Inside, passes look at their tokens' distributions, if `wanted`."""
-        before, self.watches = self.watches, wanted
+        before, self.watches = self.watches, wanted and not self.policy.scores
         try:
             yield
         finally:
             self.watches = before
 
     def __call__(self, batch: PackedBatch, engine: Engine | None = None, statistics: bool = True) -> Tensor:
-        """Token log-probabilities [N] fp32; into `batch.rows`, with `statistics`, what else the losses read. `engine`:
-        of another model than the one that is trained."""
+        """Token log-probabilities [N] fp32, of a reward model the rewards [S]; into `batch.rows`, with `statistics`,
+        what else the losses read. `engine`: of another model than the one that is trained."""
         engine = engine or self.engine
         observe = observer(batch, self.wanted, self._live) if statistics and self.wanted else None
         prompts = statistics and batch.prompts is not None
@@ -93,8 +93,7 @@ class Forward:
         options["token_metrics"] = statistics and self.watches
         router = self.router if engine is self.engine else None
         with self.autocast(), router.collecting(batch) if router is not None else contextlib.nullcontext():
-            logp = engine(lambda: engine.policy.logp(batch, observe=observe, prompts=prompts, **options))
-        assert isinstance(logp, Tensor)
+            logp = engine(lambda: engine.policy.read(batch, observe=observe, prompts=prompts, **options))
         if prompts:
             logp, batch.rows[PROMPT_LOGP] = logp.split([batch.target.numel(), logp.numel() - batch.target.numel()])
         return logp

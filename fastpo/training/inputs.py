@@ -123,10 +123,14 @@ def _check_optimizers(optimizers: Any) -> None:
         raise ConfigError("optimizers: a scheduler belongs to an optimiser: give both, or lr_scheduler_type")
 
 
-def peft_config(value: Any) -> Any:
+def peft_config(value: Any, scalar_head: bool = False) -> Any:
     """peft_config as PEFT's object: a mapping, as in YAML and on the command line, holds LoraConfig's arguments, or
-    those of another kind that `peft_type` names."""
+    those of another kind that `peft_type` names. ConfigError for the task of another head than the run's."""
+    task, other = ("SEQ_CLS", "CAUSAL_LM") if scalar_head else ("CAUSAL_LM", "SEQ_CLS")
     if not isinstance(value, Mapping):
+        given = getattr(value, "task_type", None)
+        if getattr(given, "value", given) == other:
+            raise ConfigError(f"peft_config: task_type must be {task} with this loss_type, not {shown(other)}")
         return value
     try:
         import peft
@@ -134,13 +138,14 @@ def peft_config(value: Any) -> Any:
     except ImportError:
         raise ConfigError("peft_config needs peft: pip install 'fastpo[peft]'") from None
     check_content("peft_config", dict(value))
-    arguments = {"task_type": "CAUSAL_LM", **value}
+    arguments = {"task_type": task, **value}
     kinds = {str(getattr(k, "value", k)): kind for k, kind in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     name = str(getattr(arguments.get("peft_type"), "value", arguments.pop("peft_type", None) or "LORA"))
     if name.upper() not in kinds:
         raise ConfigError(f"peft_config: unknown peft_type {shown(name)}{did_you_mean(name.upper(), kinds)}")
-    if arguments["task_type"] not in ("CAUSAL_LM", peft.TaskType.CAUSAL_LM):
-        raise ConfigError(f"peft_config: task_type must be CAUSAL_LM, not {shown(arguments['task_type'])}")
+    if arguments["task_type"] not in (task, peft.TaskType[task]):
+        named = f"{shown(arguments['task_type'])} (lora_task_type on the command line)"
+        raise ConfigError(f"peft_config: task_type must be {task}, not {named}")
     return construct("peft_config", kinds[name.upper()], arguments)
 
 

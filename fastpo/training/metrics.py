@@ -19,6 +19,7 @@ from fastpo.losses.table import KL, Pairs, Term, segment_sum
 from fastpo.models.flops import Flops
 from fastpo.models.policy import ENTROPY, TOP1
 from fastpo.ops.inputs import choose_backend
+from fastpo.training.reward_metrics import RANGE, range_means, reward_means
 
 # Names in PackedBatch.rows: of the head rows [N], and of the prompts' tokens [M].
 LOG_SUM_SQ, TOKEN_KL = "log_sum_sq", "token_kl"
@@ -30,11 +31,14 @@ PAIR_METRICS = ("chosen_logratios", "rejected_logratios", "accuracies", "logps/c
 
 
 def pair_inputs(logp: Tensor, batch: PackedBatch) -> Pairs:
-    """Response sums and lengths of each pair, or of each unpaired response, differentiable in `logp` [N].
+    """Response sums and lengths of each pair, or of each unpaired response, differentiable in `logp` [N]; of a reward
+    model its rewards, which `logp` [S] then holds.
 
     Where a loss reads a previous policy too, the batch's reference is the mixture of both, and stands for either.
     """
     chosen, rejected = batch.pairs.long().unbind(1)
+    if batch.scored_rows is not None:  # rewards [S] in the place of log-probabilities
+        return Pairs(logp[chosen], logp[rejected], margin=batch.margin)
     lengths, ref_logp = weighted_lengths(logp, batch), batch.ref_logp
     if batch.token_weight is not None:
         logp = batch.token_weight * logp
@@ -84,15 +88,19 @@ def weighted_lengths(logp: Tensor, batch: PackedBatch) -> Tensor:
     return segment_sum(batch.token_weight, batch.response_offsets).to(logp.dtype)
 
 
-def nll_sum(logp: Tensor, batch: PackedBatch, reduction: str, with_prompt: bool = False) -> Tensor:
+def nll_sum(
+    logp: Tensor, batch: PackedBatch, reduction: str, with_prompt: bool = False, of: str | None = None
+) -> Tensor:  # fmt: skip
     """Weighted NLL of the chosen responses of a batch, differentiable in `logp` [N]: summed over their tokens, or over
-    each one's mean (seq_mean). `with_prompt` adds that of each one's prompt, summed. Divided by the step's
-    `packing.nll_count` it is the sft term. -> []
+    each one's mean (seq_mean). `with_prompt` adds that of each one's prompt, summed. `of`: where rows name their loss,
+    the one whose rows count. Divided by the step's `packing.nll_count` it is the sft term. -> []
     """
     weight = batch.nll_weight
+    if batch.losses is not None and of is not None:
+        weight = weight * (batch.row_loss == list(batch.losses).index(of))
     if with_prompt:
         assert batch.prompts is not None and reduction == "token_mean"
-        return nll_sum(logp, batch, reduction) - (batch.prompts.weight * prompt_sums(batch)).sum()
+        return nll_sum(logp, batch, reduction, of=of) - (batch.prompts.weight * prompt_sums(batch)).sum()
     if reduction == "seq_mean":
         of_tokens = batch.response_offsets.diff()
         lengths = weighted_lengths(logp, batch)
@@ -149,7 +157,11 @@ def token_sums(batch: PackedBatch) -> Tensor:
     entropy, top1 = batch.rows[ENTROPY], batch.rows[TOP1]
     lengths, n = batch.response_offsets.diff(), entropy.numel()
     chosen = torch.zeros(len(lengths), device=entropy.device)
-    if batch.label is None:
+    if batch.losses is not None:
+        pairless = [not n for n, k in zip(batch.row_pairs, batch.row_responses, strict=True) for _ in range(k)]
+        (chosen,) = to_device([torch.tensor(pairless).float()], entropy.device)
+        chosen = chosen.index_fill(0, batch.pairs[:, 0].long(), 1.0)
+    elif batch.label is None:
         chosen = chosen.index_fill(0, batch.pairs[:, 0].long(), 1.0) if len(batch.pairs) else chosen + 1.0
     of_rows = torch.repeat_interleave(chosen, lengths, output_size=n)
     tokens = entropy.new_full((), n)
@@ -166,6 +178,8 @@ def token_means(sums: Sequence[float]) -> dict[str, float]:
 def metric_means(sums: Sequence[float], terms: Sequence[Term]) -> dict[str, float]:
     """TRL's keys from the sums of PAIR_METRICS; without those that nothing counted towards."""
     chosen, rejected, accuracies, logps_chosen, logps_rejected, n_chosen, n_rejected, kl, pairs = sums
+    if terms[0].loss.shape == "scores":
+        return reward_means(chosen, rejected, accuracies, pairs)
     beta = next((t.beta for t in terms if t.loss.reference), terms[0].beta)  # that of the rewards' own loss
     out = {}
     if n_chosen:
@@ -200,6 +214,7 @@ class Window:
         """max_tokens: of a micro-batch as it is at the time. max_nonfinite: steps in a row that end the run."""
         self.device, self.max_tokens, self.max_nonfinite = device, max_tokens, max_nonfinite
         self.pair_terms = [t for t in terms if t.loss is not None]
+        self.has_range = any(t.loss.shape == "scores" for t in self.pair_terms)
         self.flops = Flops(policy, device)
         # steps that counted, loss, skipped in a row now and at most, skipped in all
         self.run = torch.zeros(5, device=device)
@@ -213,6 +228,7 @@ class Window:
         self.aux = torch.zeros((), device=self.device)  # the router's load-balancing loss, summed over steps
         self.tokens = torch.zeros(TOKEN_SUMS, device=self.device)  # of the last step that looked at them
         self.dropped = torch.zeros(3, device=self.device)  # by grad_filter: rows, sum of their mass, the largest
+        self.range = torch.zeros(RANGE, device=self.device)  # of a reward model's rewards, summed over steps
         self.trunk_tokens = self.alone_tokens = self.micro_batches = 0
         self.flops.reset()
         self.started = time.monotonic()
@@ -233,7 +249,8 @@ class Window:
     def trunk(self, batch: PackedBatch) -> None:
         """Count one micro-batch's work."""
         self.trunk_tokens += batch.cu_seqlens[-1] - batch.padding
-        self.alone_tokens += batch.num_tokens - sum(batch.row_responses)  # each response with a prompt of its own
+        # Each response with a prompt of its own, and without its last token where the trunk does not see it.
+        self.alone_tokens += batch.num_tokens - (sum(batch.row_responses) if batch.uses is None else 0)
         self.micro_batches += 1
         self.flops.add(batch)
 
@@ -254,9 +271,16 @@ class Window:
         self.has_aux = True
         self.aux += torch.where(finite, aux.to(self.device), 0.0)
 
-    def add_tokens(self, tokens: Tensor) -> None:
-        """What one step's tokens say of their distributions [TOKEN_SUMS], of all ranks; it replaces the last ones."""
-        self.tokens = tokens
+    def add_rows(self, sums: Any, world: Any, finite: Tensor, *, tokens: bool, dropped: bool) -> None:
+        """What one step's rows say beside its metrics, of this process's part (accumulation.StepSums): of their
+        distributions [TOKEN_SUMS], which replaces the last ones, the mass that `grad_filter` left out, and the range of
+        a reward model's rewards. Every rank calls it."""
+        if dropped:
+            self.add_dropped(sums.dropped, world)
+        if tokens:
+            self.tokens = world.sum_(sums.tokens)
+        if self.has_range:
+            self.range += torch.where(finite, world.max_(sums.range), 0.0)
 
     def add_dropped(self, parts: Sequence[Tensor], world: Any) -> None:
         """One step's probability mass left out by `grad_filter`, of this process's rows. Every rank calls it."""
@@ -281,13 +305,14 @@ class Window:
             setattr(self, name, value.to(self.device) if isinstance(value, Tensor) else value)
         self.started = time.monotonic() - state["seconds"]
 
-    _STATE = ("run", "sums", "norm", "aux", "dropped", "tokens", "tokens_at_flush", "trunk_tokens", "alone_tokens",
-              "micro_batches")  # fmt: skip
+    _STATE = ("run", "sums", "norm", "aux", "dropped", "range", "tokens", "tokens_at_flush", "trunk_tokens",
+              "alone_tokens", "micro_batches")  # fmt: skip
 
     def flush(self, learning_rate: float, num_tokens: int) -> dict[str, float]:
         """The log line: one host read, then a new window. Raises TrainingError after too many non-finite steps."""
-        numbers = [self.norm.reshape(1).to(self.device), self.aux[None], self.dropped, self.tokens, self.run, self.sums]
-        norm, aux, rows, dropped, largest, *values = torch.cat(numbers).tolist()
+        norm = self.norm.reshape(1).to(self.device)
+        numbers = [norm, self.aux[None], self.dropped, self.range, self.tokens, self.run, self.sums]
+        norm, aux, rows, dropped, largest, low, high, *values = torch.cat(numbers).tolist()
         of_tokens, values = values[:TOKEN_SUMS], values[TOKEN_SUMS:]
         self.run[3] = self.run[2]
         self._check(values[3])
@@ -298,6 +323,7 @@ class Window:
         out = {"loss": mean_loss, "grad_norm": norm, "learning_rate": learning_rate}
         if self.pair_terms and steps:
             out |= metric_means(metrics, self.pair_terms)
+            out |= range_means((low, high), steps) if self.has_range else {}
             if metrics[-1]:
                 out["pairs_per_second"] = metrics[-1] / seconds
         if self.has_aux and steps:
@@ -340,6 +366,7 @@ class Window:
         self._check(in_a_row)
         open_steps, _, *metrics = self.sums.tolist()
         unlogged = metric_means(metrics, self.pair_terms) if self.pair_terms and open_steps else {}
+        unlogged |= range_means(self.range.tolist(), open_steps) if self.has_range and open_steps else {}
         if self.has_aux and open_steps:
             unlogged["aux_loss"] = self.aux.item() / open_steps
         return {

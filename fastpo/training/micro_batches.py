@@ -30,6 +30,7 @@ class MicroBatches:
     def place(self, name: str, examples: list[Example]) -> None:
         """Before the first batch of a set: its ids are checked, and it is decided which rows share their prompt."""
         check_ids(self.policy, examples, name)
+        self.policy.place(examples)
         set_sharing(examples, sharing_mode(self.config.share_prompts, self.cost), self.cost)
         rotary.unshare(self.policy.trunk, examples)
 
@@ -46,7 +47,7 @@ class MicroBatches:
     ) -> PackedBatch:
         """A micro-batch on the device; `stream` and `step` say which tokens are drawn, where a loss draws some."""
         config = self.config
-        prompts = self.objective.reads_prompts
+        prompts: Any = self.objective.reads_prompts
         batch = collate(examples, part, ref, with_prompts=prompts, token_bucket=config.token_bucket)
         if self.objective.draws:
             seed = config.seed if config.data_seed is None else config.data_seed

@@ -41,6 +41,8 @@ _ALLOWED, _ALLOWED_16_BITS = 1e-4, 0.05
 def of_run(policy: Policy, config: TrainConfig, sets: Iterable[Sequence[Example]]) -> "RouterLoss | None":
     """The router loss of a run, or None where the model has none or its coefficient is 0; its rows then enter the trunk
     whole. ConfigError where one is asked for that the model does not have."""
+    if policy.scores:  # transformers' sequence classifiers, which have no such loss
+        return None
     name, given = type(policy.causal_lm).__name__, config.router_aux_loss_coef
     text = policy.causal_lm.config.get_text_config(decoder=True)
     coefficient = getattr(text, "router_aux_loss_coef", 0.0) if given is None else given

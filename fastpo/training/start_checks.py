@@ -28,6 +28,8 @@ log = logging.getLogger("fastpo")
 def check_options(config: TrainConfig, device: torch.device, cache: Path) -> None:
     """ConfigError for options that need no model to be seen to fail, and for variables of the environment. cache: the
     folder of cached log-probabilities."""
+    if config.scalar_head:
+        _check_scalar_head(config)
     check_generation_kwargs(config.generation_kwargs)
     check_offloading(config, device)
     check_environment(cache)
@@ -43,6 +45,25 @@ def check_options(config: TrainConfig, device: torch.device, cache: Path) -> Non
         from fastpo.models.compiled import check_backend
 
         check_backend(config)
+
+
+def _check_scalar_head(config: TrainConfig) -> None:
+    """What asks for a language model's head, a reference or a cut response, which a reward model has not."""
+    reasons = {
+        "sample_generations": "a scalar head writes no answers",
+        "generation_kwargs": "a scalar head writes no answers",
+        "grad_filter": "a scalar head has no distribution of tokens",
+        "precompute_ref_log_probs": "it has no reference",
+        "router_aux_loss_coef": "transformers' sequence classifiers add no load-balancing loss",
+    }
+    for name, why in reasons.items():
+        if getattr(config, name):
+            raise ConfigError(f"loss_type=reward: leave {name} out, for {why}")
+    if config.truncation_mode != "keep_start":
+        raise ConfigError(
+            f"loss_type=reward: leave truncation_mode={config.truncation_mode} out: responses over max_length are left "
+            "out, not cut, for the reward is read at their end"
+        )
 
 
 def _check_optimizer(config: TrainConfig) -> None:

@@ -10,7 +10,8 @@ from torch import Tensor
 from fastpo.data.packing import PackedBatch
 from fastpo.data.prepare import Example
 from fastpo.models.noise import check_quiet
-from fastpo.models.verify import guard_rows, verify_or_unpack
+from fastpo.models.verify import guard_rows, verify_or_unpack, verify_policy
+from fastpo.models.verify_scalar import verify_rewards
 from fastpo.training.distributed import Engine
 from fastpo.training.forward import Forward
 from fastpo.training.memory import is_out_of_memory
@@ -32,14 +33,15 @@ def verify(
     """The packed path must equal the model's own logits on a few rows of the `first` step, and the longest of
     `everything`. quiet: dropout must leave no noise. Returns the router's loss, if the layers have one."""
     chosen = guard_rows(engine.policy, first, itertools.chain.from_iterable(everything))
+    by = verify_rewards if engine.policy.scores else verify_policy
     with torch.no_grad(), forward.autocast():
         try:
-            engine(lambda: verify_or_unpack(engine.policy, chosen))
+            engine(lambda: verify_or_unpack(engine.policy, chosen, by))
         except Exception as error:
             chosen = chosen[:1]  # as training goes on in smaller micro-batches
             if not is_out_of_memory(error):
                 raise
-            engine(lambda: verify_or_unpack(engine.policy, chosen))
+            engine(lambda: verify_or_unpack(engine.policy, chosen, by))
         if router is not None:
             router = engine(lambda: router.verify(chosen, forward.low_precision))
         if quiet:
@@ -67,8 +69,9 @@ class StartGuard:
             return None
         zero = logp.new_zeros(())  # what a step's statistics are at the start
         stats, both = Statistics(zero, zero), ((pair_inputs(v, batch), v) for v in (logp, start_logp))
-        terms = self.objective.pair_terms
-        got, expected = ([round(stats.loss(t, *v, batch).mean().item(), 4) for t in terms] for v in both)
+        places = [(t, self.objective.places(t, batch)) for t in self.objective.pair_terms]
+        terms = [(t, None if at is None else torch.tensor(at, device=logp.device)) for t, at in places if at != ()]
+        got, expected = ([round(stats.loss(t, *v, batch, at).mean().item(), 4) for t, at in terms] for v in both)
         return (
             f"the policy should start at its reference, but its token log-probabilities differ by {gap:.2g} on average "
             f"(allowed {allowed:.2g}; loss {got} instead of {expected}): did {self.cache} outlive a change of the "

@@ -17,7 +17,8 @@ with warnings.catch_warnings():
     from trl.experimental.cpo import CPOConfig
     from trl.experimental.orpo import ORPOConfig
 
-CLASS = {"DPOConfig": trl.DPOConfig, "KTOConfig": trl.KTOConfig, "CPOConfig": CPOConfig, "ORPOConfig": ORPOConfig}
+CLASS = {"DPOConfig": trl.DPOConfig, "KTOConfig": trl.KTOConfig, "CPOConfig": CPOConfig, "ORPOConfig": ORPOConfig,
+         "RewardConfig": trl.RewardConfig}  # fmt: skip
 
 
 def made(name, **given):

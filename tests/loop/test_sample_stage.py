@@ -8,9 +8,10 @@ import time
 
 import pytest
 
-from fastpo.errors import TrainingError
+from fastpo.errors import DataError, TrainingError
 from fastpo.loop.items import Failure, Request, Response, seed_of
 from fastpo.loop.local_sampler import LocalSampler
+from fastpo.loop.parts import Part
 from fastpo.loop.sample_stage import read_samples, sample_stage
 
 PROCESS = """
@@ -23,6 +24,7 @@ torch.set_num_threads(1)
 sys.path.insert(0, str(Path({tests!r}) / "loop"))
 from test_sample_stage import requests_for
 from fastpo.loop.local_sampler import LocalSampler
+from fastpo.loop.parts import Part
 from fastpo.loop.sample_stage import sample_stage
 sampler = LocalSampler(Toy.model(), Toy.tokenizer(), batch_size=4)
 sample_stage(sampler, requests_for(), Path(sys.argv[1]), bar=False)
@@ -138,6 +140,18 @@ def test_an_exact_sampler_is_not_asked_again_for_what_it_cannot(toy, tmp_path):
     assert counts["failed"] == 1 == counts["failed: error"] and counts["responses"] == 4
     content = path.read_bytes()
     assert sample_stage(sampler, requests, path, bar=False, max_failed=0.5) == counts and path.read_bytes() == content
+
+
+@pytest.mark.parametrize("torn", [b"", b'{"id": "p', b"x" * 200_000], ids=["none", "short", "long"])
+def test_a_torn_line_is_cut_off_wherever_the_last_break_is(tmp_path, torn):
+    path = tmp_path / "part"
+    for whole in (b"", b'{"id": 1}\n{"id": 2}\n'):
+        path.write_bytes(whole + torn)
+        assert [line["id"] for line in Part(path).lines] == [1, 2][: whole.count(b"\n")]
+        assert path.read_bytes() == whole
+    path.write_bytes(b'{"id": 1}\nno JSON\n')
+    with pytest.raises(DataError, match="line 2 is no JSON"):
+        Part(path)
 
 
 # ---- others

@@ -30,7 +30,8 @@ VARIANTS = {
     "exo_pair": [{"label_smoothing": 0.2}],
     "alphapo": [{"alpha": 0.0}, {"alpha": -0.5}], "dno": [{"score_scale": 5.0}], "dno_reg": [{"kappa": 0.0}],
     "inpo": [{"eta": 0.1}], "infonca": [{"temperature": 0.5}], "nca_rw": [{"temperature": 0.5}],
-    "ld_dpo": [{"ld_alpha": 0.0}], "discopop": [{"beta": 0.5, "discopop_tau": 0.7}],
+    "ld_dpo": [{"ld_alpha": 0.0}], "reward": [{"center_rewards_coefficient": 0.1}],
+    "discopop": [{"beta": 0.5, "discopop_tau": 0.7}],
 }  # fmt: skip
 CASES = [(name, hyper) for name in LOSSES for hyper in [{}, *VARIANTS.get(name, [])]]
 IDS = ["-".join([name, *(f"{k}={v}" for k, v in hyper.items())]) for name, hyper in CASES]
@@ -51,10 +52,10 @@ def inputs(name: str, seed: int = 0, scale: float = 1.0, dtype=torch.float64) ->
     x |= {f"{side}_kl": 5 * rand() for side in ("chosen", "rejected")}
     x |= {k: logps(x["prompt_len"]) for k in ("prompt_logps", "greedy_logps", "ref_greedy_logps", "ref_sample_logps")}
     x |= {"win_prob": rand(), "scores": rand(*shape), "label": rand() > 0.4}
-    x |= {"kl": torch.tensor(0.7), "reward_mean": torch.tensor(-0.2)}
+    x |= {"kl": torch.tensor(0.7), "reward_mean": torch.tensor(-0.2), "margin": 3 * rand()}
     if LOSSES[name].win_prob or name == "dno_reg":
         x |= {"win_prob_chosen": x.pop("win_prob"), "win_prob_rejected": rand()}
-    if LOSSES[name].shape != "pairs":
+    if LOSSES[name].shape not in ("pairs", "scores"):
         x = {k: v for k, v in x.items() if k not in ("rejected_logps", "ref_rejected_logps")}
     return {k: v.to(dtype) if v.is_floating_point() else v for k, v in x.items()}
 
@@ -280,6 +281,7 @@ FORMULAS = {
     "ipo_md": lambda v: (v.d - 5) ** 2,
     "selm": lambda v: -ls(0.01 * v.d) + 1e-5 * (v.greedy_logps - v.ref_greedy_logps),
     "xpo": lambda v: -ls(0.1 * v.d) + 1e-5 * v.ref_sample_logps,
+    "reward": lambda v: -ls(v.lw - v.ll - v.margin),
 }  # fmt: skip
 IN_TEST_LOSSES = {"dpo", "robust", "ipo", "hinge", "simpo", "sppo", "sppo_hard"}
 
@@ -311,7 +313,7 @@ def test_every_name_of_the_specification():
         rpo dpop rdpo exo_pair exo_rw nca_pair nca_rw infonca kto bco_pair bco apo_zero apo_zero_unpaired apo_down aot
         aot_unpaired discopop wpo ld_dpo sampo tdpo1 tdpo2
         fdpo alphapo sppo sppo_single sppo_hard dno dno_prct dno_reg inpo online_ipo ipo_md selm
-        xpo""".split()
+        xpo reward""".split()
     assert {n for n in LOSSES if not n.startswith("gpo_")} == set(names)
     assert sum(n.startswith("gpo_") for n in LOSSES) == 6
 

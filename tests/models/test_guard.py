@@ -105,7 +105,7 @@ def test_wrong_positions_are_found(family: str, fault: str, share: bool, monkeyp
     monkeypatch.setattr(module, "collate", in_responses(POSITIONS[fault]))
     with pytest.raises(UnsupportedModelError, match="order or positions.*packed wrongly"):
         verify_policy(policy, make_examples(share=share))
-    monkeypatch.setattr(module, "_check_batch", lambda *args: None)
+    monkeypatch.setattr(module, "check_batch", lambda *args: None)
     with pytest.raises(UnsupportedModelError, match="own logits.*(attention or positions|packed together)"):
         verify_policy(policy, make_examples(share=share)[:4])
 
@@ -148,7 +148,7 @@ def _register(monkeypatch: pytest.MonkeyPatch, **changes: object) -> None:
             kwargs[name] = change(kwargs.get(name)) if callable(change) else change
         return packed_attention(module, query, key, value, attention_mask, **kwargs)
 
-    monkeypatch.setattr(module, "_check_attention_pattern", lambda *args: None)
+    monkeypatch.setattr(module, "check_attention_pattern", lambda *args: None)
     monkeypatch.setitem(AttentionInterface._global_mapping, "fastpo", wrong)
 
 

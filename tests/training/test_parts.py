@@ -289,8 +289,8 @@ def test_a_model_in_memory_is_taken_as_it_is(toy):
     model = toy.model(attention_dropout=0.1)
     origin = Origin.of(model, toy.rows(1), None, None, None, WORLD)
     assert not origin.by_name and origin.paths == {} and origin.dataset_name is None
-    assert take_model(origin, config_of(), CPU, None, None) is model
+    assert take_model(origin, config_of(), CPU, None, None, None) is model
     with pytest.raises(ConfigError, match="need a model given by name or path"):
-        take_model(origin, config_of(dtype="bfloat16"), CPU, None, None)
+        take_model(origin, config_of(dtype="bfloat16"), CPU, None, None, None)
     with pytest.raises(ConfigError, match="ref_model is the model that is trained"):
         Origin.of(model, toy.rows(1), None, model, None, WORLD)
