@@ -82,16 +82,14 @@ def iterate(
         if preparing:
             print(f"first {', '.join(preparing)}; what follows from them is not known before")
         if not {"queries", "skillmix"} & set(preparing):
-            print(
-                Run(Context(configs.build(options), sampler=sampler, scorers=scorers or {}, selector=selector)).plan()
-            )
+            print(made().plan())
         return None
     lock = RunLock(Path(str(options.get("output_dir", "."))))
     lock.take()
     try:
         if preparing:
             options = before_the_first(options, preparing, teacher)
-        run = Run(Context(configs.build(options), sampler=sampler, scorers=scorers or {}, selector=selector))
+        run = made()
         if start_from is not None:
             run.redo_from(start_from)
         return run()
@@ -135,9 +133,7 @@ def before_the_first(
             scorers = dict(given.get("scorers") or {})
             found = [n for n, s in scorers.items() if isinstance(s, Mapping) and s.get("kind") == "rules"]
             if len(found) != 1:
-                raise ConfigError(
-                    "prepare.rules makes the rules of a scorer: give one, {kind: rules, ...}, in `scorers`"
-                )
+                raise ConfigError("prepare.rules makes the rules of a scorer: give one of kind: rules in `scorers`")
             scorers[found[0]] = {**scorers[found[0]], "rules": read_json(Path(made))}
             given["scorers"] = scorers
     return given

@@ -123,14 +123,8 @@ class Work:
         by = options.scorer or (None if options.self_eval else run.scored(self.t))
         scorer, self_eval = (None if not name else made[name] for name in (by, options.self_eval))
         outputs = [folder, self.folder / "rows.jsonl", self.folder / "rows.json"]
-        keys = {"scorer": scorer and scorer.key, "self_eval": self_eval and self_eval.key}
-        decided = {
-            "search": as_json(options),
-            "seed": config.seed,
-            "policy": policy,
-            "sampler": run.sampler_key,
-            **keys,
-        }
+        decided = {"search": as_json(options), "seed": config.seed, "policy": policy, "sampler": run.sampler_key,
+                   "scorer": scorer and scorer.key, "self_eval": self_eval and self_eval.key}  # fmt: skip
 
         def work() -> Mapping[str, Any]:
             with contextlib.ExitStack() as stack:
@@ -138,8 +132,10 @@ class Work:
                     if one is not None:
                         stack.callback(one.close)
                 sampler = stack.enter_context(run.sampler(config, policy, self.folder))
-                counts = search(sampler, scorer, self._prompts(), run.encode, run.decode, config.search, folder,
-                                [config.seed, self.t], config.max_failed, self_eval=self_eval, rows_path=outputs[1])  # fmt: skip
+                counts = search(
+                    sampler, scorer, self._prompts(), run.encode, run.decode, config.search, folder,
+                    [config.seed, self.t], config.max_failed, self_eval=self_eval, rows_path=outputs[1],
+                )  # fmt: skip
             known = ("prompts", "prompts kept", "pairs")
             rest = {name: n for name, n in counts.items() if name not in known and isinstance(n, int)}
             write_json(outputs[2], {name: counts[name] for name in known} | {"rows": counts["pairs"], "dropped": rest})
@@ -202,9 +198,8 @@ class Work:
         def work() -> Mapping[str, Any]:
             for name, path in {"trained from": policy, **others}.items():
                 log.info("%s %s: %s", self.folder.name, name, path)
-            explicit: dict[str, Any] = (
-                {} if config.select.rows == "pairs" or config.search else {"pair_policy": "explicit"}
-            )
+            kway = config.select.rows == "kway" and not config.search
+            explicit: dict[str, Any] = {"pair_policy": "explicit"} if kway else {}
             result = train(policy, str(self.folder / "rows.jsonl"), **models, args=dict(given), output_dir=str(folder),
                            resume_from_checkpoint="auto", **explicit)  # fmt: skip
             return {name: value for name, value in result.metrics.items() if isinstance(value, int | float)}
