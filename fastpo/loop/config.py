@@ -192,7 +192,7 @@ def build(options: Options) -> LoopConfig:
     lacking = [name for name in ("model", "prompts", "output_dir") if options.get(name) is None]
     if lacking:
         raise ConfigError(f"fastpo iterate needs {lacking[0]}: give it in the config or as --{lacking[0]}")
-    config: LoopConfig = _read(LoopConfig, options, "")
+    config: LoopConfig = section(LoopConfig, options, "")
     for number, part in config.at.items():
         wrong = next((key for key in part if key not in _PER_ITERATION), None)
         if wrong is not None:
@@ -228,7 +228,7 @@ def _check_numbers(config: LoopConfig) -> None:
          "shares by how many iterations back, less than 1 in all", dict(config.replay))  # fmt: skip
 
 
-def _read(cls: type, options: Options, where: str) -> Any:
+def section(cls: type, options: Options, where: str) -> Any:
     """An instance of the dataclass; what it does not know goes into its `options`, where it has them, or is refused."""
     hints, fields = get_type_hints(cls), {f.name: f for f in dataclasses.fields(cls)}
     values: dict[str, Any] = {}
@@ -259,7 +259,7 @@ def _value(hint: Any, value: Any, name: str) -> Any:
             return value
         if not isinstance(value, Mapping):
             raise ConfigError(f"{name} must hold options by name, not {shown(value)}")
-        return _read(hint, value, name)
+        return section(hint, value, name)
     if origin is not None and issubclass(type(origin), type) and issubclass(origin, Mapping):
         if not isinstance(value, Mapping):
             raise ConfigError(f"{name} must be a mapping, not {shown(value)}")

@@ -13,7 +13,7 @@ from typing import Any
 from fastpo.data.sources import load_rows
 from fastpo.errors import ConfigError, DataError, TrainingError, nearest, quoted
 from fastpo.loop.config import Options
-from fastpo.loop.config import _read as read_section
+from fastpo.loop.config import section as read_section
 from fastpo.loop.items import Failure, Sampler, digest
 from fastpo.loop.parts import write_lines
 from fastpo.loop.replies import is_refusal, read_yes_no

@@ -15,7 +15,7 @@ from fastpo.loop import guards, page, page_examples, rows
 from fastpo.loop.config import Select
 from fastpo.loop.evaluation import figures
 from fastpo.loop.examples import examples_of, held_out
-from fastpo.loop.items import Item, Response, Scores
+from fastpo.loop.items import Item, Response, Scores, Verdict
 from fastpo.loop.page import page_of, write_page
 from fastpo.loop.parts import write_json, write_lines
 from fastpo.loop.run_files import lines, read_run
@@ -273,6 +273,61 @@ def test_loss_curves_share_their_scales(whole):
     html, _ = read(whole)
     scales = [data["scale"] for title, data in charts(html).items() if title.startswith("Loss, iteration")]
     assert len(scales) == 3 and scales[0] == scales[1] == scales[2]
+
+
+def test_a_real_run(toy, tmp_path):
+    """The files as the stages write them, not as this file's `made` does."""
+    pytest.importorskip("fastpo.loop.scorers")
+    import fastpo
+
+    class Longer:
+        """P(first beats second), and a liking for what is shown first."""
+
+        name, unit, key, exact, cached = "judge", "pair", {"rule": "longer"}, True, False
+
+        def score(self, units):
+            for unit in units:
+                first, second = (sum(map(ord, r.text)) % 11 for r in unit.responses)
+                p = 0.5 + 0.04 * (first - second) + 0.05
+                yield unit, Verdict(p, raw=f"first {first}, second {second}")
+
+        def close(self):
+            pass
+
+    start, run = tmp_path / "start", tmp_path / "run"
+    toy.tokenizer().save_pretrained(start)
+    toy.model().save_pretrained(start)
+    fastpo.iterate(
+        recipe="sppo", model=str(start), output_dir=str(run), iterations=2, scorers={"judge": Longer()},
+        prompts=[{"id": str(k), "prompt": row["prompt"]} for k, row in enumerate(toy.rows(12))],
+        eval={"prompts": [{"prompt": "w1 w2"}, {"prompt": "w3"}]},
+        sample={"n": 3, "temperature": 1.0, "top_p": 1.0, "max_tokens": 5, "drop_truncated": False},
+        train={"use_cpu": True, "bf16": False, "disable_tqdm": True, "report": False, "learning_rate": 1e-3,
+               "optim": "adamw_torch", "save_strategy": "no", "per_device_train_batch_size": 4, "logging_steps": 1},
+    )  # fmt: skip
+    html, page = read(run)
+    assert "2 of 2 iterations" in page.text and "could not be read" not in page.text
+    assert {"Win rate", "Length", "Cut off", "Agreement of the two orders", "Loss, iteration 2"} <= set(charts(html))
+    found = read_run(run)
+    assert [found.sampled_from(one) for one in found.trained] == ["start", "iterate-1"]
+    assert [found.name_of(one.options("train")["ref_model"]) for one in found.trained] == ["start", "iterate-1"]
+    for one in found.trained:
+        by_id = {row["id"]: row for row in lines(one.folder / "rows.jsonl")}
+        examples = examples_of(found, one)
+        assert len(examples) == 6
+        for example in examples:
+            assert example.judgements and all(j.raw.startswith("first") for j in example.judgements)
+            for judgement in example.judgements:
+                first, second = (sum(map(ord, example.answers[p].text)) % 11 for p in judgement.places)
+                assert judgement.raw == f"first {first}, second {second}"
+            if example.id in by_id:
+                entries = by_id[example.id]["responses"]
+                assert {e["text"]: pytest.approx(e["win_prob"]) for e in entries} == {
+                    a.text: a.win_prob for a in example.answers if a.win_prob is not None
+                }
+    (first, _) = held_out(found, found.iterations)
+    assert first.prompt in ("w1 w2", "w3") and set(first.answers) == {"start", "iterate-1", "iterate-2"}
+    assert first.answers["iterate-2"].win_prob is not None and first.judgements["iterate-2"]
 
 
 # -------------------------------------------------------------------- to read
