@@ -84,7 +84,7 @@ class TokenizedRows(Sequence[dict[str, Any]]):
             return {**out, "completion_ids": responses[0], "label": bool(example.response_columns["label"][0])}
         if len(responses) == 1:
             return {**out, "completion_ids": responses[0]}
-        if len(responses) > 2:
+        if len(responses) > 2 or not example.pairs:
             return {**out, "responses_ids": responses, "pairs": [list(map(int, pair)) for pair in example.pairs]}
         chosen, rejected = example.pairs[0]
         return {**out, "chosen_ids": responses[chosen], "rejected_ids": responses[rejected]}

@@ -352,6 +352,8 @@ def data_fingerprint(examples: Sequence[Example]) -> str:
         digest.update(json.dumps([e.pairs, e.pair_columns, e.response_columns], sort_keys=True).encode())
         if e.greedy is not None:
             digest.update(b"greedy %d" % e.greedy)
+        if e.loss is not None:
+            digest.update(f"loss {e.loss}".encode())
         for weights in e.token_weights or ():
             digest.update(weights.tobytes())
     return digest.hexdigest()

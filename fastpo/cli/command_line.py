@@ -31,7 +31,8 @@ WITH_OTHER_OPTIONS = ("train", "plan")
 
 # Packages of fastpo's extras, for the message when one is missing.
 EXTRAS = {"datasets": "data", "pyarrow": "data", "peft": "peft", "bitsandbytes": "quant", "scipy": "games",
-          "sklearn": "evals", "openai": "loop", "tenacity": "loop", "pytest": "test"}  # fmt: skip
+          "sklearn": "evals", "openai": "loop", "tenacity": "loop", "ray": "ray",
+          "pytest": "test"}  # fmt: skip
 
 
 def _module(command: str) -> Any:

@@ -24,6 +24,7 @@ class Example:
     whole: bool = False  # the last token of a response enters the trunk too: a router's loss or a scalar head reads it
     # Of a reward model: which token of prompt and response, from the prompt's first on, each response is scored at.
     scored_at: tuple[int, ...] | None = None
+    loss: str | None = None  # which entry of loss_type it is trained by; None: all of them
     greedy: int | None = None  # which response is the reference's greedy one (selm); it need not be in a pair
     # Of responses that another one's tokens made begin inside the prompt: how many of their first tokens are the
     # prompt's where each stands alone.

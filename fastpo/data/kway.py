@@ -144,6 +144,15 @@ def read_schema(
                   prompt_ids=prompt if exact else None)  # fmt: skip
 
 
+def narrowed(plan: KWay, columns: Collection[str]) -> KWay:
+    """What is read of rows whose loss reads these optional columns alone, by the names that pairs have."""
+    read = {name for name, (_, stands_for) in _NUMBERS.items() if any(column in columns for column in stands_for)}
+    return replace(
+        plan, numbers=tuple(name for name in plan.numbers if name in read or name == plan.rank),
+        win_probs=plan.win_probs and "win_prob" in read, greedy=plan.greedy and GREEDY in columns,
+    )  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Offer:
     """All that a row of K responses has to form its pairs of; lists of one entry a response."""
@@ -202,9 +211,9 @@ def parse_row(raw: Mapping, number: int, schema: Schema) -> Row:
     if sum(counts) < 2:
         message = f"row {number}: a preference needs two responses or more, '{RESPONSES}' has {len(entries)}"
         raise InvalidRow("fewer than two responses", message)
-    completions = [_completion(entry, of, schema, raw) for entry, of in zip(entries, what, strict=True)]
-    for completion, of in zip(completions, what, strict=True):
-        if says_nothing(completion):
+    completions = [completion(entry, of, schema, raw) for entry, of in zip(entries, what, strict=True)]
+    for response, of in zip(completions, what, strict=True):
+        if says_nothing(response):
             raise InvalidRow("empty completion", f"{of} is empty")
     if prompt_ids is None and any(map(is_ids, completions)):
         prompt_ids = []  # those of the prompt's text
@@ -216,7 +225,7 @@ def parse_row(raw: Mapping, number: int, schema: Schema) -> Row:
     greedy = None
     if plan.greedy and not marked and raw.get(GREEDY) is not None:
         key = "text" if isinstance(raw[GREEDY], str) else TOKEN_IDS if is_ids(raw[GREEDY]) else "messages"
-        greedy = _completion({key: raw[GREEDY]}, f"row {number}: '{GREEDY}'", schema, raw)
+        greedy = completion({key: raw[GREEDY]}, f"row {number}: '{GREEDY}'", schema, raw)
         if says_nothing(greedy):
             raise InvalidRow("empty completion", f"row {number}: '{GREEDY}' is empty")
     pairs, weighted = _explicit(raw, number, len(entries)) if plan.policy == "explicit" else (None, False)
@@ -310,7 +319,7 @@ def _entries(raw: Mapping, number: int) -> Sequence[Mapping]:
     return entries
 
 
-def _completion(entry: Mapping, what: str, schema: Schema, raw: Mapping) -> Any:
+def completion(entry: Mapping, what: str, schema: Schema, raw: Mapping) -> Any:
     """The entry's token ids, or its text or turns in the form of the prompt."""
     finished = entry.get(FINISHED)
     if finished is not None and not isinstance(finished, bool):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastpo.data import conversions as to
-from fastpo.data.rows import PASSED, RESPONSES, InvalidRow, NoPair
+from fastpo.data.rows import PASSED, PROMPT_IDS, RESPONSES, InvalidRow, NoPair
 from fastpo.errors import DataError, one_line, quoted
 
 # Names of the scores of a pair in other data: chosen's and rejected's.
@@ -37,6 +37,11 @@ class Layout:
     language: bool = False  # the whole of it is trained: there is no prompt
     line: str = ""  # what to write, where the meaning is not certain
     why: str = ""
+
+    @property
+    def passes(self) -> tuple[str, ...]:
+        """Columns that go through its conversion as they are."""
+        return PASSED if "ids" in self.shapes.values() else (*PASSED, PROMPT_IDS)
 
     def fits(self, columns: Collection[str], rows: Sequence[Mapping]) -> bool:
         if not set(self.shapes) <= set(columns) or set(self.without) & set(columns):
@@ -255,7 +260,7 @@ class Reading:
             except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
                 message = f"row {number} is not as the rows of {self.layout.name} are: {one_line(error)}"
                 raise InvalidRow(f"not as rows of {self.layout.name} are", message) from None
-            out = {name: row[name] for name in PASSED if name in row} | dict(given)
+            out = {name: row[name] for name in self.layout.passes if name in row} | dict(given)
         if self.scores is not None:
             out |= {"chosen_score": row.get(self.scores[0]), "rejected_score": row.get(self.scores[1])}
         return out
@@ -280,7 +285,7 @@ class Reading:
         if self.layout is not None:
             own = self.layout.own or {"preference": ("prompt", "chosen", "rejected"), "sft": ("prompt", "completion"),
                                       "unpaired": ("prompt", "completion", "label")}[self.layout.kind]  # fmt: skip
-            names = list(dict.fromkeys([*own, *(n for n in columns if n in PASSED)]))
+            names = list(dict.fromkeys([*own, *(n for n in columns if n in self.layout.passes)]))
         if self.scores is not None:
             names = list(dict.fromkeys([*names, "chosen_score", "rejected_score"]))
         return names

@@ -15,7 +15,8 @@ import numpy as np
 from fastpo.data.example import Example
 from fastpo.data.prepare import even_weights
 from fastpo.data.report import DataReport
-from fastpo.data.rows import RESPONSE_COLUMNS
+from fastpo.data.row_loss import Losses, fill_columns
+from fastpo.data.rows import LOSS, RESPONSE_COLUMNS
 from fastpo.data.sources import Stream, column_names
 from fastpo.errors import DataError, nearest, quoted
 
@@ -138,16 +139,23 @@ def shares(sizes: Sequence[int], weights: Sequence[float]) -> list[int]:
 
 
 def mix(
-    parts: Sequence[Part], prepared: Sequence[tuple[list[Example], DataReport]], seed: int, wanted: Collection[str]
+    parts: Sequence[Part],
+    prepared: Sequence[tuple[list[Example], DataReport]],
+    seed: int,
+    wanted: Collection[str],
+    losses: Losses | None = None,
 ) -> tuple[list[Example], DataReport]:
     """One list of examples of all parts, and what became of the rows of each.
 
     `wanted` are the optional columns that the run reads: those that some parts lack are an error, but `weight`, which
-    is 1 where it is not given.
+    is 1 where it is not given. `losses`: those that rows may name, in all parts or in none.
     """
     sets = [examples for examples, _ in prepared]
-    _check_forms(parts, sets)
-    _even_columns(parts, sets, wanted)
+    if any(examples[0].loss for examples in sets):
+        _check_named(parts, sets)
+    else:
+        _check_forms(parts, sets)
+        _even_columns(parts, sets, wanted)
     rng = np.random.default_rng(seed)
     counts = [len(examples) for examples in sets]
     chosen = [list(range(count)) for count in counts]
@@ -177,7 +185,14 @@ def mix(
     report.kept_rows = [prepared[k][1].kept_rows[place] for k, place in picked]
     mixed = [sets[k][place] for k, place in picked]
     even_weights(mixed)
+    fill_columns(mixed, losses or {})
     return mixed, report
+
+
+def _check_named(parts: Sequence[Part], sets: Sequence[Sequence[Example]]) -> None:
+    lacking = [part.label for part, examples in zip(parts, sets, strict=True) if examples[0].loss is None]
+    if lacking:
+        raise DataError(f"the rows of {lacking[0]} name no '{LOSS}', which those of other data sets do")
 
 
 def _check_forms(parts: Sequence[Part], sets: Sequence[Sequence[Example]]) -> None:

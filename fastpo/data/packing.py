@@ -10,7 +10,7 @@ tokens that have one before them, U = prompts that they are of.
 
 import math
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple, Protocol, Self
 
@@ -21,6 +21,7 @@ from torch import Tensor
 from fastpo.data.example import Example
 from fastpo.data.packer import pack_all, pack_step
 from fastpo.data.prefetch import to_device
+from fastpo.data.win_probs import add_win_probs
 
 
 class Branch(NamedTuple):
@@ -75,6 +76,9 @@ class PackedBatch:
     score: Tensor | None  # [S] fp32
     scored_rows: Tensor | None  # [S] int64: the position at which a scalar head scores each response
     greedy: Tensor | None  # [P] int32: the reference's greedy response of each pair's row
+    # Where rows name their loss: the pairs of each that is named in the batch, and which of these is each token's.
+    losses: dict[str, tuple[int, ...]] | None  # host
+    row_loss: Tensor | None  # [N] int64
     ref_logp: Tensor | None  # [N] fp32, the reference's token log-probabilities
     ref_response_logps: Tensor | None  # [S] fp32, where the data give only their sums
     examples: tuple[int, ...]  # which rows of the data set; host
@@ -319,8 +323,8 @@ def pass_batches(examples: Sequence[Example], rows: Iterable[int], max_tokens: i
 
 
 def loss_count(example: Example) -> int:
-    """Losses that the example has: its pairs, or its responses where they are unpaired."""
-    return len(example.pairs) or len(example.responses)
+    """Losses that the example has: its pairs, or its responses where they are unpaired; none where it names sft."""
+    return len(example.pairs) or (len(example.responses) if example.loss is None else 0)
 
 
 def nll_count(example: Example, reduction: str = "token_mean", with_prompt: bool = False) -> float:
@@ -341,13 +345,14 @@ def collate(
     examples: Sequence[Example],
     indices: Sequence[int],
     ref_logps: Sequence[Sequence[np.ndarray]] | None = None,
-    with_prompts: bool = False,
+    with_prompts: bool | Collection[str] = False,
     token_bucket: int | None = None,
 ) -> PackedBatch:
     """Pack `examples[i] for i in indices`; `ref_logps[i][k]` are the reference's log-probabilities of response k.
 
     Neighbours with one prompt are one tree where their `share_from` says so. `with_prompts` lists the prompts' tokens
-    too, for a loss that reads their log-probabilities. `token_bucket`: the trunk's row is padded to a multiple of it.
+    too, for a loss that reads their log-probabilities; where rows name their loss, the names of those that do.
+    `token_bucket`: the trunk's row is padded to a multiple of it.
     """
     trunk, prompts = _Trunk(), _PromptRows()
     rows: list[np.ndarray] = []  # of each response, as the next four
@@ -358,12 +363,14 @@ def collate(
     pairs: list[tuple[int, int]] = []
     pair_weight: list[float] = []
     margins: list[float] = []
-    win_chosen: list[float] = []
-    win_rejected: list[float] = []
+    win_chosen: list[float | None] = []
+    win_rejected: list[float | None] = []
     ref_sums: list[float] = []
     labels: list[float] = []
     scores: list[float] = []
     scored_rows: list[int] = []
+    losses: dict[str, list[int]] = {}  # name -> places in `pairs`
+    of_rows: list[np.ndarray] = []  # of each response, which of `losses` its row names
     greedy: list[int] = []
     num_tokens = 0
     for i, opens, share in _adjacent_trees(examples, indices):
@@ -371,16 +378,22 @@ def collate(
         first_response = len(targets)
         pair_weights = example.pair_columns.get("weight", [1.0] * len(example.pairs))
         preferred: dict[int, float] = {}  # response -> weight of its token NLL
+        if example.loss is not None:
+            losses.setdefault(example.loss, []).extend(range(len(pairs), len(pairs) + len(example.pairs)))
+            named = list(losses).index(example.loss)
+            of_rows += [np.full(len(response), named) for response in example.responses]
+        own_weights = example.response_columns.get("weight", [1.0] * len(example.responses))
+        nll_of_prompt = example.loss is None or with_prompts is True or example.loss in (with_prompts or ())
         for (winner, loser), weight in zip(example.pairs, pair_weights, strict=True):
             pairs.append((first_response + winner, first_response + loser))
             pair_weight.append(weight)
             preferred.setdefault(winner, weight)
         margins += example.pair_columns.get("margin", [])
-        _win_probs(example, win_chosen, win_rejected)
+        add_win_probs(example, win_chosen, win_rejected)
         trunk.begin_row(opens)
         for k, response in enumerate(example.responses):
             prompt = example.prompt_of(k)
-            weight = preferred.get(k, 0.0) if example.pairs else 1.0
+            weight = preferred.get(k, 0.0) if example.pairs else own_weights[k]
             if "label" in example.response_columns:
                 weight = example.response_columns["label"][k]
                 labels.append(weight)
@@ -389,7 +402,8 @@ def collate(
                 token_weights.append(example.token_weights[k])
                 nll[-1] *= example.token_weights[k]
             if with_prompts and k in preferred:
-                prompts.add(first_response + k, trunk.root if share else trunk.size, prompt, preferred[k])
+                weight = preferred[k] if nll_of_prompt else 0.0
+                prompts.add(first_response + k, trunk.root if share else trunk.size, prompt, weight)
             rows.append(trunk.add(prompt, response, share, example.whole))
             if example.scored_at is not None:
                 scored_rows.append(trunk.position(example.scored_at[k]))
@@ -403,6 +417,8 @@ def collate(
         scores += example.response_columns.get("score", [])
         if example.greedy is not None:
             greedy += [first_response + example.greedy] * len(example.pairs)
+        elif example.loss is not None:  # which reads none
+            greedy += [first_response + winner for winner, _ in example.pairs]
     padding = trunk.pad(token_bucket) if token_bucket else 0
     n_responses, n_pairs = len(targets), len(pairs)
     return PackedBatch(
@@ -428,6 +444,8 @@ def collate(
         greedy=torch.tensor(greedy, dtype=torch.int32) if pairs and len(greedy) == n_pairs else None,
         ref_logp=torch.from_numpy(np.concatenate(ref).astype(np.float32)) if ref else None,
         ref_response_logps=_float32(ref_sums, n_responses),
+        losses={name: tuple(places) for name, places in losses.items()} or None,
+        row_loss=_int64(of_rows) if of_rows else None,
         examples=tuple(indices),
         row_pairs=tuple(len(examples[i].pairs) for i in indices),
         row_responses=tuple(len(examples[i].responses) for i in indices),
@@ -556,43 +574,17 @@ class _PromptRows:
         )  # fmt: skip
 
 
-def _win_probs(example: Example, chosen: list[float], rejected: list[float]) -> None:
-    """SPPO's two targets; `win_prob`, P(chosen beats rejected), stands in for both in the paper's single form."""
-    columns = example.pair_columns
-    if "win_prob_chosen" in columns and "win_prob_rejected" in columns:
-        chosen += columns["win_prob_chosen"]
-        rejected += columns["win_prob_rejected"]
-    elif "win_prob" in columns:
-        chosen += columns["win_prob"]
-        rejected += [1 - p for p in columns["win_prob"]]
-
-
 def _int64(parts: list[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.concatenate(parts).astype(np.int64, copy=False))
 
 
-def _float32(values: list[float], count: int) -> Tensor | None:
-    """A column [count], or None where not every row has it."""
-    return torch.tensor(values, dtype=torch.float32) if len(values) == count else None
+def _float32(values: Sequence[float | None], count: int) -> Tensor | None:
+    """A column [count], or None where not every row has it. 0.5 stands for what a row's loss does not read, and nobody
+    computes with it."""
+    if len(values) != count or (values and all(value is None for value in values)):
+        return None
+    return torch.tensor([0.5 if value is None else value for value in values], dtype=torch.float32)
 
 
 def _offsets(lengths: list[int]) -> tuple[int, ...]:
     return (0, *np.cumsum(lengths).tolist())
-
-
-def epoch_order(n: int, *, seed: int, epoch: int, strategy: str) -> list[int]:
-    """The order of n rows in one epoch: as they stand, or transformers' seeded permutation (seed + epoch)."""
-    if strategy == "sequential":
-        return list(range(n))
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed + epoch)).tolist()
-
-
-def epoch_steps(order: Sequence[int], batch_size: int, accumulation: int, drop_last: bool = False) -> list[list[int]]:
-    """The rows of each optimiser step of one epoch: `accumulation` batches of `batch_size` rows; the last may be short.
-
-    `drop_last` leaves out an incomplete last batch, as a data loader does, not an incomplete step.
-    """
-    if drop_last:
-        order = order[: len(order) // batch_size * batch_size]
-    step = batch_size * accumulation
-    return [list(order[start : start + step]) for start in range(0, len(order), step)]

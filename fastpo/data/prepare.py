@@ -18,25 +18,28 @@ import itertools
 import logging
 import multiprocessing
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from fastpo.data import content, exact, kway
+from fastpo.data import content, exact, kway, row_loss
 from fastpo.data.encoding import Encoded, Encoder
 from fastpo.data.example import Example
 from fastpo.data.kway import BEST_WORST, Forming
 from fastpo.data.layouts import Reading, read_as
 from fastpo.data.long_rows import TOO_LONG, without_long
+from fastpo.data.mismatched import mismatched
 from fastpo.data.report import DataReport, warn
+from fastpo.data.row_loss import ByLoss, Losses
 from fastpo.data.rows import (
     BOUNDS,
     COMPLETIONS,
     GREEDY,
     LABEL,
+    LOSS,
     PROMPT_IDS,
     RESPONSE_COLUMNS,
     SFT_WEIGHTS,
@@ -46,12 +49,12 @@ from fastpo.data.rows import (
     Schema,
     common_length,
     extract_prompt,
-    parse_row,
     read_schema,
 )
 from fastpo.data.sources import Stream, chunks, column_names, first_rows, head_rows, load_rows
 from fastpo.data.win_probs import check_win_probs
 from fastpo.errors import DataError, FastpoError, nearest, one_line, quoted
+from fastpo.losses.table import SFT
 
 __all__ = [
     "DataError",
@@ -86,17 +89,23 @@ class _Preparer:
     drop_invalid: bool
     reading: Reading = Reading()
     drop_long: bool = False
+    losses: Losses | None = None  # that rows may name
+    named: ByLoss | None = None  # where they do
 
-    @property
-    def parse(self) -> Callable[[Mapping, int, Schema], Row]:
-        return parse_row if self.schema.kway is None else kway.parse_row
+    def parse(self, raw: Mapping, number: int) -> Row:
+        """The row, which passed the checks; InvalidRow, or DataError."""
+        if self.named is not None:
+            return self.named(raw, number)
+        if self.losses and isinstance(raw.get(LOSS), str):
+            raise DataError(f"row {number} names a '{LOSS}', which the rows before do not")
+        return row_loss.parse(raw, number, self.schema)
 
     def __call__(self, start: int, raw_rows: Sequence[Mapping]) -> tuple[list[Example], DataReport]:
         report = DataReport(rows=len(raw_rows))
         rows = []
         for number, raw in enumerate(raw_rows, start=start):
             try:
-                row = self.parse(self.reading(raw, number), number, self.schema)
+                row = self.parse(self.reading(raw, number), number)
                 rows.append(self._without_prompt(row, report))
             except InvalidRow as error:
                 self._refuse(error, report, 1 + self.schema.apart)
@@ -178,7 +187,8 @@ class _Preparer:
             kept = self._truncate(prompt[:boundary], [whole[boundary:] for whole in wholes])[1]
         keys = [(k if not ids else -1, *ids) for k, ids in enumerate(kept)]  # of which nothing is left: each its own
         if keys:
-            again = self._without_prompt(kway.merged(row, keys, self.schema), scratch)
+            again = kway.merged(row, keys, self.schema)
+            again = self._without_prompt(row_loss.winners(again) if row.loss == SFT else again, scratch)
             for encoded in self._encode([again], scratch):
                 try:
                     return self._build(encoded, report)
@@ -275,6 +285,7 @@ class _Preparer:
             response_prompts=None if all(ids == prompts[0] for ids in prompts) else arrays,
             token_weights=weights or None,
             greedy=greedy,
+            loss=row.loss,
             leads=leads if any(leads) and not self.keep_end else None,
         )
 
@@ -320,6 +331,8 @@ class _Preparer:
         report.unfinished += row.unfinished
         report.pairs += len(row.pairs)
         report.kept_rows.append(row.number)
+        if row.loss is not None:
+            report.by_loss[row.loss] = report.by_loss.get(row.loss, 0) + 1
         report.responses += len(kept)
         for own_prompt, before, after in zip(prompts, responses, kept, strict=True):
             report.response_tokens += len(after)
@@ -365,6 +378,7 @@ def prepare_examples(
     apart: bool = False,
     recognise: bool = True,
     limit: int | None = None,
+    losses: Losses | None = None,
 ) -> tuple[list[Example], DataReport]:
     """Examples in the order of the rows, and what became of every row.
 
@@ -374,8 +388,9 @@ def prepare_examples(
     are there); the others may hold anything. `forming` says which pairs rows of K `responses` give. `invalid="drop"`
     counts rows with NaN, None or out-of-range values, empty texts or identical pairs where "raise" refuses the first of
     them; rows lost to `max_length` and rows of K that form no pair are always dropped and counted (truncation_mode
-    "drop": preferences with a response that is longer than that). `recognise` converts
-    rows of other layouts (fastpo/data/layouts.py). `limit` ends the reading when there are as many examples.
+    "drop": preferences with a response that is longer than that). `recognise` converts rows of other layouts
+    (fastpo/data/layouts.py). `limit` ends the reading when there are as many examples. `losses`: the entries of
+    loss_type that rows may name in the column `loss`, with the optional columns that each reads.
     """
     for name, value, allowed in (
         ("kind", kind, tuple(COMPLETIONS)),
@@ -394,10 +409,14 @@ def prepare_examples(
         kind, apart = "preference", True
     reading = read_as(given, head_rows(rows), kind, columns, recognise)
     read = {"prompt", "chosen", "rejected", "completion", "tools", "chat_template_kwargs", *BOUNDS, *TOKEN_COLUMNS,
-            LABEL, GREEDY, SFT_WEIGHTS, kway.RESPONSES, kway.PAIRS, PROMPT_IDS, *reading.reads()}  # fmt: skip
+            LABEL, GREEDY, SFT_WEIGHTS, kway.RESPONSES, kway.PAIRS, PROMPT_IDS, LOSS, *reading.reads()}  # fmt: skip
     names, first = reading.names(given), reading.first(first_rows(rows, read, _CHUNK_ROWS))
+    by_loss = bool(losses) and row_loss.are_named(first)
     if kind == "preference" and kway.is_kway(names, first):
         schema = kway.read_schema(names, first, columns, forming)
+    elif kind == "preference" and by_loss:
+        schema = read_schema([*names, *(c for c in ("chosen", "rejected") if c not in names)], row_loss.as_pairs(first),
+                             kind, columns)  # fmt: skip
     else:
         schema = read_schema(names, first, kind, columns)
     schema = replace(schema, language=reading.layout is not None and reading.layout.language,
@@ -408,8 +427,17 @@ def prepare_examples(
         if not (schema.token_ids or schema.prompt_ids):
             raise DataError(f"{error} (the rows are {reading.says()})") if reading.says() else error from None
         encoder = Encoder(tokenizer, False, refuses=str(error))  # rows of ids need none of what is lacking
-    prepare = _Preparer(encoder, schema, max_length, truncation_mode == "keep_end", invalid == "drop", reading,
-                        drop_long=truncation_mode == "drop")  # fmt: skip
+    prepare = _Preparer(
+        encoder,
+        schema,
+        max_length,
+        truncation_mode == "keep_end",
+        invalid == "drop",
+        reading,
+        truncation_mode == "drop",
+        losses,
+        ByLoss(schema, losses) if by_loss and losses else None,
+    )
 
     report = DataReport(max_length=max_length, columns=names, reading=reading.says(), streamed=limit is not None)
     if report.reading:
@@ -425,6 +453,9 @@ def prepare_examples(
         del examples[limit:], report.kept_rows[limit:]
         report.kept = limit
     even_weights(examples)
+    row_loss.fill_columns(examples, losses or {})
+    if losses and LOSS in names and not by_loss:
+        report.warnings.append(f"the column '{LOSS}' is not used: it names none of loss_type")
     if schema.kway is None and forming.policy != "best_worst":
         report.warnings.append(f"pair_policy={forming.policy} has no effect: the rows have no '{kway.RESPONSES}'")
     warn(report, schema, names)
@@ -526,7 +557,7 @@ def describe_example(example: Example, tokenizer: Any, max_chars: int = 600, pro
             lines.append(line("prompt", example.prompt_of(k), mask))
         ends = "" if response[-1] == tokenizer.eos_token_id else " (no EOS at the end)"
         lines.append(line(label, response, f"trained on{ends}"))
-    values = {**example.pair_columns, **example.response_columns}
+    values = {**example.pair_columns, **example.response_columns} | ({"loss": example.loss} if example.loss else {})
     if values:
         lines.append("columns    " + ", ".join(f"{name} {value}" for name, value in values.items()))
     return "\n".join(lines)
@@ -554,31 +585,3 @@ def _alone(example: Example, k: int) -> Example:
     weights = None if example.token_weights is None else [example.token_weights[k][lead:]]
     prompt = np.concatenate([prompt, response[:lead]]) if lead else prompt
     return Example(prompt, [response[lead:]], response_columns=columns, token_weights=weights)
-
-
-def mismatched(examples: Sequence[Example], max_length: int | None) -> list[Example]:
-    """Each row's prompt with the completion of the next row of another prompt, as KTO estimates its KL from.
-
-    The next in the data, not in the step, so that the reference scores each of them once. Where all rows have one
-    prompt it is the next row's, as in TRL, and a warning says so. Raises DataError for a single row.
-    """
-    n = len(examples)
-    if n == 1:
-        raise DataError("kto estimates a KL from completions of other rows, and there is only one")
-    others: list[Example | None] = [None] * n
-    other = None
-    # Backwards, twice around: a row of the same prompt as the next one has its other, however many they are.
-    for i in reversed(range(2 * n)):
-        example, after = examples[i % n], examples[(i + 1) % n]
-        other = other if np.array_equal(example.prompt_ids, after.prompt_ids) else after
-        others[i % n] = other
-    if other is None:
-        logger.warning("all rows have the same prompt: kto's KL is estimated from other completions of it, which makes "
-                       "it larger than that of completions of other prompts")  # fmt: skip
-    out = []
-    for i, (example, found) in enumerate(zip(examples, others, strict=True)):
-        other = found or examples[(i + 1) % n]
-        room = None if max_length is None else max_length - len(example.prompt_ids)
-        weights = None if other.token_weights is None else [other.token_weights[0][:room]]
-        out.append(Example(example.prompt_ids, [other.responses[0][:room]], token_weights=weights))
-    return out

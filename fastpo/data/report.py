@@ -22,6 +22,7 @@ class DataReport:
     offered: int = 0  # responses of the rows kept that have K of them; `responses` counts those in use
     merged: int = 0  # of those offered: how many were the same as another one of their row
     unfinished: int = 0  # of those in use: how many the policy did not end, so that they have no end of sequence
+    by_loss: dict[str, int] = field(default_factory=dict)  # rows kept, where they name their loss
     other_prompts: int = 0  # rows in which a text after `prompt_ids` was tokenised behind other ids than these
     responses: int = 0
     truncated: int = 0  # responses that lost tokens to max_length
@@ -55,7 +56,7 @@ class DataReport:
         """Adds the counts of another part of the same rows."""
         for item in fields(self):
             mine, theirs = getattr(self, item.name), getattr(other, item.name)
-            if item.name in ("dropped", "lost"):
+            if item.name in ("dropped", "lost", "by_loss"):
                 for reason, count in theirs.items():
                     mine[reason] = mine.get(reason, 0) + count
             elif item.name == "lost_example":
@@ -75,6 +76,8 @@ class DataReport:
         parts += [f"mixed: {self.mixed}"] * bool(self.mixed)
         if self.offered:
             parts.append(f"{self.pairs} pairs of {self.responses} of their {self.offered} responses")
+        if self.by_loss:
+            parts.append("by " + ", ".join(f"{loss} {count}" for loss, count in self.by_loss.items()))
         parts += [f"{self.merged} responses merged with equal ones"] * bool(self.merged)
         parts += [f"{self.unfinished} responses unfinished, trained without an end"] * bool(self.unfinished)
         parts += [f"{count} dropped: {reason}" for reason, count in self.dropped.items()]

@@ -9,7 +9,7 @@ import json
 import math
 import numbers
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from fastpo.data import arrow
@@ -20,8 +20,12 @@ LABEL = "label"  # of unpaired rows: whether the completion is desirable
 RESPONSES = "responses"  # of rows with K responses: their entries (fastpo/data/kway.py)
 GREEDY = "greedy"  # the reference's greedy response, beside the pair or the responses
 PROMPT_IDS = "prompt_ids"  # the prompt as the policy had it: responses after it may be token ids (fastpo/data/exact.py)
+LOSS = "loss"  # which entry of the run's loss_type trains the row
 _FORM_NAMES = {"text": "a text", "chat": "a conversation", "ids": "a list of token ids"}
-_ANY = "any"  # form of the responses after `prompt_ids`: token ids, or what the prompt is
+_IDS_AFTER_TURNS = (
+    f"is a list of token ids, and the prompt is a conversation: give its ids too, as the column '{PROMPT_IDS}'"
+)
+ANY = "any"  # form of the responses after `prompt_ids`: token ids, or what the prompt is
 
 # No number of a row is larger: losses are computed in fp32, which ends at 3e38, and the norm of a gradient squares what
 # a weight or a score multiplies. A billion leaves room for that, and no log-probability, score or weight needs more.
@@ -49,7 +53,14 @@ RESPONSE_COLUMNS = {
 }
 TOKEN_COLUMNS = ("chosen_token_weights", "rejected_token_weights")  # a list each, one number a token
 SFT_WEIGHTS = "token_weights"  # the same of sft rows that are token ids, which a layout's conversion writes
-PASSED = (*BOUNDS, *TOKEN_COLUMNS, GREEDY, "tools", "chat_template_kwargs")  # through a layout's conversion as they are
+PASSED = (
+    *BOUNDS,
+    *TOKEN_COLUMNS,
+    GREEDY,
+    LOSS,
+    "tools",
+    "chat_template_kwargs",
+)  # through a layout's conversion as they are
 _TOGETHER = (*RESPONSE_COLUMNS.values(), ("win_prob_chosen", "win_prob_rejected"), TOKEN_COLUMNS)
 
 
@@ -90,6 +101,7 @@ class Row(NamedTuple):
     offer: Any = None  # all that a row of K has, kway.Offer
     merged: int = 0  # of the responses offered: how many were the same as one before them
     unfinished: int = 0  # of the completions: how many the policy did not end
+    loss: str | None = None  # that trains it, where rows name theirs
 
     @property
     def compared(self) -> int:
@@ -112,6 +124,8 @@ class Schema:
     apart: bool = False  # pairs are two unpaired rows each
     language: bool = False  # every token is trained, the first one apart: the prompt is empty
     prompt_ids: str | None = None  # the column that is the prompt as token ids, where responses need not be ids
+    # Where rows name their loss: the optional columns that the rows of each read.
+    losses: Mapping[str, Collection[str]] = field(default_factory=dict)
 
     @property
     def token_ids(self) -> bool:
@@ -167,7 +181,7 @@ def read_schema(columns: list[str], rows: list[Mapping], kind: str, wanted: Coll
     at, first = first_whole(rows, texts)
     explicit = "prompt" in columns or exact
     if exact:
-        forms = {**prompt_form(rows), **{name: _ANY for name in texts if name != "prompt"}}
+        forms = {**prompt_form(rows), **{name: ANY for name in texts if name != "prompt"}}
     else:
         forms = {name: form_of(first.get(name), name, at) for name in texts}
     if kind == "preference" and forms.get("prompt") == "text" and forms["chosen"] == "chat":
@@ -176,10 +190,9 @@ def read_schema(columns: list[str], rows: list[Mapping], kind: str, wanted: Coll
         explicit = False
     ids = next((name for name, form in forms.items() if form == "ids" and name != "prompt"), None)
     if ids and forms.get("prompt") == "chat":
-        message = f"row {at}: '{ids}' is a list of token ids, and the prompt is a conversation"
-        raise DataError(f"{message}: give its ids too, as the column '{PROMPT_IDS}'")
+        raise DataError(f"row {at}: '{ids}' {_IDS_AFTER_TURNS}")
     if ids and forms.get("prompt") == "text":  # of which the ids are the tokenizer's
-        forms = {name: "text" if name == "prompt" else _ANY for name in forms}
+        forms = {name: "text" if name == "prompt" else ANY for name in forms}
     elif len(set(forms.values())) > 1 and not exact:
         found = ", ".join(f"'{name}' is {_FORM_NAMES[form]}" for name, form in forms.items())
         raise DataError(f"row {at}: the columns must all be texts or all be conversations: {found}")
@@ -301,15 +314,17 @@ def parse_row(raw: Mapping, number: int, schema: Schema) -> Row:
         if is_ids(value):
             read_ids(value, f"row {number}: '{name}'")
     if prompt_ids is None and not schema.token_ids and any(map(is_ids, completions)):
+        if schema.conversational:
+            raise DataError(f"row {number}: a response {_IDS_AFTER_TURNS}")
         prompt_ids = []
     found = {name: _number(raw, name, number) for name in schema.numbers}
-    weights = tuple(_token_weights(raw, name, number) for name in TOKEN_COLUMNS) if schema.token_weights else ()
+    weights = tuple(read_token_weights(raw, name, number) for name in TOKEN_COLUMNS) if schema.token_weights else ()
     row = Row(number, prompt, tuple(completions), template_kwargs(raw, number), token_weights=weights,
               prompt_ids=prompt_ids)  # fmt: skip
     if schema.kind == "unpaired":
         return row._replace(response_columns={LABEL: [_label(raw, number)]})
     if schema.kind == "sft" and schema.token_ids and raw.get(SFT_WEIGHTS) is not None:
-        return row._replace(token_weights=(_token_weights(raw, SFT_WEIGHTS, number),))
+        return row._replace(token_weights=(read_token_weights(raw, SFT_WEIGHTS, number),))
     if schema.kind != "preference":
         return row
     of_responses = {name: [found[column] for column in pair] for name, pair in RESPONSE_COLUMNS.items()
@@ -349,7 +364,7 @@ def read_texts(raw: Mapping, number: int, forms: Mapping[str, str], exact: bool 
             raise InvalidRow(f"'{name}' is None", f"row {number}: column '{name}' is None")
         values[name] = arrow.without_nulls(raw[name])
         form = form_of(values[name], name, number)
-        if expected == _ANY:
+        if expected == ANY:
             if form == "ids" or (not values[name] and form == "chat"):
                 continue
             if "prompt" not in values:
@@ -444,7 +459,7 @@ def without_prompt(what: str, form: str = "text") -> str:
             f"beside '{PROMPT_IDS}', or the response's token ids")  # fmt: skip
 
 
-def _token_weights(raw: Mapping, name: str, number: int) -> list[float]:
+def read_token_weights(raw: Mapping, name: str, number: int) -> list[float]:
     value = raw.get(name)
     if isinstance(value, Sequence) and not isinstance(value, str):
         real = all(isinstance(w, numbers.Real) and not isinstance(w, bool) for w in value)

@@ -1,4 +1,4 @@
-"""Rows whose win probabilities contradict each other."""
+"""Win probabilities: what a batch has of a row's, and rows that contradict each other."""
 
 from collections.abc import Sequence
 from hashlib import blake2b
@@ -39,3 +39,18 @@ def check_win_probs(examples: Sequence[Example], numbers: Sequence[int]) -> None
                 if name in columns:
                     what = "the same response beats the previous policy"
                     check(ids[k], ids[k], columns[name][n], number, name, what)
+
+
+def add_win_probs(example: Example, chosen: list[float | None], rejected: list[float | None]) -> None:
+    """SPPO's two targets; `win_prob`, P(chosen beats rejected), stands in for both in the paper's single form. None
+    where the row's loss reads none."""
+    columns = example.pair_columns
+    if "win_prob_chosen" in columns and "win_prob_rejected" in columns:
+        chosen += columns["win_prob_chosen"]
+        rejected += columns["win_prob_rejected"]
+    elif "win_prob" in columns:
+        chosen += columns["win_prob"]
+        rejected += [1 - p for p in columns["win_prob"]]
+    elif example.loss is not None:
+        chosen += [None] * len(example.pairs)
+        rejected += [None] * len(example.pairs)

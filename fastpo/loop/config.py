@@ -305,4 +305,4 @@ def _unwrapped(value: Any) -> Any:
 
 def as_json(section: Any) -> Any:
     """A section as JSON has it, for the key of a stage."""
-    return json.loads(json.dumps(_unwrapped(section), default=str))
+    return json.loads(json.dumps(_unwrapped(section), default=lambda v: getattr(v, "__qualname__", type(v).__name__)))

@@ -102,7 +102,8 @@ class Run:
         """What is not done yet."""
         config = self.config
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(self.folder / "iterate.json", configs.plain(config) | {"prompts": _shown(config.prompts)})
+        shown = configs.as_json(config) | {"prompts": _shown(config.prompts)}
+        write_json(self.folder / "iterate.json", shown)
         if self.context.heldout:
             self._do(Work(self.context, 0))
         for t in range(1, config.iterations + 1):

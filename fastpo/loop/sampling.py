@@ -12,10 +12,19 @@ from fastpo.errors import ConfigError, did_you_mean, quoted
 from fastpo.loop.config import Sample
 from fastpo.loop.items import Prompt, Sampler
 from fastpo.loop.local_sampler import LOADING, LocalSampler
+from fastpo.loop.ray_sampler import RaySampler
 from fastpo.loop.servers import ServerSampler
 
-_ENGINES: Mapping[str, type] = {"local": LocalSampler, "openai": ServerSampler}
-_OURS = ("self", "model", "policy", "tokenizer", "log_path", "loading")  # arguments that are not the user's to set
+_ENGINES: Mapping[str, type] = {"local": LocalSampler, "openai": ServerSampler, "ray": RaySampler}
+_OURS = (
+    "self",
+    "model",
+    "policy",
+    "tokenizer",
+    "log_path",
+    "loading",
+    "processor",
+)  # arguments that are not the user's to set
 
 
 def make_sampler(
@@ -30,7 +39,7 @@ def make_sampler(
         raise ConfigError(f"sample.engine={sample.engine!r}: expected one of {quoted(_ENGINES)}{near}")
     options = dict(sample.options)
     known = [name for name in inspect.signature(_ENGINES[sample.engine]).parameters if name not in _OURS]
-    known += LOADING if sample.engine == "local" else ("model",)
+    known += {"local": LOADING, "openai": ("model",)}.get(sample.engine, ())
     for name in options:
         if name not in known:
             others = [n for n in _ENGINES if n != sample.engine and name in inspect.signature(_ENGINES[n]).parameters]
@@ -38,6 +47,8 @@ def make_sampler(
             raise ConfigError(f"sample.{name}: sample.engine={sample.engine} has no such option{of}")
     if sample.engine == "local":
         return LocalSampler(policy, tokenizer, **options)
+    if sample.engine == "ray":
+        return RaySampler(policy, tokenizer, **options)
     if "base_url" not in options:
         raise ConfigError("sample.engine=openai needs sample.base_url, the address of a server, up to and with /v1")
     return ServerSampler(policy, tokenizer, log_path=Path(folder) / "server.log", **options)

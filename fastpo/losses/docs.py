@@ -213,6 +213,24 @@ Rows of K `responses` ([training.md](training.md#k-responses-a-prompt)) give pai
 `exo_rw`, `infonca` and `nca_rw` read whole lists: their loss is a mean over the rows of the step, of any K; rewards and
 accuracies are those of the best and the worst by score. They can be summed with losses of that pair.
 
+Several losses are summed over all rows, unless rows say which of them is theirs: in the column `loss`, an entry of
+`loss_type`, which then every row has.
+
+```json
+{"prompt": "...", "chosen": "...", "rejected": "...", "loss": "dpo", "weight": 0.6}
+{"prompt": "...", "chosen": "...", "rejected": "...", "loss": "ipo", "weight": 0.2}
+{"prompt": "...", "completion": "...", "loss": "sft"}
+```
+
+Such a row is trained by that loss alone, times the loss's own weight, and needs the columns that this loss reads. The sum
+of the losses of pairs is divided by the pairs of the step, whichever loss each of them names, so that a row counts the
+same whatever else is in its step; an NLL is a mean over the chosen tokens of the rows that name its loss. A row of `sft`
+trains on its `completion`, or on its `chosen` response (of K responses: those that win a pair); the others do not go
+through the model. `weight` weighs it too. Rewards are of all pairs, with the beta of the first loss that has a reference.
+Losses that read a number of the whole step (`aot`, `aot_unpaired`, `kto`, `bco`), whole lists (`exo_rw`, `infonca`,
+`nca_rw`) or unpaired rows cannot be named beside others, which is an error. The reference scores every row, those of
+losses without one too.
+
 Unpaired losses take one response a row, [S], and K-response losses [P, K], both as first argument (and
 `ref_chosen_logps`). A previous policy that is a loss's only reference is read from `ref_*`.
 In training `inpo` and `dno_reg` mix previous policy and reference into one number a response, so they cannot be summed

@@ -347,6 +347,7 @@ class Term:
     weight: float
     loss: Loss | None
     hyper: Mapping[str, Any]
+    of: str = ""  # the entry of loss_type that it is of, by which rows name their loss
 
     @property
     def beta(self) -> float:
@@ -391,17 +392,15 @@ def resolve_terms(
             if not _DOMAINS["nll_reduction"].holds(reduction):
                 raise ConfigError(f"sft: nll_reduction must be {_DOMAINS['nll_reduction'].text}, not {reduction!r}")
             unread -= {"nll_reduction"}
-            terms.append(Term(SFT, weight, None, {"nll_reduction": reduction}))
+            terms.append(Term(SFT, weight, None, {"nll_reduction": reduction}, SFT))
             continue
-        if name == "dpo":
-            name = _of_dpo(options, weighted)
-        loss = LOSSES[name]
+        loss = LOSSES[_of_dpo(options, weighted) if name == "dpo" else name]
         reads = {k: v for k, v in options.items() if k in loss.defaults}
         unread -= set(reads)
         if weighted:
             # As TRL has it: DPO's own beta, and no cap.
             reads = {"beta": LOSSES["dpo"].defaults["beta"], "clamp_weight": False} | reads
-        terms += _terms(loss, weight, loss.hyper(**reads))
+        terms += _terms(loss, weight, loss.hyper(**reads), name)
     if not terms:
         raise ConfigError("loss_type names no loss")
     if unread:
@@ -457,19 +456,19 @@ def _of_dpo(options: Mapping[str, Any], weighted: bool) -> str:
     return next(iter(named.values()), "dpo")
 
 
-def _terms(loss: Loss, weight: float, hyper: dict[str, Any]) -> list[Term]:
+def _terms(loss: Loss, weight: float, hyper: dict[str, Any], of: str) -> list[Term]:
     """A loss as the trainer sums it: its NLL by tokens apart. ConfigError where the trainer cannot feed it."""
     if loss.lacks:
         advice = f"call fastpo.losses.LOSSES[{loss.name!r}] yourself"
         raise ConfigError(f"{loss.name} needs {loss.lacks}, which fastpo.train does not carry yet; {advice}")
     if not loss.nll or hyper["nll_reduction"] != "token_mean":
-        return [Term(loss.name, weight, loss, hyper)]
+        return [Term(loss.name, weight, loss, hyper, of)]
     apart = (loss.nll, "nll_reduction", "disable_prompt_loss")
-    terms = [Term(loss.name, weight, loss, {k: v for k, v in hyper.items() if k not in apart})]
+    terms = [Term(loss.name, weight, loss, {k: v for k, v in hyper.items() if k not in apart}, of)]
     if not hyper[loss.nll]:
         return terms
     nll = _TOKEN_NLL if hyper.get("disable_prompt_loss", True) else _TOKEN_NLL | {"disable_prompt_loss": False}
-    return [*terms, Term(SFT, weight * hyper[loss.nll], None, nll)]
+    return [*terms, Term(SFT, weight * hyper[loss.nll], None, nll, of)]
 
 
 def segment_sum(values: Tensor, offsets: Tensor) -> Tensor:

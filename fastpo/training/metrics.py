@@ -88,15 +88,19 @@ def weighted_lengths(logp: Tensor, batch: PackedBatch) -> Tensor:
     return segment_sum(batch.token_weight, batch.response_offsets).to(logp.dtype)
 
 
-def nll_sum(logp: Tensor, batch: PackedBatch, reduction: str, with_prompt: bool = False) -> Tensor:
+def nll_sum(
+    logp: Tensor, batch: PackedBatch, reduction: str, with_prompt: bool = False, of: str | None = None
+) -> Tensor:  # fmt: skip
     """Weighted NLL of the chosen responses of a batch, differentiable in `logp` [N]: summed over their tokens, or over
-    each one's mean (seq_mean). `with_prompt` adds that of each one's prompt, summed. Divided by the step's
-    `packing.nll_count` it is the sft term. -> []
+    each one's mean (seq_mean). `with_prompt` adds that of each one's prompt, summed. `of`: where rows name their loss,
+    the one whose rows count. Divided by the step's `packing.nll_count` it is the sft term. -> []
     """
     weight = batch.nll_weight
+    if batch.losses is not None and of is not None:
+        weight = weight * (batch.row_loss == list(batch.losses).index(of))
     if with_prompt:
         assert batch.prompts is not None and reduction == "token_mean"
-        return nll_sum(logp, batch, reduction) - (batch.prompts.weight * prompt_sums(batch)).sum()
+        return nll_sum(logp, batch, reduction, of=of) - (batch.prompts.weight * prompt_sums(batch)).sum()
     if reduction == "seq_mean":
         of_tokens = batch.response_offsets.diff()
         lengths = weighted_lengths(logp, batch)
@@ -153,7 +157,11 @@ def token_sums(batch: PackedBatch) -> Tensor:
     entropy, top1 = batch.rows[ENTROPY], batch.rows[TOP1]
     lengths, n = batch.response_offsets.diff(), entropy.numel()
     chosen = torch.zeros(len(lengths), device=entropy.device)
-    if batch.label is None:
+    if batch.losses is not None:
+        pairless = [not n for n, k in zip(batch.row_pairs, batch.row_responses, strict=True) for _ in range(k)]
+        (chosen,) = to_device([torch.tensor(pairless).float()], entropy.device)
+        chosen = chosen.index_fill(0, batch.pairs[:, 0].long(), 1.0)
+    elif batch.label is None:
         chosen = chosen.index_fill(0, batch.pairs[:, 0].long(), 1.0) if len(batch.pairs) else chosen + 1.0
     of_rows = torch.repeat_interleave(chosen, lengths, output_size=n)
     tokens = entropy.new_full((), n)

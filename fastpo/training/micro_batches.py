@@ -47,7 +47,7 @@ class MicroBatches:
     ) -> PackedBatch:
         """A micro-batch on the device; `stream` and `step` say which tokens are drawn, where a loss draws some."""
         config = self.config
-        prompts = self.objective.reads_prompts
+        prompts: Any = self.objective.reads_prompts
         batch = collate(examples, part, ref, with_prompts=prompts, token_bucket=config.token_bucket)
         if self.objective.draws:
             seed = config.seed if config.data_seed is None else config.data_seed

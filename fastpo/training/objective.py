@@ -3,11 +3,13 @@
 from collections.abc import Iterable, Sequence
 from typing import Self
 
+import torch
 from torch import Tensor
 
 from fastpo.config.train_config import TrainConfig
 from fastpo.data.kway import Forming
 from fastpo.data.packing import PackedBatch, nll_count
+from fastpo.data.prefetch import to_device
 from fastpo.data.prepare import Example
 from fastpo.errors import ConfigError
 from fastpo.losses.table import ORDER, SFT, Term, resolve_terms
@@ -24,7 +26,7 @@ class Objective:
         self.pair_terms = [t for t in terms if t.loss is not None]
         self.sft_terms = [t for t in terms if t.name == SFT]
         self.uses_reference = any(t.loss.reference for t in self.pair_terms)
-        self.reads_prompts = any(t.reads_prompt for t in self.terms)
+        self.reads_prompts = frozenset(t.of for t in self.terms if t.reads_prompt)  # entries of loss_type
         self.draws = any(t.loss.drawn for t in self.pair_terms)  # tokens of each response
         self.unpaired = any(t.loss.shape == "unpaired" for t in self.pair_terms)
         self.scores = any(t.loss.shape == "scores" for t in self.pair_terms)  # rewards, not log-probabilities
@@ -55,6 +57,17 @@ class Objective:
             )
         return Forming(config.pair_policy, config.pair_margin, whole=bool(self.of_lists))
 
+    def check_row_losses(self) -> None:
+        """ConfigError where rows cannot name their loss, since one of the losses couples rows, or takes other rows."""
+        whys = {"lists": "reads whole lists of responses", "unpaired": "takes unpaired rows"}
+        for term in self.pair_terms:
+            why = "reads a number of the whole step" if term.loss.of_step else whys.get(term.loss.shape)
+            if why:
+                raise ConfigError(
+                    f"rows name their loss (column 'loss'), and {term.name} {why}: train with {term.name} alone, or "
+                    "leave the column out"
+                )
+
     def check_reference(self, config: TrainConfig, ref_model: object, prev_model: object = None) -> None:
         """ConfigError where a reference or a previous policy is given, or to be moved, that no loss reads so."""
         names = "+".join(config.losses)
@@ -79,23 +92,37 @@ class Objective:
         total = logp.new_zeros(())
         metrics = logp.new_zeros(len(PAIR_METRICS))
         for term, count in zip(self.sft_terms, nlls, strict=True):
-            nll = nll_sum(logp, batch, term.hyper["nll_reduction"], term.reads_prompt)
+            if batch.losses is not None and term.of not in batch.losses:
+                continue
+            nll = nll_sum(logp, batch, term.hyper["nll_reduction"], term.reads_prompt, term.of)
             total = total + term.weight / (count or 1) * nll
         if self.pair_terms:
             share, metrics = self.of_pairs(logp, batch, stats)
-            total = total + share / pair_count
+            total = total + share / (pair_count or 1)
         return total, metrics
 
     def nll_counts(self, examples: Iterable[Example]) -> list[float]:
         """What each sft term is a mean over, of these examples."""
         rows = list(examples)
-        return [sum(nll_count(e, t.hyper["nll_reduction"], t.reads_prompt) for e in rows) for t in self.sft_terms]
+        return [sum(nll_count(e, t.hyper["nll_reduction"], t.reads_prompt) for e in rows if e.loss in (None, t.of))
+                for t in self.sft_terms]  # fmt: skip
+
+    def places(self, term: Term, batch: PackedBatch) -> tuple[int, ...] | None:
+        """The batch's pairs that a term of pairs trains, by their places; None for all of them."""
+        return None if batch.losses is None else batch.losses.get(term.of, ())
 
     def of_pairs(self, logp: Tensor, batch: PackedBatch, stats: Statistics) -> tuple[Tensor, Tensor]:
         """sum over terms and pairs of weight * loss, and the metrics as sums over pairs."""
         total, metrics, x = logp.new_zeros(()), None, None
         for term in self.pair_terms:
-            if has_kernel(term, logp, batch):
+            places = self.places(term, batch)
+            if places == ():
+                continue
+            if places is not None:
+                x = pair_inputs(logp, batch) if x is None else x
+                (at,) = to_device([torch.tensor(places)], logp.device)
+                share = (batch.pair_weight[at] * stats.loss(term, x, logp, batch, at)).sum()
+            elif has_kernel(term, logp, batch):
                 share, of_launch = fused_pair_loss(term, logp, batch)
                 metrics = of_launch if term is self.pair_terms[0] else metrics
             else:
@@ -106,6 +133,8 @@ class Objective:
                     of_each = stats.loss(term, x, logp, batch)
                     share = (of_each if batch.label is not None else batch.pair_weight * of_each).sum()
             total = total + term.weight * share
-        if metrics is None:
+        if metrics is None and x is None:  # no pairs
+            metrics = logp.new_zeros(len(PAIR_METRICS))
+        elif metrics is None:
             metrics = pair_metrics(x._replace(kl=stats.kl), self.pair_terms[0])
         return total, metrics

@@ -5,10 +5,11 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from fastpo.config.train_config import TrainConfig
-from fastpo.data import layouts, mixing, rows, sources
+from fastpo.data import layouts, mixing, row_loss, rows, sources
 from fastpo.data.packing import repeated_prompts, sequence_tokens, trunk_tokens
 from fastpo.data.prepare import DataReport, Example, describe_example, prepare_examples, require_columns
 from fastpo.errors import ConfigError, DataError
+from fastpo.losses.table import SFT, Term
 from fastpo.training.distributed import World
 from fastpo.training.metrics import PAIR_METRICS, metric_means
 from fastpo.training.objective import Objective
@@ -40,7 +41,9 @@ class DataSets:
     ):
         self.config, self.world, self.tokenizer, self.objective = config, world, tokenizer, objective
         self.forming = objective.forming(config)
-        self.columns = _columns(config, objective, given)
+        self.columns = _columns(config, objective.pair_terms, given)
+        self.losses = {name: _columns(config, [t for t in objective.pair_terms if t.of == name], given)
+                       for name in dict.fromkeys(t.of for t in objective.terms)}  # fmt: skip
         self.train: list[Example] = []
         self.evals: dict[str, list[Example]] = {}
         self.reports: dict[str, DataReport] = {}
@@ -78,7 +81,7 @@ class DataSets:
         self.reports[name] = report
         log.info("%s data: %s", name, report.summary())
         if name == "train":
-            shown = describe_example(examples[0], self.tokenizer, prompt_loss=self.objective.reads_prompts)
+            shown = describe_example(examples[0], self.tokenizer, prompt_loss=bool(self.objective.reads_prompts))
             log.info("an example, as it is trained on:\n%s", shown)
         return examples
 
@@ -102,13 +105,19 @@ class DataSets:
             except DataError as error:
                 raise DataError(f"{part.label}: {error}") from error
         seed = self.config.seed if self.config.data_seed is None else self.config.data_seed
-        return mixing.mix(parts, prepared, seed, self.columns)
+        return mixing.mix(parts, prepared, seed, self.columns, self.losses)
 
     def _of_one(self, part: mixing.Part, split: str, name: str) -> tuple[list[Example], DataReport]:
         config, pair_terms = self.config, self.objective.pair_terms
         table = open_table(part, split, config.dataset_config)
         losses = "unpaired" if self.objective.unpaired else "pairs" if pair_terms else "sft"
-        kind = layouts.kind_of(sources.column_names(table), sources.head_rows(table), losses)
+        names, head = sources.column_names(table), sources.head_rows(table)
+        kind = layouts.kind_of(names, head, losses)
+        if row_loss.are_named(head) and len(self.losses) > 1:
+            self.objective.check_row_losses()
+            # Among other data sets there may be one of sft alone, in whatever layout.
+            if SFT in self.losses and not {"chosen", "rejected", rows.RESPONSES} & set(names):
+                kind = layouts.kind_of(names, head, "sft")
         limit = None
         if isinstance(table, sources.Stream) and name == "train":
             limit = _stream_limit(table, config, self.world.size, mixed=bool(part.label))
@@ -117,7 +126,7 @@ class DataSets:
             truncation_mode="drop" if self.objective.scores else config.truncation_mode,
             columns=self.columns, invalid=config.invalid_rows, num_proc=config.dataset_num_proc, forming=self.forming,
             recognise=config.recognise_layouts, limit=limit, assistant_only=config.assistant_only_loss,
-            apart=losses == "unpaired" and kind == "preference",
+            apart=losses == "unpaired" and kind == "preference", losses=self.losses,
         )  # fmt: skip
         if self.objective.of_tokens and report.masked_rows:
             raise DataError(
@@ -125,7 +134,8 @@ class DataSets:
                 "responses have turns that are not trained on: set assistant_only_loss=false, or leave those rows out"
             )
         for term in pair_terms:
-            require_columns(examples, term.loss.columns, term.name, report.columns)
+            own = [e for e in examples if e.loss in (None, term.of)]
+            require_columns(own, term.loss.columns, term.name, report.columns)
         if losses == "unpaired" and kind == "preference" and "weight" in report.columns:
             log.warning("the column 'weight' is not used: %s takes each response of a pair as a row of its own",
                         pair_terms[0].name)  # fmt: skip
@@ -173,14 +183,15 @@ class DataSets:
             log.warning("share_prompts=always has no effect: no two responses have the same prompt")
 
 
-def _columns(config: TrainConfig, objective: Objective, given: Collection[str]) -> list[str]:
-    """The optional columns that a run reads; others may hold anything."""
-    columns = ["weight"] if objective.scores else ["weight", *rows.TOKEN_COLUMNS]
-    if objective.uses_reference and "ref_model" not in given and not config.sync_ref_model:
+def _columns(config: TrainConfig, terms: Sequence[Term], given: Collection[str]) -> list[str]:
+    """The optional columns that losses of pairs read; others may hold anything."""
+    scalar = any(t.loss.shape == "scores" for t in terms)
+    columns = ["weight"] if scalar else ["weight", *rows.TOKEN_COLUMNS]
+    if any(t.loss.reference for t in terms) and "ref_model" not in given and not config.sync_ref_model:
         columns += [*rows.RESPONSE_COLUMNS["ref_logps"], "ref_greedy_logps"]
-    if objective.kappa is not None and "prev_model" not in given:
+    if any(t.loss.previous for t in terms) and "prev_model" not in given:
         columns += rows.RESPONSE_COLUMNS["prev_logps"]
-    of_losses = [name for t in objective.pair_terms for names in (*t.loss.columns, t.loss.may_read) for name in names]
+    of_losses = [name for t in terms for names in (*t.loss.columns, t.loss.may_read) for name in names]
     return [*columns, *dict.fromkeys(of_losses)]
 
 

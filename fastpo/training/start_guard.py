@@ -69,8 +69,9 @@ class StartGuard:
             return None
         zero = logp.new_zeros(())  # what a step's statistics are at the start
         stats, both = Statistics(zero, zero), ((pair_inputs(v, batch), v) for v in (logp, start_logp))
-        terms = self.objective.pair_terms
-        got, expected = ([round(stats.loss(t, *v, batch).mean().item(), 4) for t in terms] for v in both)
+        places = [(t, self.objective.places(t, batch)) for t in self.objective.pair_terms]
+        terms = [(t, None if at is None else torch.tensor(at, device=logp.device)) for t, at in places if at != ()]
+        got, expected = ([round(stats.loss(t, *v, batch, at).mean().item(), 4) for t, at in terms] for v in both)
         return (
             f"the policy should start at its reference, but its token log-probabilities differ by {gap:.2g} on average "
             f"(allowed {allowed:.2g}; loss {got} instead of {expected}): did {self.cache} outlive a change of the "

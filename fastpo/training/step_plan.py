@@ -7,9 +7,10 @@ import math
 from collections.abc import Sequence
 from typing import Any, overload
 
+import torch
+
 from fastpo.config.bounds import COUNT
 from fastpo.config.train_config import TrainConfig
-from fastpo.data.packing import epoch_order, epoch_steps
 from fastpo.errors import ConfigError, DataError
 
 KEPT = 3  # epochs whose order is kept: a step looks at its neighbours
@@ -72,3 +73,21 @@ class StepPlan(Sequence[tuple[int, list[int]]]):
                 del self._drawn[next(iter(self._drawn))]
             self._drawn[epoch] = epoch_steps(order, self.batch, accumulation, config.dataloader_drop_last)
         return self._drawn[epoch]
+
+
+def epoch_order(n: int, *, seed: int, epoch: int, strategy: str) -> list[int]:
+    """The order of n rows in one epoch: as they stand, or transformers' seeded permutation (seed + epoch)."""
+    if strategy == "sequential":
+        return list(range(n))
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed + epoch)).tolist()
+
+
+def epoch_steps(order: Sequence[int], batch_size: int, accumulation: int, drop_last: bool = False) -> list[list[int]]:
+    """The rows of each optimiser step of one epoch: `accumulation` batches of `batch_size` rows; the last may be short.
+
+    `drop_last` leaves out an incomplete last batch, as a data loader does, not an incomplete step.
+    """
+    if drop_last:
+        order = order[: len(order) // batch_size * batch_size]
+    step = batch_size * accumulation
+    return [list(order[start : start + step]) for start in range(0, len(order), step)]

@@ -28,11 +28,15 @@ class Statistics:
         mean = None if self.ratio_mean is None else term.beta * self.ratio_mean
         return x._replace(kl=self.kl, reward_mean=mean)
 
-    def loss(self, term: Term, x: Pairs, logp: Tensor, batch: PackedBatch) -> Tensor:
-        """The term's loss of each pair, each unpaired response, or each row's list of responses. -> [P]"""
+    def loss(self, term: Term, x: Pairs, logp: Tensor, batch: PackedBatch, at: Tensor | None = None) -> Tensor:
+        """The term's loss of each pair, each unpaired response, or each row's list of responses; of pairs alone those
+        at the places `at`. -> [P]"""
         if term.loss.shape == "lists":
             return list_loss(term, logp, batch)
-        return term.loss.fn(self.of_term(term_inputs(term, x, logp, batch), term), **term.hyper)
+        x = self.of_term(term_inputs(term, x, logp, batch), term)
+        if at is not None:
+            x = Pairs(*(c.index_select(0, at) if isinstance(c, Tensor) and c.dim() else c for c in x))
+        return term.loss.fn(x, **term.hyper)
 
     def ordered_loss(self, x: Pairs, term: Term, batch: PackedBatch) -> Tensor:
         """The batch's share of a loss over the order of all pairs: its value, and its gradient for these pairs."""

@@ -183,6 +183,17 @@ def test_an_answer_in_a_conversation(bpe, ids):
     assert example.token_weights[1].tolist() == [1.0, 1.0]
 
 
+def test_other_layouts_keep_the_prompts_ids(bpe, ids):
+    """Pairs of texts after a conversation: with it and with prompt_ids, which end as the template does not."""
+    row = {"prompt": [{"role": "user", "content": "de"}], "chosen": "abc", "rejected": "h"}
+    (as_turns,), _ = data.prepare_examples([row], bpe)
+    (exact,), report = data.prepare_examples([row | {"prompt_ids": ids("gg")}], bpe)
+    assert plain(exact) == (ids("gg"), plain(as_turns)[1]) and report.reading.startswith("read as pairs after a prompt")
+    whole = {"input_ids": ids("gab"), "labels": [-100, -100, 3], "prompt_ids": ids("g")}
+    (one,), _ = data.prepare_examples([whole], bpe, kind="sft")
+    assert plain(one) == (ids("ga"), [ids("b")])
+
+
 def test_truncation(bpe, ids):
     row = {"prompt_ids": ids("dea"), "responses": [{"token_ids": ids("abcabc"), "score": 1},
                                                    {"token_ids": ids("hg"), "score": 0}]}  # fmt: skip

@@ -12,8 +12,6 @@ from fastpo.data.packer import pack_all, pack_step
 from fastpo.data.packing import (
     TrunkCost,
     collate,
-    epoch_order,
-    epoch_steps,
     nll_count,
     packed_size,
     pass_batches,
@@ -126,21 +124,6 @@ def test_pack_all_covers_every_row_once():
     batches = pack_all(range(7), tokens, 100)
     assert sorted(r for b in batches for r in b) == list(range(7))
     assert all(sum(tokens[r] for r in b) <= 100 or len(b) == 1 for b in batches)
-
-
-FULL_STEPS = [[0, 1, 2, 3], [4, 5, 6, 7]]
-
-
-def test_order_is_transformers_seeded_permutation():
-    # accelerate's SeedableRandomSampler for n = 10 and seed 42, epochs 0 and 1
-    assert epoch_order(10, seed=42, epoch=0, strategy="random") == [2, 6, 1, 8, 4, 5, 0, 9, 3, 7]
-    assert epoch_order(10, seed=42, epoch=1, strategy="random") == [8, 4, 9, 0, 5, 1, 6, 7, 2, 3]
-    assert epoch_order(3, seed=42, epoch=1, strategy="sequential") == [0, 1, 2]
-
-
-@pytest.mark.parametrize(("drop", "steps"), [(False, [*FULL_STEPS, [8]]), (True, FULL_STEPS)])
-def test_steps_of_an_epoch(drop, steps):
-    assert epoch_steps(range(9), 2, 2, drop) == steps
 
 
 def test_trunk_tokens():

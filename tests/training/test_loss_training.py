@@ -350,7 +350,7 @@ def test_the_kernel_takes_what_it_knows_and_the_table_the_rest(monkeypatch):
         new_zeros = staticmethod(torch.zeros)
         sum = staticmethod(lambda: torch.zeros(()))
 
-    batch = SimpleNamespace(pair_weight=torch.ones(2), token_weight=None, label=None)
+    batch = SimpleNamespace(pair_weight=torch.ones(2), token_weight=None, label=None, losses=None)
     own = {"cpo_alpha": 0.3, "nll_reduction": "token_mean"}  # a term that the trainer never makes: the table has it
     taken = [Term("dpo", 1.0, LOSSES["dpo"], {"beta": 0.1}), Term("apo_zero", 1.0, LOSSES["apo_zero"], {"beta": 0.1})]
     left = Term("cpo", 1.0, LOSSES["cpo"], {"beta": 0.1, **own})

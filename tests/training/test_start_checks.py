@@ -14,7 +14,7 @@ from fastpo.config.no_effect import Facts, without_effect
 from fastpo.config.train_config import TrainConfig
 from fastpo.errors import ConfigError, FastpoError
 from fastpo.training import inputs
-from fastpo.training.step_plan import StepPlan
+from fastpo.training.step_plan import StepPlan, epoch_order, epoch_steps
 
 
 @pytest.fixture
@@ -308,8 +308,6 @@ def test_silence_is_said_once_in_one_line(toy, tmp_path, caplog):
 @pytest.mark.parametrize("drop_last", [False, True])
 @pytest.mark.parametrize("strategy", ["random", "sequential"])
 def test_a_plan_is_what_its_epochs_are(drop_last, strategy):
-    from fastpo.data.packing import epoch_order, epoch_steps
-
     config = TrainConfig(
         seed=3, per_device_train_batch_size=2, gradient_accumulation_steps=2, num_train_epochs=2.5,
         dataloader_drop_last=drop_last, train_sampling_strategy=strategy,
@@ -334,6 +332,21 @@ def test_a_billion_steps_cost_nothing():
     sequential = TrainConfig(max_steps=10**9, per_device_train_batch_size=2, dataloader_drop_last=True,
                              train_sampling_strategy="sequential")  # fmt: skip
     assert StepPlan(sequential, 5).visited() == {0, 1, 2, 3}
+
+
+FULL_STEPS = [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+def test_order_is_transformers_seeded_permutation():
+    # accelerate's SeedableRandomSampler for n = 10 and seed 42, epochs 0 and 1
+    assert epoch_order(10, seed=42, epoch=0, strategy="random") == [2, 6, 1, 8, 4, 5, 0, 9, 3, 7]
+    assert epoch_order(10, seed=42, epoch=1, strategy="random") == [8, 4, 9, 0, 5, 1, 6, 7, 2, 3]
+    assert epoch_order(3, seed=42, epoch=1, strategy="sequential") == [0, 1, 2]
+
+
+@pytest.mark.parametrize(("drop", "steps"), [(False, [*FULL_STEPS, [8]]), (True, FULL_STEPS)])
+def test_steps_of_an_epoch(drop, steps):
+    assert epoch_steps(range(9), 2, 2, drop) == steps
 
 
 def test_a_run_of_a_billion_steps_stops_when_told(toy, tmp_path):
