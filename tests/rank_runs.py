@@ -43,8 +43,8 @@ CASES: dict[str, tuple[dict, int, bool, dict]] = {
     "tdpo lora": ({"loss_type": "tdpo1"}, 21, True, {}),
     "all pairs": ({"pair_policy": "all"}, 21, False, {"kway": True}),  # rows of differing K, differing pairs
     "lists": ({"loss_type": ["exo_rw", "dpo"]}, 21, False, {"kway": True}),
-    "reward": ({"loss_type": "reward", "beta": None, "pair_policy": "all"}, 21, False, {"kway": True, "reward": True}),
     "named": ({"loss_type": ["dpo", "sft", "ipo"]}, 21, False, {"named": True}),  # a loss a row
+    "reward": ({"loss_type": "reward", "beta": None, "pair_policy": "all"}, 21, False, {"kway": True, "reward": True}),
     "few prompts": ({"share_prompts": "always"}, 21, False, {"few_prompts": True}),  # trees of several rows
     "checkpointing": ({"gradient_checkpointing": True, "max_steps": 2}, 21, False, {}),
 }
@@ -94,23 +94,23 @@ def run(case: str, ranks: int, options: dict, out: Path, counts: bool = False, s
     if model.pop("few_prompts", False):
         train = [{**row, "prompt": train[k % 3]["prompt"]} for k, row in enumerate(train)]
     calls = _count_collectives() if counts else {}
-    scalar = model.pop("reward", False)
-    made = Toy.reward_model if scalar else Toy.model
     named_losses = changes["loss_type"] if model.pop("named", False) else []
 
     def named(rows: list[dict]) -> list[dict]:
         return [{**row, "loss": named_losses[k % 3]} for k, row in enumerate(rows)] if named_losses else rows
 
+    scalar = model.pop("reward", False)
+    make_model = Toy.reward_model if scalar else Toy.model
     args = {"output_dir": str(out.parent / out.stem), **OPTIONS, **changes, **options}
     result = fastpo.train(
-        made(**model).to(dtype), named(train), processing_class=Toy.tokenizer(), args=args,
+        make_model(**model).to(dtype), named(train), processing_class=Toy.tokenizer(), args=args,
         eval_dataset={"a": named(make(5, seed=1)), "b": named(make(2 if case == "kto" else 1, seed=2))}, **rest,
     )  # fmt: skip
     trained = dict(result.model.named_parameters())
     whole = {n: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone() for n, p in trained.items()}
     sizes = sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in trained.values())
     if int(os.environ.get("RANK", 0)) == 0:
-        saved = _load(Path(args["output_dir"]), adapter, made(**model).to(dtype), scalar)
+        saved = _load(Path(args["output_dir"]), adapter, make_model(**model).to(dtype), scalar)
         same = all(torch.equal(whole[n].to(p.dtype), p) for n, p in saved.named_parameters())
         logs = [{k: v for k, v in line.items() if not k.endswith(TIMES)} for line in result.log_history]
         torch.save({"weights": whole, "logs": logs, "local": sizes, "calls": calls, "saved": same}, out)

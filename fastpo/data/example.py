@@ -1,5 +1,6 @@
 """A row as training sees it: the token ids of a prompt and its responses, and their numbers."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -33,3 +34,14 @@ class Example:
     def prompt_of(self, response: int) -> np.ndarray:
         """The prompt ids that response number `response` continues."""
         return self.prompt_ids if self.response_prompts is None else self.response_prompts[response]
+
+
+def even_weights(examples: Sequence[Example]) -> None:
+    """Ones as the weights of tokens, and of pairs, of examples without, where others have them."""
+    if any("weight" in e.pair_columns for e in examples):
+        for example in examples:
+            example.pair_columns.setdefault("weight", [1.0] * len(example.pairs))
+    if any(e.token_weights is not None for e in examples):
+        for example in examples:
+            if example.token_weights is None:
+                example.token_weights = [np.ones(len(ids), np.float32) for ids in example.responses]

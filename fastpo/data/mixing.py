@@ -12,8 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from fastpo.data.example import Example
-from fastpo.data.prepare import even_weights
+from fastpo.data.example import Example, even_weights
 from fastpo.data.report import DataReport
 from fastpo.data.row_loss import Losses, fill_columns
 from fastpo.data.rows import LOSS, RESPONSE_COLUMNS

@@ -21,7 +21,7 @@ from torch import Tensor
 from fastpo.data.example import Example
 from fastpo.data.packer import pack_all, pack_step
 from fastpo.data.prefetch import to_device
-from fastpo.data.win_probs import add_win_probs
+from fastpo.data.win_probs import take_win_probs
 
 
 class Branch(NamedTuple):
@@ -389,7 +389,7 @@ def collate(
             pair_weight.append(weight)
             preferred.setdefault(winner, weight)
         margins += example.pair_columns.get("margin", [])
-        add_win_probs(example, win_chosen, win_rejected)
+        take_win_probs(example, win_chosen, win_rejected)
         trunk.begin_row(opens)
         for k, response in enumerate(example.responses):
             prompt = example.prompt_of(k)

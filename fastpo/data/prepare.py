@@ -27,7 +27,7 @@ import numpy as np
 
 from fastpo.data import content, exact, kway, row_loss
 from fastpo.data.encoding import Encoded, Encoder
-from fastpo.data.example import Example
+from fastpo.data.example import Example, even_weights
 from fastpo.data.kway import BEST_WORST, Forming
 from fastpo.data.layouts import Reading, read_as
 from fastpo.data.long_rows import TOO_LONG, without_long
@@ -88,9 +88,9 @@ class _Preparer:
     keep_end: bool
     drop_invalid: bool
     reading: Reading = Reading()
-    drop_long: bool = False
     losses: Losses | None = None  # that rows may name
     named: ByLoss | None = None  # where they do
+    drop_long: bool = False
 
     def parse(self, raw: Mapping, number: int) -> Row:
         """The row, which passed the checks; InvalidRow, or DataError."""
@@ -388,7 +388,7 @@ def prepare_examples(
     are there); the others may hold anything. `forming` says which pairs rows of K `responses` give. `invalid="drop"`
     counts rows with NaN, None or out-of-range values, empty texts or identical pairs where "raise" refuses the first of
     them; rows lost to `max_length` and rows of K that form no pair are always dropped and counted (truncation_mode
-    "drop": preferences with a response that is longer than that). `recognise` converts rows of other layouts
+    "drop": preferences with a response that is longer). `recognise` converts rows of other layouts
     (fastpo/data/layouts.py). `limit` ends the reading when there are as many examples. `losses`: the entries of
     loss_type that rows may name in the column `loss`, with the optional columns that each reads.
     """
@@ -427,17 +427,9 @@ def prepare_examples(
         if not (schema.token_ids or schema.prompt_ids):
             raise DataError(f"{error} (the rows are {reading.says()})") if reading.says() else error from None
         encoder = Encoder(tokenizer, False, refuses=str(error))  # rows of ids need none of what is lacking
-    prepare = _Preparer(
-        encoder,
-        schema,
-        max_length,
-        truncation_mode == "keep_end",
-        invalid == "drop",
-        reading,
-        truncation_mode == "drop",
-        losses,
-        ByLoss(schema, losses) if by_loss and losses else None,
-    )
+    prepare = _Preparer(encoder, schema, max_length, truncation_mode == "keep_end", invalid == "drop", reading, losses,
+                        ByLoss(schema, losses) if by_loss and losses else None,
+                        drop_long=truncation_mode == "drop")  # fmt: skip
 
     report = DataReport(max_length=max_length, columns=names, reading=reading.says(), streamed=limit is not None)
     if report.reading:
@@ -463,17 +455,6 @@ def prepare_examples(
         raise DataError(f"no row is left to train on: {report.summary()}")
     check_win_probs(examples, report.kept_rows)
     return examples, report
-
-
-def even_weights(examples: Sequence[Example]) -> None:
-    """Ones as the weights of tokens, and of pairs, of examples without, where others have them."""
-    if any("weight" in e.pair_columns for e in examples):
-        for example in examples:
-            example.pair_columns.setdefault("weight", [1.0] * len(example.pairs))
-    if any(e.token_weights is not None for e in examples):
-        for example in examples:
-            if example.token_weights is None:
-                example.token_weights = [np.ones(len(ids), np.float32) for ids in example.responses]
 
 
 PROCESSES_A_CORE = 4  # more cost their start and bring nothing: the pool forks them all at once

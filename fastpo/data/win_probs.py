@@ -41,7 +41,7 @@ def check_win_probs(examples: Sequence[Example], numbers: Sequence[int]) -> None
                     check(ids[k], ids[k], columns[name][n], number, name, what)
 
 
-def add_win_probs(example: Example, chosen: list[float | None], rejected: list[float | None]) -> None:
+def take_win_probs(example: Example, chosen: list[float | None], rejected: list[float | None]) -> None:
     """SPPO's two targets; `win_prob`, P(chosen beats rejected), stands in for both in the paper's single form. None
     where the row's loss reads none."""
     columns = example.pair_columns

@@ -185,8 +185,11 @@ class DataSets:
 
 def _columns(config: TrainConfig, terms: Sequence[Term], given: Collection[str]) -> list[str]:
     """The optional columns that losses of pairs read; others may hold anything."""
-    scalar = any(t.loss.shape == "scores" for t in terms)
-    columns = ["weight"] if scalar else ["weight", *rows.TOKEN_COLUMNS]
+    columns = (
+        ["weight"]
+        if any(t.loss is not None and t.loss.shape == "scores" for t in terms)
+        else ["weight", *rows.TOKEN_COLUMNS]
+    )
     if any(t.loss.reference for t in terms) and "ref_model" not in given and not config.sync_ref_model:
         columns += [*rows.RESPONSE_COLUMNS["ref_logps"], "ref_greedy_logps"]
     if any(t.loss.previous for t in terms) and "prev_model" not in given:

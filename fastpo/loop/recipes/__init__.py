@@ -1,37 +1,5 @@
 """The systems of the papers, each a file of options under its name, with what it does and where that is from."""
 
-from collections.abc import Mapping
-from importlib.resources import files
-from typing import Any
+from fastpo.loop.recipes.reading import ABOUT, TEXTS, example_of, names, options_of, read, text_of
 
-import yaml
-
-from fastpo.errors import ConfigError, did_you_mean
-
-ABOUT = ("title", "about", "source", "choices")  # of a recipe's file: texts, no options
-
-
-def names() -> list[str]:
-    """Of all recipes."""
-    return sorted(
-        file.name.removesuffix(".yaml") for file in files(__package__).iterdir() if file.name.endswith(".yaml")
-    )
-
-
-def read(name: str) -> dict[str, Any]:
-    """A recipe's whole file; ConfigError where there is none of this name."""
-    known = names()
-    if name not in known:
-        raise ConfigError(f"no recipe {name!r}{did_you_mean(name, known)} (fastpo recipes lists them)")
-    return dict(yaml.safe_load((files(__package__) / f"{name}.yaml").read_text(encoding="utf-8")))
-
-
-def options_of(name: str) -> dict[str, Any]:
-    """What a recipe sets."""
-    return {key: value for key, value in read(name).items() if key not in ABOUT}
-
-
-def text_of(name: str) -> Mapping[str, str]:
-    """What a recipe does, its source, and what was chosen here where the source is silent."""
-    found = read(name)
-    return {key: " ".join(str(found.get(key, "")).split()) for key in ABOUT}
+__all__ = ["ABOUT", "TEXTS", "example_of", "names", "options_of", "read", "text_of"]
