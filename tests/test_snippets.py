@@ -33,7 +33,8 @@ def commands(text: str) -> list[list[str]]:
     found = []
     for line in re.sub(r"\\\n\s*", "", text).splitlines():
         match = re.match(r"(?: {4}|)(?:(?:srun )?torchrun .*? -m )?fastpo ((?:[a-z]+\b|--version).*)$", line)
-        if match and match[1].split()[0] in ("train", "plan", "quickstart", "check", "losses", "games", "env"):
+        if match and match[1].split()[0] in ("train", "plan", "quickstart", "check", "losses", "games", "env",
+                                          "iterate", "recipes"):  # fmt: skip
             found.append([token for token in shlex.split(match[1], comments=True) if token != "..."])
     return found
 
@@ -62,7 +63,8 @@ def folder(toy, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def names(toy, folder, monkeypatch):
-    """What the blocks take for granted; and `fastpo.train` and `Trainer` at two steps, on the CPU, without a report."""
+    """What the blocks take for granted; and `fastpo.train`, `iterate` and `Trainer` at two steps, on the CPU, without a
+    training run's report."""
     pytest.importorskip("datasets").Dataset.from_list(toy.rows(8)).to_parquet(folder / "b.parquet")
     small = dict(use_cpu=True, bf16=False, max_steps=2, report=False, disable_tqdm=True, overwrite_output_dir=True)
     monkeypatch.chdir(folder)
@@ -71,12 +73,18 @@ def names(toy, folder, monkeypatch):
     monkeypatch.setattr(fastpo, "Trainer", trainer)
     monkeypatch.setattr(fastpo, "train", partial(fastpo.train, **small))
     logps = {name: -20 * torch.rand(3) for name in ("chosen_logps", "rejected_logps")}
+    monkeypatch.setattr(fastpo, "iterate", partial(_small_iterate, fastpo.iterate, small))
     judged = toy.kway_rows(4)
     return {
         "fastpo": fastpo, "model": toy.model(), "rows": toy.rows(8), "held_out": toy.rows(4, seed=1),
         "pairs_sampled_from_iterate_2": toy.rows(6, seed=2), "sample_and_judge": lambda policy: judged,
         "n_w": torch.tensor([3.0, 5.0, 7.0]), "n_l": torch.tensor([4.0, 2.0, 9.0]), **logps,
     }  # fmt: skip
+
+
+def _small_iterate(real, small, *args, sample, train, **options):
+    """The toy ends no answer by itself."""
+    return real(*args, sample={**sample, "drop_truncated": False}, train={**train, **small}, **options)
 
 
 @pytest.mark.parametrize("name, block", BLOCKS)

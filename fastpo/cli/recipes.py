@@ -21,7 +21,7 @@ def run(namespace: argparse.Namespace) -> int:
         print("\nfastpo recipes NAME prints one; fastpo iterate --recipe NAME runs it")
         return 0
     text = recipes.text_of(namespace.name)
-    for title, key in (("", "about"), ("Source: ", "source"), ("Chosen here: ", "choices")):
+    for title, key in (("", "about"), ("Source: ", "source"), ("Chosen here: ", "choices"), ("Needs: ", "needs")):
         if text[key]:
             print(textwrap.fill(title + text[key], 110), end="\n\n")
     print(

@@ -35,25 +35,25 @@ class Sample:
     """How the policy answers. What is not listed here goes to the engine: base_url, command, batch_size, ..."""
 
     engine: str = "local"  # local: transformers in this process; openai: a server
-    n: int = 4
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    max_tokens: int = 512
-    stop: Sequence[str] = ()
+    n: int = 4  # responses of each prompt
+    temperature: float = 1.0  # 0: greedy
+    top_p: float = 1.0  # 1: all tokens
+    top_k: int = 0  # 0: all tokens
+    max_tokens: int = 512  # of a response
+    stop: Sequence[str] = ()  # texts that end a response
     sources: Sequence[Options] = ()  # more of each prompt: {source, n, temperature, prefix, contrast, ...}
-    drop_truncated: bool = True
+    drop_truncated: bool = True  # responses that max_tokens ended are not judged
     check_logps: int = 4  # responses of an iteration whose log-probabilities are held against our own
-    tolerance: float = 0.1  # nats a token
-    options: Options = field(default_factory=dict)  # of the engine
+    tolerance: float = 0.1  # nats a token by which they may differ
+    options: Options = field(default_factory=dict)  # of the engine: all that is not listed here
 
 
 @dataclass(frozen=True)
 class Refine:
     """Rounds of y_k+1 given (x, y_k, z)."""
 
-    rounds: int = 0
-    template: str = "Please give a better answer to my first message."
+    rounds: int = 0  # how many
+    template: str = "Please give a better answer to my first message."  # z
     temperature: float | None = None  # None: the sample's
     train: bool = True  # rows of (x, y_k, z) beside those of x
     weights: Sequence[float] = (0.2, 0.4, 0.4)  # of rows on x, on the rejected y_k, on the chosen one
@@ -65,7 +65,7 @@ class Score:
 
     by: str = ""  # the scorer's name; empty: the only one
     units: str = "all"  # of a pair scorer: all, tournament, against
-    both_orders: bool = True
+    both_orders: bool = True  # each pair twice, either response first
     position_bias: float = 0.9  # more of the pairs decided by the place alone: the judge is refused
 
 
@@ -73,38 +73,38 @@ class Score:
 class Select:
     """Which pairs are made of scored responses (fastpo/loop/selecting.py)."""
 
-    policy: str = "best_worst"
-    margin: float = 0.0
-    margin_if_chosen_sampled: float | None = None
-    min_chosen: float | None = None
-    max_pairs: int | None = None
+    policy: str = "best_worst"  # the rule
+    margin: float = 0.0  # by which the winner is better
+    margin_if_chosen_sampled: float | None = None  # the same where the winner is the policy's own
+    min_chosen: float | None = None  # what a winner needs
+    max_pairs: int | None = None  # of a prompt
     min_valid: int = 2  # responses with a verdict
     labels: str = "hard"  # all, margin: soft gives both orders of a pair, weighted by P
     itself: bool = True  # whether a response's win probability counts it against itself
     length_penalty: float | str = 0.0  # a character; auto: DICE's rule
     soften: float = 0.0  # win rates towards 1/2 by overlap of the two responses
     repeated_ngrams: int | None = None  # a response that repeats as many n-grams is worth nothing
-    chosen_source: str | None = None
-    rejected_source: str | None = None
-    min_chars: int = 1
-    max_chars: int | None = None
+    chosen_source: str | None = None  # explicit: the source of the winners
+    rejected_source: str | None = None  # and of the losers
+    min_chars: int = 1  # shorter responses are not judged
+    max_chars: int | None = None  # nor are longer ones
     relabel: bool = False  # reward-augmented rows
     goal: str = GOAL  # what asks for a score; {goal} is the number
     goal_joint: str = "\n\n"  # between it and a prompt that is a text
     rows: str = "kway"  # pairs: a row each, with win_prob of the pair
     extra_rows: str | None = None  # a file of rows that are mixed in
-    extra_share: float = 0.5
+    extra_share: float = 0.5  # of all rows
 
 
 @dataclass(frozen=True)
 class Eval:
     """How a new policy is measured: greedy answers to held-out prompts."""
 
-    prompts: Any = None
+    prompts: Any = None  # held-out ones, as `prompts` of the run
     scorer: str = ""  # empty: the one that decides
-    against: str = "start"
-    temperature: float = 0.0
-    max_tokens: int | None = None
+    against: str = "start"  # the policy whose answers they are compared with
+    temperature: float = 0.0  # 0: greedy
+    max_tokens: int | None = None  # None: the sample's
 
 
 @dataclass(frozen=True)
@@ -113,39 +113,39 @@ class Guards:
 
     max_length_growth: float = 2.0  # mean tokens over those of the first iteration
     min_distinct: float = 0.5  # distinct 3-grams over those of the first iteration
-    max_truncated: float = 0.2
+    max_truncated: float = 0.2  # share of the responses
     min_agreement: float = 0.6  # of the two orders of pairs
     min_kept: float = 0.05  # prompts that give a row
-    stop: bool = False
+    stop: bool = False  # end the run at the first of these
 
 
 @dataclass(frozen=True)
 class LoopConfig:
     """Every option of a run."""
 
-    model: str
-    prompts: Any
-    output_dir: str
-    recipe: str | None = None
+    model: str  # the policy to start from: a folder, or a name of a hub
+    prompts: Any  # a file or rows with `prompt`, and `id` if they have one; what else they have is the scorers' `meta`
+    output_dir: str  # of the run
+    recipe: str | None = None  # whose options are the defaults of all others
     before: str | None = None  # the policy that `model` was trained from, where a recipe reads it
-    iterations: int = 3
+    iterations: int = 3  # how many
     prompts_per_iteration: int | None = None  # None: the prompts in equal parts
     reuse_prompts: bool = False  # each iteration draws from all prompts, not from a part of its own
-    seed: int = 42
-    max_failed: float = 0.02
+    seed: int = 42  # of prompts, samples and draws
+    max_failed: float = 0.02  # share of samples or judgements; more end the stage
     prepare: Options = field(default_factory=dict)  # stages before the first iteration: sft, rules, queries, skillmix
     search: Options = field(default_factory=dict)  # tree search in the place of sampling
-    sample: Sample = field(default_factory=Sample)
-    refine: Refine = field(default_factory=Refine)
+    sample: Sample = field(default_factory=Sample)  # how the policy answers
+    refine: Refine = field(default_factory=Refine)  # rounds of better answers
     extra_responses: Options = field(default_factory=dict)  # source -> file of {id, text}
-    scorers: Mapping[str, Options] = field(default_factory=dict)
-    score: Score = field(default_factory=Score)
-    select: Select = field(default_factory=Select)
+    scorers: Mapping[str, Options] = field(default_factory=dict)  # name -> kind and its options
+    score: Score = field(default_factory=Score)  # which scorer decides
+    select: Select = field(default_factory=Select)  # which pairs are made
     replay: Mapping[int, float] = field(default_factory=dict)  # iterations back -> share of the pairs
     train: Options = field(default_factory=dict)  # of fastpo.train, and reference, previous: names of policies
-    eval: Eval = field(default_factory=Eval)
-    guards: Guards = field(default_factory=Guards)
-    at: Mapping[int, Options] = field(default_factory=dict)
+    eval: Eval = field(default_factory=Eval)  # how a policy is measured
+    guards: Guards = field(default_factory=Guards)  # what is said of an iteration that goes wrong
+    at: Mapping[int, Options] = field(default_factory=dict)  # iteration -> options that differ in it
 
     def in_iteration(self, number: int) -> "LoopConfig":
         """With what `at` says of this iteration."""

@@ -1,27 +1,42 @@
 """The work of a sample stage: every request asked once, a line for each as it comes, and what was there kept.
 
-A line is {id, k, source, text, token_ids, finished, logp, seed}, with `meta` where there is any, or of a failure
-{id, k, source, status, raw}. Of a sampler that is exact, an interrupted stage and an unbroken one leave the same bytes:
-batches go in the order of the plan, and one that was written in part is asked whole for the lines that lack.
+Beside the file goes what gave the responses: NAME.sampler.json. A line is {id, k, source, text, token_ids, finished,
+logp, seed}, with `meta` where there is any, or of a failure {id, k, source, status, raw}. Of a sampler that is exact,
+an interrupted stage and an unbroken one leave the same bytes: batches go in the order of the plan, and one that was
+written in part is asked whole for the lines that lack.
 """
 
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
 from fastpo.errors import TrainingError, shown
 from fastpo.loop.items import POLICY, Failure, Request, Response, Sampler
-from fastpo.loop.parts import Part, read_lines
+from fastpo.loop.parts import Part, read_lines, write_json
+from fastpo.loop.stages import versions
 
 log = logging.getLogger("fastpo")
 
 UnitId = tuple[str, str, int]  # of a request: (id, source, k)
 _SURE = 20  # failures before a stage ends early: a few of a small run say nothing
 _ALIKE = 8  # prompts whose answers are all the same before that is said
+
+
+class _Done(NamedTuple):
+    """What is kept of a line in memory."""
+
+    finished: bool
+    tokens: int | None  # of its ids; None: it has none
+    text: int  # a hash
+
+    @classmethod
+    def of(cls, line: Mapping[str, Any]) -> "_Done":
+        ids = line["token_ids"]
+        return cls(line["finished"], None if ids is None else len(ids), hash(line["text"]))
 
 
 def sample_stage(
@@ -33,21 +48,21 @@ def sample_stage(
     Of a sampler that is not exact, what failed before is asked again, once. TrainingError where more than the share
     `max_failed` of all requests failed.
     """
-    part = Part(path)
-    lines = {unit_of(line): line for line in part.lines if not _failed(line)}
-    failed = {unit_of(line): line for line in part.lines if _failed(line) and unit_of(line) not in lines}
+    part = Part(path, keep=lambda line: (unit_of(line), line if _failed(line) else _Done.of(line)))
+    done = {unit: one for unit, one in part.lines if isinstance(one, _Done)}
+    failed = {unit: line for unit, line in part.lines if not isinstance(line, _Done) and unit not in done}
     asked = {request.unit for request in requests}
     if len(asked) < len(requests):
         twice = next(unit for unit, n in Counter(r.unit for r in requests).items() if n > 1)
         raise ValueError(f"{name}: {twice} is asked twice")
     # An exact sampler fails at the same ones again.
-    there = {*lines, *failed} if sampler.exact else set(lines)
+    there = {*done, *failed} if sampler.exact else set(done)
     missing = [request for request in requests if request.unit not in there]
     most = max(_SURE, max_failed * len(requests))
     again = 0
     with part, tqdm(total=len(requests), initial=len(requests) - len(missing), desc=name, unit="response",
                     disable=None if bar else True) as progress:  # fmt: skip
-        for new in _answers(sampler, requests, missing):
+        for new in answered(sampler, requests, missing):
             written = []
             for request, answer in new:
                 if request.unit in there:
@@ -58,7 +73,7 @@ def sample_stage(
                     failed[request.unit] = line
                     again += 1
                 else:
-                    lines[request.unit] = line
+                    done[request.unit] = _Done.of(line)
                     failed.pop(request.unit, None)
             part.add(written)
             progress.update(len(written))
@@ -67,12 +82,14 @@ def sample_stage(
     failed = {unit: line for unit, line in failed.items() if unit in asked}
     if len(failed) > max_failed * len(requests):
         raise TrainingError(_too_many(name, failed, len(requests), max_failed, path))
-    counts = _counts([lines[r.unit] for r in requests if r.unit in lines], requests, failed)
-    _warn_alike(name, requests, lines)
-    return counts
+    of_it = {"key": dict(sampler.key), "found": dict(getattr(sampler, "found", {})), "versions": versions()}
+    if missing:
+        write_json(path.with_suffix(".sampler.json"), of_it)
+    _warn_alike(name, requests, done)
+    return _counts([done[r.unit] for r in requests if r.unit in done], len(requests), failed)
 
 
-def _answers(
+def answered(
     sampler: Sampler, requests: Sequence[Request], missing: Sequence[Request]
 ) -> Iterator[list[tuple[Request, Response | Failure]]]:
     """What is to be written at once: of an exact sampler the plan's batches that lack something, else one by one."""
@@ -129,16 +146,14 @@ def _by_name(source: str) -> tuple[bool, str, int]:
     return (source != POLICY, word, int(number)) if word and number.isdecimal() else (source != POLICY, source, -1)
 
 
-def _counts(
-    lines: Sequence[Mapping[str, Any]], requests: Sequence[Request], failed: Mapping[UnitId, Mapping[str, Any]]
-) -> dict[str, int]:
-    exact = [line for line in lines if line["token_ids"] is not None]
+def _counts(done: Sequence[_Done], asked: int, failed: Mapping[UnitId, Mapping[str, Any]]) -> dict[str, int]:
+    exact = [one.tokens for one in done if one.tokens is not None]
     return {
-        "asked": len(requests),
-        "responses": len(lines),
-        "truncated": sum(not line["finished"] for line in lines),
+        "asked": asked,
+        "responses": len(done),
+        "truncated": sum(not one.finished for one in done),
         "with_token_ids": len(exact),
-        "tokens": sum(len(line["token_ids"]) for line in exact),
+        "tokens": sum(exact),
         "failed": len(failed),
         **{f"failed: {status}": n for status, n in sorted(Counter(line["status"] for line in failed.values()).items())},
     }
@@ -154,12 +169,12 @@ def _too_many(name: str, failed: Mapping[UnitId, Mapping[str, Any]], total: int,
     )
 
 
-def _warn_alike(name: str, requests: Iterable[Request], lines: Mapping[UnitId, Mapping[str, Any]]) -> None:
+def _warn_alike(name: str, requests: Iterable[Request], done: Mapping[UnitId, _Done]) -> None:
     """Says where the answers of each prompt are all one text although they were sampled: the server is greedy."""
-    texts: dict[tuple[str, str], list[str]] = defaultdict(list)
+    texts: dict[tuple[str, str], list[int]] = defaultdict(list)
     for request in requests:
-        if request.temperature > 0 and request.unit in lines:
-            texts[request.id, request.source].append(lines[request.unit]["text"])
+        if request.temperature > 0 and request.unit in done:
+            texts[request.id, request.source].append(done[request.unit].text)
     several = [own for own in texts.values() if len(own) > 1]
     if len(several) >= _ALIKE and all(len(set(own)) == 1 for own in several):
         log.warning(

@@ -1,4 +1,4 @@
-"""The run report's curves: from log lines to SVG figures.
+"""The curves of fastpo's pages: from log lines to SVG figures.
 
 Written here rather than by matplotlib: they take the page's colours, light and dark, keep their text legible on a
 phone, weigh a few kilobytes each, and let a few lines of script show the values under the pointer. Without script the
@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 Point = tuple[float, float | None]  # step and value; None where the value is not finite: a gap in the curve
@@ -155,10 +156,11 @@ COLOURS, DASHES = 6, 3  # of the page's style sheet
 
 class Series(NamedTuple):
     name: str
-    colour: int
+    colour: int  # from 1 on
     dash: int  # 0: a full line
     dots: bool
     points: list[Point]
+    errors: Mapping[float, float] = MappingProxyType({})  # step -> half the height of its bar
 
 
 def _series(metrics: Sequence[str], curves: Curves) -> list[Series]:
@@ -179,9 +181,26 @@ def _series(metrics: Sequence[str], curves: Curves) -> list[Series]:
     return out
 
 
-def _chart(title: str, note: str, series: Sequence[Series], steps: Sequence[float]) -> str:
-    """A figure: title, legend with the last values, SVG, and the points for the script."""
+def chart(
+    title: str,
+    note: str,
+    series: Sequence[Series],
+    steps: Sequence[float],
+    *,
+    over: str = "step",
+    names: Mapping[int, str] = MappingProxyType({}),
+    level: float | None = None,
+    heights: Sequence[float] = (),
+) -> str:
+    """A figure: title, legend with the last values, SVG, and the points for the script.
+
+    steps: the ends of the horizontal axis, which counts what `over` says; `names` of some of its values. level: a line
+    across, such as an even win rate. heights: values that the vertical axis holds too, so that several charts share it.
+    """
     ys = [y for s in series for _, y in s.points if y is not None]
+    ys += [y + sign * s.errors[x] for s in series for x, y in s.points if y is not None and x in s.errors
+           for sign in (-1, 1)]  # fmt: skip
+    ys += [*heights, *([] if level is None else [level])]
     log = min(ys) > 0 and max(ys) / min(ys) > LOG_RATIO
     x = Axis.over(steps, LEFT, WIDTH - RIGHT)
     y = Axis.over(ys, HEIGHT - BOTTOM, TOP, log=log)
@@ -193,12 +212,16 @@ def _chart(title: str, note: str, series: Sequence[Series], steps: Sequence[floa
         for v in y.ticks()
     )
     whole = [v for v in x.ticks() if v == int(v) and v >= 0]
-    grid += "".join(f'<text x="{x(v):.1f}" y="{HEIGHT - 8}" class="x">{_short(v)}</text>' for v in whole)
+    grid += "".join(
+        f'<text x="{x(v):.1f}" y="{HEIGHT - 8}" class="x">{escape(names.get(int(v), _short(v)))}</text>' for v in whole
+    )
+    grid += "" if level is None else f'<path class="even" d="M{LEFT} {y(level):.1f}H{WIDTH - RIGHT}"/>'
     lines = "".join(_line(s, x, y) for s in series)
     marks = "".join(f'<circle class="mark s{s.colour}" r="3.5" visibility="hidden"/>' for s in series)
     points = [[[int(a), _rounded(b)] for a, b in s.points if b is not None] for s in series]
     scale = [x.low, x.high, x.start, x.end, y.low, y.high, y.start, y.end, int(log)]
-    label = f"{title} over steps. " + ". ".join(f"{s.name}: {_spoken(s.points)}" for s in series)
+    label = f"{title} over {over}s. " + ". ".join(f"{s.name}: {_spoken(s, over, names)}" for s in series)
+    data = {"scale": scale, "points": points, "over": over, "names": dict(names)}
     legend = "".join(
         '<span class="key"><svg class="swatch" viewBox="0 0 18 4">'
         f'<path class="line s{s.colour} d{s.dash}" d="M0 2H18"/>'
@@ -210,7 +233,7 @@ def _chart(title: str, note: str, series: Sequence[Series], steps: Sequence[floa
         f'<figure class="chart"><figcaption><h3><span class="at"></span>{heading}</h3><p class="legend">{legend}</p>'
         f'</figcaption><svg class="plot" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">'
         f'{grid}<path class="cursor" d="M0 {TOP}V{HEIGHT - BOTTOM}" visibility="hidden"/>{lines}{marks}</svg>'
-        f'<script type="application/json">{_json({"scale": scale, "points": points})}</script></figure>'
+        f'<script type="application/json">{_json(data)}</script></figure>'
     )
 
 
@@ -223,8 +246,14 @@ def _line(series: Series, x: Axis, y: Axis) -> str:
         else:
             runs[-1].append(point)
     place = [[f"{x(a):.1f} {y(b):.1f}" for a, b in run] for run in runs]
+    bars = "".join(
+        f"M{x(a):.1f} {y(b - e):.1f}V{y(b + e):.1f}M{x(a) - 3:.1f} {y(b - e):.1f}h6M{x(a) - 3:.1f} {y(b + e):.1f}h6"
+        for a, b in series.points
+        if b is not None and (e := series.errors.get(a, 0.0)) > 0
+    )
     path = "".join("M" + "L".join(run) for run in place if len(run) > 1)
     out = f'<path class="line s{series.colour} d{series.dash}" d="{path}"/>' if path else ""
+    out += f'<path class="error s{series.colour}" d="{bars}"/>' if bars else ""
     for run in place:
         if len(run) == 1 or series.dots:
             for cx, cy in (p.split() for p in run):
@@ -232,12 +261,12 @@ def _line(series: Series, x: Axis, y: Axis) -> str:
     return out
 
 
-def draw(charts: Iterable[tuple[str, Sequence[str], str]], curves: Curves) -> str:
-    """The charts that have points, as one grid over the same steps; empty where none has."""
+def draw(wanted: Iterable[tuple[str, Sequence[str], str]], curves: Curves) -> str:
+    """Those charts that have points, as one grid over the same steps; empty where none has."""
     steps = [x for of in curves.of.values() for points in of.values() for x, _ in points]
     ends = (min(steps), max(steps)) if steps else (0, 1)
-    drawn = [(title, note, _series(metrics, curves)) for title, metrics, note in charts]
-    figures = "".join(_chart(title, note, series, ends) for title, note, series in drawn if series)
+    drawn = [(title, note, _series(metrics, curves)) for title, metrics, note in wanted]
+    figures = "".join(chart(title, note, series, ends) for title, note, series in drawn if series)
     return f'<div class="charts">{figures}</div>' if figures else ""
 
 
@@ -260,12 +289,17 @@ def _last(points: Sequence[Point]) -> float | None:
     return next((y for _, y in reversed(points) if y is not None), None)
 
 
-def _spoken(points: Sequence[Point]) -> str:
-    finite = [(x, y) for x, y in points if y is not None]
+def _spoken(series: Series, over: str, names: Mapping[int, str]) -> str:
+    """The first and the last value, for those who cannot see the curve."""
+    finite = [(x, y) for x, y in series.points if y is not None]
     if not finite:
         return "no finite value"
-    (a, first), (b, last) = finite[0], finite[-1]
-    return f"{number(first)} at step {a:g}" + (f", {number(last)} at step {b:g}" if len(finite) > 1 else "")
+
+    def at(x: float, y: float) -> str:
+        error = f" ± {number(series.errors[x])}" if series.errors.get(x) else ""
+        return f"{number(y)}{error} at {names.get(int(x), f'{over} {x:g}')}"
+
+    return ", ".join(at(*point) for point in (finite[0], finite[-1])[: len(finite)])
 
 
 def number(value: Any) -> str:

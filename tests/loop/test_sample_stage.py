@@ -8,9 +8,10 @@ import time
 
 import pytest
 
-from fastpo.errors import TrainingError
+from fastpo.errors import DataError, TrainingError
 from fastpo.loop.items import Failure, Request, Response, seed_of
 from fastpo.loop.local_sampler import LocalSampler
+from fastpo.loop.parts import Part
 from fastpo.loop.sample_stage import read_samples, sample_stage
 
 PROCESS = """
@@ -23,6 +24,7 @@ torch.set_num_threads(1)
 sys.path.insert(0, str(Path({tests!r}) / "loop"))
 from test_sample_stage import requests_for
 from fastpo.loop.local_sampler import LocalSampler
+from fastpo.loop.parts import Part
 from fastpo.loop.sample_stage import sample_stage
 sampler = LocalSampler(Toy.model(), Toy.tokenizer(), batch_size=4)
 sample_stage(sampler, requests_for(), Path(sys.argv[1]), bar=False)
@@ -69,11 +71,11 @@ def good(request):
 def unbroken(toy, tmp_path_factory):
     path = tmp_path_factory.mktemp("unbroken") / "samples" / "part-0000.jsonl"
     counts = sample_stage(LocalSampler(toy.model(), toy.tokenizer(), batch_size=4), requests_for(), path, bar=False)
-    return path.read_bytes(), counts
+    return path.read_bytes(), counts, path.parent
 
 
 def test_lines_say_what_was_sampled(toy, unbroken, tmp_path):
-    content, counts = unbroken
+    content, counts, where = unbroken
     lines = [json.loads(line) for line in content.splitlines()]
     assert all(set(line) == {"id", "k", "source", "text", "token_ids", "finished", "logp", "seed"} for line in lines)
     assert counts == {
@@ -83,6 +85,8 @@ def test_lines_say_what_was_sampled(toy, unbroken, tmp_path):
     path = tmp_path / "part"
     path.write_bytes(content)
     found = read_samples(path)
+    beside = json.loads((where / "part-0000.sampler.json").read_text())
+    assert beside["key"]["engine"] == "transformers" and {"torch", "transformers"} <= set(beside["versions"])
     assert set(found) == {f"p{i}" for i in range(16)} and all(len(own) == 3 for own in found.values())
     by_unit = {(line["id"], line["k"]): line for line in lines}
     for name, own in found.items():
@@ -92,7 +96,7 @@ def test_lines_say_what_was_sampled(toy, unbroken, tmp_path):
 
 
 def test_wherever_the_file_was_cut_off_it_becomes_the_same(toy, unbroken, tmp_path):
-    content, counts = unbroken
+    content, counts, _ = unbroken
     sampler, rng = LocalSampler(toy.model(), toy.tokenizer(), batch_size=4), random.Random(0)
     line_ends = [i + 1 for i, byte in enumerate(content) if byte == 10]
     cuts = [0, len(content), *rng.sample(line_ends, 3), *(rng.randrange(len(content)) for _ in range(3))]
@@ -104,7 +108,7 @@ def test_wherever_the_file_was_cut_off_it_becomes_the_same(toy, unbroken, tmp_pa
 
 
 def test_killed_at_any_moment_it_becomes_the_same(preloaded, unbroken, repo_root, tmp_path):
-    content, _ = unbroken
+    content, _, _ = unbroken
     code = PROCESS.format(tests=str(repo_root / "tests"))
     path, rng, killed = tmp_path / "samples.jsonl", random.Random(1), 0
     for attempt in range(5):
@@ -138,6 +142,18 @@ def test_an_exact_sampler_is_not_asked_again_for_what_it_cannot(toy, tmp_path):
     assert counts["failed"] == 1 == counts["failed: error"] and counts["responses"] == 4
     content = path.read_bytes()
     assert sample_stage(sampler, requests, path, bar=False, max_failed=0.5) == counts and path.read_bytes() == content
+
+
+@pytest.mark.parametrize("torn", [b"", b'{"id": "p', b"x" * 200_000], ids=["none", "short", "long"])
+def test_a_torn_line_is_cut_off_wherever_the_last_break_is(tmp_path, torn):
+    path = tmp_path / "part"
+    for whole in (b"", b'{"id": 1}\n{"id": 2}\n'):
+        path.write_bytes(whole + torn)
+        assert [line["id"] for line in Part(path).lines] == [1, 2][: whole.count(b"\n")]
+        assert path.read_bytes() == whole
+    path.write_bytes(b'{"id": 1}\nno JSON\n')
+    with pytest.raises(DataError, match="line 2 is no JSON"):
+        Part(path)
 
 
 # ---- others

@@ -1,4 +1,4 @@
-"""The systems of the papers, each a file of options under its name, with what it does and where that is from."""
+"""A recipe's file, read: its texts, its options, and an example of what its user adds."""
 
 from collections.abc import Mapping
 from importlib.resources import files
@@ -8,7 +8,8 @@ import yaml
 
 from fastpo.errors import ConfigError, did_you_mean
 
-ABOUT = ("title", "about", "source", "choices")  # of a recipe's file: texts, no options
+TEXTS = ("title", "about", "source", "choices", "needs")  # of a recipe's file
+ABOUT = (*TEXTS, "example")  # what is no option; `example`: options that a user adds
 
 
 def names() -> list[str]:
@@ -32,6 +33,11 @@ def options_of(name: str) -> dict[str, Any]:
 
 
 def text_of(name: str) -> Mapping[str, str]:
-    """What a recipe does, its source, and what was chosen here where the source is silent."""
+    """What a recipe does, its source, what was chosen here where the source is silent, and what its user gives."""
     found = read(name)
-    return {key: " ".join(str(found.get(key, "")).split()) for key in ABOUT}
+    return {key: " ".join(str(found.get(key, "")).split()) for key in TEXTS}
+
+
+def example_of(name: str) -> dict[str, Any]:
+    """Options that a user adds to a recipe's, with the names of files that are not there."""
+    return dict(read(name).get("example") or {})

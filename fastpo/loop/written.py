@@ -1,0 +1,124 @@
+"""What is written to a model and what it writes: templates, lists, yes and no, refusals. None: it cannot be read."""
+
+import json
+import re
+from collections.abc import Collection, Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from fastpo.errors import ConfigError, did_you_mean
+
+_THOUGHT = re.compile(r"^\s*<think(?:ing)?>.*?</think(?:ing)?>", re.DOTALL | re.IGNORECASE)
+_OPEN_THOUGHT = re.compile(r"^\s*<think(?:ing)?>", re.IGNORECASE)
+_FENCED = re.compile(r"^```[a-zA-Z]*\s*\n(.*?)\n?```$", re.DOTALL)
+_YES_NO = re.compile(r"^[\"'*`\[\s]*(yes|no)\b(?![\w'-])", re.IGNORECASE)
+_REFUSAL = re.compile(
+    r"^\W*(?:i'?m (?:very )?sorry|i am (?:very )?sorry|sorry|i apologi[sz]e|i can(?:no|')t|i can not|"
+    r"i(?:'m| am) (?:not able|unable)|i won'?t|i will not|as an ai\b|unfortunately,? i)",
+    re.IGNORECASE,
+)
+
+
+class Template:
+    """A text with {words} to fill in: one of fastpo/loop/templates/ by its name, or a file of the user's."""
+
+    def __init__(self, name: str, words: Sequence[str], given: Mapping[str, str] | None = None):
+        """words: what must be in it, so that none is lost. given: the user's files by name."""
+        path = (given or {}).get(name)
+        try:
+            if path is None:
+                self.text = (files("fastpo.loop") / "templates" / f"{name}.txt").read_text(encoding="utf-8")
+            else:
+                self.text = Path(path).read_text(encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"template {name} ({path}): {error.strerror or error}") from error
+        self.text = self.text.removesuffix("\n")
+        for word in words:
+            if f"{{{word}}}" not in self.text:
+                raise ConfigError(f"template {name} ({path or 'built in'}) has no {{{word}}}: it would not be seen")
+        self.words = tuple(words)
+
+    def __call__(self, **values: str) -> str:
+        """Each {word} replaced once; what is put in is not read again, and other braces stay."""
+        assert set(values) == set(self.words), (sorted(values), self.words)
+        pieces = re.split("(" + "|".join(rf"\{{{re.escape(word)}\}}" for word in self.words) + ")", self.text)
+        return "".join(values[p[1:-1]] if k % 2 else p for k, p in enumerate(pieces)) if self.words else self.text
+
+
+def check_templates(given: Mapping[str, str], known: Collection[str], where: str) -> None:
+    """ConfigError for a template that nothing asks for."""
+    for name in given:
+        if name not in known:
+            raise ConfigError(f"{where}.templates: no template {name!r}{did_you_mean(name, known)}")
+
+
+def numbered(texts: Sequence[str]) -> str:
+    """A line each, from 1 on; a text's own line breaks become spaces."""
+    return "\n".join(f"{k}. {' '.join(text.split())}" for k, text in enumerate(texts, 1))
+
+
+def without_thoughts(reply: str) -> str:
+    """The reply without the thoughts before it; empty where they have no end."""
+    text = _THOUGHT.sub("", reply, count=1).strip()
+    return "" if _OPEN_THOUGHT.match(text) else text
+
+
+def is_refusal(reply: str) -> bool:
+    return _REFUSAL.match(without_thoughts(reply).replace("\u2019", "'")) is not None
+
+
+def read_texts(reply: str) -> list[str] | None:
+    """The one JSON list of texts in a reply, alone, in a fence, as an object's only list, or with prose around it.
+    Empty texts and repetitions are left out. None where there is no list, more than one, or one of other things."""
+    text = without_thoughts(reply)
+    fenced = _FENCED.match(text)
+    found = _whole(fenced[1] if fenced else text)
+    if found is None:
+        lists = [value for value in _lists_in(text) if _texts(value) is not None]
+        found = lists[0] if len(lists) == 1 else None
+    texts = _texts(found)
+    return None if texts is None else unrepeated(texts)
+
+
+def unrepeated(texts: Sequence[str]) -> list[str]:
+    """Without those that differ in case, spaces and a full stop alone; the first stays."""
+    kept = {
+        " ".join(text.lower().split()).rstrip(".;"): " ".join(text.split()) for text in reversed(texts) if text.strip()
+    }
+    return list(reversed(kept.values()))
+
+
+def _whole(text: str) -> Any:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if isinstance(value, dict):
+        lists = [v for v in value.values() if isinstance(v, list)]
+        return lists[0] if len(lists) == 1 else None
+    return value
+
+
+def _texts(value: Any) -> list[str] | None:
+    return value if isinstance(value, list) and all(isinstance(entry, str) for entry in value) else None
+
+
+def _lists_in(text: str) -> list[Any]:
+    """Every outermost [ ] of the text that is JSON."""
+    decoder, found, at = json.JSONDecoder(), [], 0
+    while (start := text.find("[", at)) >= 0:
+        try:
+            value, end = decoder.raw_decode(text, start)
+        except (ValueError, RecursionError):
+            at = start + 1
+            continue
+        found.append(value)
+        at = end
+    return found
+
+
+def read_yes_no(reply: str) -> bool | None:
+    """What a reply begins with."""
+    match = _YES_NO.match(without_thoughts(reply))
+    return None if match is None else match[1].lower() == "yes"
