@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import fastpo
 from fastpo.loop import config as configs
 from fastpo.loop import guards, page, page_examples, rows
 from fastpo.loop.config import Select
@@ -277,8 +278,6 @@ def test_loss_curves_share_their_scales(whole):
 
 def test_a_real_run(toy, tmp_path):
     """The files as the stages write them, not as this file's `made` does."""
-    pytest.importorskip("fastpo.loop.scorers")
-    import fastpo
 
     class Longer:
         """P(first beats second), and a liking for what is shown first."""
@@ -399,6 +398,30 @@ def test_pairs_of_token_ids_and_rows_of_goals_are_found_again(tmp_path):
         found = examples_of(run, run.trained[0], 40)
         kept = json.loads((run.trained[0].folder / "rows.json").read_text())["prompts kept"]
         assert sum(any(a.beats for a in example.answers) for example in found) == kept
+
+
+def test_steps_of_a_tree_search(tmp_path):
+    """As fastpo.loop.search writes them: nodes with their children, rows of token ids."""
+    run = made(tmp_path, 1)
+    one = run / "iter-001"
+    shutil.rmtree(one / "samples")
+    nodes, pairs = [], []
+    for n in range(9):
+        texts = ["first step", "another step", "no step"]
+        children = [Response(t, (n, k), False, source="step", meta={"visits": 30 - 9 * k, "q": 0.5 - k})
+                    for k, t in enumerate(texts)]  # fmt: skip
+        nodes.append({"id": f"p1-{n}/0", "prompt": f"What is {n}? It is", "prompt_ids": [1, 2],
+                      "responses": [r.to_json() for r in children], "meta": {}})  # fmt: skip
+        pairs.append({"id": f"p1-{n}/0", "prompt": [1, 2], "chosen": [n, 0], "rejected": [n, 2], "win_prob": 0.7})
+    write_lines(one / "samples" / "siblings.jsonl", nodes)
+    write_lines(one / "rows.jsonl", pairs)
+    found = read_run(run)
+    examples = examples_of(found, found.trained[0])
+    assert len(examples) == 6 and all(e.row for e in examples)
+    assert all([a.score for a in e.answers] == [0.5, -0.5, -1.5] for e in examples)
+    assert all(e.answers[0].beats == [2] and e.answers[2].loses == [0] for e in examples)
+    _, page = read(run)
+    assert "chosen over 3" in page.text and "30 visits" in page.text and "It is" in page.text
 
 
 def test_counts_of_responses_are_told_from_those_of_prompts():
