@@ -189,7 +189,8 @@ def load(path: str | Path) -> dict[str, Any]:
 
 def build(options: Options) -> LoopConfig:
     """The checked options; ConfigError names the first that is wrong."""
-    lacking = [name for name in ("model", "prompts", "output_dir") if options.get(name) is None]
+    needed = ("model", "output_dir") if options.get("iterations") == 0 else ("model", "prompts", "output_dir")
+    lacking = [name for name in needed if options.get(name) is None]
     if lacking:
         raise ConfigError(f"fastpo iterate needs {lacking[0]}: give it in the config or as --{lacking[0]}")
     config: LoopConfig = section(LoopConfig, options, "")
@@ -209,7 +210,8 @@ def _check_numbers(config: LoopConfig) -> None:
         if not right:
             raise ConfigError(f"{name} must be {what}, not {shown(value)}")
 
-    need(config.iterations >= 1, "iterations", "1 or more", config.iterations)
+    least = 0 if config.prepare else 1
+    need(config.iterations >= least, "iterations", f"{least} or more", config.iterations)
     need(0 <= config.max_failed < 1, "max_failed", "a share in [0, 1)", config.max_failed)
     sample, select = config.sample, config.select
     need(sample.n >= 0, "sample.n", "0 or more", sample.n)
