@@ -171,7 +171,7 @@ def recipes(score: Callable[..., float], start: Path, folder: Path) -> dict[str,
         "cdr": {"scorers": {}, "sample": four, "train": train_options("simpo"),
                 "config_scorers": {"ratio": {"kind": "density_ratio", "strong": str(folder / "first/iter-001/train"),
                                              "weak": str(start)}}},
-        "mcts_dpo": {"scorers": judge, "prompts_per_iteration": PROMPTS // 4, "train": train_options("dpo_soft"),
+        "mcts_dpo": {"scorers": judge, "train": train_options("dpo_soft", max_steps=-1, num_train_epochs=1),
                      "sample": {"max_tokens": qs.ANSWER_TOKENS},
                      "search": {"iterations": 12, "first": 2, "children": 3, "step": {"stop": [], "tokens": 1}}},
         "skillmix": {"scorers": {}, "iterations": 0, "prompts": None, "train": {}, "prepare": {
