@@ -26,7 +26,7 @@ class Context:
         self.config, self.folder = config, Path(config.output_dir)
         self.make_sampler, self.given_scorers, self.selector = sampler, dict(scorers), selector
         self.tokenizer = load_tokenizer(config.model)
-        self.items = prompt_files.read_prompts(config.prompts)
+        self.items = [] if config.prompts is None else prompt_files.read_prompts(config.prompts)
         self.prompts_digest = _digest(self.items)
         for t in range(1, config.iterations + 1):
             self.of_iteration(t)  # too few prompts are found before the first sample
@@ -72,7 +72,11 @@ class Context:
         )
 
     def encode(self, prompt: Any) -> Sequence[int]:
+        """The ids of a prompt as the policy sees it."""
         return sampling.prompt_ids(self.tokenizer, prompt)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def answers_of(self, name: str, t: int) -> int:
         """The iteration whose evaluation has the answers of a policy, for eval.against."""

@@ -309,7 +309,8 @@ def _with_error(values: Mapping[str, Any], key: str) -> str:
 
 def _bars(rows: Sequence[tuple[str, Mapping[str, float], str]], unit: Callable[[float], str]) -> str:
     """A bar a row, of the same scale: (label, parts by name, what is written behind it)."""
-    names = list(dict.fromkeys(name for _, parts, _ in rows for name, value in parts.items() if value > 0))
+    every = dict.fromkeys(name for _, parts, _ in rows for name in parts)
+    names = [name for name in every if any(parts.get(name, 0) > 0 for _, parts, _ in rows)]
     if not names:
         return ""
     colour = {name: k % 6 + 1 for k, name in enumerate(names)}

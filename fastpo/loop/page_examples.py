@@ -123,6 +123,8 @@ def _answer(answer: Answer, name: str, numbered: Mapping[int, int] | None = None
         facts.append(f"{'win probability' if numbered else 'P(wins)'} {shown_number(answer.win_prob)}")
     if answer.tokens is not None:
         facts.append(f"{answer.tokens:,} tokens")
+    if answer.note:
+        facts.append(answer.note)
     if answer.count > 1:
         facts.append(f"given {answer.count:,} times")
     if answer.source != POLICY:

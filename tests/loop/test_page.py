@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 
+import fastpo
 from fastpo.loop import config as configs
 from fastpo.loop import guards, page, page_examples, rows
 from fastpo.loop.config import Select
 from fastpo.loop.evaluation import figures
 from fastpo.loop.examples import examples_of, held_out
-from fastpo.loop.items import Item, Response, Scores
+from fastpo.loop.items import Item, Response, Scores, Verdict
 from fastpo.loop.page import page_of, write_page
 from fastpo.loop.parts import write_json, write_lines
 from fastpo.loop.run_files import lines, read_run
@@ -275,6 +276,59 @@ def test_loss_curves_share_their_scales(whole):
     assert len(scales) == 3 and scales[0] == scales[1] == scales[2]
 
 
+def test_a_real_run(toy, tmp_path):
+    """The files as the stages write them, not as this file's `made` does."""
+
+    class Longer:
+        """P(first beats second), and a liking for what is shown first."""
+
+        name, unit, key, exact, cached = "judge", "pair", {"rule": "longer"}, True, False
+
+        def score(self, units):
+            for unit in units:
+                first, second = (sum(map(ord, r.text)) % 11 for r in unit.responses)
+                p = 0.5 + 0.04 * (first - second) + 0.05
+                yield unit, Verdict(p, raw=f"first {first}, second {second}")
+
+        def close(self):
+            pass
+
+    start, run = tmp_path / "start", tmp_path / "run"
+    toy.tokenizer().save_pretrained(start)
+    toy.model().save_pretrained(start)
+    fastpo.iterate(
+        recipe="sppo", model=str(start), output_dir=str(run), iterations=2, scorers={"judge": Longer()},
+        prompts=[{"id": str(k), "prompt": row["prompt"]} for k, row in enumerate(toy.rows(12))],
+        eval={"prompts": [{"prompt": "w1 w2"}, {"prompt": "w3"}]},
+        sample={"n": 3, "temperature": 1.0, "top_p": 1.0, "max_tokens": 5, "drop_truncated": False},
+        train={"use_cpu": True, "bf16": False, "disable_tqdm": True, "report": False, "learning_rate": 1e-3,
+               "optim": "adamw_torch", "save_strategy": "no", "per_device_train_batch_size": 4, "logging_steps": 1},
+    )  # fmt: skip
+    html, page = read(run)
+    assert "2 of 2 iterations" in page.text and "could not be read" not in page.text
+    assert {"Win rate", "Length", "Cut off", "Agreement of the two orders", "Loss, iteration 2"} <= set(charts(html))
+    found = read_run(run)
+    assert [found.sampled_from(one) for one in found.trained] == ["start", "iterate-1"]
+    assert [found.name_of(one.options("train")["ref_model"]) for one in found.trained] == ["start", "iterate-1"]
+    for one in found.trained:
+        by_id = {row["id"]: row for row in lines(one.folder / "rows.jsonl")}
+        examples = examples_of(found, one)
+        assert len(examples) == 6
+        for example in examples:
+            assert example.judgements and all(j.raw.startswith("first") for j in example.judgements)
+            for judgement in example.judgements:
+                first, second = (sum(map(ord, example.answers[p].text)) % 11 for p in judgement.places)
+                assert judgement.raw == f"first {first}, second {second}"
+            if example.id in by_id:
+                entries = by_id[example.id]["responses"]
+                assert {e["text"]: pytest.approx(e["win_prob"]) for e in entries} == {
+                    a.text: a.win_prob for a in example.answers if a.win_prob is not None
+                }
+    (first, _) = held_out(found, found.iterations)
+    assert first.prompt in ("w1 w2", "w3") and set(first.answers) == {"start", "iterate-1", "iterate-2"}
+    assert first.answers["iterate-2"].win_prob is not None and first.judgements["iterate-2"]
+
+
 # -------------------------------------------------------------------- to read
 
 
@@ -344,6 +398,30 @@ def test_pairs_of_token_ids_and_rows_of_goals_are_found_again(tmp_path):
         found = examples_of(run, run.trained[0], 40)
         kept = json.loads((run.trained[0].folder / "rows.json").read_text())["prompts kept"]
         assert sum(any(a.beats for a in example.answers) for example in found) == kept
+
+
+def test_steps_of_a_tree_search(tmp_path):
+    """As fastpo.loop.search writes them: nodes with their children, rows of token ids."""
+    run = made(tmp_path, 1)
+    one = run / "iter-001"
+    shutil.rmtree(one / "samples")
+    nodes, pairs = [], []
+    for n in range(9):
+        texts = ["first step", "another step", "no step"]
+        children = [Response(t, (n, k), False, source="step", meta={"visits": 30 - 9 * k, "q": 0.5 - k})
+                    for k, t in enumerate(texts)]  # fmt: skip
+        nodes.append({"id": f"p1-{n}/0", "prompt": f"What is {n}? It is", "prompt_ids": [1, 2],
+                      "responses": [r.to_json() for r in children], "meta": {}})  # fmt: skip
+        pairs.append({"id": f"p1-{n}/0", "prompt": [1, 2], "chosen": [n, 0], "rejected": [n, 2], "win_prob": 0.7})
+    write_lines(one / "samples" / "siblings.jsonl", nodes)
+    write_lines(one / "rows.jsonl", pairs)
+    found = read_run(run)
+    examples = examples_of(found, found.trained[0])
+    assert len(examples) == 6 and all(e.row for e in examples)
+    assert all([a.score for a in e.answers] == [0.5, -0.5, -1.5] for e in examples)
+    assert all(e.answers[0].beats == [2] and e.answers[2].loses == [0] for e in examples)
+    _, page = read(run)
+    assert "chosen over 3" in page.text and "30 visits" in page.text and "It is" in page.text
 
 
 def test_counts_of_responses_are_told_from_those_of_prompts():
