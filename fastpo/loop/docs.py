@@ -27,7 +27,7 @@ from fastpo.losses import LOSSES, canonical_name
 BEGIN, END = "<!-- options: made by `python -m fastpo.loop.docs` -->", "<!-- end of options -->"
 SECTIONS = ("sample", "refine", "score", "select", "eval", "guards")
 GIVEN = {"model": "path/to/sft", "prompts": "prompts.jsonl", "output_dir": "run"}  # by every user
-_WIDTH = 118
+_WIDTH = 100
 _OF_THE_LOOP = {
     "reference": "the policy that the loss compares with, by name or path",
     "previous": "the second policy that it compares with, by name or path",

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -163,14 +164,26 @@ def _json(path: Path, unreadable: list[str]) -> Any:
 
 def lines(path: Path, prefixes: Sequence[bytes] = ()) -> Iterator[dict[str, Any]]:
     """The lines that are JSON objects; with prefixes, of those that begin with one of them, the others unparsed."""
-    wanted = tuple(prefixes)
     try:
-        file = open(path, "rb")
+        if not prefixes:
+            yield from _objects(path, ())
+            return
+        stat = path.stat()
+        yield from _found(path, stat.st_size, stat.st_mtime_ns, tuple(prefixes))
     except OSError:
         return
-    with file:
+
+
+@lru_cache(maxsize=512)
+def _found(path: Path, size: int, changed: int, prefixes: tuple[bytes, ...]) -> list[dict[str, Any]]:
+    """Kept while the file stays as it is: a run writes its page again and again, over files of gigabytes."""
+    return list(_objects(path, prefixes))
+
+
+def _objects(path: Path, prefixes: tuple[bytes, ...]) -> Iterator[dict[str, Any]]:
+    with open(path, "rb") as file:
         for line in file:
-            if wanted and not line.startswith(wanted):
+            if prefixes and not line.startswith(prefixes):
                 continue
             try:
                 found = json.loads(line)

@@ -1,6 +1,7 @@
 """report.html of a run of the loop, of run folders that are made here: whole ones, ones in the middle, hostile ones."""
 
 import json
+import os
 import random
 import re
 import shutil
@@ -593,3 +594,8 @@ def test_only_lines_of_the_examples_are_parsed(whole, monkeypatch):
     parsed.clear()
     examples_of(run, run.trained[0], 2)
     assert 0 < len(parsed) < 2 * (5 + 5 * 4 + 2) + 10
+    parsed.clear()
+    assert examples_of(run, run.trained[0], 2) and len(parsed) == 2  # the prompts: other files have not changed
+    path = run.trained[0].folder / "rows.jsonl"
+    os.utime(path, ns=(0, 0))
+    assert examples_of(run, run.trained[0], 2) and 4 < len(parsed) < 8
