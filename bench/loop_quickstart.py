@@ -109,8 +109,12 @@ def train_options(loss: str, **more: Any) -> dict[str, Any]:
         "loss_type": loss, "max_steps": STEPS, "per_device_train_batch_size": BATCH, "use_cpu": True, "report": False,
         "gradient_checkpointing": False, "warmup_ratio": 0.1, "disable_tqdm": True, "optim": "adamw_torch",
         "lr_scheduler_type": "linear", "warmup_steps": 0, "logging_steps": 5, "save_strategy": "no", "bf16": False,
-        **known.get(loss, known["dpo"]), **more,
+        **known.get(loss, {"learning_rate": 1e-3} if loss == "sft" else known["dpo"]), **more,
     }  # fmt: skip
+
+
+def _without_loss(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name != "loss_type"}
 
 
 def recipes(score: Callable[..., float], start: Path, folder: Path) -> dict[str, dict[str, Any]]:

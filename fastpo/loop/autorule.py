@@ -21,7 +21,7 @@ from typing import Any
 from fastpo.errors import ConfigError, TrainingError, did_you_mean, shown
 from fastpo.loop.answers import Answers
 from fastpo.loop.config import Options
-from fastpo.loop.config import _read as read_section
+from fastpo.loop.config import section as read_section
 from fastpo.loop.items import Failure, Sampler, prompt_text, seed_of
 from fastpo.loop.pairs import PairOf, drawn, read_pairs
 from fastpo.loop.parts import write_json

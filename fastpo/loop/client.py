@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from fastpo.errors import ConfigError
 from fastpo.loop import server_client
 from fastpo.loop.items import Failure
+from fastpo.loop.server_process import root_of
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -30,6 +31,7 @@ class Client:
     * `timeout`: seconds of one attempt. `attempts`: how often a request is sent where the server is busy, fails, or
       does not answer. `concurrency`: requests in flight.
 
+    Connections and the thread of their event loop are made when they are first used, and again after `close`.
     ConfigError where openai or tenacity is absent, for what is no address, and for a variable that is not set.
     """
 
@@ -45,18 +47,30 @@ class Client:
         key = os.environ.get(api_key_env) if api_key_env else None
         if api_key_env and key is None:
             raise ConfigError(f"api_key_env={api_key_env!r}: this variable is not set in the environment")
+        for name, value in (("attempts", attempts), ("timeout", timeout)):
+            if not value > 0:
+                raise ConfigError(f"{name}={value!r}: expected a number above 0")
+        for url in self.urls:
+            root_of(url)
+        server_client.packages()
         self.concurrency = concurrency
-        self._inner = server_client.Client(self.urls, timeout=timeout, attempts=attempts, wait=WAIT, api_key=key)
-        self._room = asyncio.Semaphore(concurrency)
-        self._closed = False
+        self._options: dict[str, Any] = {"timeout": timeout, "attempts": attempts, "api_key": key}
+        self._open: tuple[server_client.Client, asyncio.Semaphore] | None = None
+
+    def _server(self) -> tuple[server_client.Client, asyncio.Semaphore]:
+        if self._open is None:
+            inner = server_client.Client(self.urls, wait=WAIT, **self._options)
+            self._open = inner, asyncio.Semaphore(self.concurrency)
+        return self._open
 
     # ---- inside the loop
 
     async def post(self, path: str, body: Mapping[str, Any]) -> dict[str, Any] | Failure:
         """The reply's JSON object, or a Failure: `timeout`, or `error` with what the server or the connection said."""
+        inner, room = self._server()
         try:
-            async with self._room:
-                return await self._inner.post(path, body)
+            async with room:
+                return await inner.post(path, body)
         except server_client.Unanswered as error:
             return Failure("timeout" if error.status == "timeout" else "error", error.raw)
 
@@ -77,10 +91,11 @@ class Client:
         """
         done: queue.SimpleQueue[tuple[T, Any]] = queue.SimpleQueue()
         rest, running = iter(things), set()
+        inner, _ = self._server()
 
         def begin() -> bool:
             for thing in rest:
-                future = self._inner.submit(_awaited(work, thing))
+                future = inner.submit(_awaited(work, thing))
                 running.add(future)
                 future.add_done_callback(functools.partial(_put, done, thing))
                 return True
@@ -101,17 +116,19 @@ class Client:
 
     def models(self) -> list[dict[str, Any]]:
         """What the first server lists at /models; nothing where it lists none, fails, or does not answer soon."""
+        inner, _ = self._server()
         try:
-            listed = self._inner.submit(asyncio.wait_for(self._inner.get("/models"), MODELS_TIMEOUT)).result()
+            listed = inner.submit(asyncio.wait_for(inner.get("/models"), MODELS_TIMEOUT)).result()
             return [m for m in listed["data"] if isinstance(m, dict) and isinstance(m.get("id"), str)]
         except (TimeoutError, TypeError, KeyError):
             return []
 
     def close(self) -> None:
         """End the connections and the thread."""
-        if not self._closed:
-            self._closed = True
-            self._inner.close()
+        if self._open is not None:
+            inner, _ = self._open
+            self._open = None
+            inner.close()
 
 
 def _put(done: Any, thing: Any, future: Any) -> None:

@@ -189,10 +189,11 @@ def load(path: str | Path) -> dict[str, Any]:
 
 def build(options: Options) -> LoopConfig:
     """The checked options; ConfigError names the first that is wrong."""
-    lacking = [name for name in ("model", "prompts", "output_dir") if options.get(name) is None]
+    needed = ("model", "output_dir") if options.get("iterations") == 0 else ("model", "prompts", "output_dir")
+    lacking = [name for name in needed if options.get(name) is None]
     if lacking:
         raise ConfigError(f"fastpo iterate needs {lacking[0]}: give it in the config or as --{lacking[0]}")
-    config: LoopConfig = _read(LoopConfig, options, "")
+    config: LoopConfig = section(LoopConfig, options, "")
     for number, part in config.at.items():
         wrong = next((key for key in part if key not in _PER_ITERATION), None)
         if wrong is not None:
@@ -209,7 +210,8 @@ def _check_numbers(config: LoopConfig) -> None:
         if not right:
             raise ConfigError(f"{name} must be {what}, not {shown(value)}")
 
-    need(config.iterations >= 1, "iterations", "1 or more", config.iterations)
+    least = 0 if config.prepare else 1
+    need(config.iterations >= least, "iterations", f"{least} or more", config.iterations)
     need(0 <= config.max_failed < 1, "max_failed", "a share in [0, 1)", config.max_failed)
     sample, select = config.sample, config.select
     need(sample.n >= 0, "sample.n", "0 or more", sample.n)
@@ -228,7 +230,7 @@ def _check_numbers(config: LoopConfig) -> None:
          "shares by how many iterations back, less than 1 in all", dict(config.replay))  # fmt: skip
 
 
-def _read(cls: type, options: Options, where: str) -> Any:
+def section(cls: type, options: Options, where: str) -> Any:
     """An instance of the dataclass; what it does not know goes into its `options`, where it has them, or is refused."""
     hints, fields = get_type_hints(cls), {f.name: f for f in dataclasses.fields(cls)}
     values: dict[str, Any] = {}
@@ -259,7 +261,7 @@ def _value(hint: Any, value: Any, name: str) -> Any:
             return value
         if not isinstance(value, Mapping):
             raise ConfigError(f"{name} must hold options by name, not {shown(value)}")
-        return _read(hint, value, name)
+        return section(hint, value, name)
     if origin is not None and issubclass(type(origin), type) and issubclass(origin, Mapping):
         if not isinstance(value, Mapping):
             raise ConfigError(f"{name} must be a mapping, not {shown(value)}")

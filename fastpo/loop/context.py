@@ -72,7 +72,11 @@ class Context:
         )
 
     def encode(self, prompt: Any) -> Sequence[int]:
+        """The ids of a prompt as the policy sees it."""
         return sampling.prompt_ids(self.tokenizer, prompt)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def answers_of(self, name: str, t: int) -> int:
         """The iteration whose evaluation has the answers of a policy, for eval.against."""

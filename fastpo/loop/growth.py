@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastpo.errors import ConfigError, TrainingError, did_you_mean, shown
-from fastpo.loop.config import _read as read_section
+from fastpo.loop.config import section as read_section
 from fastpo.loop.items import Failure, Item, Prompt, Request, Response, Verdict, seed_of
 from fastpo.loop.tree import Node, Standing, backup, best_child, chain, confidence, prior, select, standings
 

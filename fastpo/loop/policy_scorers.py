@@ -20,6 +20,7 @@ from fastpo.data.encoding import Encoder
 from fastpo.errors import ConfigError, DataError, did_you_mean, one_line, quoted
 from fastpo.loop.items import Failure, Item, Response, Scores, Unit, Verdict, digest
 from fastpo.loop.parts import file_digest
+from fastpo.loop.sampling import prompt_ids
 from fastpo.loop.scoring import RAW, BaseScorer
 from fastpo.models.adapters import saved_adapter
 from fastpo.models.loading import load_model, load_tokenizer, loading_dtype, resolve_device
@@ -353,19 +354,23 @@ class ImplicitReward(_Ratio):
     def _ids(self, units: Sequence[Unit]) -> list[Ids | Failure]:
         reader = self.first.reader
         found: list[Ids | Failure] = [Failure("empty", "")] * len(units)
-        read = []  # through the template: what was not sampled, and prompts of which the tokens are not known
+        read = []  # what was not sampled
         for n, unit in enumerate(units):
             sampled = unit.responses[0].token_ids
-            if sampled is not None:
-                self._check_tokens(unit.responses[0])
-            if sampled is None or unit.item.prompt_ids is None:
+            if sampled is None:
                 read.append(n)
             elif len(sampled):
-                found[n] = (list(unit.item.prompt_ids), list(sampled))
-        rows = [as_row(units[n].item.prompt, units[n].responses[0].text, reader.chat) for n in read]
-        for n, ids in zip(read, reader.ids(rows), strict=True):
-            sampled = units[n].responses[0].token_ids
-            found[n] = ids if sampled is None or isinstance(ids, Failure) else (ids[0], list(sampled))
+                self._check_tokens(unit.responses[0])
+                own = unit.item.prompt_ids
+                if own is None:
+                    own = prompt_ids(reader.tokenizer, unit.item.prompt)
+                found[n] = (list(own), list(sampled))
+        # A text is a text, as in sampling and in training, and turns go through the template.
+        for chat in (False, True):
+            part = [n for n in read if isinstance(units[n].item.prompt, str) != chat]
+            rows = [as_row(units[n].item.prompt, units[n].responses[0].text, chat) for n in part]
+            for n, ids in zip(part, reader.ids(rows), strict=True):
+                found[n] = ids
         # What was sampled has an end where the policy gave one, and none else.
         return [f if isinstance(f, Failure) else self._ended(reader, f, r.finished or r.token_ids is not None)
                 for f, r in zip(found, (unit.responses[0] for unit in units))]  # fmt: skip

@@ -34,7 +34,7 @@ def make_rows(
 ) -> dict[str, Any]:
     """Writes rows.jsonl and rows.json; returns the counts. `earlier`: rows of iterations so many back, `dropped`: what
     went before the judgement. TrainingError where no row is left."""
-    found = Counter(dropped)
+    found = Counter[str]()
     kept: list[dict[str, Any]] = []
     for item in items:
         made = selector.select(item, scores.get(item.id) if scored else None)
@@ -53,7 +53,8 @@ def make_rows(
     counts = {
         "prompts": len(items), "prompts kept": len(kept), "pairs": pairs, "rows": len(rows), "of this iteration": own,
         "replayed": len(replayed), "from a file": len(rows) - own - len(replayed),
-        "dropped": dict(sorted(found.items())), "length gap, characters": gap, **_agreement(scores),
+        "dropped": dict(sorted(found.items())), "responses left out": dict(sorted(dropped.items())),
+        "length gap, characters": gap, **_agreement(scores),
     }  # fmt: skip
     if not rows:
         raise TrainingError(_why_nothing(counts))
@@ -174,7 +175,8 @@ def _agreement(scores: Mapping[str, Scores]) -> dict[str, float]:
 
 
 def _why_nothing(counts: Mapping[str, Any]) -> str:
-    reasons = ", ".join(f"{reason}: {count}" for reason, count in counts["dropped"].items()) or "no prompt"
+    gone = {**counts["dropped"], **{f"responses {why}": n for why, n in counts["responses left out"].items()}}
+    reasons = ", ".join(f"{reason}: {count}" for reason, count in gone.items()) or "no prompt"
     hint = ""
     if counts["dropped"].get("all tie", 0) > counts["prompts"] / 2 and "asked in both orders" in counts:
         hint = (

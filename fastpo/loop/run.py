@@ -10,22 +10,25 @@ A stage is skipped where it is done, goes on where it was begun, and is refused 
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fastpo.checkpoints.run_lock import RunLock
 from fastpo.errors import ConfigError, TrainingError, did_you_mean
 from fastpo.loop import config as configs
-from fastpo.loop import guards
-from fastpo.loop.config import LoopConfig
+from fastpo.loop import guards, prepare, sampling
+from fastpo.loop.config import LoopConfig, Sample
 from fastpo.loop.context import Context
 from fastpo.loop.items import Sampler
+from fastpo.loop.page import write_page
 from fastpo.loop.parts import read_json, write_json
 from fastpo.loop.recipes import options_of
 from fastpo.loop.stages import Iteration
 from fastpo.loop.work import OUTPUTS, STAGES, Work
+from fastpo.models.loading import load_tokenizer
 from fastpo.report.outputs import ensure_log_handler
 
 log = logging.getLogger("fastpo")
@@ -48,6 +51,7 @@ def iterate(
     sampler: Callable[[str], Sampler] | None = None,
     scorers: Mapping[str, Any] | None = None,
     selector: Any = None,
+    teacher: Callable[[], Sampler] | None = None,
     start_from: str | None = None,
     dry_run: bool = False,
     **overrides: Any,
@@ -60,6 +64,7 @@ def iterate(
     * `scorers`: further scorers by name: objects with the protocol of fastpo/loop/items.py, or functions
       f(prompt, response, meta) -> number, None where there is no judgement; TRL's reward functions too.
     * `selector`: an object whose `select(item, scores)` gives a row or a `Dropped`, in place of `select`.
+    * `teacher`: makes the sampler that the stages of `prepare` ask, in place of their option `teacher`.
     * `start_from`: "score", or "2:score": what was done from this stage on (of the last iteration) is moved aside and
       done again.
     * `dry_run`: prints stages, calls, tokens and disk, and returns None.
@@ -67,14 +72,24 @@ def iterate(
     Called again with the same options it goes on where it stopped. Raises fastpo.errors.FastpoError with one line.
     """
     ensure_log_handler(quiet=False)
-    options = resolve(config, recipe, overrides)
-    run = Run(Context(options, sampler=sampler, scorers=scorers or {}, selector=selector))
+    options = given_options(config, recipe, overrides)
+
+    def made() -> Run:
+        return Run(Context(configs.build(options), sampler=sampler, scorers=scorers or {}, selector=selector))
+
+    preparing = prepare.check(options.get("prepare") or {})
     if dry_run:
-        print(run.plan())
+        if preparing:
+            print(f"first {', '.join(preparing)}; what follows from them is not known before")
+        if not {"queries", "skillmix"} & set(preparing):
+            print(made().plan())
         return None
-    lock = RunLock(run.folder)
+    lock = RunLock(Path(str(options.get("output_dir", "."))))
     lock.take()
     try:
+        if preparing:
+            options = before_the_first(options, preparing, teacher)
+        run = made()
         if start_from is not None:
             run.redo_from(start_from)
         return run()
@@ -82,14 +97,61 @@ def iterate(
         lock.release()
 
 
-def resolve(config: Any, recipe: str | None, overrides: Mapping[str, Any]) -> LoopConfig:
-    """The options of a recipe, a config and overrides, the last one on top."""
+def given_options(config: Any, recipe: str | None, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a recipe, a config and overrides, the last one on top."""
     given = configs.load(config) if isinstance(config, str | Path) else dict(config or {})
     given = configs.merged(given, overrides)
     name = recipe or given.get("recipe")
-    if name is not None:
-        given = configs.merged(options_of(name), given) | {"recipe": name}
-    return configs.build(given)
+    return given if name is None else configs.merged(options_of(name), given) | {"recipe": name}
+
+
+def resolve(config: Any, recipe: str | None, overrides: Mapping[str, Any]) -> LoopConfig:
+    """The same, checked."""
+    return configs.build(given_options(config, recipe, overrides))
+
+
+def before_the_first(
+    options: Mapping[str, Any], names: Sequence[str], teacher: Callable[[], Sampler] | None
+) -> dict[str, Any]:
+    """Does the stages of `prepare`; returns the options with what they have made in its place."""
+    given, folder = dict(options), Path(options["output_dir"]) / "prepare"
+    seed, failed, model = options.get("seed", 42), options.get("max_failed", 0.02), options.get("model")
+    for name in names:
+        spec = dict(options["prepare"][name])
+        asked = spec.pop("teacher", None)
+        if name == "sft" and spec.get("rows") is None and spec.get("pairs") is None and "skillmix" in names:
+            spec["rows"] = str(folder / "skillmix" / "rows.jsonl")
+        make, encode = teachers(asked, model, folder / name) if teacher is None else (teacher, None)
+        stage = prepare.stage(name, spec, folder / name, make, encode=encode, seed=seed, max_failed=failed, model=model)
+        Iteration(folder, log.info).run(stage)
+        made = str(stage.outputs[0])
+        if name == "sft":
+            given["model"] = made
+        elif name == "queries":
+            given["prompts"] = made
+        elif name == "rules":
+            scorers = dict(given.get("scorers") or {})
+            found = [n for n, s in scorers.items() if isinstance(s, Mapping) and s.get("kind") == "rules"]
+            if len(found) != 1:
+                raise ConfigError("prepare.rules makes the rules of a scorer: give one of kind: rules in `scorers`")
+            scorers[found[0]] = {**scorers[found[0]], "rules": read_json(Path(made))}
+            given["scorers"] = scorers
+    return given
+
+
+def teachers(options: Any, model: Any, folder: Path) -> tuple[Callable[[], Sampler] | None, Any]:
+    """(what makes the sampler of a stage before the first iteration, what gives the ids of its prompts)."""
+    if options is None:
+        return None, None
+    spec = dict(options)
+    name = str(spec.get("model", model)) if spec.get("engine", "local") == "local" else str(spec.get("model", ""))
+    if spec.get("engine", "local") == "local":
+        spec.pop("model", None)
+    sample = configs.section(Sample, spec, "prepare.teacher")
+    if sample.engine != "local":
+        return (lambda: sampling.make_sampler(sample, name, None, folder)), None
+    tokenizer = load_tokenizer(name)
+    return (lambda: sampling.make_sampler(sample, name, tokenizer, folder)), partial(sampling.prompt_ids, tokenizer)
 
 
 class Run:
@@ -129,6 +191,7 @@ class Run:
         for warning in found:
             log.warning("%s: %s", self.context.iteration(t).name, warning)
         write_json(self.context.iteration(t) / "warnings.json", found)
+        write_page(self.folder)
         if found and config.guards.stop:
             raise TrainingError(f"{self.context.iteration(t).name}: {found[0]} (guards.stop)")
 

@@ -1,8 +1,9 @@
 """The work of a sample stage: every request asked once, a line for each as it comes, and what was there kept.
 
-A line is {id, k, source, text, token_ids, finished, logp, seed}, with `meta` where there is any, or of a failure
-{id, k, source, status, raw}. Of a sampler that is exact, an interrupted stage and an unbroken one leave the same bytes:
-batches go in the order of the plan, and one that was written in part is asked whole for the lines that lack.
+Beside the file goes what gave the responses: NAME.sampler.json. A line is {id, k, source, text, token_ids, finished,
+logp, seed}, with `meta` where there is any, or of a failure {id, k, source, status, raw}. Of a sampler that is exact,
+an interrupted stage and an unbroken one leave the same bytes: batches go in the order of the plan, and one that was
+written in part is asked whole for the lines that lack.
 """
 
 import logging
@@ -15,7 +16,8 @@ from tqdm import tqdm
 
 from fastpo.errors import TrainingError, shown
 from fastpo.loop.items import POLICY, Failure, Request, Response, Sampler
-from fastpo.loop.parts import Part, read_lines
+from fastpo.loop.parts import Part, read_lines, write_json
+from fastpo.loop.stages import versions
 
 log = logging.getLogger("fastpo")
 
@@ -80,6 +82,9 @@ def sample_stage(
     failed = {unit: line for unit, line in failed.items() if unit in asked}
     if len(failed) > max_failed * len(requests):
         raise TrainingError(_too_many(name, failed, len(requests), max_failed, path))
+    of_it = {"key": dict(sampler.key), "found": dict(getattr(sampler, "found", {})), "versions": versions()}
+    if missing:
+        write_json(path.with_suffix(".sampler.json"), of_it)
     _warn_alike(name, requests, done)
     return _counts([done[r.unit] for r in requests if r.unit in done], len(requests), failed)
 

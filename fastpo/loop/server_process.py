@@ -5,8 +5,10 @@ import json
 import logging
 import os
 import shlex
+import shutil
 import signal
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.parse
@@ -18,6 +20,12 @@ from fastpo.errors import ConfigError, TrainingError, one_line, shown
 
 log = logging.getLogger("fastpo")
 
+# Run in the place of the command, which it becomes: the kernel is to end it when the process that began it has ended,
+# however that was (prctl PR_SET_PDEATHSIG, SIGTERM).
+_WITH_US = (
+    "import ctypes, os, sys; parent = int(sys.argv[1]); ctypes.CDLL(None).prctl(1, 15); "
+    "os.getppid() == parent or sys.exit(1); os.execvp(sys.argv[2], sys.argv[2:])"
+)
 START_TIMEOUT = 900.0  # seconds; large models are loaded and compiled in minutes
 _STOP_SECONDS = 20.0
 _TAIL = 12  # lines of its log in a message
@@ -41,6 +49,8 @@ class ServerProcess:
             raise ConfigError(f"sample.command={shown(command)}: {error}") from None
         if not words:
             raise ConfigError("sample.command is empty")
+        if shutil.which(words[0]) is None:
+            raise ConfigError(f"sample.command: there is no program {words[0]!r}")
         log_path.parent.mkdir(parents=True, exist_ok=True)
         self._stop_orphan()
         if self._answers():
@@ -48,13 +58,11 @@ class ServerProcess:
                 f"something answers at {self._root} already, and which weights it has is not known: stop it, or leave "
                 "out sample.command to sample from it"
             )
+        begin = [sys.executable, "-I", "-S", "-c", _WITH_US, str(os.getpid()), *words]
         with open(log_path, "ab") as out:
-            try:
-                # A group of its own: Ctrl-C is ours to pass on, and its workers end with it.
-                self._process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT,
-                                                 start_new_session=True)  # fmt: skip
-            except OSError as error:
-                raise ConfigError(f"sample.command: {words[0]!r} cannot be started: {error.strerror}") from None
+            # A group of its own: Ctrl-C is ours to pass on, and its workers end with it.
+            self._process = subprocess.Popen(begin, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT,
+                                             start_new_session=True)  # fmt: skip
         atexit.register(self.close)
         try:
             self._pid_path.write_text(json.dumps({"pid": self._process.pid, "started": _started(self._process.pid)}))
@@ -105,7 +113,7 @@ class ServerProcess:
         return f"its log {self.log_path} ends: {' | '.join(line.strip() for line in lines) or 'empty'}"
 
     def _stop_orphan(self) -> None:
-        """Ends the server that a run left behind which was killed: the same process, by its pid and its start."""
+        """Ends what is left of the server of a run that was killed: the same process, by its pid and its start."""
         try:
             kept = json.loads(self._pid_path.read_text())
             pid, started = int(kept["pid"]), kept["started"]

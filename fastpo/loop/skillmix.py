@@ -21,7 +21,7 @@ from typing import Any
 
 from fastpo.errors import ConfigError, DataError, TrainingError, shown
 from fastpo.loop.config import Options
-from fastpo.loop.config import _read as read_section
+from fastpo.loop.config import section as read_section
 from fastpo.loop.items import Failure, Response, Sampler, Turn, seed_of
 from fastpo.loop.parts import read_json, write_json, write_lines
 from fastpo.loop.teacher import Encode, Teacher

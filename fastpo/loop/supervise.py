@@ -16,7 +16,7 @@ from typing import Any
 from fastpo.data.sources import load_rows
 from fastpo.errors import ConfigError, DataError, nearest, quoted
 from fastpo.loop.config import Options, Refine
-from fastpo.loop.config import _read as read_section
+from fastpo.loop.config import section as read_section
 from fastpo.loop.items import Sampler
 from fastpo.loop.pairs import read_pairs
 from fastpo.loop.parts import write_lines

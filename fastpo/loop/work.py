@@ -12,8 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fastpo.loop import checks, evaluation, guards, rows
+from fastpo.loop import checks, evaluation, growth, guards, rows
 from fastpo.loop import prompts as prompt_files
+from fastpo.loop.check_sampler import check_sampler
 from fastpo.loop.config import as_json
 from fastpo.loop.context import Context
 from fastpo.loop.items import Item, Request, Response, Scorer
@@ -21,6 +22,7 @@ from fastpo.loop.parts import read_lines, write_json, write_lines
 from fastpo.loop.requests import refinements, requests_of
 from fastpo.loop.sample_stage import read_samples, sample_stage
 from fastpo.loop.score_stage import read_scores, score_stage
+from fastpo.loop.search import search
 from fastpo.loop.selecting import gather
 from fastpo.loop.stages import Stage
 from fastpo.losses import LOSSES
@@ -28,10 +30,10 @@ from fastpo.trainer import train
 
 log = logging.getLogger("fastpo")
 
-STAGES = ("prompts", "sample", "score", "select", "train", "eval")
+STAGES = ("prompts", "sample", "score", "select", "search", "train", "eval")  # search: in the place of three
 OUTPUTS = {  # of each stage, in the iteration's folder
     "prompts": ("prompts.jsonl",), "sample": ("samples",), "score": ("scores",), "select": ("rows.jsonl", "rows.json"),
-    "train": ("train",), "eval": ("eval.json", "eval", "warnings.json"),
+    "search": ("tree", "rows.jsonl", "rows.json"), "train": ("train",), "eval": ("eval.json", "eval", "warnings.json"),
 }  # fmt: skip
 
 
@@ -49,10 +51,13 @@ class Work:
             yield self.evaluation()
             return
         yield self.prompts()
-        yield self.sampling()
-        if self.run.scored(self.t):
-            yield self.scoring()
-        yield self.selection()
+        if self.config.search:
+            yield self.searching()
+        else:
+            yield self.sampling()
+            if self.run.scored(self.t):
+                yield self.scoring()
+            yield self.selection()
         yield self.training()
         if self.run.heldout:
             yield self.evaluation()
@@ -83,15 +88,61 @@ class Work:
                     counts.update(sample_stage(sampler, requests, path, max_failed=config.max_failed))
                     return read_samples(path, sources)
 
-                found = ask(requests_of(items, config.sample, run.encode, *seed), 0)
+                first = requests_of(items, config.sample, run.encode, *seed)
+                found = ask(first, 0)
                 for k in range(1, config.refine.rounds + 1):
                     found = ask(refinements(items, found, k, config.refine, config.sample, run.encode, *seed), k)
             responses = [r for item in self._sampled() for r in item.responses]
-            return {**counts, **guards.sample_figures(responses)}
+            return {**counts, **guards.sample_figures(responses), **self._checked(policy, first)}
 
         return Stage(
             "sample", options, {"prompts": self.folder / "prompts.jsonl", **_there(policy=policy)}, [folder], work
         )
+
+    def _checked(self, policy: str, requests: Sequence[Request]) -> dict[str, Any]:
+        """What the sampler says of a few of its responses against what the policy says of them."""
+        sample, run = self.config.sample, self.run
+        if sample.check_logps < 1 or run.make_sampler is not None:
+            return {}
+        asked = {request.unit: request for request in requests}
+        pairs = []
+        for line in read_lines(self.folder / "samples" / "part-0000.jsonl"):
+            if "status" not in line:
+                pairs.append((asked[line["id"], line["source"], line["k"]], Response.from_json(line)))
+            if len(pairs) >= 4 * sample.check_logps:
+                break
+        found = check_sampler(pairs, policy, run.tokenizer, n=sample.check_logps, tolerance=sample.tolerance)
+        if not found["compared"]:
+            log.warning("%s: %s", self.folder.name, found["why"])
+        return {"checked": found}
+
+    def searching(self) -> Stage:
+        config, run, folder = self.config, self.run, self.folder / "tree"
+        policy, options = run.policy("current", self.t), growth.options_of(config.search)
+        made = run.scorers(config, self.t)
+        by = options.scorer or (None if options.self_eval else run.scored(self.t))
+        scorer, self_eval = (None if not name else made[name] for name in (by, options.self_eval))
+        outputs = [folder, self.folder / "rows.jsonl", self.folder / "rows.json"]
+        decided = {"search": as_json(options), "seed": config.seed, "policy": policy, "sampler": run.sampler_key,
+                   "scorer": scorer and scorer.key, "self_eval": self_eval and self_eval.key}  # fmt: skip
+
+        def work() -> Mapping[str, Any]:
+            with contextlib.ExitStack() as stack:
+                for one in (scorer, self_eval):
+                    if one is not None:
+                        stack.callback(one.close)
+                sampler = stack.enter_context(run.sampler(config, policy, self.folder))
+                counts = search(
+                    sampler, scorer, self._prompts(), run.encode, run.decode, config.search, folder,
+                    [config.seed, self.t], config.max_failed, self_eval=self_eval, rows_path=outputs[1],
+                )  # fmt: skip
+            known = ("prompts", "prompts kept", "pairs")
+            rest = {name: n for name, n in counts.items() if name not in known and isinstance(n, int)}
+            write_json(outputs[2], {name: counts[name] for name in known} | {"rows": counts["pairs"], "dropped": rest})
+            return counts
+
+        inputs = {"prompts": self.folder / "prompts.jsonl", **_there(policy=policy)}
+        return Stage("search", decided, inputs, outputs, work)
 
     def scoring(self) -> Stage:
         config, folder, by = self.config, self.folder / "scores", self.run.scored(self.t)
@@ -147,7 +198,8 @@ class Work:
         def work() -> Mapping[str, Any]:
             for name, path in {"trained from": policy, **others}.items():
                 log.info("%s %s: %s", self.folder.name, name, path)
-            explicit: dict[str, Any] = {"pair_policy": "explicit"} if config.select.rows == "kway" else {}
+            kway = config.select.rows == "kway" and not config.search
+            explicit: dict[str, Any] = {"pair_policy": "explicit"} if kway else {}
             result = train(policy, str(self.folder / "rows.jsonl"), **models, args=dict(given), output_dir=str(folder),
                            resume_from_checkpoint="auto", **explicit)  # fmt: skip
             return {name: value for name, value in result.metrics.items() if isinstance(value, int | float)}

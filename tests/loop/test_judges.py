@@ -2,6 +2,8 @@
 
 import json
 import math
+import socket
+import sys
 import threading
 import time
 from pathlib import Path
@@ -19,7 +21,8 @@ pytest.importorskip("pytest_httpserver", reason="pytest-httpserver is not instal
 from werkzeug.wrappers import Response as Http  # noqa: E402
 
 from fastpo.loop import client as clients  # noqa: E402
-from fastpo.loop.score_stage import score_stage  # noqa: E402
+from fastpo.loop.score_stage import read_verdicts, score_stage  # noqa: E402
+from fastpo.loop.server_process import ServerProcess  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -312,6 +315,7 @@ def test_an_interrupted_stage_leaves_no_request_behind(server, tmp_path):
     assert len(server.bodies) < 20
     server.reply = lambda text: said("Verdict: A")
     assert one(judge).value == 1.0
+    assert one(judge).value == 1.0  # after close
 
 
 # ---- in this process
@@ -319,8 +323,9 @@ def test_an_interrupted_stage_leaves_no_request_behind(server, tmp_path):
 
 @pytest.fixture
 def saved(toy, tmp_path):
-    def save(name="judge", seed=0, words=None, **changes):
-        model, tokenizer = toy.model(seed=seed, **changes), toy.tokenizer()
+    def save(name="judge", seed=0, words=None, template=None):
+        model, tokenizer = toy.model(seed=seed), toy.tokenizer()
+        tokenizer.chat_template = template
         for label in words or ("A", "B", "Yes", "No"):
             tokenizer.add_tokens([label])
         torch.manual_seed(seed)
@@ -357,3 +362,43 @@ def test_labels_must_be_tokens_of_it(saved):
     spec = {"kind": "judge", "path": saved(words=["x"]), "both_orders": False}
     with pytest.raises(ConfigError, match="'A' is no single token"):
         one(make_scorer("j", spec, {}, Path()))
+
+
+def test_transformers_serve_as_a_judge(saved, tmp_path):
+    """Typed decisions of a real server on loopback are those of the model itself, asked by its prompt."""
+    from transformers.utils.import_utils import is_serve_available
+
+    if not is_serve_available():
+        pytest.skip("transformers serve is not installed: needs fastapi, uvicorn, pydantic, openai")
+    template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    path = saved("served", template=template)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{probe.getsockname()[1]}/v1"
+    command = f"{sys.executable} -m transformers.cli.transformers serve {{model}} --device cpu --port {url[17:-3]}"
+    server = ServerProcess(command, path, url, tmp_path / "server.log", timeout=120)
+    try:
+        spec = {"kind": "judge", "base_url": url, "model": path, "by": "systemone", "template": "{prompt} {a} {b}"}
+        judge = make_scorer("served", spec, {}, Path())
+        of = [Item(f"x{n}", f"w1 w{n}", responses=(Response("w3 w4"), Response("w5"))) for n in range(4)]
+        counts = score_stage(judge, of, tmp_path, cache=False)
+        rules = make_scorer("rules", {"kind": "rules", "rules": ["w7"], "judge": {"base_url": url, "model": path,
+                                      "by": "systemone", "template": "{rule} {response}"}}, {}, Path())  # fmt: skip
+        [(_, kept)] = rules.score([Unit(of[0], 0)])
+        # What the server ignores is no verdict: it gives no log-probabilities.
+        [(_, none)] = make_scorer("n", {**spec, "by": "logprobs", "both_orders": False}, {}, Path()).score(
+            [Unit(of[0], 0, 1)]
+        )
+    finally:
+        server.close()
+    assert counts["ok"] == counts["asked"] == 8 and counts["orders"]["pairs"] == 4
+    assert none.value is None and none.status == "no_logprobs" and 0 < kept.value < 1
+    from transformers import pipeline
+
+    pipe = pipeline("decision", model=path, device="cpu")
+    for item in of:
+        said = read_verdicts(tmp_path, "served")[item.id]
+        for (i, j), p in said.items():
+            state = f"{item.prompt} {item.responses[i].text} {item.responses[j].text}"
+            asked = {"state": state, "questions": {"verdict": {"type": "choice", "criteria": {"A": None, "B": None}}}}
+            assert p == pytest.approx(pipe(asked)["verdict"]["probabilities"]["A"], abs=1e-5)

@@ -206,6 +206,22 @@ def test_implicit_rewards_of_sampled_tokens(two):
         assert verdict.value == pytest.approx(ratio(cut), abs=1e-5)
 
 
+def test_a_text_is_a_text_and_turns_go_through_the_template(policy):
+    both = {"current": policy("current", 1, CHAT), "previous": policy("previous", 2, CHAT)}
+    turns = [{"role": "user", "content": "w2"}]
+    items = [
+        Item("t", "w2", responses=(Response(" w5", (8, 0)), Response(" w5"))),
+        Item("c", turns, responses=(Response("w5", (8, 0)), Response("w5"))),
+    ]
+    text, text_outside, chat, chat_outside = (v.value for v in scored(implicit(both), items))
+    tokenizer = AutoTokenizer.from_pretrained(both["current"])
+    rendered = tokenizer(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))["input_ids"]
+    for value, prompt in ((text, [5]), (text_outside, [5]), (chat, rendered), (chat_outside, rendered)):
+        wanted = logp(both["current"], prompt, [8, 0]) - logp(both["previous"], prompt, [8, 0])
+        assert value == pytest.approx(wanted, abs=1e-5)
+    assert text != chat
+
+
 def test_tokens_of_another_tokenizer_are_refused(two):
     items = [Item(f"i{n}", "w1", (4,), (Response(" w50 w51", (5, 6)),)) for n in range(16)]
     with pytest.raises(ConfigError, match="another model's"):

@@ -71,11 +71,11 @@ def good(request):
 def unbroken(toy, tmp_path_factory):
     path = tmp_path_factory.mktemp("unbroken") / "samples" / "part-0000.jsonl"
     counts = sample_stage(LocalSampler(toy.model(), toy.tokenizer(), batch_size=4), requests_for(), path, bar=False)
-    return path.read_bytes(), counts
+    return path.read_bytes(), counts, path.parent
 
 
 def test_lines_say_what_was_sampled(toy, unbroken, tmp_path):
-    content, counts = unbroken
+    content, counts, where = unbroken
     lines = [json.loads(line) for line in content.splitlines()]
     assert all(set(line) == {"id", "k", "source", "text", "token_ids", "finished", "logp", "seed"} for line in lines)
     assert counts == {
@@ -85,6 +85,8 @@ def test_lines_say_what_was_sampled(toy, unbroken, tmp_path):
     path = tmp_path / "part"
     path.write_bytes(content)
     found = read_samples(path)
+    beside = json.loads((where / "part-0000.sampler.json").read_text())
+    assert beside["key"]["engine"] == "transformers" and {"torch", "transformers"} <= set(beside["versions"])
     assert set(found) == {f"p{i}" for i in range(16)} and all(len(own) == 3 for own in found.values())
     by_unit = {(line["id"], line["k"]): line for line in lines}
     for name, own in found.items():
@@ -94,7 +96,7 @@ def test_lines_say_what_was_sampled(toy, unbroken, tmp_path):
 
 
 def test_wherever_the_file_was_cut_off_it_becomes_the_same(toy, unbroken, tmp_path):
-    content, counts = unbroken
+    content, counts, _ = unbroken
     sampler, rng = LocalSampler(toy.model(), toy.tokenizer(), batch_size=4), random.Random(0)
     line_ends = [i + 1 for i, byte in enumerate(content) if byte == 10]
     cuts = [0, len(content), *rng.sample(line_ends, 3), *(rng.randrange(len(content)) for _ in range(3))]
@@ -106,7 +108,7 @@ def test_wherever_the_file_was_cut_off_it_becomes_the_same(toy, unbroken, tmp_pa
 
 
 def test_killed_at_any_moment_it_becomes_the_same(preloaded, unbroken, repo_root, tmp_path):
-    content, _ = unbroken
+    content, _, _ = unbroken
     code = PROCESS.format(tests=str(repo_root / "tests"))
     path, rng, killed = tmp_path / "samples.jsonl", random.Random(1), 0
     for attempt in range(5):

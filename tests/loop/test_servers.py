@@ -4,6 +4,7 @@ import http.server
 import json
 import logging
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -559,7 +560,7 @@ def test_a_server_that_does_not_start_shows_its_log(command, tmp_path):
     with pytest.raises(TrainingError, match="within 1 seconds.*loading policy"):
         ServerProcess(text, "policy", url, tmp_path / "server.log", timeout=1)
     for wrong, message in (
-        ("no-such-program x", "'no-such-program' cannot be started"),
+        ("no-such-program x", "there is no program 'no-such-program'"),
         ("'x", "sample.command"),
         ("", "is empty"),
     ):
@@ -581,22 +582,34 @@ def test_a_server_that_dies_while_it_is_asked_ends_the_stage(serve, sampler_of, 
         all_of(sampler, requests_for(20, 1))
 
 
-def test_the_server_of_a_killed_run_is_stopped_by_the_next(command, tmp_path, caplog):
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["SIGKILL", "SIGTERM"])
+def test_the_server_ends_with_the_run_however_that_ends(command, tmp_path, number):
     text, url = command()
     code = (
-        "import sys; from pathlib import Path; from fastpo.loop.server_process import ServerProcess\n"
+        "import os, sys; from pathlib import Path; from fastpo.loop.server_process import ServerProcess\n"
         "s = ServerProcess(sys.argv[1], 'policy', sys.argv[2], Path(sys.argv[3]), timeout=30)\n"
-        "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+        "os.kill(os.getpid(), int(sys.argv[4]))"
     )
     log = tmp_path / "server.log"
-    done = subprocess.run([sys.executable, "-c", code, text, url, log], capture_output=True, timeout=60)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    orphan = json.loads(log.with_suffix(".pid").read_text())["pid"]
-    assert alive(orphan)
+    done = subprocess.run(
+        [sys.executable, "-c", code, text, url, log, str(int(number))], capture_output=True, timeout=60
+    )
+    assert done.returncode == -number, done.stderr
+    assert gone_within(json.loads(log.with_suffix(".pid").read_text())["pid"], 10)
+    ServerProcess(text, "policy", url, log, timeout=30).close()
+
+
+def test_what_is_left_of_a_killed_runs_server_is_stopped(command, tmp_path, caplog):
+    text, url = command()
+    left = subprocess.Popen(shlex.split(text), start_new_session=True, stdout=subprocess.DEVNULL)
+    log = tmp_path / "server.log"
+    started = Path(f"/proc/{left.pid}/stat").read_text().rpartition(")")[2].split()[19]
+    log.with_suffix(".pid").write_text(json.dumps({"pid": left.pid, "started": started}))
+    threading.Thread(target=left.wait, daemon=True).start()
     with caplog.at_level(logging.WARNING, "fastpo"):
         server = ServerProcess(text, "policy", url, log, timeout=30)
     try:
-        assert gone_within(orphan) and f"pid {orphan}" in caplog.text and server._process.pid != orphan
+        assert gone_within(left.pid) and f"pid {left.pid}" in caplog.text and server._process.pid != left.pid
     finally:
         server.close()
     # A pid that has become another process's is left alone.
