@@ -15,15 +15,7 @@ from fastpo.errors import FastpoError, one_line
 from fastpo.loop import config as configs
 from fastpo.loop.config import LoopConfig
 
-ORDER = (
-    "prompts",
-    "sample",
-    "refine",
-    "score",
-    "select",
-    "train",
-    "eval",
-)  # of stages; those before an iteration first
+ORDER = ("prompts", "sample", "refine", "score", "select", "search", "train", "eval")  # others go first
 
 
 @dataclass
@@ -70,6 +62,7 @@ class RunFiles:
     options: dict[str, Any]  # iterate.json
     iterations: list[IterationFiles]  # those that are there, the start's too, in order
     unreadable: list[str]
+    prepared: IterationFiles | None = None  # the stages before the first iteration
 
     @property
     def trained(self) -> list[IterationFiles]:
@@ -104,7 +97,8 @@ class RunFiles:
 
     def sampled_from(self, one: IterationFiles) -> str:
         """Name of the policy that an iteration samples and trains from; empty where it is not known."""
-        path = one.options("train").get("policy", one.options("sample").get("policy"))
+        stages = [one.options(stage) for stage in ("train", "search", "sample")]
+        path = next((options["policy"] for options in stages if "policy" in options), None)
         return self.name_of(path) if path is not None and one.number else ""
 
 
@@ -117,7 +111,9 @@ def read_run(folder: Path) -> RunFiles:
         digits = path.name.removeprefix("iter-")
         if path.is_dir() and digits.isdecimal():
             iterations.append(_read_iteration(path, int(digits), unreadable))
-    return RunFiles(folder, dict(options), iterations, unreadable)
+    before = folder / "prepare"
+    prepared = _read_iteration(before, 0, unreadable) if (before / "stages").is_dir() else None
+    return RunFiles(folder, dict(options), iterations, unreadable, prepared)
 
 
 def _read_iteration(folder: Path, number: int, unreadable: list[str]) -> IterationFiles:
