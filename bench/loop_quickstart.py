@@ -29,7 +29,7 @@ import transformers  # noqa: E402
 
 import fastpo  # noqa: E402
 from fastpo import quickstart as qs  # noqa: E402
-from fastpo.loop.items import Unit, Verdict, seed_of  # noqa: E402
+from fastpo.loop.items import Request, Response, Unit, Verdict, seed_of  # noqa: E402
 
 PROMPTS, STEPS, BATCH = 768, 20, 64  # of each iteration
 ITERATIONS = 2
@@ -63,6 +63,24 @@ def ends_in_a_verdict(prompt: str, response: str, meta: Mapping[str, Any]) -> fl
 def against_reference(prompt: str, response: str, meta: Mapping[str, Any]) -> float:
     """PUGC's: whether the response ends as the user's text does."""
     return float(response.rpartition("=")[2] == meta["reference_text"].rpartition("=")[2])
+
+
+class Asker:
+    """Instruct-SkillMix's teacher: it writes a problem that the start has not seen, with the worked answer."""
+
+    exact, key = True, {"teacher": "quickstart"}
+
+    def batches(self, requests: Sequence[Request]) -> list[list[Request]]:
+        return [list(requests)]
+
+    def sample(self, requests: Sequence[Request]) -> Iterator[tuple[Request, Response]]:
+        for request in requests:
+            problem = f"{seed_of(request.id) % 10**qs.DIGITS:0{qs.DIGITS}d}"
+            text = f"### Instruction:\n{qs.prompt_of(problem)}\n### Response:\n{qs.careful_answer(problem)}"
+            yield request, Response(text)
+
+    def close(self) -> None:
+        pass
 
 
 class Pairs:
@@ -153,6 +171,12 @@ def recipes(score: Callable[..., float], start: Path, folder: Path) -> dict[str,
         "cdr": {"scorers": {}, "sample": four, "train": train_options("simpo"),
                 "config_scorers": {"ratio": {"kind": "density_ratio", "strong": str(folder / "first/iter-001/train"),
                                              "weak": str(start)}}},
+        "mcts_dpo": {"scorers": judge, "train": train_options("dpo_soft", max_steps=-1, num_train_epochs=1),
+                     "sample": {"max_tokens": qs.ANSWER_TOKENS},
+                     "search": {"iterations": 12, "first": 2, "children": 3, "step": {"stop": [], "tokens": 1}}},
+        "skillmix": {"scorers": {}, "iterations": 0, "prompts": None, "train": {}, "prepare": {
+            "skillmix": {"n": 1024, "skills": ["even", "odd"], "types": ["sum"], "turns": False},
+            "sft": {"train": _without_loss(train_options("sft", max_steps=2 * STEPS))}}},
         "autorule": {"scorers": judge, "sample": four, "train": train_options("dpo"), "score": {"by": "sum"},
                      "config_scorers": {"rules": {"kind": "rules", "rules": [worked, ends_in_a_verdict]},
                                         "sum": {"kind": "ensemble", "rule": "sum", "of": ["judge", "rules"],
@@ -237,10 +261,11 @@ def one_run(recipe: str, root: Path, folder: Path, asked: Sequence[str], heldout
     began = time.perf_counter()
     options = {"recipe": recipe, "model": str(model), "prompts": rows, "output_dir": str(folder / "run"), "seed": seed,
                "iterations": ITERATIONS, "scorers": named, **given}  # fmt: skip
-    result = fastpo.iterate(options, scorers=functions)
+    result = fastpo.iterate(options, scorers=functions, teacher=Asker)
     assert result is not None
     seconds = time.perf_counter() - began
-    policies = [str(model), *(result.policies[f"iterate-{t}"] for t in range(1, ITERATIONS + 1))]
+    made = [path for name, path in result.policies.items() if name.startswith("iterate-")]
+    policies = [str(model), *(made or [result.policies["start"]])]
     figures = [accuracy(p, heldout, seed, AT_GOAL.get(recipe, "")) for p in policies]
     return {"recipe": recipe, "seed": seed, "accuracy": figures, "seconds": seconds,
             "rows": [f["rows"]["rows"] for f in result.iterations]}  # fmt: skip
@@ -276,8 +301,9 @@ def main() -> None:
         for judge in ("judge", "random"):
             own = [r["accuracy"] for r in runs if r["recipe"] == name and r["judge"] == judge]
             if own:
-                columns = [[100 * r[k] for r in own] for k in range(ITERATIONS + 1)]
+                columns = [[100 * r[k] for r in own] for k in range(len(own[0]))]
                 cells = [f"{statistics.fmean(c):.1f}% ({min(c):.1f} - {max(c):.1f})" for c in columns]
+                cells += [""] * (ITERATIONS + 1 - len(cells))
                 change = statistics.fmean(c[-1] - c[0] for c in zip(*columns))
                 lines.append(f"| {name} | {judge} | {' | '.join(cells)} | {change:+.1f} |")
     table = "\n".join(lines) + "\n"

@@ -209,7 +209,7 @@ class Run:
     def result(self) -> IterateResult:
         done = [self.figures(t) for t in range(1, self.config.iterations + 1)]
         policies = {"start": self.config.model} | {f"iterate-{f['iteration']}": f["policy"] for f in done}
-        best = f"iterate-{len(done)}"
+        best = f"iterate-{len(done)}" if done else "start"
         measured = {"start": read_json(self.context.iteration(0) / "eval.json") or {}} | {
             f"iterate-{f['iteration']}": f["eval"] for f in done
         }
