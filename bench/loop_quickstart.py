@@ -167,7 +167,7 @@ def recipes(score: Callable[..., float], start: Path, folder: Path) -> dict[str,
         "dice": {"scorers": {}, "sample": {**four, "n": 8}, "before": str(start),
                  "select": {"length_penalty": 0.0, "min_chars": 2,
                             "extra_rows": str(folder / "first/iter-001/rows.jsonl")},
-                 "train": train_options("dpo", learning_rate=2e-4)},
+                 "train": train_options("dpo", learning_rate=1e-4, max_steps=10)},
         "cdr": {"scorers": {}, "sample": four, "train": train_options("simpo"),
                 "config_scorers": {"ratio": {"kind": "density_ratio", "strong": str(folder / "first/iter-001/train"),
                                              "weak": str(start)}}},
@@ -231,7 +231,14 @@ def start_of(recipe: str, root: Path, asked: Sequence[str], seed: int) -> Path:
             {"prompt": BAD + qs.prompt_of(p), "completion": "=" + rng.choice(("odd", "even"))} for p in problems[5500:]
         ]
         shown_more(root / "prefixes", rows, seed)
-    return {"evolve": root / "refines", "just_say": root / "prefixes"}.get(recipe, start)
+    if recipe == "reward_augmented" and not (root / "goals").exists():
+        # Goals are in front of half of the prompts and say nothing yet.
+        rows = qs.demonstrate(problems, rng)
+        for row in rows[::2]:
+            row["prompt"] = f"{rng.randrange(2)}:{row['prompt']}"
+        shown_more(root / "goals", rows, seed)
+    own = {"evolve": root / "refines", "just_say": root / "prefixes", "reward_augmented": root / "goals"}
+    return own.get(recipe, start)
 
 
 def accuracy(policy: str, heldout: Sequence[str], seed: int, asked_for: str = "") -> float:
