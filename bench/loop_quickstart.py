@@ -12,6 +12,7 @@ careful or careless answers. The control has the same recipe, rows and steps, an
 """
 
 import argparse
+import json
 import random
 import statistics
 import sys
@@ -283,6 +284,9 @@ def main() -> None:
     parser.add_argument("--recipe", nargs="+", help="default: all that this script has")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--control", action="store_true")
+    parser.add_argument(
+        "--add", action="store_true", help="to the results that are there, in the place of these recipes'"
+    )
     parser.add_argument("--no-write", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -298,10 +302,15 @@ def main() -> None:
                     runs.append(run | {"judge": judge})
                     figures = " -> ".join(f"{100 * a:.1f}%" for a in run["accuracy"])
                     print(f"{seed} {name} ({judge}): {figures}, {run['seconds']:.1f} s", flush=True)
+    if args.add:
+        path = common.ROOT / "bench" / "results" / common.machine_name() / "loop_quickstart.json"
+        runs = [r for r in json.loads(path.read_text())["runs"] if r["recipe"] not in names] + runs
+        names = list(dict.fromkeys(r["recipe"] for r in runs))
+    seeds = sorted({r["seed"] for r in runs})
     lines = [
         f"{common.machine_name()}: the quickstart's task, {ITERATIONS} iterations, {PROMPTS} prompts and {STEPS} steps "
         f"of {BATCH} pairs; exact match of sampled answers to {qs.FULL.heldout:,} held-out problems, mean (and range) "
-        f"of seeds {', '.join(map(str, args.seeds))}.", "",
+        f"of seeds {', '.join(map(str, seeds))}.", "",
         "| recipe | judge | start | iteration 1 | iteration 2 | change |", "| --- | --- | ---: | ---: | ---: | ---: |",
     ]  # fmt: skip
     for name in names:

@@ -46,7 +46,7 @@ def _held_out_example(one: HeldOut) -> str:
 
 def examples_section(run: RunFiles) -> str:
     """The prompts of each iteration, the newest ones open."""
-    with_samples = [one for one in run.trained if (one.folder / "samples").is_dir()]
+    with_samples = [one for one in run.trained if any((one.folder / name).is_dir() for name in ("samples", "tree"))]
     left = with_samples[1 : 1 + max(0, len(with_samples) - ITERATIONS)]
     parts = []
     for one in with_samples:

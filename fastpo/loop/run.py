@@ -166,12 +166,15 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         shown = configs.as_json(config) | {"prompts": _shown(config.prompts)}
         write_json(self.folder / "iterate.json", shown)
-        if self.context.heldout:
-            self._do(Work(self.context, 0))
-        for t in range(1, config.iterations + 1):
-            log.info("iteration %d of %d: from %s", t, config.iterations, self.context.policy("current", t))
-            self._do(Work(self.context, t))
-            self.close_iteration(t)
+        try:
+            if self.context.heldout:
+                self._do(Work(self.context, 0))
+            for t in range(1, config.iterations + 1):
+                log.info("iteration %d of %d: from %s", t, config.iterations, self.context.policy("current", t))
+                self._do(Work(self.context, t))
+                self.close_iteration(t)
+        finally:
+            write_page(self.folder)  # of a run that ends early too
         return self.result()
 
     def _do(self, work: Work) -> None:
