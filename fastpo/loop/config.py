@@ -307,6 +307,16 @@ def _unwrapped(value: Any) -> Any:
     return value
 
 
+_SECRETS = ("api_key", "headers")  # of an engine: not written, and another key gives the same answers
+
+
 def as_json(section: Any) -> Any:
-    """A section as JSON has it, for the key of a stage."""
-    return json.loads(json.dumps(_unwrapped(section), default=lambda v: getattr(v, "__qualname__", type(v).__name__)))
+    """A section as JSON has it, for the key of a stage and for people; without secrets."""
+    found = json.dumps(_unwrapped(section), default=lambda v: getattr(v, "__qualname__", type(v).__name__))
+    return _without_secrets(json.loads(found))
+
+
+def _without_secrets(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: "(secret)" if k in _SECRETS and v else _without_secrets(v) for k, v in value.items()}
+    return [_without_secrets(v) for v in value] if isinstance(value, list) else value
