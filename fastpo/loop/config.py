@@ -125,9 +125,7 @@ class LoopConfig:
 
     model: str  # the policy to start from: a folder, or a name of a hub
     output_dir: str  # of the run
-    prompts: Any = (
-        None  # a file or rows with `prompt`, and `id` if they have one; what else they have is the scorers' `meta`
-    )
+    prompts: Any = None  # a file or rows with `prompt`, and `id` if they have one; the rest is the scorers' `meta`
     recipe: str | None = None  # whose options are the defaults of all others
     before: str | None = None  # the policy that `model` was trained from, where a recipe reads it
     iterations: int = 3  # how many
