@@ -125,9 +125,7 @@ class LoopConfig:
 
     model: str  # the policy to start from: a folder, or a name of a hub
     output_dir: str  # of the run
-    prompts: Any = (
-        None  # a file or rows with `prompt`, and `id` if they have one; what else they have is the scorers' `meta`
-    )
+    prompts: Any = None  # a file or rows with `prompt`, and `id` if they have one; the rest is the scorers' `meta`
     recipe: str | None = None  # whose options are the defaults of all others
     before: str | None = None  # the policy that `model` was trained from, where a recipe reads it
     iterations: int = 3  # how many
@@ -307,6 +305,16 @@ def _unwrapped(value: Any) -> Any:
     return value
 
 
+_SECRETS = ("api_key", "headers")  # of an engine: not written, and another key gives the same answers
+
+
 def as_json(section: Any) -> Any:
-    """A section as JSON has it, for the key of a stage."""
-    return json.loads(json.dumps(_unwrapped(section), default=lambda v: getattr(v, "__qualname__", type(v).__name__)))
+    """A section as JSON has it, for the key of a stage and for people; without secrets."""
+    found = json.dumps(_unwrapped(section), default=lambda v: getattr(v, "__qualname__", type(v).__name__))
+    return _without_secrets(json.loads(found))
+
+
+def _without_secrets(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: "(secret)" if k in _SECRETS and v else _without_secrets(v) for k, v in value.items()}
+    return [_without_secrets(v) for v in value] if isinstance(value, list) else value
