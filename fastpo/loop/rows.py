@@ -9,11 +9,13 @@ from typing import Any
 
 from fastpo.data.sources import load_rows
 from fastpo.errors import TrainingError
+from fastpo.loop.checks import losses_of, train_options
 from fastpo.loop.config import LoopConfig, Select
 from fastpo.loop.items import Dropped, Item, Prompt, Scores, prompt_text, seed_of
 from fastpo.loop.parts import read_lines, write_json, write_lines
 from fastpo.loop.requests import refined_prompt
 from fastpo.loop.selecting import GREEDY, Selector, as_pairs
+from fastpo.losses import LOSSES
 from fastpo.selection import length_penalty, relabel
 
 Encode = Callable[[Prompt], Sequence[int]]  # a prompt's token ids, as the policy sees it
@@ -82,7 +84,9 @@ def make_selector(config: LoopConfig, items: Sequence[Item], scores: Mapping[str
                     chars.append(torch.tensor([float(c) for _, c in given], dtype=torch.float64))
             alpha = length_penalty(values, chars)[0] if values else 0.0
     greedy = any(spec.get("source") == GREEDY for spec in config.sample.sources)
-    return Selector(config.select, config.seed, float(alpha), greedy)
+    losses = [LOSSES[name] for name in losses_of(train_options(config)) if name in LOSSES]
+    whole, win_probs = any(loss.shape == "lists" for loss in losses), any(loss.win_prob for loss in losses)
+    return Selector(config.select, config.seed, float(alpha), greedy, whole, win_probs)
 
 
 def _values(scores: Scores | None) -> Sequence[float | None]:
