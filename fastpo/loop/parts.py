@@ -17,7 +17,7 @@ from fastpo.errors import DataError
 try:  # writes and reads lines in a third of the time; what it refuses, half of a surrogate pair, json takes
     import orjson
 except ImportError:
-    orjson = None  # type: ignore[assignment]
+    orjson = None
 
 
 def loads(line: bytes | str) -> Any:

@@ -19,7 +19,9 @@ def requests_of(items: Sequence[Item], sample: Sample, encode_all: EncodeAll, *s
 
     def ids_after(prefix: str) -> list[tuple[int, ...]]:
         if prefix not in known:
-            known[prefix] = encode_all([prefixed(item.prompt, prefix) for item in items])
+            there = [item.prompt_ids for item in items if item.prompt_ids is not None and not prefix]
+            prompts = [prefixed(item.prompt, prefix) for item in items]
+            known[prefix] = there if len(there) == len(items) else encode_all(prompts)
         return known[prefix]
 
     out = []

@@ -3,7 +3,7 @@
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,31 +36,39 @@ def make_rows(
 ) -> dict[str, Any]:
     """Writes rows.jsonl and rows.json; returns the counts. `earlier`: rows of iterations so many back, `dropped`: what
     went before the judgement. TrainingError where no row is left."""
-    found = Counter[str]()
-    kept: list[dict[str, Any]] = []
-    for item in items:
-        made = selector.select(item, scores.get(item.id) if scored else None)
-        if isinstance(made, Dropped):
-            found[made.reason] += 1
-            continue
-        kept.append(made)
-    pairs = sum(len(row["pairs"]) for row in kept)
-    by_id = {item.id: item for item in items}
-    rows = [out for row in kept for out in _forms(row, by_id[row["id"]], config, encode)]
-    own = len(rows)
-    rows += _extra(config, own)
-    replayed = _replay(config, earlier, own)
-    rows += replayed
-    gap = _length_gap(kept)
+    found, total, gaps = Counter[str](), Counter[str](), 0.0
+
+    def made() -> Iterator[dict[str, Any]]:
+        """One after another: all of them at once are many times the size of the samples."""
+        nonlocal gaps
+        for item in items:
+            row = selector.select(item, scores.get(item.id) if scored else None)
+            if isinstance(row, Dropped):
+                found[row.reason] += 1
+                continue
+            total["kept"] += 1
+            total["pairs"] += len(row["pairs"])
+            gaps += _length_gaps(row)
+            for out in _forms(row, item, config, encode):
+                total["own"] += 1
+                yield out
+        for name, rows in (
+            ("extra", _extra(config, total["own"])),
+            ("replayed", _replay(config, earlier, total["own"])),
+        ):
+            total[name] = len(rows)
+            yield from rows
+
+    written = write_lines(rows_path, made())
     counts = {
-        "prompts": len(items), "prompts kept": len(kept), "pairs": pairs, "rows": len(rows), "of this iteration": own,
-        "replayed": len(replayed), "from a file": len(rows) - own - len(replayed),
+        "prompts": len(items), "prompts kept": total["kept"], "pairs": total["pairs"], "rows": written,
+        "of this iteration": total["own"], "replayed": total["replayed"], "from a file": total["extra"],
         "dropped": dict(sorted(found.items())), "responses left out": dict(sorted(dropped.items())),
-        "length gap, characters": gap, **_agreement(scores),
+        "length gap, characters": gaps / total["pairs"] if total["pairs"] else None, **_agreement(scores),
     }  # fmt: skip
-    if not rows:
+    if not written:
+        rows_path.unlink()
         raise TrainingError(_why_nothing(counts))
-    write_lines(rows_path, rows)
     write_json(counts_path, counts)
     return counts
 
@@ -162,12 +170,10 @@ def _replay(config: LoopConfig, earlier: Mapping[int, Path], own: int) -> list[d
     return out
 
 
-def _length_gap(rows: Sequence[Mapping[str, Any]]) -> float | None:
-    """Mean characters of winners less those of losers."""
-    gaps = [
-        len(row["responses"][p[0]]["text"]) - len(row["responses"][p[1]]["text"]) for row in rows for p in row["pairs"]
-    ]
-    return sum(gaps) / len(gaps) if gaps else None
+def _length_gaps(row: Mapping[str, Any]) -> float:
+    """Characters of winners less those of losers, summed over the pairs."""
+    sizes = [len(response["text"]) for response in row["responses"]]
+    return float(sum(sizes[pair[0]] - sizes[pair[1]] for pair in row["pairs"]))
 
 
 def _agreement(scores: Mapping[str, Scores]) -> dict[str, float]:

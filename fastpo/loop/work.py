@@ -72,9 +72,12 @@ class Work:
             options["iterations"] = config.iterations  # they cut the prompts into parts
 
         def work() -> Mapping[str, Any]:
-            return {"prompts": write_lines(path, map(prompt_files.to_json, run.of_iteration(self.t)))}
+            items = run.of_iteration(self.t)
+            ids = run.encode_all([item.prompt for item in items])
+            made = (replace(item, prompt_ids=own) for item, own in zip(items, ids, strict=True))
+            return {"prompts": write_lines(path, map(prompt_files.to_json, made))}
 
-        return Stage("prompts", options, {}, [path], work)
+        return Stage("prompts", options, _tokenizer_files(run.config.model), [path], work)
 
     def sampling(self) -> Stage:
         config, run, folder = self.config, self.run, self.folder / "samples"
@@ -177,8 +180,6 @@ class Work:
         def work() -> Mapping[str, Any]:
             dropped = Counter[str]()
             items = self._gathered(dropped)
-            ids = run.encode_all([item.prompt for item in items])
-            items = [replace(item, prompt_ids=own) for item, own in zip(items, ids, strict=True)]
             scores = {} if by is None else read_scores(self.folder / "scores", by, items)
             return rows.make_rows(
                 config, items, scores, scored=by is not None, earlier=earlier, dropped=dropped, encode=run.encode,
@@ -291,3 +292,9 @@ class Work:
 def _there(**paths: Any) -> dict[str, Path]:
     """Those that are files or folders of this machine: names of a hub have no content here."""
     return {name: Path(path) for name, path in paths.items() if isinstance(path, str | Path) and Path(path).exists()}
+
+
+def _tokenizer_files(model: str) -> dict[str, Path]:
+    """What a prompt's token ids depend on, where the model is a folder."""
+    names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja")
+    return {name: path for name in names if (path := Path(model) / name).is_file()}
