@@ -39,7 +39,7 @@ class Response:
                    line.get("source", POLICY), line.get("count", 1), line.get("meta", {}))  # fmt: skip
 
 
-def _compact(ids: Sequence[int]) -> array[int]:
+def _compact(ids: Sequence[int]) -> Sequence[int]:
     """A hundred ids are 200 or 400 bytes so, and 3,600 as Python's integers."""
     try:
         return array("H", ids)
