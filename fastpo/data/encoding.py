@@ -150,8 +150,7 @@ class Encoder:
         """The ids of prompts alone: those that a row of each has before an answer. DataError where one has none."""
         if not self.conversational:
             ids = self._ids(list(prompts), special=True)
-            for one in ids:
-                self._undouble([one], DataReport())
+            self._undouble(ids, DataReport())
             return ids
         rows = [Row(0, list(p), ([{"role": "assistant", "content": "a"}],), dict(template_kwargs)) for p in prompts]
         try:
