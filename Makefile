@@ -118,6 +118,7 @@ bench-training: $(VENV)/.installed-bench
 	$(BIN)/python bench/loss_training.py
 	$(BIN)/python bench/parity_trl.py
 	$(BIN)/python bench/train_vs_peers.py
+	$(BIN)/python bench/reward_vs_trl.py
 	$(BIN)/python bench/optim_memory.py
 	$(BIN)/python bench/qlora_cpu.py
 

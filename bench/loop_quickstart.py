@@ -12,6 +12,7 @@ careful or careless answers. The control has the same recipe, rows and steps, an
 """
 
 import argparse
+import json
 import random
 import statistics
 import sys
@@ -29,7 +30,7 @@ import transformers  # noqa: E402
 
 import fastpo  # noqa: E402
 from fastpo import quickstart as qs  # noqa: E402
-from fastpo.loop.items import Unit, Verdict, seed_of  # noqa: E402
+from fastpo.loop.items import Request, Response, Unit, Verdict, seed_of  # noqa: E402
 
 PROMPTS, STEPS, BATCH = 768, 20, 64  # of each iteration
 ITERATIONS = 2
@@ -63,6 +64,24 @@ def ends_in_a_verdict(prompt: str, response: str, meta: Mapping[str, Any]) -> fl
 def against_reference(prompt: str, response: str, meta: Mapping[str, Any]) -> float:
     """PUGC's: whether the response ends as the user's text does."""
     return float(response.rpartition("=")[2] == meta["reference_text"].rpartition("=")[2])
+
+
+class Asker:
+    """Instruct-SkillMix's teacher: it writes a problem that the start has not seen, with the worked answer."""
+
+    exact, key = True, {"teacher": "quickstart"}
+
+    def batches(self, requests: Sequence[Request]) -> list[list[Request]]:
+        return [list(requests)]
+
+    def sample(self, requests: Sequence[Request]) -> Iterator[tuple[Request, Response]]:
+        for request in requests:
+            problem = f"{seed_of(request.id) % 10**qs.DIGITS:0{qs.DIGITS}d}"
+            text = f"### Instruction:\n{qs.prompt_of(problem)}\n### Response:\n{qs.careful_answer(problem)}"
+            yield request, Response(text)
+
+    def close(self) -> None:
+        pass
 
 
 class Pairs:
@@ -109,8 +128,12 @@ def train_options(loss: str, **more: Any) -> dict[str, Any]:
         "loss_type": loss, "max_steps": STEPS, "per_device_train_batch_size": BATCH, "use_cpu": True, "report": False,
         "gradient_checkpointing": False, "warmup_ratio": 0.1, "disable_tqdm": True, "optim": "adamw_torch",
         "lr_scheduler_type": "linear", "warmup_steps": 0, "logging_steps": 5, "save_strategy": "no", "bf16": False,
-        **known.get(loss, known["dpo"]), **more,
+        **known.get(loss, {"learning_rate": 1e-3} if loss == "sft" else known["dpo"]), **more,
     }  # fmt: skip
+
+
+def _without_loss(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name != "loss_type"}
 
 
 def recipes(score: Callable[..., float], start: Path, folder: Path) -> dict[str, dict[str, Any]]:
@@ -129,7 +152,8 @@ def recipes(score: Callable[..., float], start: Path, folder: Path) -> dict[str,
         "selm": {"scorers": judge, "sample": {**four, "n": 1},
                  "extra_responses": {"chosen": "column:worked", "rejected": "column:wrong"},
                  "train": train_options("selm", loss_kwargs={"alpha": 0.001})},
-        "reward_augmented": {"scorers": judge, "sample": four, "train": train_options("dpo"),
+        "reward_augmented": {"scorers": judge, "sample": four,
+                             "train": train_options("dpo", learning_rate=1e-3, max_steps=60),
                              "select": {"goal": "{goal}", "goal_joint": ":"}},
         "rm_ensemble": {"scorers": {f"rm{k}": noisy(score, k) for k in range(3)}, "sample": four,
                         "config_scorers": {"ensemble": {"kind": "ensemble", "rule": "uwo", "coefficient": 0.5,
@@ -145,10 +169,16 @@ def recipes(score: Callable[..., float], start: Path, folder: Path) -> dict[str,
         "dice": {"scorers": {}, "sample": {**four, "n": 8}, "before": str(start),
                  "select": {"length_penalty": 0.0, "min_chars": 2,
                             "extra_rows": str(folder / "first/iter-001/rows.jsonl")},
-                 "train": train_options("dpo", learning_rate=2e-4)},
+                 "train": train_options("dpo", learning_rate=1e-4, max_steps=10)},
         "cdr": {"scorers": {}, "sample": four, "train": train_options("simpo"),
                 "config_scorers": {"ratio": {"kind": "density_ratio", "strong": str(folder / "first/iter-001/train"),
                                              "weak": str(start)}}},
+        "mcts_dpo": {"scorers": judge, "train": train_options("dpo_soft", max_steps=-1, num_train_epochs=1),
+                     "sample": {"max_tokens": qs.ANSWER_TOKENS},
+                     "search": {"iterations": 12, "first": 2, "children": 3, "step": {"stop": [], "tokens": 1}}},
+        "skillmix": {"scorers": {}, "iterations": 0, "prompts": None, "train": {}, "prepare": {
+            "skillmix": {"n": 1024, "skills": ["even", "odd"], "types": ["sum"], "turns": False},
+            "sft": {"train": _without_loss(train_options("sft", max_steps=2 * STEPS))}}},
         "autorule": {"scorers": judge, "sample": four, "train": train_options("dpo"), "score": {"by": "sum"},
                      "config_scorers": {"rules": {"kind": "rules", "rules": [worked, ends_in_a_verdict]},
                                         "sum": {"kind": "ensemble", "rule": "sum", "of": ["judge", "rules"],
@@ -203,7 +233,14 @@ def start_of(recipe: str, root: Path, asked: Sequence[str], seed: int) -> Path:
             {"prompt": BAD + qs.prompt_of(p), "completion": "=" + rng.choice(("odd", "even"))} for p in problems[5500:]
         ]
         shown_more(root / "prefixes", rows, seed)
-    return {"evolve": root / "refines", "just_say": root / "prefixes"}.get(recipe, start)
+    if recipe == "reward_augmented" and not (root / "goals").exists():
+        # Goals are in front of half of the prompts and say nothing yet.
+        rows = qs.demonstrate(problems, rng)
+        for row in rows[::2]:
+            row["prompt"] = f"{rng.randrange(2)}:{row['prompt']}"
+        shown_more(root / "goals", rows, seed)
+    own = {"evolve": root / "refines", "just_say": root / "prefixes", "reward_augmented": root / "goals"}
+    return own.get(recipe, start)
 
 
 def accuracy(policy: str, heldout: Sequence[str], seed: int, asked_for: str = "") -> float:
@@ -233,10 +270,11 @@ def one_run(recipe: str, root: Path, folder: Path, asked: Sequence[str], heldout
     began = time.perf_counter()
     options = {"recipe": recipe, "model": str(model), "prompts": rows, "output_dir": str(folder / "run"), "seed": seed,
                "iterations": ITERATIONS, "scorers": named, **given}  # fmt: skip
-    result = fastpo.iterate(options, scorers=functions)
+    result = fastpo.iterate(options, scorers=functions, teacher=Asker)
     assert result is not None
     seconds = time.perf_counter() - began
-    policies = [str(model), *(result.policies[f"iterate-{t}"] for t in range(1, ITERATIONS + 1))]
+    made = [path for name, path in result.policies.items() if name.startswith("iterate-")]
+    policies = [str(model), *(made or [result.policies["start"]])]
     figures = [accuracy(p, heldout, seed, AT_GOAL.get(recipe, "")) for p in policies]
     return {"recipe": recipe, "seed": seed, "accuracy": figures, "seconds": seconds,
             "rows": [f["rows"]["rows"] for f in result.iterations]}  # fmt: skip
@@ -247,6 +285,9 @@ def main() -> None:
     parser.add_argument("--recipe", nargs="+", help="default: all that this script has")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--control", action="store_true")
+    parser.add_argument(
+        "--add", action="store_true", help="to the results that are there, in the place of these recipes'"
+    )
     parser.add_argument("--no-write", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -262,18 +303,24 @@ def main() -> None:
                     runs.append(run | {"judge": judge})
                     figures = " -> ".join(f"{100 * a:.1f}%" for a in run["accuracy"])
                     print(f"{seed} {name} ({judge}): {figures}, {run['seconds']:.1f} s", flush=True)
+    if args.add:
+        path = common.ROOT / "bench" / "results" / common.machine_name() / "loop_quickstart.json"
+        runs = [r for r in json.loads(path.read_text())["runs"] if r["recipe"] not in names] + runs
+        names = list(dict.fromkeys(r["recipe"] for r in runs))
+    seeds = sorted({r["seed"] for r in runs})
     lines = [
         f"{common.machine_name()}: the quickstart's task, {ITERATIONS} iterations, {PROMPTS} prompts and {STEPS} steps "
         f"of {BATCH} pairs; exact match of sampled answers to {qs.FULL.heldout:,} held-out problems, mean (and range) "
-        f"of seeds {', '.join(map(str, args.seeds))}.", "",
+        f"of seeds {', '.join(map(str, seeds))}.", "",
         "| recipe | judge | start | iteration 1 | iteration 2 | change |", "| --- | --- | ---: | ---: | ---: | ---: |",
     ]  # fmt: skip
     for name in names:
         for judge in ("judge", "random"):
             own = [r["accuracy"] for r in runs if r["recipe"] == name and r["judge"] == judge]
             if own:
-                columns = [[100 * r[k] for r in own] for k in range(ITERATIONS + 1)]
+                columns = [[100 * r[k] for r in own] for k in range(len(own[0]))]
                 cells = [f"{statistics.fmean(c):.1f}% ({min(c):.1f} - {max(c):.1f})" for c in columns]
+                cells += [""] * (ITERATIONS + 1 - len(cells))
                 change = statistics.fmean(c[-1] - c[0] for c in zip(*columns))
                 lines.append(f"| {name} | {judge} | {' | '.join(cells)} | {change:+.1f} |")
     table = "\n".join(lines) + "\n"

@@ -42,6 +42,7 @@ NOTES = {
     "sppo_hard": "TRL and Liger, as fastpo, without the authors' factor 1/2",
     "cpo": "the preference term alone against TRL and Liger",
     "alphapo": "TRL's CPO trainer, simpo with alpha",
+    "reward": "TRL's RewardTrainer in tests/training/test_reward_model.py",
 }
 DEVIATIONS = (peers.test_liger_has_no_ipo, peers.test_liger_orpo_explodes_where_ours_does_not)
 

@@ -75,7 +75,7 @@ class TrainConfig:
     dataset_config: str | None = _opt(None, "data", "configuration of a hub dataset")
     dataset_train_split: str = _opt("train", "data", "split to train on, for a hub dataset")
     dataset_test_split: str = _opt("test", "data", "split to evaluate on, for a hub dataset")
-    max_length: int | None = _opt(1024, "data", "tokens of prompt plus response that are kept (None: all)")
+    max_length: int | None = _opt(1024, "data", "tokens of prompt plus response that are kept (None: all); loss_type=reward leaves out longer responses")
     truncation_mode: str = _opt("keep_start", "data", "which end of a sequence over max_length is kept", ("keep_start", "keep_end"))
     invalid_rows: str = _opt("raise", "data", "rows with NaN scores, empty or identical responses: raise, or drop with a count", ("raise", "drop"))
     recognise_layouts: bool = _opt(True, "data", "convert rows of other projects' and popular data sets' layouts (docs/data.md), and say so; false: only fastpo's own columns")

@@ -31,6 +31,7 @@ from fastpo.data.example import Example, even_weights
 from fastpo.data.kway import BEST_WORST, Forming
 from fastpo.data.layouts import Reading, read_as
 from fastpo.data.long_rows import TOO_LONG, without_long
+from fastpo.data.mismatched import mismatched
 from fastpo.data.report import DataReport, warn
 from fastpo.data.row_loss import ByLoss, Losses
 from fastpo.data.rows import (
@@ -569,31 +570,3 @@ def _alone(example: Example, k: int) -> Example:
     weights = None if example.token_weights is None else [example.token_weights[k][lead:]]
     prompt = np.concatenate([prompt, response[:lead]]) if lead else prompt
     return Example(prompt, [response[lead:]], response_columns=columns, token_weights=weights)
-
-
-def mismatched(examples: Sequence[Example], max_length: int | None) -> list[Example]:
-    """Each row's prompt with the completion of the next row of another prompt, as KTO estimates its KL from.
-
-    The next in the data, not in the step, so that the reference scores each of them once. Where all rows have one
-    prompt it is the next row's, as in TRL, and a warning says so. Raises DataError for a single row.
-    """
-    n = len(examples)
-    if n == 1:
-        raise DataError("kto estimates a KL from completions of other rows, and there is only one")
-    others: list[Example | None] = [None] * n
-    other = None
-    # Backwards, twice around: a row of the same prompt as the next one has its other, however many they are.
-    for i in reversed(range(2 * n)):
-        example, after = examples[i % n], examples[(i + 1) % n]
-        other = other if np.array_equal(example.prompt_ids, after.prompt_ids) else after
-        others[i % n] = other
-    if other is None:
-        logger.warning("all rows have the same prompt: kto's KL is estimated from other completions of it, which makes "
-                       "it larger than that of completions of other prompts")  # fmt: skip
-    out = []
-    for i, (example, found) in enumerate(zip(examples, others, strict=True)):
-        other = found or examples[(i + 1) % n]
-        room = None if max_length is None else max_length - len(example.prompt_ids)
-        weights = None if other.token_weights is None else [other.token_weights[0][:room]]
-        out.append(Example(example.prompt_ids, [other.responses[0][:room]], token_weights=weights))
-    return out

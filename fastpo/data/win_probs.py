@@ -1,4 +1,4 @@
-"""Rows whose win probabilities contradict each other."""
+"""Win probabilities: what a batch has of a row's, and rows that contradict each other."""
 
 from collections.abc import Sequence
 from hashlib import blake2b

@@ -124,8 +124,8 @@ class LoopConfig:
     """Every option of a run."""
 
     model: str  # the policy to start from: a folder, or a name of a hub
-    prompts: Any  # a file or rows with `prompt`, and `id` if they have one; what else they have is the scorers' `meta`
     output_dir: str  # of the run
+    prompts: Any = None  # a file or rows with `prompt`, and `id` if they have one; the rest is the scorers' `meta`
     recipe: str | None = None  # whose options are the defaults of all others
     before: str | None = None  # the policy that `model` was trained from, where a recipe reads it
     iterations: int = 3  # how many
@@ -189,7 +189,8 @@ def load(path: str | Path) -> dict[str, Any]:
 
 def build(options: Options) -> LoopConfig:
     """The checked options; ConfigError names the first that is wrong."""
-    lacking = [name for name in ("model", "prompts", "output_dir") if options.get(name) is None]
+    needed = ("model", "output_dir") if options.get("iterations") == 0 else ("model", "prompts", "output_dir")
+    lacking = [name for name in needed if options.get(name) is None]
     if lacking:
         raise ConfigError(f"fastpo iterate needs {lacking[0]}: give it in the config or as --{lacking[0]}")
     config: LoopConfig = section(LoopConfig, options, "")
@@ -209,7 +210,8 @@ def _check_numbers(config: LoopConfig) -> None:
         if not right:
             raise ConfigError(f"{name} must be {what}, not {shown(value)}")
 
-    need(config.iterations >= 1, "iterations", "1 or more", config.iterations)
+    least = 0 if config.prepare else 1
+    need(config.iterations >= least, "iterations", f"{least} or more", config.iterations)
     need(0 <= config.max_failed < 1, "max_failed", "a share in [0, 1)", config.max_failed)
     sample, select = config.sample, config.select
     need(sample.n >= 0, "sample.n", "0 or more", sample.n)
@@ -303,6 +305,16 @@ def _unwrapped(value: Any) -> Any:
     return value
 
 
+_SECRETS = ("api_key", "headers")  # of an engine: not written, and another key gives the same answers
+
+
 def as_json(section: Any) -> Any:
-    """A section as JSON has it, for the key of a stage."""
-    return json.loads(json.dumps(_unwrapped(section), default=lambda v: getattr(v, "__qualname__", type(v).__name__)))
+    """A section as JSON has it, for the key of a stage and for people; without secrets."""
+    found = json.dumps(_unwrapped(section), default=lambda v: getattr(v, "__qualname__", type(v).__name__))
+    return _without_secrets(json.loads(found))
+
+
+def _without_secrets(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: "(secret)" if k in _SECRETS and v else _without_secrets(v) for k, v in value.items()}
+    return [_without_secrets(v) for v in value] if isinstance(value, list) else value

@@ -26,7 +26,7 @@ class Context:
         self.config, self.folder = config, Path(config.output_dir)
         self.make_sampler, self.given_scorers, self.selector = sampler, dict(scorers), selector
         self.tokenizer = load_tokenizer(config.model)
-        self.items = prompt_files.read_prompts(config.prompts)
+        self.items = [] if config.prompts is None else prompt_files.read_prompts(config.prompts)
         self.prompts_digest = _digest(self.items)
         for t in range(1, config.iterations + 1):
             self.of_iteration(t)  # too few prompts are found before the first sample

@@ -9,6 +9,7 @@ import inspect
 import io
 import json
 import re
+import textwrap
 import tokenize
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -27,7 +28,7 @@ from fastpo.losses import LOSSES, canonical_name
 BEGIN, END = "<!-- options: made by `python -m fastpo.loop.docs` -->", "<!-- end of options -->"
 SECTIONS = ("sample", "refine", "score", "select", "eval", "guards")
 GIVEN = {"model": "path/to/sft", "prompts": "prompts.jsonl", "output_dir": "run"}  # by every user
-_WIDTH = 118
+_WIDTH = 100
 _OF_THE_LOOP = {
     "reference": "the policy that the loss compares with, by name or path",
     "previous": "the second policy that it compares with, by name or path",
@@ -130,6 +131,7 @@ def recipe_page(name: str) -> str:
     for label, key in (("Source", "source"), ("Chosen here", "choices"), ("It needs", "needs")):
         if texts[key]:
             parts.append(f"**{label}:** {_sentence(_linked(texts[key]), capital=False)}")
+    parts += before(options)
     parts.append("## An iteration\n\n" + "\n".join(f"{n}. {line}" for n, line in enumerate(steps(options), 1)))
     parts.append("## Run it\n\n" + _run(name, example))
     parts.append(
@@ -146,18 +148,28 @@ def _run(name: str, example: Mapping[str, Any]) -> str:
     return f"```yaml\n# run.yaml\n{text}```\n\n{command} --dry-run\n{command}"
 
 
+def before(options: Mapping[str, Any]) -> list[str]:
+    """What there is to say before the iterations: the stages before them, and where there are none."""
+    config = configs.build({**GIVEN, **options})
+    out = []
+    if config.prepare:
+        stages = ", ".join(f"`{name}`" for name in config.prepare)
+        out.append(f"Before the first iteration ([how](../loop-prepare.md)): {stages}.")
+    if config.iterations == 0:
+        out.append("By itself it has no iterations; with `iterations` of 1 or more they follow.")
+    return out
+
+
 def steps(options: Mapping[str, Any]) -> list[str]:
     """What an iteration of a recipe does, a line a stage."""
     config = configs.build({**GIVEN, **options})
     select, train = config.select, config.train
-    out = []
-    if config.prepare:
-        out.append(f"Before the first iteration: {', '.join(f'`{stage}`' for stage in config.prepare)}.")
-    out.append("A part of the prompts that no other iteration has.")
+    out = ["A part of the prompts that no other iteration has."]
     if config.search:
-        out.append(f"Tree search with the current policy: `{_flow(dict(config.search))}`.")
-    else:
-        out.append(_sampling(config))
+        out.append("A tree of steps for each, grown by the current policy ([tree search](../loop-search.md)).")
+        out.append("Pairs: of the children of a node on the way that the search took, the best against the worst.")
+        return [*out, _training(train)]
+    out.append(_sampling(config))
     if config.refine.rounds:
         out.append(f"{_count(config.refine.rounds, 'round')} of a better answer, given the one before.")
     if config.extra_responses:
@@ -280,7 +292,7 @@ def _commented(lines: Sequence[tuple[str, str]]) -> Iterator[str]:
             yield f"{line:<{column}}  # {text}"
         elif text:
             indent = " " * (len(line) - len(line.lstrip()))
-            yield f"{indent}# {text if len(indent) + len(text) + 2 <= _WIDTH else text.split(' (')[0]}"
+            yield f"{indent}# {textwrap.shorten(text, _WIDTH - len(indent) - 2, placeholder=' ...')}"
             yield line
         else:
             yield line
@@ -311,7 +323,8 @@ def index_page() -> str:
         reference = f"`{config.train.get('reference', 'current')}`" if referring else "-"
         if "previous" in config.train:
             reference += f", previous `{config.train['previous']}`"
-        cells = [f"[{name}]({name}.md)", sampler, scorer, f"`{config.select.policy}`",
+        rule = "siblings" if config.search else f"`{config.select.policy}`"
+        cells = [f"[{name}]({name}.md)", sampler, scorer, rule,
                  ", ".join(f"`{x}`" for x in losses), reference]  # fmt: skip
         rows.append("| " + " | ".join(map(_cell, cells)) + " |")
     head = "| recipe | samples | scorer | selector | loss | reference |\n| --- | --- | --- | --- | --- | --- |\n"

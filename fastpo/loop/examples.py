@@ -17,7 +17,7 @@ from fastpo.loop import prompts as prompt_files
 from fastpo.loop.checks import sources_of
 from fastpo.loop.config import LoopConfig, Select
 from fastpo.loop.items import POLICY, Item, Prompt, Response, seed_of
-from fastpo.loop.run_files import IterationFiles, RunFiles, finite, lines, number, parts
+from fastpo.loop.run_files import IterationFiles, RunFiles, finite, lines, mapping, number, parts
 from fastpo.loop.selecting import gather
 
 PROMPTS, HELD_OUT = 6, 6  # of an iteration, of the evaluation
@@ -47,6 +47,7 @@ class Answer:
     beats: list[int] = field(default_factory=list)  # the answers that it was chosen over
     loses: list[int] = field(default_factory=list)
     left_out: str = ""  # why it was not judged
+    note: str = ""  # of a step of a tree: its visits
 
 
 @dataclass
@@ -74,9 +75,12 @@ class HeldOut:
 
 
 def examples_of(run: RunFiles, one: IterationFiles, most: int = PROMPTS) -> list[Example]:
-    """Prompts that have answers, in the order of the file."""
+    """Prompts that have answers, in the order of the file; after a tree search, beginnings of answers with the steps
+    that follow them."""
     config = run.config(one.number)
-    items = _drawn(one.folder / "prompts.jsonl", most, seed_of(run.options.get("seed", 0), one.number, "examples"))
+    trees = next(iter(sorted(one.folder.glob("*/siblings.jsonl"))), None)
+    path = one.folder / "prompts.jsonl" if trees is None else trees
+    items = _drawn(path, most, seed_of(run.options.get("seed", 0), one.number, "examples"))
     names = [item.id for item in items]
     sources = [] if config is None else sources_of(config)
     sampled = _answers_by_id(parts(one.folder / "samples"), names, sources)
@@ -87,6 +91,8 @@ def examples_of(run: RunFiles, one: IterationFiles, most: int = PROMPTS) -> list
         if own in rows and "replayed" not in row:
             rows[own].append(row)
     selected = one.done("select")
+    if trees is not None:
+        return [_steps(item, rows[item.id]) for item in items]
     found = []
     for item in items:
         whole = item.with_responses([*sampled.get(item.id, ()), *outside.get(item.id, ())])
@@ -117,6 +123,17 @@ def _example(
             answers.append(answer)
             known.add(response.text)
     return Example(item.id, item.prompt, answers, judgements, bool(rows) if selected or rows else None)
+
+
+def _steps(item: Item, rows: Sequence[Mapping[str, Any]]) -> Example:
+    """The children of a node, as answers to the prompt with what goes before them."""
+    answers = [_answer(r) for r in item.responses]
+    for answer, response in zip(answers, item.responses):
+        answer.score, answer.count, answer.source = number(response.meta, "q"), 1, POLICY
+        visits = number(response.meta, "visits")
+        answer.note = "" if visits is None else f"{visits:,.0f} visits"
+    _mark(answers, item, rows)
+    return Example(item.id, item.prompt, answers, [], bool(rows))
 
 
 def _answer(response: Response) -> Answer:
@@ -216,7 +233,7 @@ def _response(line: Mapping[str, Any]) -> Response:
         ids = None
     count = line.get("count", 1)
     return Response(line["text"], ids, line.get("finished") is not False, source=str(line.get("source", POLICY)),
-                    count=count if isinstance(count, int) else 1)  # fmt: skip
+                    count=count if isinstance(count, int) else 1, meta=mapping(line.get("meta")))  # fmt: skip
 
 
 def _outside(config: LoopConfig | None, items: Sequence[Item]) -> dict[str, list[Response]]:
@@ -285,7 +302,7 @@ def _sample(size: int, most: int, seed: int) -> list[int]:
 
 
 def _drawn(path: Path, most: int, seed: int) -> list[Item]:
-    """Some of the prompts of a file, drawn by the seed."""
+    """Some of the items of a file, drawn by the seed."""
     try:
         with open(path, "rb") as file:
             size = sum(1 for _ in file)
@@ -297,7 +314,10 @@ def _drawn(path: Path, most: int, seed: int) -> list[Item]:
     found = []
     for line in chosen:
         try:
-            found.append(prompt_files.from_json(json.loads(line)))
+            given = json.loads(line)
+            item = prompt_files.from_json(given)
+            responses = given.get("responses", ())  # of a node; a line of prompts has none
+            found.append(item.with_responses([_response(r) for r in responses if isinstance(r.get("text"), str)]))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             continue
     return [item for item in found if isinstance(item.id, str)]

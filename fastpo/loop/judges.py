@@ -30,6 +30,7 @@ _FIELDS: dict[str, tuple[str, ...]] = {  # what a template may name; the first o
 }
 _NEEDED = {"pair": 3, "response": 2, "list": 2, "rule": 2}
 _OF_ALL = ("reference", "reference_block", "criterion", "criterion_block")
+TEMPLATES = ("pair", "pair_graded", "pair_label", "score", "score_label", "score_reference", "dno_rubric", "rule")
 _DEFAULT_TEMPLATE = {
     ("pair", "text"): "pair", ("pair", "other"): "pair_label", ("response", "text"): "score",
     ("response", "other"): "score_label", ("list", "text"): "dno_rubric", ("rule", "text"): "rule",
@@ -69,14 +70,13 @@ def template_text(template: str, where: Path) -> str:
     """A template of the package by its name, a file by its path (from `where`), or the text itself."""
     if "{" in template or "\n" in template:
         return template
-    folder = resources.files("fastpo.loop").joinpath("templates")
-    names = sorted(entry.name.removesuffix(".txt") for entry in folder.iterdir() if entry.name.endswith(".txt"))
-    if template in names:
+    if template in TEMPLATES:
+        folder = resources.files("fastpo.loop").joinpath("templates")
         return folder.joinpath(f"{template}.txt").read_text(encoding="utf-8")
     path = where / template
     if not path.is_file():
         raise ConfigError(
-            f"template={template!r} is no file and none of {', '.join(names)}{did_you_mean(template, names)}"
+            f"template={template!r} is no file and none of {', '.join(TEMPLATES)}{did_you_mean(template, TEMPLATES)}"
         )
     return path.read_text(encoding="utf-8")
 
@@ -280,7 +280,6 @@ class ServerBackend:
         if seed is not None:
             self.decoding["seed"] = seed
         self._listed: dict[str, Any] | None = None
-        self.answered_by: set[str] = set()  # what replies name as their model
 
     @property
     def key(self) -> Mapping[str, Any]:
@@ -337,8 +336,6 @@ class ServerBackend:
             return reply
         if not isinstance(reply, dict) or not isinstance(reply.get("choices"), list):
             return Failure("error", f"no choices: {shown(reply, RAW)}")
-        if isinstance(reply.get("model"), str):
-            self.answered_by.add(reply["model"])
         if len(reply["choices"]) != 1 or not isinstance(reply["choices"][0], dict):
             return Failure("wrong_count", f"{len(reply['choices'])} choices instead of one: {shown(reply, RAW)}")
         return reply["choices"][0]

@@ -19,12 +19,6 @@ from fastpo.report.pieces import document, duration, grid, save, section, table
 
 WARNING, OPTIONS = 1000, 20_000  # characters
 BARS = 5  # kinds of a stacked bar that have a colour of their own
-OF_RESPONSES = (
-    "truncated",
-    "too short",
-    "too long",
-    "duplicates merged",
-)  # counts of responses in rows.json, not prompts
 BOOKKEEPING = ("prompts", "select")  # stages that neither sample nor judge nor train
 _SECRET = ("api_key", "headers", "authorization", "token", "password", "secret")
 
@@ -128,7 +122,8 @@ def _tiles(run: RunFiles) -> list[tuple[str, str]]:
         total = sum(value for value in values if value is not None)
         if total:
             tiles.append((label, f"{total:,.0f}"))
-    seconds = sum(sum(one.seconds().values()) for one in run.iterations)
+    before = [] if run.prepared is None else [run.prepared]
+    seconds = sum(sum(one.seconds().values()) for one in [*before, *run.iterations])
     if seconds:
         tiles.append(("time", duration(seconds)))
     return tiles
@@ -338,46 +333,59 @@ def _kept(run: RunFiles) -> str:
     there = [one for one in run.trained if one.rows]
     if not there:
         return ""
-    dropped: dict[int, dict[str, float]] = {}
-    for one in there:
-        counts = mapping(one.rows.get("dropped"))
-        dropped[one.number] = {str(k): value for k in counts if (value := number(counts, k))}
-    totals: dict[str, float] = {}
-    for counts in dropped.values():
-        for reason, count in counts.items():
-            totals[reason] = totals.get(reason, 0) + count
-    reasons = sorted((r for r in totals if r not in OF_RESPONSES), key=lambda r: -totals[r])
+    # A tree search counts steps and rounds of its own, not prompts.
+    dropped = {one.number: {} if "search" in one.stages else _counts(one.rows, "dropped") for one in there}
+    searched = {one.number: _counts(one.rows, "dropped") if "search" in one.stages else {} for one in there}
+    responses = {one.number: _counts(one.rows, "responses left out") for one in there}
+    reasons = _by_size(dropped)
     first = reasons if len(reasons) <= BARS else reasons[: BARS - 1]
     rows = []
     for one in there:
-        counts = dropped[one.number]
-        parts = {"gave a row": number(one.rows, "prompts kept") or 0.0} | {r: counts.get(r, 0.0) for r in first}
-        parts["other reasons"] = sum(counts.get(r, 0.0) for r in reasons if r not in first)
+        kept = number(one.rows, "prompts kept") or 0.0
+        parts = {"gave a row": kept} | {reason: dropped[one.number].get(reason, 0.0) for reason in first}
+        parts["other reasons"] = sum(dropped[one.number].get(r, 0.0) for r in reasons if r not in first)
+        if "search" in one.stages:
+            parts["no pair of steps"] = max(0.0, (number(one.rows, "prompts") or 0.0) - kept)
         pairs = number(one.rows, "pairs")
         rows.append((f"iteration {one.number}", parts, "" if pairs is None else f"{pairs:,.0f} pairs"))
     out = "<h3>Prompts</h3>" + _bars(rows, lambda v: f"{v:,.0f}")
-    cells = [[r, *(_plain(dropped[one.number].get(r, 0.0)) for one in there)] for r in reasons]
-    head = [f"{one.number}" for one in there]
-    if cells:
-        out += grid(["prompts without a row, in iteration", *head], cells, counts=True)
-    of_responses = [r for r in OF_RESPONSES if r in totals]
-    cells = [[r, *(_plain(dropped[one.number].get(r, 0.0)) for one in there)] for r in of_responses]
-    return out + (grid(["responses not judged, in iteration", *head], cells, counts=True) if cells else "")
+    tables = (("prompts without a row", dropped), ("responses not judged", responses), ("of the search", searched))
+    for title, counts in tables:
+        cells = [[r, *(_plain(counts[one.number].get(r, 0.0)) for one in there)] for r in _by_size(counts)]
+        head = [f"{title}, in iteration", *(f"{one.number}" for one in there)]
+        out += grid(head, cells, counts=True) if cells else ""
+    return out
+
+
+def _counts(values: Mapping[str, Any], name: str) -> dict[str, float]:
+    """Those of a mapping in rows.json that are not 0."""
+    found = mapping(values.get(name))
+    return {str(key): value for key in found if (value := number(found, key))}
+
+
+def _by_size(counts: Mapping[int, Mapping[str, float]]) -> list[str]:
+    """The reasons of all iterations, the most frequent one first."""
+    totals: dict[str, float] = {}
+    for of in counts.values():
+        for reason, count in of.items():
+            totals[reason] = totals.get(reason, 0.0) + count
+    return sorted(totals, key=lambda reason: -totals[reason])
 
 
 def _time(run: RunFiles) -> str:
-    there = [one for one in run.iterations if one.seconds()]
+    there = [(f"iteration {one.number}" if one.number else "start", one) for one in run.iterations if one.seconds()]
+    if run.prepared is not None and run.prepared.seconds():
+        there.insert(0, ("before", run.prepared))
     if not there:
         return ""
     rows, cells = [], []
-    known = {name for one in there for name in one.seconds() if name not in BOOKKEEPING}
+    known = {name for _, one in there for name in one.seconds() if name not in BOOKKEEPING}
     stages = sorted(known, key=in_order)
-    for one in there:
+    for label, one in there:
         seconds = one.seconds()
         rest = sum(seconds.get(name, 0.0) for name in BOOKKEEPING)
         whole = sum(seconds.values())
         parts = {name: seconds.get(name, 0.0) for name in stages} | {"bookkeeping": rest}
-        label = f"iteration {one.number}" if one.number else "start"
         share = f"{rest / whole:.1%}" if whole and one.number else ""
         rows.append((label, parts, duration(whole)))
         cells.append([label, *(duration(seconds[name]) if name in seconds else "–" for name in stages),

@@ -46,7 +46,7 @@ def _held_out_example(one: HeldOut) -> str:
 
 def examples_section(run: RunFiles) -> str:
     """The prompts of each iteration, the newest ones open."""
-    with_samples = [one for one in run.trained if (one.folder / "samples").is_dir()]
+    with_samples = [one for one in run.trained if any((one.folder / name).is_dir() for name in ("samples", "tree"))]
     left = with_samples[1 : 1 + max(0, len(with_samples) - ITERATIONS)]
     parts = []
     for one in with_samples:
@@ -123,6 +123,8 @@ def _answer(answer: Answer, name: str, numbered: Mapping[int, int] | None = None
         facts.append(f"{'win probability' if numbered else 'P(wins)'} {shown_number(answer.win_prob)}")
     if answer.tokens is not None:
         facts.append(f"{answer.tokens:,} tokens")
+    if answer.note:
+        facts.append(answer.note)
     if answer.count > 1:
         facts.append(f"given {answer.count:,} times")
     if answer.source != POLICY:

@@ -101,7 +101,7 @@ def write_json(path: Path, value: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.tmp")
     with open(beside, "w", encoding="utf-8") as file:
-        file.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+        file.write(_text(value) + "\n")
         file.flush()
         os.fsync(file.fileno())
     os.replace(beside, path)
@@ -131,3 +131,17 @@ def _line(value: Mapping[str, Any]) -> bytes:
         return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
     except UnicodeEncodeError:  # half of a surrogate pair, which a server's JSON may hold
         return json.dumps(value, separators=(",", ":")).encode() + b"\n"
+
+
+def _text(value: Any) -> str:
+    text = json.dumps(value, indent=1, ensure_ascii=False)
+    return text if text.isascii() or _is_unicode(text) else json.dumps(value, indent=1)
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether it has no half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -16,8 +16,9 @@ from fastpo.loop.config import Options
 from fastpo.loop.config import section as read_section
 from fastpo.loop.items import Failure, Sampler, digest
 from fastpo.loop.parts import write_lines
+from fastpo.loop.replies import is_refusal, read_yes_no
 from fastpo.loop.teacher import Encode, Teacher
-from fastpo.loop.written import Template, check_templates, is_refusal, read_yes_no, without_thoughts
+from fastpo.loop.written import Template, check_templates, without_thoughts
 
 _NONE = "NONE"  # what the template asks to write where a text answers nothing
 
@@ -86,14 +87,14 @@ def queries(
             asking.request(name, "filter", checking(query=query, text=texts[name])) for name, query in found.items()
         ]
         for name, answer in zip(list(found), asking.ask("filter", requests), strict=True):
-            said = None if isinstance(answer, Failure) else read_yes_no(answer.text)
-            if said:
+            said = answer if isinstance(answer, Failure) else read_yes_no(answer.text)
+            if said == 1:
                 continue
             del found[name]
-            if said is False:
+            if said == 0:
                 counts["filter: the text does not answer it"] += 1
-            elif not isinstance(answer, Failure):
-                counts["filter: refused" if is_refusal(answer.text) else "filter: unparsed"] += 1
+            elif isinstance(said, Failure) and said is not answer:
+                counts[f"filter: {said.status}"] += 1
     if not found:
         raise TrainingError(f"prepare.queries: no query is left of {given:,} texts ({asking.said()})")
     write_lines(folder / "prompts.jsonl", (

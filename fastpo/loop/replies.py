@@ -38,7 +38,7 @@ _BRACKETED_SCORE = re.compile(rf"\[\[\s*({_NUMBER})\s*\]\]")
 _YES_NO = re.compile(r"^[\"'*`\[\s]*(yes|no)[\"'*`\]]*(?=\s*(?:[.,:;!\n\u2013\u2014-]|$))", re.IGNORECASE)
 _NAMED_YES_NO = re.compile(rf"\b(?i:verdict|answer){_AFTER}((?i:yes|no))\b")
 _THOUGHT = re.compile(r"^\s*<think(?:ing)?>.*?</think(?:ing)?>", re.DOTALL | re.IGNORECASE)
-_FENCED = re.compile(r"^```[a-zA-Z]*\s*\n(.*?)\n?```$", re.DOTALL)
+FENCED = re.compile(r"^```[a-zA-Z]*\s*\n(.*?)\n?```$", re.DOTALL)
 _LINE = re.compile(
     rf"^[-*\s]*(?:(?i:answer|response|assistant|score)?[ _#]*\[?(\d+)\]?\s*[.:)=-])\s*({_NUMBER})\s*$"
 )  # fmt: skip
@@ -56,10 +56,14 @@ def answer_of(reply: str) -> str | Failure:
     return text or Failure("empty", reply)
 
 
-def _nothing(reply: str) -> Failure:
+def is_refusal(reply: str) -> bool:
+    """Whether a reply begins with an excuse."""
     text = answer_of(reply)
-    refused = isinstance(text, str) and _REFUSAL.match(text.replace("\u2019", "'"))
-    return Failure("refused" if refused else "unparsed", reply)
+    return isinstance(text, str) and _REFUSAL.match(text.replace("\u2019", "'")) is not None
+
+
+def _nothing(reply: str) -> Failure:
+    return Failure("refused" if is_refusal(reply) else "unparsed", reply)
 
 
 def _only(found: Sequence[float], reply: str) -> float | Failure:
@@ -124,12 +128,12 @@ def read_list(
     text = answer_of(reply)
     if isinstance(text, Failure):
         return text
-    fenced = _FENCED.match(text)
+    fenced = FENCED.match(text)
     found = _of_json(fenced[1] if fenced else text)
     if found is None:
         found = _of_lines(text, strict=not prose)
     if found is None and prose:
-        lists = [scored for part in _lists_in(text) if (scored := _of_json(part)) is not None]
+        lists = [scored for part in lists_in(text) if (scored := _of_json(part)) is not None]
         found = lists[0] if len(lists) == 1 else None
     if found is None:
         return _nothing(reply)
@@ -184,7 +188,7 @@ def _of_lines(text: str, strict: bool) -> Found | None:
     return [(int(m[1]), float(m[2])) for m in matches]
 
 
-def _lists_in(text: str) -> list[str]:
+def lists_in(text: str) -> list[str]:
     """Every outermost [ ] of the text that is JSON."""
     decoder, found, at = json.JSONDecoder(), [], 0
     while (start := text.find("[", at)) >= 0:

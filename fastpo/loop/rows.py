@@ -53,7 +53,8 @@ def make_rows(
     counts = {
         "prompts": len(items), "prompts kept": len(kept), "pairs": pairs, "rows": len(rows), "of this iteration": own,
         "replayed": len(replayed), "from a file": len(rows) - own - len(replayed),
-        "dropped": dict(sorted(found.items())), "responses left out": dict(sorted(dropped.items())), "length gap, characters": gap, **_agreement(scores),
+        "dropped": dict(sorted(found.items())), "responses left out": dict(sorted(dropped.items())),
+        "length gap, characters": gap, **_agreement(scores),
     }  # fmt: skip
     if not rows:
         raise TrainingError(_why_nothing(counts))

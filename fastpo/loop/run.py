@@ -166,12 +166,15 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         shown = configs.as_json(config) | {"prompts": _shown(config.prompts)}
         write_json(self.folder / "iterate.json", shown)
-        if self.context.heldout:
-            self._do(Work(self.context, 0))
-        for t in range(1, config.iterations + 1):
-            log.info("iteration %d of %d: from %s", t, config.iterations, self.context.policy("current", t))
-            self._do(Work(self.context, t))
-            self.close_iteration(t)
+        try:
+            if self.context.heldout:
+                self._do(Work(self.context, 0))
+            for t in range(1, config.iterations + 1):
+                log.info("iteration %d of %d: from %s", t, config.iterations, self.context.policy("current", t))
+                self._do(Work(self.context, t))
+                self.close_iteration(t)
+        finally:
+            write_page(self.folder)  # of a run that ends early too
         return self.result()
 
     def _do(self, work: Work) -> None:
@@ -209,7 +212,7 @@ class Run:
     def result(self) -> IterateResult:
         done = [self.figures(t) for t in range(1, self.config.iterations + 1)]
         policies = {"start": self.config.model} | {f"iterate-{f['iteration']}": f["policy"] for f in done}
-        best = f"iterate-{len(done)}"
+        best = f"iterate-{len(done)}" if done else "start"
         measured = {"start": read_json(self.context.iteration(0) / "eval.json") or {}} | {
             f"iterate-{f['iteration']}": f["eval"] for f in done
         }

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,7 @@ from fastpo.errors import FastpoError, one_line
 from fastpo.loop import config as configs
 from fastpo.loop.config import LoopConfig
 
-ORDER = (
-    "prompts",
-    "sample",
-    "refine",
-    "score",
-    "select",
-    "train",
-    "eval",
-)  # of stages; those before an iteration first
+ORDER = ("prompts", "sample", "refine", "score", "select", "search", "train", "eval")  # others go first
 
 
 @dataclass
@@ -69,6 +62,7 @@ class RunFiles:
     options: dict[str, Any]  # iterate.json
     iterations: list[IterationFiles]  # those that are there, the start's too, in order
     unreadable: list[str]
+    prepared: IterationFiles | None = None  # the stages before the first iteration
 
     @property
     def trained(self) -> list[IterationFiles]:
@@ -103,7 +97,8 @@ class RunFiles:
 
     def sampled_from(self, one: IterationFiles) -> str:
         """Name of the policy that an iteration samples and trains from; empty where it is not known."""
-        path = one.options("train").get("policy", one.options("sample").get("policy"))
+        stages = [one.options(stage) for stage in ("train", "search", "sample")]
+        path = next((options["policy"] for options in stages if "policy" in options), None)
         return self.name_of(path) if path is not None and one.number else ""
 
 
@@ -116,7 +111,9 @@ def read_run(folder: Path) -> RunFiles:
         digits = path.name.removeprefix("iter-")
         if path.is_dir() and digits.isdecimal():
             iterations.append(_read_iteration(path, int(digits), unreadable))
-    return RunFiles(folder, dict(options), iterations, unreadable)
+    before = folder / "prepare"
+    prepared = _read_iteration(before, 0, unreadable) if (before / "stages").is_dir() else None
+    return RunFiles(folder, dict(options), iterations, unreadable, prepared)
 
 
 def _read_iteration(folder: Path, number: int, unreadable: list[str]) -> IterationFiles:
@@ -163,14 +160,26 @@ def _json(path: Path, unreadable: list[str]) -> Any:
 
 def lines(path: Path, prefixes: Sequence[bytes] = ()) -> Iterator[dict[str, Any]]:
     """The lines that are JSON objects; with prefixes, of those that begin with one of them, the others unparsed."""
-    wanted = tuple(prefixes)
     try:
-        file = open(path, "rb")
+        if not prefixes:
+            yield from _objects(path, ())
+            return
+        stat = path.stat()
+        yield from _found(path, stat.st_size, stat.st_mtime_ns, tuple(prefixes))
     except OSError:
         return
-    with file:
+
+
+@lru_cache(maxsize=512)
+def _found(path: Path, size: int, changed: int, prefixes: tuple[bytes, ...]) -> list[dict[str, Any]]:
+    """Kept while the file stays as it is: a run writes its page again and again, over files of gigabytes."""
+    return list(_objects(path, prefixes))
+
+
+def _objects(path: Path, prefixes: tuple[bytes, ...]) -> Iterator[dict[str, Any]]:
+    with open(path, "rb") as file:
         for line in file:
-            if wanted and not line.startswith(wanted):
+            if prefixes and not line.startswith(prefixes):
                 continue
             try:
                 found = json.loads(line)

@@ -456,9 +456,10 @@ class Ensemble(BaseScorer):
             raise ConfigError(f"scorer {name!r}: an ensemble needs other scorers as members")
         weights = dict(weights or {})
         for what, names in (("weights", weights), ("normalise", [] if isinstance(normalise, bool) else normalise)):
-            for name in names:
-                if name not in members:
-                    raise ConfigError(f"ensemble: {what} name {name!r}, no member{did_you_mean(str(name), members)}")
+            for member in names:
+                if member not in members:
+                    near = did_you_mean(str(member), members)
+                    raise ConfigError(f"ensemble: {what} name {member!r}, no member{near}")
         wrong = [w for w in weights.values() if not isinstance(number(w), float)]
         if wrong:
             raise ConfigError(f"ensemble: the weight {wrong[0]!r} is no finite number")

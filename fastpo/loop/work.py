@@ -64,9 +64,11 @@ class Work:
 
     def prompts(self) -> Stage:
         run, path = self.run, self.folder / "prompts.jsonl"
-        options = {"iterations": self.config.iterations, "prompts_per_iteration": self.config.prompts_per_iteration,
-                   "reuse_prompts": self.config.reuse_prompts, "seed": self.config.seed, "iteration": self.t,
-                   "prompts": run.prompts_digest}  # fmt: skip
+        config = self.config
+        options = {"prompts_per_iteration": config.prompts_per_iteration, "reuse_prompts": config.reuse_prompts,
+                   "seed": config.seed, "iteration": self.t, "prompts": run.prompts_digest}  # fmt: skip
+        if config.prompts_per_iteration is None and not config.reuse_prompts:
+            options["iterations"] = config.iterations  # they cut the prompts into parts
 
         def work() -> Mapping[str, Any]:
             return {"prompts": write_lines(path, map(prompt_files.to_json, run.of_iteration(self.t)))}

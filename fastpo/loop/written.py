@@ -1,4 +1,4 @@
-"""What is written to a model and what it writes: templates, lists, yes and no, refusals. None: it cannot be read."""
+"""What is written to a model, templates, and the lists that it writes. None: it cannot be read (see replies.py)."""
 
 import json
 import re
@@ -8,16 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from fastpo.errors import ConfigError, did_you_mean
-
-_THOUGHT = re.compile(r"^\s*<think(?:ing)?>.*?</think(?:ing)?>", re.DOTALL | re.IGNORECASE)
-_OPEN_THOUGHT = re.compile(r"^\s*<think(?:ing)?>", re.IGNORECASE)
-_FENCED = re.compile(r"^```[a-zA-Z]*\s*\n(.*?)\n?```$", re.DOTALL)
-_YES_NO = re.compile(r"^[\"'*`\[\s]*(yes|no)\b(?![\w'-])", re.IGNORECASE)
-_REFUSAL = re.compile(
-    r"^\W*(?:i'?m (?:very )?sorry|i am (?:very )?sorry|sorry|i apologi[sz]e|i can(?:no|')t|i can not|"
-    r"i(?:'m| am) (?:not able|unable)|i won'?t|i will not|as an ai\b|unfortunately,? i)",
-    re.IGNORECASE,
-)
+from fastpo.loop.items import Failure
+from fastpo.loop.replies import FENCED, answer_of, lists_in
 
 
 class Template:
@@ -60,22 +52,18 @@ def numbered(texts: Sequence[str]) -> str:
 
 def without_thoughts(reply: str) -> str:
     """The reply without the thoughts before it; empty where they have no end."""
-    text = _THOUGHT.sub("", reply, count=1).strip()
-    return "" if _OPEN_THOUGHT.match(text) else text
-
-
-def is_refusal(reply: str) -> bool:
-    return _REFUSAL.match(without_thoughts(reply).replace("\u2019", "'")) is not None
+    text = answer_of(reply)
+    return "" if isinstance(text, Failure) else text
 
 
 def read_texts(reply: str) -> list[str] | None:
     """The one JSON list of texts in a reply, alone, in a fence, as an object's only list, or with prose around it.
     Empty texts and repetitions are left out. None where there is no list, more than one, or one of other things."""
     text = without_thoughts(reply)
-    fenced = _FENCED.match(text)
+    fenced = FENCED.match(text)
     found = _whole(fenced[1] if fenced else text)
     if found is None:
-        lists = [value for value in _lists_in(text) if _texts(value) is not None]
+        lists = [value for value in map(json.loads, lists_in(text)) if _texts(value) is not None]
         found = lists[0] if len(lists) == 1 else None
     texts = _texts(found)
     return None if texts is None else unrepeated(texts)
@@ -102,23 +90,3 @@ def _whole(text: str) -> Any:
 
 def _texts(value: Any) -> list[str] | None:
     return value if isinstance(value, list) and all(isinstance(entry, str) for entry in value) else None
-
-
-def _lists_in(text: str) -> list[Any]:
-    """Every outermost [ ] of the text that is JSON."""
-    decoder, found, at = json.JSONDecoder(), [], 0
-    while (start := text.find("[", at)) >= 0:
-        try:
-            value, end = decoder.raw_decode(text, start)
-        except (ValueError, RecursionError):
-            at = start + 1
-            continue
-        found.append(value)
-        at = end
-    return found
-
-
-def read_yes_no(reply: str) -> bool | None:
-    """What a reply begins with."""
-    match = _YES_NO.match(without_thoughts(reply))
-    return None if match is None else match[1].lower() == "yes"

@@ -352,8 +352,10 @@ def _merged_from_disk(model: Any, adapter_folder: str | os.PathLike[str] | None)
     name = _name(model)
     # The model's own class knows a checkpoint with code of its own too; under FSDP2 it is the second of the bases.
     own_class: Any = next(c for c in type(model.get_base_model()).__mro__ if not issubclass(c, FSDPModule))
+    inner = model.get_base_model()
+    labels = {"num_labels": inner.config.num_labels} if _is_classifier(inner) else {}  # of a language model's too
     try:
-        base = own_class.from_pretrained(name, dtype="auto")
+        base = own_class.from_pretrained(name, dtype="auto", **labels)
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError(f"save_merged: cannot load the base {name!r} again: {first_line(error)}") from error
     _same_base(model, base, name)
@@ -369,10 +371,16 @@ def _same_base(model: Any, base: PreTrainedModel, name: str) -> None:
     mine = base_tensors(model)
     for key, tensor in base.named_parameters():
         other = mine.get(key)
+        if key.startswith("score.") and _is_classifier(base):  # the adapter's own, on a language model at random
+            continue
         if other is None or other.requires_grad or hasattr(other, "device_mesh") or other.shape != tensor.shape:
             continue
         if other.dtype.is_floating_point and not torch.equal(other.detach().cpu(), tensor.detach().to(other.dtype)):
             raise ConfigError(f"save_merged: {key} of {name!r} on disk is not that of the base in memory")
+
+
+def _is_classifier(model: Any) -> bool:
+    return getattr(model, "score", None) is not None and model.get_output_embeddings() is None
 
 
 def _merge(model: Any) -> PreTrainedModel:

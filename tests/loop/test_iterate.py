@@ -8,7 +8,7 @@ import pytest
 
 import fastpo
 from fastpo.errors import ConfigError, TrainingError
-from fastpo.loop.config import merged
+from fastpo.loop.config import as_json, merged
 from fastpo.loop.items import Verdict
 from fastpo.loop.parts import read_lines
 from fastpo.loop.run import resolve
@@ -74,7 +74,7 @@ def test_two_iterations_from_prompts_to_a_model(options, tmp_path):
         rows = list(read_lines(folder / "rows.jsonl"))
         counts = json.loads((folder / "rows.json").read_text())
         assert counts["prompts"] == 6 and counts["rows"] == len(rows) == counts["prompts kept"]
-assert counts["prompts kept"] + sum(counts["dropped"].values()) == 6
+        assert counts["prompts kept"] + sum(counts["dropped"].values()) == 6
         for row in rows:
             texts = [r["text"] for r in row["responses"]]
             ((winner, loser),) = [pair[:2] for pair in row["pairs"]]
@@ -247,3 +247,17 @@ def test_the_command_line_with_a_file_a_dry_run_and_settings(start, toy, tmp_pat
     assert "best policy: iterate-1" in done.stdout
     done = call("--set", "sample.n=3")
     assert done.returncode == 2 and "sample.n=2, now it is 3" in done.stderr.splitlines()[-1]
+
+
+def test_more_iterations_on_top_of_those_that_are_done(options, tmp_path):
+    """Where the size of a part is given, the number of parts may grow; else it cuts the prompts."""
+    given = options(iterations=1, prompts_per_iteration=4)
+    fastpo.iterate(given, scorers={"judge": judge})
+    kept = (tmp_path / "run/iter-001/rows.jsonl").read_bytes()
+    result = fastpo.iterate(merged(given, {"iterations": 2}), scorers={"judge": judge})
+    assert list(result.policies) == ["start", "iterate-1", "iterate-2"]
+    assert (tmp_path / "run/iter-001/rows.jsonl").read_bytes() == kept
+
+
+def test_secrets_are_not_written(options, tmp_path):
+    assert "hush" not in json.dumps(as_json(resolve(None, None, options(sample={"api_key": "hush"}))))

@@ -21,6 +21,7 @@ pytest.importorskip("pytest_httpserver", reason="pytest-httpserver is not instal
 from werkzeug.wrappers import Response as Http  # noqa: E402
 
 from fastpo.loop import client as clients  # noqa: E402
+from fastpo.loop import judges  # noqa: E402
 from fastpo.loop.score_stage import read_verdicts, score_stage  # noqa: E402
 from fastpo.loop.server_process import ServerProcess  # noqa: E402
 
@@ -402,3 +403,19 @@ def test_transformers_serve_as_a_judge(saved, tmp_path):
             state = f"{item.prompt} {item.responses[i].text} {item.responses[j].text}"
             asked = {"state": state, "questions": {"verdict": {"type": "choice", "criteria": {"A": None, "B": None}}}}
             assert p == pytest.approx(pipe(asked)["verdict"]["probabilities"]["A"], abs=1e-5)
+
+
+@pytest.mark.parametrize("template", judges.TEMPLATES)
+def test_templates_of_the_package_fit_their_modes(server, template):
+    """Each names what its mode must show, and nothing is left of its fields."""
+    mode = {"pair": "pair", "score": "response", "dno": "list", "rule": "rule"}.get(template.split("_")[0], template)
+    judge = server.judge(mode=mode, template=template, **({} if mode == "rule" else {"criterion": "brevity"}))
+    of = item("good", "bad", reference_text="the right one")
+    if mode == "rule":
+        list(judge.ask_rules([(Unit(of, 0), "Be short.")]))
+    else:
+        one(judge, of)
+    shown = server.bodies[-1]["messages"][0]["content"]
+    assert (
+        "Say it." in shown and "good" in shown and "{" not in shown and ("the right one" in shown) == (mode != "rule")
+    )

@@ -1,6 +1,7 @@
 """report.html of a run of the loop, of run folders that are made here: whole ones, ones in the middle, hostile ones."""
 
 import json
+import os
 import random
 import re
 import shutil
@@ -10,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+import fastpo
 from fastpo.loop import config as configs
-from fastpo.loop import guards, page, page_examples, rows
-from fastpo.loop.config import Select
+from fastpo.loop import guards, page_examples, rows
 from fastpo.loop.evaluation import figures
 from fastpo.loop.examples import examples_of, held_out
 from fastpo.loop.items import Item, Response, Scores, Verdict
@@ -179,9 +180,10 @@ def _measured(one, rng, heldout, t, unit, start):
     _manifest(one, "eval", {}, found)
 
 
-def _manifest(one, stage, options, counts, state="done"):
+def _manifest(one, stage, options, counts, seconds=None):
     write_json(one / "stages" / f"{stage}.json", {
-        "stage": stage, "state": state, "key": "0", "options": options, "inputs": {}, "seconds": SECONDS[stage],
+        "stage": stage, "state": "done", "key": "0", "options": options, "inputs": {},
+        "seconds": SECONDS[stage] if seconds is None else seconds,
         "versions": {"python": "3.11"}, "counts": counts, "outputs": {},
     })  # fmt: skip
 
@@ -242,7 +244,8 @@ def test_numbers_of_the_iterations_are_those_of_the_files(whole):
         assert drawn["Prompts that gave a row"]["points"][0][t - 1] == [
             t - 1, pytest.approx(counts["prompts kept"] / 40, rel=1e-5),
         ]  # fmt: skip
-        for reason, count in counts["dropped"].items():
+        assert counts["responses left out"]
+        for reason, count in [*counts["dropped"].items(), *counts["responses left out"].items()]:
             assert reason in page.text and f"{count:,}" in page.text
     assert drawn["Agreement of the two orders"]["points"][0] == [[t, pytest.approx(0.9)] for t in (0, 1, 2)]
     assert "3 of 3 iterations" in page.text and "were begun" not in page.text
@@ -277,8 +280,6 @@ def test_loss_curves_share_their_scales(whole):
 
 def test_a_real_run(toy, tmp_path):
     """The files as the stages write them, not as this file's `made` does."""
-    pytest.importorskip("fastpo.loop.scorers")
-    import fastpo
 
     class Longer:
         """P(first beats second), and a liking for what is shown first."""
@@ -401,16 +402,43 @@ def test_pairs_of_token_ids_and_rows_of_goals_are_found_again(tmp_path):
         assert sum(any(a.beats for a in example.answers) for example in found) == kept
 
 
-def test_counts_of_responses_are_told_from_those_of_prompts():
-    """What `gather` counts are responses; everything else in rows.json's `dropped` is prompts."""
-    counts = Counter()
-    item = Item(
-        "a",
-        "p",
-        responses=(Response("x", (1,), False), Response(""), Response("long" * 9), Response("ok"), Response("ok")),
-    )
-    gather(item, Select(max_chars=20), True, counts)
-    assert set(counts) == set(page.OF_RESPONSES)
+def test_steps_of_a_tree_search(tmp_path):
+    """As fastpo.loop.search writes them: nodes with their children, rows of token ids."""
+    run = made(tmp_path, 1)
+    one = run / "iter-001"
+    shutil.rmtree(one / "samples")
+    nodes, pairs = [], []
+    for n in range(9):
+        texts = ["first step", "another step", "no step"]
+        children = [Response(t, (n, k), False, source="step", meta={"visits": 30 - 9 * k, "q": 0.5 - k})
+                    for k, t in enumerate(texts)]  # fmt: skip
+        nodes.append({"id": f"p1-{n}/0", "prompt": f"What is {n}? It is", "prompt_ids": [1, 2],
+                      "responses": [r.to_json() for r in children], "meta": {}})  # fmt: skip
+        pairs.append({"id": f"p1-{n}/0", "prompt": [1, 2], "chosen": [n, 0], "rejected": [n, 2], "win_prob": 0.7})
+    write_lines(one / "samples" / "siblings.jsonl", nodes)
+    write_lines(one / "rows.jsonl", pairs)
+    found = read_run(run)
+    examples = examples_of(found, found.trained[0])
+    assert len(examples) == 6 and all(e.row for e in examples)
+    assert all([a.score for a in e.answers] == [0.5, -0.5, -1.5] for e in examples)
+    assert all(e.answers[0].beats == [2] and e.answers[2].loses == [0] for e in examples)
+    _, page = read(run)
+    assert "chosen over 3" in page.text and "30 visits" in page.text and "It is" in page.text
+
+
+def test_a_search_counts_steps_and_what_comes_before_the_first_iteration_has_its_time(tmp_path):
+    run = made(tmp_path, 1)
+    one = run / "iter-001"
+    for name in ("sample", "score", "select"):
+        (one / "stages" / f"{name}.json").unlink()
+    _manifest(one, "search", {"policy": "models/start"}, {}, seconds=100.0)
+    _manifest(run / "prepare", "sft", {}, {}, seconds=50.0)
+    write_json(one / "rows.json", {"prompts": 40, "prompts kept": 33, "pairs": 70, "rows": 70, "dropped": {"ties": 91}})
+    html, page = read(run)
+    assert "no pair of steps 7" in " ".join(a["aria-label"] for a in page.of("div", "bar"))
+    assert "of the search, in iteration" in page.text and "prompts without a row" not in page.text
+    labels = [a["aria-label"] for a in page.of("div", "bar")]
+    assert "before: sft 50 s" in labels and any("search 1 min 40 s" in label for label in labels)
 
 
 # -------------------------------------------------------------------- in the middle
@@ -570,3 +598,8 @@ def test_only_lines_of_the_examples_are_parsed(whole, monkeypatch):
     parsed.clear()
     examples_of(run, run.trained[0], 2)
     assert 0 < len(parsed) < 2 * (5 + 5 * 4 + 2) + 10
+    parsed.clear()
+    assert examples_of(run, run.trained[0], 2) and len(parsed) == 2  # the prompts: other files have not changed
+    path = run.trained[0].folder / "rows.jsonl"
+    os.utime(path, ns=(0, 0))
+    assert examples_of(run, run.trained[0], 2) and 4 < len(parsed) < 8

@@ -15,10 +15,11 @@ from fastpo.loop.growth import Search
 from fastpo.loop.items import Failure, Response, seed_of
 from fastpo.loop.pairs import read_pairs
 from fastpo.loop.pugc import Queries, queries
+from fastpo.loop.replies import is_refusal
 from fastpo.loop.skillmix import SkillMix, mix, read_form, skillmix
 from fastpo.loop.stages import Iteration
 from fastpo.loop.supervise import Supervise, refining_rows, sft
-from fastpo.loop.written import Template, is_refusal, read_texts, read_yes_no, unrepeated
+from fastpo.loop.written import Template, read_texts, unrepeated
 
 
 class Scripted:
@@ -99,11 +100,7 @@ def test_lists_of_texts(reply, texts):
     assert read_texts(reply) == texts
 
 
-def test_yes_no_and_refusals():
-    assert [read_yes_no(t) for t in ("Yes.", "no", "**No**, it", "[Yes]", "<think>no</think>Yes")] == [
-        True, False, False, True, True,
-    ]  # fmt: skip
-    assert [read_yes_no(t) for t in ("Maybe", "", "Nothing", "The answer is yes", "No-one asks")] == [None] * 5
+def test_refusals():
     assert is_refusal("I'm sorry, but no") and is_refusal("I can\u2019t help") and not is_refusal("Can I swim?")
 
 

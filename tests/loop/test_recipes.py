@@ -12,6 +12,7 @@ from fastpo.loop import checks, docs, recipes
 from fastpo.loop import config as configs
 from fastpo.loop.config import Eval, LoopConfig, Select
 from fastpo.loop.recipes import ABOUT, TEXTS
+from fastpo.loop.scorers import make_scorer
 
 NAMES = recipes.names()
 OF_SYSTEMS = ("dno", "dno_prct", "sppo", "inpo", "selm", "iterative_dpo", "evolve", "dice", "reward_augmented",
@@ -81,7 +82,6 @@ def test_texts(name):
 
 def test_scorers_of_the_examples_can_be_made(tmp_path):
     """By name and options; nothing is loaded, and no server is asked."""
-    scorers = pytest.importorskip("fastpo.loop.scorers")
     policies = dict.fromkeys(("start", "before", "current", "previous"), "models/some")
     (tmp_path / "rules.json").write_text('["is polite"]')
     for name in NAMES:
@@ -89,7 +89,7 @@ def test_scorers_of_the_examples_can_be_made(tmp_path):
         if "base_url" in str(config.scorers) and not find_spec("openai"):
             continue  # a client of servers is made with it
         for key, spec in config.scorers.items():
-            made = scorers.make_scorer(key, spec, policies, tmp_path, others=config.scorers)
+            made = make_scorer(key, spec, policies, tmp_path, others=config.scorers)
             assert made.unit == unit_of(spec), (name, key)
 
 

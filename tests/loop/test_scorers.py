@@ -366,3 +366,9 @@ def test_rules_of_a_file(tmp_path):
     for name in ("rules.txt", "rules.json"):
         with pytest.raises(ConfigError, match="'Be short.' is a text"):
             make_scorer("r", {"kind": "rules", "rules": name}, {}, tmp_path)
+
+
+def test_an_ensemble_keeps_its_name_whatever_is_normalised():
+    members = {name: FunctionScorer(name, lambda prompt, response, meta: 1.0) for name in ("a", "b")}
+    for more in ({"normalise": ["a"]}, {"weights": {"b": 2.0}}):
+        assert Ensemble("all", members, "sum", **more).name == "all"

@@ -12,6 +12,7 @@ from fastpo.errors import ConfigError, TrainingError
 from fastpo.loop.growth import Tree, options_of
 from fastpo.loop.items import Failure, Item, Response, Verdict, seed_of
 from fastpo.loop.local_sampler import LocalSampler
+from fastpo.loop.scoring import FunctionScorer
 from fastpo.loop.search import read_siblings, search
 from fastpo.loop.tree import Node, backup, chain, confidence, prior, puct, select
 
@@ -453,6 +454,20 @@ def test_without_log_probabilities_siblings_have_the_same_prior(tmp_path):
     run(tmp_path, Scripted(lambda r: replace(lines(r), logp=None)))
     priors = {r.meta["prior"] for i in read_siblings(tmp_path) for r in i.responses}
     assert priors == {0.25, 0.5}
+
+
+def test_a_function_of_the_users_judges(tmp_path):
+    """As fastpo makes a scorer of it, and with the prompt's columns."""
+    seen = []
+
+    def right(prompt, response, meta):
+        seen.append((prompt, meta["answer"]))
+        return wants(response)
+
+    run(tmp_path / "function", scorer=FunctionScorer("right", right))
+    run(tmp_path / "judge")
+    assert rows_of(tmp_path / "function") == rows_of(tmp_path / "judge")
+    assert {(f"{i}:", i) for i in range(3)} == set(seen)
 
 
 # ---- refused

@@ -538,3 +538,24 @@ def test_memory_is_planned(toy, run, tmp_path, capsys):
     assert reward["parameters"] == dpo["parameters"] - 100 * 32 + 32 and reward["max_tokens"] >= dpo["max_tokens"]
     result = run(toy.kway_rows(4), max_tokens="auto", pair_policy="all", max_steps=1)
     assert result.log_history[0]["shared_prompt_savings"] >= 0
+
+
+def test_a_quantised_base(toy, run, tmp_path):
+    """QLoRA: the head stays in the base's precision, and the merged model has the adapter's."""
+    pytest.importorskip("bitsandbytes")
+    toy.model(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "lm")
+    toy.tokenizer().save_pretrained(tmp_path / "lm")
+    rows = toy.rows(16)
+    rest = {"peft_config": {"r": 4, "target_modules": ["q_proj"]},
+            "quantization_config": {"load_in_4bit": True, "bnb_4bit_compute_dtype": "float32"}}  # fmt: skip
+    result = run(rows, str(tmp_path / "lm"), rest, output_dir=str(tmp_path / "out"), save_final=True, save_merged=True)
+    assert "Linear4bit" in repr(result.model) and torch.isfinite(torch.tensor(result.metrics["train_loss"]))
+    (tmp_path / "out" / "merged" / "config.json").read_text()
+    merged = fastpo.rewards(tmp_path / "out" / "merged", rows)
+    trained = fastpo.rewards(result.model, rows, processing_class=toy.tokenizer())
+    assert torch.tensor(merged).sub(torch.tensor(trained)).abs().max() < 0.2  # what quantising moves
+
+
+def test_rows_may_name_the_loss(toy, run):
+    named, plain = (run([row | more for row in toy.rows(8)], max_steps=1) for more in ({"loss": "reward"}, {}))
+    assert named.log_history[0]["loss"] == pytest.approx(plain.log_history[0]["loss"], abs=1e-6)
