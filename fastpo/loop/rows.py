@@ -9,11 +9,13 @@ from typing import Any
 
 from fastpo.data.sources import load_rows
 from fastpo.errors import TrainingError
+from fastpo.loop import degrade
 from fastpo.loop.config import LoopConfig, Select
 from fastpo.loop.items import Dropped, Item, Prompt, Scores, prompt_text, seed_of
 from fastpo.loop.parts import read_lines, write_json, write_lines
 from fastpo.loop.requests import refined_prompt
 from fastpo.loop.selecting import GREEDY, Selector, as_pairs
+from fastpo.losses.table import DEGREE
 from fastpo.selection import length_penalty, relabel
 
 Encode = Callable[[Prompt], Sequence[int]]  # a prompt's token ids, as the policy sees it
@@ -49,10 +51,13 @@ def make_rows(
     rows += _extra(config, own)
     replayed = _replay(config, earlier, own)
     rows += replayed
+    from_file, of_degree = len(rows) - own - len(replayed), dict[str, int]()
+    if config.degrade.degrees and rows:
+        rows, of_degree = degrade.beside(rows, kept, config)
     gap = _length_gap(kept)
     counts = {
         "prompts": len(items), "prompts kept": len(kept), "pairs": pairs, "rows": len(rows), "of this iteration": own,
-        "replayed": len(replayed), "from a file": len(rows) - own - len(replayed),
+        "replayed": len(replayed), "from a file": from_file, **of_degree,
         "dropped": dict(sorted(found.items())), "responses left out": dict(sorted(dropped.items())),
         "length gap, characters": gap, **_agreement(scores),
     }  # fmt: skip
@@ -151,7 +156,7 @@ def _replay(config: LoopConfig, earlier: Mapping[int, Path], own: int) -> list[d
     whole = own / (1 - sum(there.values())) if there else 0
     out: list[dict[str, Any]] = []
     for back, share in there.items():
-        rows = [row for row in read_lines(earlier[back]) if "replayed" not in row]
+        rows = [row for row in read_lines(earlier[back]) if "replayed" not in row and row.get("loss") != DEGREE]
         wanted = min(len(rows), math.floor(whole * share))
         drawn = random.Random(seed_of(config.seed, "replay", back, len(rows))).sample(rows, wanted)
         out += [{**row, "replayed": back} for row in drawn]

@@ -415,16 +415,16 @@ def resolve_terms(
         terms += _terms(loss, weight, loss.hyper(**reads), name)
     if not terms:
         raise ConfigError("loss_type names no loss")
+    if any(t.name == DEGREE for t in terms) and not any(t.loss and t.loss.shape == "pairs" for t in terms):
+        raise ConfigError(
+            f"{DEGREE} is added to a loss of pairs: loss_type=[dpo, {DEGREE}] with loss_weights=[1, its weight]"
+        )
     if unread:
         read = {name for t in terms if t.loss for name in t.loss.defaults}
         close = [n for u in sorted(unread) for n in difflib.get_close_matches(u, read, n=1, cutoff=0.6)]
         hint = f"; did you mean {close[0]!r}?" if close else ""
         summed = " + ".join(t.name for t in terms)
         raise ConfigError(f"{', '.join(sorted(unread))} is set, but {summed} does not read it{hint}")
-    if any(t.name == DEGREE for t in terms) and not any(t.loss and t.loss.shape == "pairs" for t in terms):
-        raise ConfigError(
-            f"{DEGREE} is added to a loss of pairs: loss_type=[dpo, {DEGREE}] with loss_weights=[1, its weight]"
-        )
     single, of_each = ([t.name for t in terms if t.loss and t.loss.pair_prob], [
         t.name for t in terms if t.loss and t.loss.win_prob])  # fmt: skip
     if single and of_each:  # a batch has room for one kind
