@@ -4,6 +4,7 @@ A row has the columns that its own loss reads. One of sft has a `completion`, or
 K responses on those that win a pair; the others do not go through the model.
 """
 
+import numbers
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -100,7 +101,7 @@ class ByLoss:
             message = f"row {number}: 'completion' is None, and the row's loss is {DEGREE}"
             raise InvalidRow("no response of a degree", message)
         degree = raw.get(DEGREE_OF)
-        if isinstance(degree, bool) or not isinstance(degree, int | float) or degree not in range(self.degrees):
+        if isinstance(degree, bool) or not isinstance(degree, numbers.Real) or degree not in range(self.degrees):
             message = f"row {number}: '{DEGREE_OF}' must be a whole number from 0 to {self.degrees - 1}, not {degree!r}"
             raise InvalidRow(f"bad '{DEGREE_OF}'", f"{message} ({DEGREE} has degrees={self.degrees})")
         row = self._sft(raw, number, DEGREE)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastpo.data.rows import LOSS
 from fastpo.data.sources import load_rows
 from fastpo.errors import TrainingError
 from fastpo.loop import degrade
@@ -156,10 +157,11 @@ def _replay(config: LoopConfig, earlier: Mapping[int, Path], own: int) -> list[d
     whole = own / (1 - sum(there.values())) if there else 0
     out: list[dict[str, Any]] = []
     for back, share in there.items():
-        rows = [row for row in read_lines(earlier[back]) if "replayed" not in row and row.get("loss") != DEGREE]
+        rows = [row for row in read_lines(earlier[back]) if "replayed" not in row and row.get(LOSS) != DEGREE]
         wanted = min(len(rows), math.floor(whole * share))
         drawn = random.Random(seed_of(config.seed, "replay", back, len(rows))).sample(rows, wanted)
-        out += [{**row, "replayed": back} for row in drawn]
+        # Which loss trains a row is said of all of them, where there are several.
+        out += [{name: value for name, value in row.items() if name != LOSS} | {"replayed": back} for row in drawn]
     return out
 
 

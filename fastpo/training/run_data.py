@@ -10,6 +10,7 @@ from fastpo.data.packing import repeated_prompts, sequence_tokens, trunk_tokens
 from fastpo.data.prepare import DataReport, Example, describe_example, prepare_examples, require_columns
 from fastpo.errors import ConfigError, DataError
 from fastpo.losses.table import DEGREE, SFT, Term
+from fastpo.training.degree_metrics import DEGREE_SUMS, degree_means
 from fastpo.training.distributed import World
 from fastpo.training.metrics import PAIR_METRICS, metric_means
 from fastpo.training.objective import Objective
@@ -152,7 +153,11 @@ class DataSets:
 
     def reported(self) -> dict[str, list[str]]:
         """Metrics that an evaluation of each set will report: unpaired rows may be of one kind, and have no pairs."""
-        return {name: ["loss", *self._pair_metrics(examples)] for name, examples in self.evals.items()}
+        return {name: ["loss", *self._pair_metrics(examples), *self._degree_metrics(examples)]
+                for name, examples in self.evals.items()}  # fmt: skip
+
+    def _degree_metrics(self, examples: Sequence[Example]) -> list[str]:
+        return list(degree_means([1.0] * DEGREE_SUMS)) if any(e.loss == DEGREE for e in examples) else []
 
     def _pair_metrics(self, examples: Sequence[Example]) -> list[str]:
         if not self.objective.pair_terms:

@@ -1,6 +1,5 @@
 """degree_aux: cross-entropy over degrees of rows that name it, by a head beside the model, added to a loss of pairs."""
 
-import json
 from functools import partial
 
 import pytest
@@ -148,7 +147,7 @@ def test_the_head_reads_the_last_token(toy):
 
 
 def test_rows_of_ids_and_of_k_responses(toy, run):
-    """Token ids after prompt_ids, beside rows of K responses, are the texts that they are of."""
+    """Token ids after prompt_ids, beside rows of K responses, are the texts that they are of; so are sets of either."""
     tokenizer = toy.tokenizer()
     pairs, singles = toy.kway_rows(4), [row for row in mixture(toy) if "degree" in row]
     texts = [row | {"loss": "dpo"} for row in pairs] + [
@@ -162,7 +161,8 @@ def test_rows_of_ids_and_of_k_responses(toy, run):
         exact.append(row | {"prompt_ids": prompt} | ids)
     one = [row | {"responses": [{"text": row["completion"]}], "completion": None} if "degree" in row else row
            for row in texts]  # fmt: skip
-    runs = [run(rows, rest={"ref_model": toy.model(1)}) for rows in (texts, exact, one)]
+    apart = {"pairs": {"dataset": texts[:4]}, "answers": {"dataset": texts[4:]}}
+    runs = [run(rows, rest={"ref_model": toy.model(1)}) for rows in (texts, exact, one, apart)]
     for other in runs[1:]:
         assert logged(other) == pytest.approx(logged(runs[0]), rel=1e-6)
         torch.testing.assert_close(weights(other), weights(runs[0]), atol=1e-7, rtol=1e-6)
@@ -230,9 +230,13 @@ def test_a_resumed_run_is_the_unbroken_one(toy, tmp_path):
 
 def test_an_evaluation_without_degrees(toy, run):
     """Pairs alone need not name a loss."""
-    result = run(mixture(toy), max_steps=1, eval_strategy="steps", eval_steps=1, rest={"eval_dataset": toy.rows(3)})
+    options = {"max_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    result = run(mixture(toy), **options, rest={"eval_dataset": toy.rows(3)})
     assert logged(result, "eval_loss") and not logged(result, "eval_degree/loss")
-    assert json.dumps(result.metrics)
+    best = {"metric_for_best_model": "eval_degree/loss", "load_best_model_at_end": True, "save_strategy": "steps"}
+    with pytest.raises(ConfigError, match="metric_for_best_model"):
+        run(mixture(toy), **options, **best, rest={"eval_dataset": toy.rows(3)})
+    run(mixture(toy), **options, **best, save_steps=1, rest={"eval_dataset": mixture(toy)})
 
 
 # ------------------------------------------------------------------------------------------------------------ refusals
