@@ -122,7 +122,7 @@ def noisy(score: Callable[..., float], seed: int) -> Callable[..., float]:
 
 
 def train_options(loss: str | list[str], **more: Any) -> dict[str, Any]:
-    known = {"dpo": {"beta": 0.5, "learning_rate": 5e-4}, "sppo": {"beta": 0.02, "learning_rate": 5e-4},
+    known = {"dpo": {"beta": 0.5, "learning_rate": 5e-4}, "sppo": {"beta": 0.1, "learning_rate": 5e-4},
              "simpo": {"beta": 10.0, "learning_rate": 3e-4}, "inpo": {"learning_rate": 5e-4}}  # fmt: skip
     return {
         "loss_type": loss, "max_steps": STEPS, "per_device_train_batch_size": BATCH, "use_cpu": True, "report": False,
@@ -146,12 +146,12 @@ def recipes(score: Callable[..., float], start: Path, folder: Path) -> dict[str,
         "sppo": {"scorers": pairs, "sample": four, "train": train_options("sppo")},
         "dno": {"scorers": pairs, "sample": four, "train": train_options("dno")},
         "dno_prct": {"scorers": {"judge": graded(score)}, "sample": four, "extra_responses": gold,
-                     "train": train_options("dno_prct")},
+                     "train": train_options("dno_prct", learning_rate=3e-4)},
         "inpo": {"scorers": pairs, "sample": {**four, "n": 8},
                  "train": train_options("inpo", loss_kwargs={"eta": 0.1, "kappa": 1 / 3})},
         "selm": {"scorers": judge, "sample": {**four, "n": 1},
                  "extra_responses": {"chosen": "column:worked", "rejected": "column:wrong"},
-                 "train": train_options("selm", loss_kwargs={"alpha": 0.001})},
+                 "train": train_options("selm", learning_rate=3e-4, loss_kwargs={"alpha": 0.001})},
         "reward_augmented": {"scorers": judge, "sample": four,
                              "train": train_options("dpo", learning_rate=1e-3, max_steps=60),
                              "select": {"goal": "{goal}", "goal_joint": ":"}},
@@ -173,7 +173,7 @@ def recipes(score: Callable[..., float], start: Path, folder: Path) -> dict[str,
         "dice": {"scorers": {}, "sample": {**four, "n": 8}, "before": str(start),
                  "select": {"length_penalty": 0.0, "min_chars": 2,
                             "extra_rows": str(folder / "first/iter-001/rows.jsonl")},
-                 "train": train_options("dpo", learning_rate=1e-4, max_steps=10)},
+                 "train": train_options("dpo", learning_rate=3e-5)},
         "cdr": {"scorers": {}, "sample": four, "train": train_options("simpo"),
                 "config_scorers": {"ratio": {"kind": "density_ratio", "strong": str(folder / "first/iter-001/train"),
                                              "weak": str(start)}}},

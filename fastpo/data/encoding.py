@@ -146,25 +146,29 @@ class Encoder:
             row_ids[index] = ids if self.trailing is None else ids[:-1]
         report.doubled_specials += doubled
 
-    def prompt_ids(self, prompt: Any, template_kwargs: Mapping[str, Any]) -> list[int]:
-        """The ids of a prompt alone: those that a row of it has before an answer. DataError where it has none."""
+    def prompt_ids(self, prompts: Sequence[Any], template_kwargs: Mapping[str, Any]) -> list[list[int]]:
+        """The ids of prompts alone: those that a row of each has before an answer. DataError where one has none."""
         if not self.conversational:
-            ids = self._ids([prompt], special=True)
-            self._undouble(ids, DataReport())
-            return ids[0]
-        answer = [{"role": "assistant", "content": "a"}]
-        row = Row(0, list(prompt), (answer,), dict(template_kwargs))
+            ids = self._ids(list(prompts), special=True)
+            for one in ids:
+                self._undouble([one], DataReport())
+            return ids
+        rows = [Row(0, list(p), ([{"role": "assistant", "content": "a"}],), dict(template_kwargs)) for p in prompts]
         try:
             if not _renders_as_text(self.tokenizer):
-                return _Direct(self.tokenizer, self.assistant_only)(row).ids[0]
-            row, continues = content.continued(row)
-            form = self._form(row, [[*row.prompt[: len(row.prompt) - continues], *row.completions[0]]])
-            how = {"continue_final_message": True} if continues else {"add_generation_prompt": True}
-            return self._ids([self._render(row, form(row.prompt), **how)], special=False)[0]
+                return [_Direct(self.tokenizer, self.assistant_only)(row).ids[0] for row in rows]
+            return self._ids([self._prompt_text(row) for row in rows], special=False)
         except InvalidRow as error:
             raise DataError(str(error).removeprefix("row 0: ")) from error
         except Exception as error:  # whatever a template raises, jinja's errors and Python's alike
             raise DataError(f"the chat template refuses a prompt: {one_line(error)}") from error
+
+    def _prompt_text(self, row: Row) -> str:
+        """A conversation as its template writes it up to the answer."""
+        row, continues = content.continued(row)
+        form = self._form(row, [[*row.prompt[: len(row.prompt) - continues], *row.completions[0]]])
+        how = {"continue_final_message": True} if continues else {"add_generation_prompt": True}
+        return self._render(row, form(row.prompt), **how)
 
     # ---- conversations
 

@@ -75,6 +75,10 @@ class Context:
         """The ids of a prompt as the policy sees it."""
         return sampling.prompt_ids(self.tokenizer, prompt)
 
+    def encode_all(self, prompts: Sequence[Any]) -> list[tuple[int, ...]]:
+        """The same of many."""
+        return sampling.prompts_ids(self.tokenizer, prompts)
+
     def decode(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 

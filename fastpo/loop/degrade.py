@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from fastpo.data.rows import DEGREE_OF, LOSS
 from fastpo.errors import TrainingError
 from fastpo.loop.config import Degrade, LoopConfig
 from fastpo.loop.items import seed_of
@@ -117,34 +118,41 @@ def without(text: str, spans: Sequence[Span]) -> str:
     return out + text[at:]
 
 
-def beside(
-    rows: Sequence[dict[str, Any]], kept: Sequence[Mapping[str, Any]], config: LoopConfig
-) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    """`rows`, which name their loss now, and those of a degree of the responses of `kept`; counts. TrainingError where
-    there is none of these."""
-    options, loss = config.degrade, pair_loss(config.train)
-    found, counts = [], {"of a degree": 0, "responses without degrees": 0}
-    for row in kept:
-        places = [place for pair in row["pairs"] for place in pair[: 1 if options.of == "chosen" else 2]]
-        for place in dict.fromkeys(places):
-            text = row["responses"][place]["text"]
-            made = versions(text, options, seed_of(config.seed, "degrade", row["id"], place))
+class Versions:
+    """The rows of a degree of one iteration, made row by row; `counts` of them."""
+
+    def __init__(self, config: LoopConfig):
+        self.options, self.seed, self.loss = config.degrade, config.seed, pair_loss(config.train)
+        self.counts = {"of a degree": 0, "responses without degrees": 0}
+
+    def named(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """A row of pairs, which names its loss now that there are rows of another."""
+        return {**row, LOSS: row.get(LOSS, self.loss)}
+
+    def of(self, row: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        """Of the responses that a selected row's pairs have."""
+        sides = 1 if self.options.of == "chosen" else 2
+        for place in dict.fromkeys(place for pair in row["pairs"] for place in pair[:sides]):
+            text, seed = row["responses"][place]["text"], seed_of(self.seed, "degrade", row["id"], place)
+            made = versions(text, self.options, seed)
             if made is None:
-                counts["responses without degrees"] += 1
+                self.counts["responses without degrees"] += 1
                 continue
+            self.counts["of a degree"] += len(made)
             prompt = {name: row[name] for name in ("prompt", "prompt_ids") if name in row}
             turns = not isinstance(row["prompt"], str)
             for degree, version in enumerate(made):
                 completion = [{"role": "assistant", "content": version}] if turns else version
-                found.append({"id": f"{row['id']}/{place}/degree-{degree}", **prompt, "completion": completion,
-                              "degree": degree, "loss": DEGREE})  # fmt: skip
-    counts["of a degree"] = len(found)
-    if not found:
-        raise TrainingError(
-            f"no response has the key phrases for {options.degrees} degrees (degrade.phrases={options.phrases}): take "
-            "fewer degrees, or other phrases"
-        )
-    return [{**row, "loss": row.get("loss", loss)} for row in rows] + found, counts
+                yield {"id": f"{row['id']}/{place}/degree-{degree}", **prompt, "completion": completion,
+                       DEGREE_OF: degree, LOSS: DEGREE}  # fmt: skip
+
+    def check(self) -> None:
+        """TrainingError where there is none of them."""
+        if not self.counts["of a degree"]:
+            raise TrainingError(
+                f"no response has the key phrases for {self.options.degrees} degrees (degrade.phrases="
+                f"{self.options.phrases}): take fewer degrees, or other phrases"
+            )
 
 
 def pair_loss(train: Mapping[str, Any]) -> str:

@@ -7,19 +7,19 @@ from fastpo.loop.config import Guards
 from fastpo.loop.items import Response
 from fastpo.loop.selecting import distinct_ngrams
 
+ENOUGH = 2000  # responses of which lengths in characters and repetitions are counted
 
-def sample_figures(responses: Sequence[Response]) -> dict[str, float]:
-    """Of all sampled responses: how many, mean length in tokens and characters, share cut off, distinct 3-grams."""
-    if not responses:
-        return {"responses": 0}
-    total = sum(r.count for r in responses)
-    with_ids = [r for r in responses if r.token_ids is not None]
-    tokens = sum(r.count * len(r.token_ids or ()) for r in with_ids) / max(1, sum(r.count for r in with_ids))
+
+def sample_figures(counts: Mapping[str, int], some: Sequence[Response]) -> dict[str, float]:
+    """Of all sampled responses, by the counts of their stage: how many, mean tokens, share cut off. Of `some`: mean
+    characters, share of different 3-grams."""
+    total = counts["responses"]
+    if not total or not some:
+        return {"responses": total}
     return {
-        "responses": total, "mean tokens": tokens,
-        "mean characters": sum(r.count * len(r.text) for r in responses) / total,
-        "truncated": sum(r.count for r in responses if not r.finished) / total,
-        "distinct 3-grams": distinct_ngrams([r.text for r in responses]),
+        "responses": total, "mean tokens": counts["tokens"] / max(1, counts["with_token_ids"]),
+        "mean characters": sum(len(r.text) for r in some) / len(some), "truncated": counts["truncated"] / total,
+        "distinct 3-grams": distinct_ngrams([r.text for r in some]),
     }  # fmt: skip
 
 

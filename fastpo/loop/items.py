@@ -15,7 +15,7 @@ Prompt = str | Sequence[Turn]  # a text, or turns with role and content
 POLICY = "policy"  # the source of a response that the current policy gave as it is
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Response:
     """One answer to a prompt."""
 
@@ -40,7 +40,7 @@ class Response:
                    line.get("source", POLICY), line.get("count", 1), line.get("meta", {}))  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Item:
     """A prompt, its responses, and what is known of it."""
 
@@ -54,7 +54,7 @@ class Item:
         return replace(self, responses=tuple(responses))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Request:
     """One response that is asked of a sampler; (id, source, k) names it."""
 
@@ -77,7 +77,7 @@ class Request:
         return (self.id, self.source, self.k)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Failure:
     """A response or a judgement that could not be had."""
 
@@ -103,7 +103,7 @@ class Sampler(Protocol):
         """Let go of the model, of the connection, of the server that it started."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Unit:
     """What is asked of a scorer about one item: a response (i), a pair (i shown first, j second), or all (neither)."""
 
@@ -123,7 +123,7 @@ class Unit:
         return tuple(self.item.responses[k] for k in (self.i, self.j) if k is not None)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Verdict:
     """A scorer's answer to one unit: a number (of a response, or P(first beats second)), or one of each response."""
 

@@ -73,11 +73,15 @@ def part_of(
 
 def to_json(item: Item) -> dict[str, Any]:
     """A line of prompts.jsonl."""
-    return {"id": item.id, PROMPT: item.prompt} | ({"meta": dict(item.meta)} if item.meta else {})
+    line: dict[str, Any] = {"id": item.id, PROMPT: item.prompt}
+    if item.prompt_ids is not None:
+        line["prompt_ids"] = list(item.prompt_ids)
+    return line | ({"meta": dict(item.meta)} if item.meta else {})
 
 
 def from_json(line: Mapping[str, Any]) -> Item:
-    return Item(line["id"], line[PROMPT], meta=line.get("meta", {}))
+    ids = line.get("prompt_ids")
+    return Item(line["id"], line[PROMPT], None if ids is None else tuple(ids), meta=line.get("meta", {}))
 
 
 def extra_responses(spec: Mapping[str, Any], items: Sequence[Item]) -> dict[str, list[tuple[str, str]]]:

@@ -7,21 +7,29 @@ from fastpo.errors import ConfigError, did_you_mean
 from fastpo.loop.config import Refine, Sample
 from fastpo.loop.items import POLICY, Item, Prompt, Request, Response, seed_of
 
-Encode = Callable[[Prompt], Sequence[int]]
+EncodeAll = Callable[[Sequence[Prompt]], list[tuple[int, ...]]]
 _KEYS = ("source", "n", "temperature", "top_p", "top_k", "max_tokens", "stop", "prefix", "contrast_prefix", "contrast")
 
 
-def requests_of(items: Sequence[Item], sample: Sample, encode: Encode, *seed: Any) -> list[Request]:
+def requests_of(items: Sequence[Item], sample: Sample, encode_all: EncodeAll, *seed: Any) -> list[Request]:
     """In the order of the prompts; `seed` and the request's name seed each."""
     sources: list[dict[str, Any]] = [{"source": POLICY, "n": sample.n}] if sample.n else []
     sources += [_checked(spec) for spec in sample.sources]
+    known: dict[str, list[tuple[int, ...]]] = {}  # by prefix
+
+    def ids_after(prefix: str) -> list[tuple[int, ...]]:
+        if prefix not in known:
+            there = [item.prompt_ids for item in items if item.prompt_ids is not None and not prefix]
+            prompts = [prefixed(item.prompt, prefix) for item in items]
+            known[prefix] = there if len(there) == len(items) else encode_all(prompts)
+        return known[prefix]
+
     out = []
-    for item in items:
+    for place, item in enumerate(items):
         for spec in sources:
-            prompt = prefixed(item.prompt, spec.get("prefix", ""))
-            other = spec.get("contrast_prefix")
-            contrast = None if other is None else tuple(encode(prefixed(item.prompt, other)))
-            ids = tuple(encode(prompt))
+            prefix, other = spec.get("prefix", ""), spec.get("contrast_prefix")
+            prompt, ids = prefixed(item.prompt, prefix), ids_after(prefix)[place]
+            contrast = None if other is None else ids_after(other)[place]
             for k in range(int(spec.get("n", 1))):
                 out.append(
                     Request(
@@ -36,20 +44,20 @@ def requests_of(items: Sequence[Item], sample: Sample, encode: Encode, *seed: An
 
 def refinements(
     items: Sequence[Item], answers: Mapping[str, Sequence[Response]], round_: int, refine: Refine, sample: Sample,
-    encode: Encode, *seed: Any,
+    encode_all: EncodeAll, *seed: Any,
 ) -> list[Request]:  # fmt: skip
     """A better answer is asked for to every answer of the round before: (x, y, z)."""
     before = POLICY if round_ == 1 else f"refined-{round_ - 1}"
     temperature = sample.temperature if refine.temperature is None else refine.temperature
+    asked = [(item.id, k, refined_prompt(item.prompt, answer.text, refine.template)) for item in items
+             for k, answer in enumerate(r for r in answers.get(item.id, ()) if r.source == before)]  # fmt: skip
     out = []
-    for item in items:
-        for k, answer in enumerate(r for r in answers.get(item.id, ()) if r.source == before):
-            prompt = refined_prompt(item.prompt, answer.text, refine.template)
-            source = f"refined-{round_}"
-            out.append(
-                Request(item.id, k, source, prompt, tuple(encode(prompt)), seed_of(*seed, item.id, source, k),
-                        temperature, sample.top_p, sample.top_k, sample.max_tokens, tuple(sample.stop))
-            )  # fmt: skip
+    for (name, k, prompt), ids in zip(asked, encode_all([prompt for *_, prompt in asked]), strict=True):
+        source = f"refined-{round_}"
+        out.append(
+            Request(name, k, source, prompt, ids, seed_of(*seed, name, source, k), temperature, sample.top_p,
+                    sample.top_k, sample.max_tokens, tuple(sample.stop))
+        )  # fmt: skip
     return out
 
 

@@ -3,7 +3,7 @@
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,13 @@ from fastpo.data.rows import LOSS
 from fastpo.data.sources import load_rows
 from fastpo.errors import TrainingError
 from fastpo.loop import degrade
+from fastpo.loop.checks import losses_of, train_options
 from fastpo.loop.config import LoopConfig, Select
 from fastpo.loop.items import Dropped, Item, Prompt, Scores, prompt_text, seed_of
 from fastpo.loop.parts import read_lines, write_json, write_lines
 from fastpo.loop.requests import refined_prompt
 from fastpo.loop.selecting import GREEDY, Selector, as_pairs
+from fastpo.losses import LOSSES
 from fastpo.losses.table import DEGREE
 from fastpo.selection import length_penalty, relabel
 
@@ -37,34 +39,49 @@ def make_rows(
 ) -> dict[str, Any]:
     """Writes rows.jsonl and rows.json; returns the counts. `earlier`: rows of iterations so many back, `dropped`: what
     went before the judgement. TrainingError where no row is left."""
-    found = Counter[str]()
-    kept: list[dict[str, Any]] = []
-    for item in items:
-        made = selector.select(item, scores.get(item.id) if scored else None)
-        if isinstance(made, Dropped):
-            found[made.reason] += 1
-            continue
-        kept.append(made)
-    pairs = sum(len(row["pairs"]) for row in kept)
-    by_id = {item.id: item for item in items}
-    rows = [out for row in kept for out in _forms(row, by_id[row["id"]], config, encode)]
-    own = len(rows)
-    rows += _extra(config, own)
-    replayed = _replay(config, earlier, own)
-    rows += replayed
-    from_file, of_degree = len(rows) - own - len(replayed), dict[str, int]()
-    if config.degrade.degrees and rows:
-        rows, of_degree = degrade.beside(rows, kept, config)
-    gap = _length_gap(kept)
+    found, total, gaps = Counter[str](), Counter[str](), 0.0
+    degrees = degrade.Versions(config) if config.degrade.degrees else None
+    named = dict if degrees is None else degrees.named
+
+    def made() -> Iterator[dict[str, Any]]:
+        """One after another: all of them at once are many times the size of the samples."""
+        nonlocal gaps
+        for item in items:
+            row = selector.select(item, scores.get(item.id) if scored else None)
+            if isinstance(row, Dropped):
+                found[row.reason] += 1
+                continue
+            total["kept"] += 1
+            total["pairs"] += len(row["pairs"])
+            gaps += _length_gaps(row)
+            for out in _forms(row, item, config, encode):
+                total["own"] += 1
+                yield named(out)
+            if degrees is not None:
+                yield from degrees.of(row)
+        for name, rows in (
+            ("extra", _extra(config, total["own"])),
+            ("replayed", _replay(config, earlier, total["own"])),
+        ):
+            total[name] = len(rows)
+            yield from map(named, rows)
+
+    written = write_lines(rows_path, made())
     counts = {
-        "prompts": len(items), "prompts kept": len(kept), "pairs": pairs, "rows": len(rows), "of this iteration": own,
-        "replayed": len(replayed), "from a file": from_file, **of_degree,
+        "prompts": len(items), "prompts kept": total["kept"], "pairs": total["pairs"], "rows": written,
+        "of this iteration": total["own"], "replayed": total["replayed"], "from a file": total["extra"],
+        **(degrees.counts if degrees is not None else {}),
         "dropped": dict(sorted(found.items())), "responses left out": dict(sorted(dropped.items())),
-        "length gap, characters": gap, **_agreement(scores),
+        "length gap, characters": gaps / total["pairs"] if total["pairs"] else None, **_agreement(scores),
     }  # fmt: skip
-    if not rows:
-        raise TrainingError(_why_nothing(counts))
-    write_lines(rows_path, rows)
+    try:
+        if not written:
+            raise TrainingError(_why_nothing(counts))
+        if degrees is not None:
+            degrees.check()
+    except TrainingError:
+        rows_path.unlink()
+        raise
     write_json(counts_path, counts)
     return counts
 
@@ -88,7 +105,9 @@ def make_selector(config: LoopConfig, items: Sequence[Item], scores: Mapping[str
                     chars.append(torch.tensor([float(c) for _, c in given], dtype=torch.float64))
             alpha = length_penalty(values, chars)[0] if values else 0.0
     greedy = any(spec.get("source") == GREEDY for spec in config.sample.sources)
-    return Selector(config.select, config.seed, float(alpha), greedy)
+    losses = [LOSSES[name] for name in losses_of(train_options(config)) if name in LOSSES]
+    whole, win_probs = any(loss.shape == "lists" for loss in losses), any(loss.win_prob for loss in losses)
+    return Selector(config.select, config.seed, float(alpha), greedy, whole, win_probs)
 
 
 def _values(scores: Scores | None) -> Sequence[float | None]:
@@ -165,12 +184,10 @@ def _replay(config: LoopConfig, earlier: Mapping[int, Path], own: int) -> list[d
     return out
 
 
-def _length_gap(rows: Sequence[Mapping[str, Any]]) -> float | None:
-    """Mean characters of winners less those of losers."""
-    gaps = [
-        len(row["responses"][p[0]]["text"]) - len(row["responses"][p[1]]["text"]) for row in rows for p in row["pairs"]
-    ]
-    return sum(gaps) / len(gaps) if gaps else None
+def _length_gaps(row: Mapping[str, Any]) -> float:
+    """Characters of winners less those of losers, summed over the pairs."""
+    sizes = [len(response["text"]) for response in row["responses"]]
+    return float(sum(sizes[pair[0]] - sizes[pair[1]] for pair in row["pairs"]))
 
 
 def _agreement(scores: Mapping[str, Scores]) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 import inspect
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from fastpo.loop.ray_sampler import RaySampler
 from fastpo.loop.servers import ServerSampler
 
 _ENGINES: Mapping[str, type] = {"local": LocalSampler, "openai": ServerSampler, "ray": RaySampler}
+_AT_ONCE = 4096  # prompts that go to the tokenizer together
 _OURS = (
     "self",
     "model",
@@ -60,8 +61,25 @@ def prompt_ids(tokenizer: Any, prompt: Prompt, template_kwargs: Mapping[str, Any
     Turns go through the chat template with the generation prompt, or are continued where the last is the assistant's;
     a text gets the special tokens that the tokenizer puts before a text. DataError where the template refuses it.
     """
-    encoder = _encoder(tokenizer, not isinstance(prompt, str), str(getattr(tokenizer, "chat_template", None)))
-    return tuple(encoder.prompt_ids(prompt, template_kwargs or {}))
+    return prompts_ids(tokenizer, [prompt], template_kwargs)[0]
+
+
+def prompts_ids(
+    tokenizer: Any, prompts: Sequence[Prompt], template_kwargs: Mapping[str, Any] | None = None
+) -> list[tuple[int, ...]]:
+    """Those of many, a few thousand at a time."""
+    out: list[tuple[int, ...]] = [()] * len(prompts)
+    template = str(getattr(tokenizer, "chat_template", None))
+    for text in (True, False):
+        places = [k for k, prompt in enumerate(prompts) if isinstance(prompt, str) is text]
+        for start in range(0, len(places), _AT_ONCE):
+            some = places[start : start + _AT_ONCE]
+            found = _encoder(tokenizer, not text, template).prompt_ids(
+                [prompts[k] for k in some], template_kwargs or {}
+            )
+            for k, ids in zip(some, found, strict=True):
+                out[k] = tuple(ids)
+    return out
 
 
 @lru_cache(maxsize=4)

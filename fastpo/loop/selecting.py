@@ -177,12 +177,17 @@ WITHOUT_SCORES = ("explicit", "refinement")  # what is compared follows from how
 class Selector:
     """Rows of scored items by the options `select`."""
 
-    def __init__(self, select: Select, seed: int = 0, alpha: float = 0.0, greedy: bool = False):
+    def __init__(
+        self, select: Select, seed: int = 0, alpha: float = 0.0, greedy: bool = False, whole: bool = False,
+        win_probs: bool = True,
+    ):  # fmt: skip
         """alpha: the penalty per character, where `select.length_penalty` is a number or has been found. greedy:
-        whether a row needs a greedy response."""
+        whether a row needs a greedy response. whole: rows have all responses, not only those in pairs. win_probs:
+        responses have the probability that they beat the others."""
         if select.policy not in POLICIES:
             raise ConfigError(f"select.policy: no {select.policy!r}{did_you_mean(select.policy, POLICIES)}")
         self.options, self.seed, self.alpha, self.greedy = select, seed, alpha, greedy
+        self.whole, self.win_probs = whole, win_probs
 
     def select(self, item: Item, scores: Scores | None) -> dict[str, Any] | Dropped:
         """A row of fastpo.train with `responses` and `pairs` [winner, loser, weight]; or why there is none."""
@@ -229,14 +234,16 @@ class Selector:
     def _row(self, ranked: Ranked, scores: Scores | None, pairs: Sequence[Pair]) -> dict[str, Any]:
         item, select = ranked.item, self.options
         mean = sum(weight for *_, weight in pairs) / len(pairs)
+        used = range(len(ranked.responses)) if self.whole else sorted({k for pair in pairs for k in pair[:2]})
+        at = {k: place for place, k in enumerate(used)}
         responses = []
-        for k, response in enumerate(ranked.responses):
-            entry = _entry(response)
+        for k in used:
+            entry = _entry(ranked.responses[k])
             if scores is not None:
                 entry["score"] = ranked.values[k]
             if ranked.wins is not None:
                 entry["win_prob"] = ranked.values[k]
-            elif scores is not None:
+            elif scores is not None and self.win_probs:
                 others = [ranked.probability(k, j) for j in range(len(ranked.responses)) if j != k or select.itself]
                 entry["win_prob"] = sum(p for p in others if p is not None) / len(others)
             responses.append(entry)
@@ -251,10 +258,9 @@ class Selector:
             row["prompt_ids"] = list(item.prompt_ids)
         even = all(weight == pairs[0][2] for *_, weight in pairs)
         row["responses"] = responses
-        row["pairs"] = [[i, j] if even else [i, j, weight / mean] for i, j, weight in pairs]
+        row["pairs"] = [[at[i], at[j]] if even else [at[i], at[j], weight / mean] for i, j, weight in pairs]
         if select.rows == "pairs" and scores is not None:
-            size = range(len(ranked.responses))
-            row["probabilities"] = [[ranked.probability(i, j) for j in size] for i in size]
+            row["probabilities"] = [[ranked.probability(i, j) for j in used] for i in used]
         return row
 
 

@@ -5,6 +5,7 @@ one do the same.
 """
 
 import contextlib
+import itertools
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -71,9 +72,12 @@ class Work:
             options["iterations"] = config.iterations  # they cut the prompts into parts
 
         def work() -> Mapping[str, Any]:
-            return {"prompts": write_lines(path, map(prompt_files.to_json, run.of_iteration(self.t)))}
+            items = run.of_iteration(self.t)
+            ids = run.encode_all([item.prompt for item in items])
+            made = (replace(item, prompt_ids=own) for item, own in zip(items, ids, strict=True))
+            return {"prompts": write_lines(path, map(prompt_files.to_json, made))}
 
-        return Stage("prompts", options, {}, [path], work)
+        return Stage("prompts", options, _tokenizer_files(run.config.model), [path], work)
 
     def sampling(self) -> Stage:
         config, run, folder = self.config, self.run, self.folder / "samples"
@@ -85,17 +89,17 @@ class Work:
             items, counts, seed = self._prompts(), Counter[str](), (config.seed, self.t)  # counts of all rounds
             with run.sampler(config, policy, self.folder) as sampler:
 
-                def ask(requests: Sequence[Request], part: int) -> dict[str, list[Response]]:
+                def ask(requests: Sequence[Request], part: int) -> Path:
                     path = folder / f"part-{part:04d}.jsonl"
                     counts.update(sample_stage(sampler, requests, path, max_failed=config.max_failed))
-                    return read_samples(path, sources)
+                    return path
 
-                first = requests_of(items, config.sample, run.encode, *seed)
-                found = ask(first, 0)
+                first = requests_of(items, config.sample, run.encode_all, *seed)
+                path = ask(first, 0)
                 for k in range(1, config.refine.rounds + 1):
-                    found = ask(refinements(items, found, k, config.refine, config.sample, run.encode, *seed), k)
-            responses = [r for item in self._sampled() for r in item.responses]
-            return {**counts, **guards.sample_figures(responses), **self._checked(policy, first)}
+                    found = read_samples(path, sources)
+                    path = ask(refinements(items, found, k, config.refine, config.sample, run.encode_all, *seed), k)
+            return {**counts, **guards.sample_figures(counts, self._some()), **self._checked(policy, first)}
 
         return Stage(
             "sample", options, {"prompts": self.folder / "prompts.jsonl", **_there(policy=policy)}, [folder], work
@@ -176,7 +180,7 @@ class Work:
 
         def work() -> Mapping[str, Any]:
             dropped = Counter[str]()
-            items = [replace(item, prompt_ids=tuple(run.encode(item.prompt))) for item in self._gathered(dropped)]
+            items = self._gathered(dropped)
             scores = {} if by is None else read_scores(self.folder / "scores", by, items)
             return rows.make_rows(
                 config, items, scores, scored=by is not None, earlier=earlier, dropped=dropped, encode=run.encode,
@@ -227,10 +231,10 @@ class Work:
 
         def work() -> Mapping[str, Any]:
             with run.sampler(replace(config, sample=sample), policy, folder) as sampler:
-                asked = requests_of(run.heldout, sample, run.encode, config.seed, "eval")
-                sample_stage(sampler, asked, folder / "answers.jsonl", max_failed=config.max_failed)
+                asked = requests_of(run.heldout, sample, run.encode_all, config.seed, "eval")
+                counts = sample_stage(sampler, asked, folder / "answers.jsonl", max_failed=config.max_failed)
             answers = read_samples(folder / "answers.jsonl")
-            figures: dict[str, Any] = guards.sample_figures([r for found in answers.values() for r in found])
+            figures: dict[str, Any] = guards.sample_figures(counts, [r for found in answers.values() for r in found])
             if scorer is not None and (scorer.unit == "response" or self.t > 0):
                 figures |= self._measured(scorer, answers, other)
             figures |= {"policy": policy, "against": config.eval.against}
@@ -259,6 +263,14 @@ class Work:
     def _prompts(self) -> list[Item]:
         return [prompt_files.from_json(line) for line in read_lines(self.folder / "prompts.jsonl")]
 
+    def _some(self) -> list[Response]:
+        """The first responses of every part, for figures that need not all of them."""
+        found: list[Response] = []
+        for part in sorted((self.folder / "samples").glob("part-*.jsonl")):
+            lines = itertools.islice((line for line in read_lines(part) if "status" not in line), guards.ENOUGH)
+            found += map(Response.from_json, lines)
+        return found
+
     def _sampled(self) -> list[Item]:
         """The prompts with all that was sampled for them, in order."""
         found: dict[str, list[Response]] = {}
@@ -281,3 +293,9 @@ class Work:
 def _there(**paths: Any) -> dict[str, Path]:
     """Those that are files or folders of this machine: names of a hub have no content here."""
     return {name: Path(path) for name, path in paths.items() if isinstance(path, str | Path) and Path(path).exists()}
+
+
+def _tokenizer_files(model: str) -> dict[str, Path]:
+    """What a prompt's token ids depend on, where the model is a folder."""
+    names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja")
+    return {name: path for name in names if (path := Path(model) / name).is_file()}

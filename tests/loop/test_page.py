@@ -108,7 +108,11 @@ def made(folder: Path, iterations=3, done=None, unit="pair", prompts=40, heldout
         write_lines(
             one / "train" / "metrics.jsonl", ({"step": s, "loss": 0.7 - 0.01 * s / t, "epoch": s / 45} for s in steps)
         )
-        now = guards.sample_figures([r for found in sampled.values() for r in found])
+        responses = [r for found in sampled.values() for r in found]
+        sizes = {"responses": len(responses), "truncated": sum(not r.finished for r in responses),
+                 "with_token_ids": sum(r.token_ids is not None for r in responses),
+                 "tokens": sum(len(r.token_ids or ()) for r in responses)}  # fmt: skip
+        now = guards.sample_figures(sizes, responses)
         _manifest(one, "prompts", {}, {"prompts": prompts})
         _manifest(one, "sample", {"policy": policy}, {"asked": prompts * k, "failed": 0, **now})
         units = sum(len(i.responses) * (len(i.responses) - 1) if unit == "pair" else len(i.responses) for i in judged)
@@ -324,7 +328,7 @@ def test_a_real_run(toy, tmp_path):
             if example.id in by_id:
                 entries = by_id[example.id]["responses"]
                 assert {e["text"]: pytest.approx(e["win_prob"]) for e in entries} == {
-                    a.text: a.win_prob for a in example.answers if a.win_prob is not None
+                    a.text: a.win_prob for a in example.answers if a.text in {e["text"] for e in entries}
                 }
     (first, _) = held_out(found, found.iterations)
     assert first.prompt in ("w1 w2", "w3") and set(first.answers) == {"start", "iterate-1", "iterate-2"}
