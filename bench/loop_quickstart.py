@@ -121,14 +121,14 @@ def noisy(score: Callable[..., float], seed: int) -> Callable[..., float]:
     return scored
 
 
-def train_options(loss: str, **more: Any) -> dict[str, Any]:
+def train_options(loss: str | list[str], **more: Any) -> dict[str, Any]:
     known = {"dpo": {"beta": 0.5, "learning_rate": 5e-4}, "sppo": {"beta": 0.1, "learning_rate": 5e-4},
              "simpo": {"beta": 10.0, "learning_rate": 3e-4}, "inpo": {"learning_rate": 5e-4}}  # fmt: skip
     return {
         "loss_type": loss, "max_steps": STEPS, "per_device_train_batch_size": BATCH, "use_cpu": True, "report": False,
         "gradient_checkpointing": False, "warmup_ratio": 0.1, "disable_tqdm": True, "optim": "adamw_torch",
         "lr_scheduler_type": "linear", "warmup_steps": 0, "logging_steps": 5, "save_strategy": "no", "bf16": False,
-        **known.get(loss, {"learning_rate": 1e-3} if loss == "sft" else known["dpo"]), **more,
+        **known.get(str(loss), {"learning_rate": 1e-3} if loss == "sft" else known["dpo"]), **more,
     }  # fmt: skip
 
 
@@ -163,6 +163,10 @@ def recipes(score: Callable[..., float], start: Path, folder: Path) -> dict[str,
                  "train": train_options("dpo")},
         "evolve": {"scorers": judge, "sample": {**four, "n": 2}, "refine": {"rounds": 2, "template": AGAIN},
                    "train": train_options("dpo")},
+        # What stands in an answer is taken away character by character: its digits, "=" and the verdict.
+        "spo_degree": {"scorers": judge, "sample": four, "train": train_options(
+            ["dpo", "degree_aux"], loss_weights=[1.0, 0.1], per_device_train_batch_size=4 * BATCH,
+        ), "degrade": {"degrees": 3, "phrases": "pattern", "pattern": "odd|even|."}},
         "just_say": {"scorers": {}, "train": train_options("dpo"), "sample": {**four, "n": 0, "sources": [
             {"source": "good", "n": 2, "prefix": GOOD}, {"source": "bad", "n": 2, "prefix": BAD},
         ]}},

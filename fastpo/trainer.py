@@ -189,7 +189,7 @@ class Trainer(face.Face):
         self.model = take_model(origin, config, self.device, peft_config, quantized, self.tokenizer)
         self.callbacks.take(self.model)
         self.tags = face.add_tags(self.model, [*self._tag_names, *dict.fromkeys(t.name for t in objective.terms)])
-        self.policy = as_policy(self.model, config, self.device)
+        self.policy = as_policy(self.model, config, self.device, objective)
         # PiSSA and its like take part of the base away, so that the base with the adapter off is another model.
         self.reference_is_base = peft_config is not None and not rewrites_base(peft_config)
         self.start_is_known = config.disable_dropout and starts_at_base(peft_config)

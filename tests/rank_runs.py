@@ -44,6 +44,7 @@ CASES: dict[str, tuple[dict, int, bool, dict]] = {
     "all pairs": ({"pair_policy": "all"}, 21, False, {"kway": True}),  # rows of differing K, differing pairs
     "lists": ({"loss_type": ["exo_rw", "dpo"]}, 21, False, {"kway": True}),
     "named": ({"loss_type": ["dpo", "sft", "ipo"]}, 21, False, {"named": True}),  # a loss a row
+    "degrees": ({"loss_type": ["dpo", "degree_aux"]}, 21, False, {"named": True}),
     "reward": ({"loss_type": "reward", "beta": None, "pair_policy": "all"}, 21, False, {"kway": True, "reward": True}),
     "few prompts": ({"share_prompts": "always"}, 21, False, {"few_prompts": True}),  # trees of several rows
     "checkpointing": ({"gradient_checkpointing": True, "max_steps": 2}, 21, False, {}),
@@ -97,7 +98,13 @@ def run(case: str, ranks: int, options: dict, out: Path, counts: bool = False, s
     named_losses = changes["loss_type"] if model.pop("named", False) else []
 
     def named(rows: list[dict]) -> list[dict]:
-        return [{**row, "loss": named_losses[k % 3]} for k, row in enumerate(rows)] if named_losses else rows
+        given = (
+            [{**row, "loss": named_losses[k % len(named_losses)]} for k, row in enumerate(rows)]
+            if named_losses
+            else rows
+        )
+        return [{**row, "completion": row["chosen"], "degree": k // 2 % 4} if row.get("loss") == "degree_aux" else row
+                for k, row in enumerate(given)]  # fmt: skip
 
     scalar = model.pop("reward", False)
     make_model = Toy.reward_model if scalar else Toy.model
@@ -169,7 +176,7 @@ def main() -> None:
 
     for case in CASES:
         for name, (ranks, options) in LAYOUTS.items():
-            if not (case.startswith("tdpo") and name == "fsdp"):  # refused
+            if not (case.startswith(("tdpo", "degrees")) and name == "fsdp"):  # refused
                 one(case, name, ranks, options)
     for case, name, ranks, options in MORE:
         one(case, name, ranks, options)

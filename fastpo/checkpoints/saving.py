@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastpo.checkpoints import checkpoint, endings, model_files, state_files
@@ -17,7 +18,7 @@ from fastpo.checkpoints.weights import WeightCheck, Weights
 from fastpo.config.train_config import TrainConfig
 from fastpo.data.prepare import Example
 from fastpo.errors import FastpoError, TrainingError
-from fastpo.models import adapters
+from fastpo.models import adapters, degree_head
 from fastpo.reference.roles import ROLES
 from fastpo.report import disks
 from fastpo.report.callbacks import Callbacks, note_saved
@@ -35,6 +36,7 @@ _OF_A_MODEL = (
     "model.safetensors.index.json",
     "adapter_model*.safetensors",
     "adapter_config.json",
+    degree_head.FILE,
 )
 
 
@@ -82,6 +84,9 @@ class ModelFiles:
         """All files into a folder that is there, on rank 0; tensors: what `weights.whole` gave."""
         with self.weights.detached():
             model_files.write(self.weights.model, self.tokenizer, into, self.max_shard_size, tensors)
+        head = self.weights.engine.policy.degree_head
+        if head is not None:
+            save_file({name: p.detach().cpu() for name, p in head.named_parameters()}, into / degree_head.FILE)
 
     def save(self, folder: Path) -> None:
         """All files, written beside and then moved into `folder`. Every rank calls it.

@@ -21,6 +21,7 @@ from torch import Tensor
 from fastpo.data.example import Example
 from fastpo.data.packer import pack_all, pack_step
 from fastpo.data.prefetch import to_device
+from fastpo.data.rows import DEGREE_OF
 from fastpo.data.win_probs import take_win_probs
 
 
@@ -79,6 +80,8 @@ class PackedBatch:
     # Where rows name their loss: the pairs of each that is named in the batch, and which of these is each token's.
     losses: dict[str, tuple[int, ...]] | None  # host
     row_loss: Tensor | None  # [N] int64
+    degrees: Tensor | None  # [E, 2] int64: where the last token of each response of a degree is, and the degree
+    degree_weight: Tensor | None  # [E] fp32
     ref_logp: Tensor | None  # [N] fp32, the reference's token log-probabilities
     ref_response_logps: Tensor | None  # [S] fp32, where the data give only their sums
     examples: tuple[int, ...]  # which rows of the data set; host
@@ -323,7 +326,7 @@ def pass_batches(examples: Sequence[Example], rows: Iterable[int], max_tokens: i
 
 
 def loss_count(example: Example) -> int:
-    """Losses that the example has: its pairs, or its responses where they are unpaired; none where it names sft."""
+    """Losses of pairs: the example's pairs, or its responses where they are unpaired; none of sft and degree_aux."""
     return len(example.pairs) or (len(example.responses) if example.loss is None else 0)
 
 
@@ -372,6 +375,7 @@ def collate(
     losses: dict[str, list[int]] = {}  # name -> places in `pairs`
     of_rows: list[np.ndarray] = []  # of each response, which of `losses` its row names
     greedy: list[int] = []
+    degrees, degree_weight = list[tuple[int, int]](), list[float]()
     num_tokens = 0
     for i, opens, share in _adjacent_trees(examples, indices):
         example = examples[i]
@@ -407,6 +411,10 @@ def collate(
             rows.append(trunk.add(prompt, response, share, example.whole))
             if example.scored_at is not None:
                 scored_rows.append(trunk.position(example.scored_at[k]))
+            if DEGREE_OF in example.response_columns:
+                last, of_it = len(prompt) + len(response) - 1, example.response_columns[DEGREE_OF]
+                degrees.append((trunk.position(last), int(of_it[k])))
+                degree_weight.append(own_weights[k])
             targets.append(response)
             num_tokens += len(prompt) + len(response)
             if ref_logps is not None:
@@ -442,6 +450,8 @@ def collate(
         score=_float32(scores, n_responses),
         scored_rows=torch.tensor(scored_rows) if scored_rows else None,
         greedy=torch.tensor(greedy, dtype=torch.int32) if pairs and len(greedy) == n_pairs else None,
+        degrees=torch.tensor(degrees) if degrees else None,
+        degree_weight=torch.tensor(degree_weight) if degrees else None,
         ref_logp=torch.from_numpy(np.concatenate(ref).astype(np.float32)) if ref else None,
         ref_response_logps=_float32(ref_sums, n_responses),
         losses={name: tuple(places) for name, places in losses.items()} or None,

@@ -37,6 +37,7 @@ from fastpo.data.row_loss import ByLoss, Losses
 from fastpo.data.rows import (
     BOUNDS,
     COMPLETIONS,
+    DEGREE_OF,
     GREEDY,
     LABEL,
     LOSS,
@@ -379,6 +380,7 @@ def prepare_examples(
     recognise: bool = True,
     limit: int | None = None,
     losses: Losses | None = None,
+    degrees: int = 0,
 ) -> tuple[list[Example], DataReport]:
     """Examples in the order of the rows, and what became of every row.
 
@@ -390,7 +392,8 @@ def prepare_examples(
     them; rows lost to `max_length` and rows of K that form no pair are always dropped and counted (truncation_mode
     "drop": preferences with a response that is longer). `recognise` converts rows of other layouts
     (fastpo/data/layouts.py). `limit` ends the reading when there are as many examples. `losses`: the entries of
-    loss_type that rows may name in the column `loss`, with the optional columns that each reads.
+    loss_type that rows may name in the column `loss`, with the optional columns that each reads. `degrees`: of a row of
+    degree_aux, so many.
     """
     for name, value, allowed in (
         ("kind", kind, tuple(COMPLETIONS)),
@@ -409,7 +412,8 @@ def prepare_examples(
         kind, apart = "preference", True
     reading = read_as(given, head_rows(rows), kind, columns, recognise)
     read = {"prompt", "chosen", "rejected", "completion", "tools", "chat_template_kwargs", *BOUNDS, *TOKEN_COLUMNS,
-            LABEL, GREEDY, SFT_WEIGHTS, kway.RESPONSES, kway.PAIRS, PROMPT_IDS, LOSS, *reading.reads()}  # fmt: skip
+            LABEL, GREEDY, SFT_WEIGHTS, kway.RESPONSES, kway.PAIRS, PROMPT_IDS, LOSS, DEGREE_OF,
+            *reading.reads()}  # fmt: skip
     names, first = reading.names(given), reading.first(first_rows(rows, read, _CHUNK_ROWS))
     by_loss = bool(losses) and row_loss.are_named(first)
     if kind == "preference" and kway.is_kway(names, first):
@@ -428,7 +432,7 @@ def prepare_examples(
             raise DataError(f"{error} (the rows are {reading.says()})") if reading.says() else error from None
         encoder = Encoder(tokenizer, False, refuses=str(error))  # rows of ids need none of what is lacking
     prepare = _Preparer(encoder, schema, max_length, truncation_mode == "keep_end", invalid == "drop", reading, losses,
-                        ByLoss(schema, losses) if by_loss and losses else None,
+                        ByLoss(schema, losses, degrees) if by_loss and losses else None,
                         drop_long=truncation_mode == "drop")  # fmt: skip
 
     report = DataReport(max_length=max_length, columns=names, reading=reading.says(), streamed=limit is not None)

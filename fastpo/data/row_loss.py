@@ -4,6 +4,7 @@ A row has the columns that its own loss reads. One of sft has a `completion`, or
 K responses on those that win a pair; the others do not go through the model.
 """
 
+import numbers
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -13,6 +14,7 @@ from fastpo.data.example import Example
 from fastpo.data.rows import (
     ANY,
     BOUNDS,
+    DEGREE_OF,
     GREEDY,
     LOSS,
     RESPONSE_COLUMNS,
@@ -26,7 +28,7 @@ from fastpo.data.rows import (
     read_token_weights,
 )
 from fastpo.errors import ConfigError, DataError, nearest, quoted
-from fastpo.losses.table import SFT, canonical_name
+from fastpo.losses.table import DEGREE, SFT, canonical_name
 
 Losses = Mapping[str, Collection[str]]  # of each entry of loss_type, by the table's name: the optional columns it reads
 
@@ -37,10 +39,10 @@ def are_named(rows: Sequence[Mapping]) -> bool:
 
 
 def as_pairs(rows: Sequence[Mapping]) -> list[Mapping]:
-    """The first rows, of which those of sft are pairs of the same: what says the form of all of them."""
+    """The first rows, of which those of one response are pairs of the same: what says the form of all of them."""
     out: list[Mapping] = []
     for row in rows:
-        if row.get(LOSS) == SFT:
+        if row.get(LOSS) in (SFT, DEGREE):
             one = row.get("chosen") if row.get("completion") is None else row["completion"]
             row = {**row, "chosen": one, "rejected": one if row.get("rejected") is None else row["rejected"]}
         out.append(row)
@@ -53,6 +55,7 @@ class ByLoss:
 
     schema: Schema
     losses: Losses
+    degrees: int = 0  # of degree_aux
 
     def __call__(self, raw: Mapping, number: int) -> Row:
         loss = self._name(raw, number)
@@ -60,6 +63,8 @@ class ByLoss:
             return parse(raw, number, self.schema)
         if loss == SFT:
             return self._sft(raw, number)._replace(loss=SFT)
+        if loss == DEGREE:
+            return self._of_degree(raw, number)
         if self.schema.kind == "sft":
             raise DataError(f"row {number} names the loss {loss!r}, and the data have neither pairs nor '{RESPONSES}'")
         return parse(raw, number, self._schemas[loss])._replace(loss=loss)
@@ -89,9 +94,22 @@ class ByLoss:
             raise DataError(f"row {number}: '{LOSS}' is {name!r}, which is not in loss_type; {hint}")
         return loss
 
-    def _sft(self, raw: Mapping, number: int) -> Row:
+    def _of_degree(self, raw: Mapping, number: int) -> Row:
+        """A row of one response and its degree."""
+        entries = raw.get(RESPONSES)
+        if raw.get("completion") is None and not (isinstance(entries, list | tuple) and len(entries) == 1):
+            message = f"row {number}: 'completion' is None, and the row's loss is {DEGREE}"
+            raise InvalidRow("no response of a degree", message)
+        degree = raw.get(DEGREE_OF)
+        if isinstance(degree, bool) or not isinstance(degree, numbers.Real) or degree not in range(self.degrees):
+            message = f"row {number}: '{DEGREE_OF}' must be a whole number from 0 to {self.degrees - 1}, not {degree!r}"
+            raise InvalidRow(f"bad '{DEGREE_OF}'", f"{message} ({DEGREE} has degrees={self.degrees})")
+        row = self._sft(raw, number, DEGREE)
+        return row._replace(loss=DEGREE, response_columns={**row.response_columns, DEGREE_OF: [float(degree)]})
+
+    def _sft(self, raw: Mapping, number: int, loss: str = SFT) -> Row:
         """A row of responses without pairs."""
-        schema, value, cut = self._schemas[SFT], raw.get("completion"), False
+        schema, value, cut = self._schemas[loss], raw.get("completion"), False
         weights: tuple[list[float], ...] = ()
         if value is None and schema.kway is not None:
             entries = raw.get(RESPONSES)

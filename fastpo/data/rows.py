@@ -20,6 +20,7 @@ LABEL = "label"  # of unpaired rows: whether the completion is desirable
 RESPONSES = "responses"  # of rows with K responses: their entries (fastpo/data/kway.py)
 GREEDY = "greedy"  # the reference's greedy response, beside the pair or the responses
 PROMPT_IDS = "prompt_ids"  # the prompt as the policy had it: responses after it may be token ids (fastpo/data/exact.py)
+DEGREE_OF = "degree"  # of rows of degree_aux: how much of the response is gone
 LOSS = "loss"  # which entry of the run's loss_type trains the row
 _FORM_NAMES = {"text": "a text", "chat": "a conversation", "ids": "a list of token ids"}
 _IDS_AFTER_TURNS = (
@@ -58,6 +59,7 @@ PASSED = (
     *TOKEN_COLUMNS,
     GREEDY,
     LOSS,
+    DEGREE_OF,
     "tools",
     "chat_template_kwargs",
 )  # through a layout's conversion as they are

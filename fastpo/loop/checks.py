@@ -10,16 +10,24 @@ from fastpo.loop.config import POLICY_NAMES, LoopConfig
 from fastpo.loop.items import POLICY, Scorer
 from fastpo.loop.selecting import WITHOUT_SCORES, Selector
 from fastpo.losses import LOSSES, canonical_name
+from fastpo.losses.table import DEGREE
 from fastpo.training.objective import Objective
 
 _OF_THE_LOOP = ("reference", "previous")
 
 
+def given_options(config: LoopConfig) -> dict[str, Any]:
+    """What of `train` is for fastpo.train; degree_aux has as many degrees as there are versions, unless told."""
+    given = {name: value for name, value in config.train.items() if name not in _OF_THE_LOOP}
+    if config.degrade.degrees and DEGREE in (given.get("loss_type") or ()):
+        given["loss_kwargs"] = {"degrees": config.degrade.degrees, **(given.get("loss_kwargs") or {})}
+    return given
+
+
 def train_options(config: LoopConfig) -> TrainConfig:
     """The options of fastpo.train, checked by its own rules."""
-    given = {name: value for name, value in config.train.items() if name not in _OF_THE_LOOP}
     try:
-        train = TrainConfig.build(given, output_dir=config.output_dir)
+        train = TrainConfig.build(given_options(config), output_dir=config.output_dir)
         Objective.of_options(train)  # refuses what the losses do not read
         return train
     except ConfigError as error:
@@ -55,6 +63,7 @@ def check(config: LoopConfig, scorer: Scorer | None, kinds: Mapping[str, str]) -
     select, losses = config.select, losses_of(train)
     Selector(select)  # knows its policies
     _check_losses(config, losses, scorer)
+    _check_degrees(config, train, losses)
     if scorer is not None and scorer.unit == "pair" and config.score.units == "tournament":
         if select.policy != "tournament":
             raise ConfigError(
@@ -121,6 +130,31 @@ def _check_losses(config: LoopConfig, losses: Sequence[str], scorer: Scorer | No
     mixing = [name for name in losses if name in ("inpo", "dno_reg")]
     if "previous" in config.train and not mixing:
         raise ConfigError(f"train.previous: {', '.join(losses)} reads no previous policy; leave it out")
+
+
+def _check_degrees(config: LoopConfig, train: TrainConfig, losses: Sequence[str]) -> None:
+    """Versions of responses are made for the loss that reads them, and for no other."""
+    degrees, others = config.degrade.degrees, [name for name in losses if name != DEGREE]
+    if DEGREE not in losses:
+        if degrees:
+            raise ConfigError(f"degrade.degrees={degrees} makes rows of {DEGREE}: set train.loss_type=[dpo, {DEGREE}]")
+        return
+    if not degrees:
+        raise ConfigError(f"loss_type={DEGREE} reads rows of a degree: set degrade.degrees, such as 4")
+    objective = Objective.of_options(train)
+    if objective.degrees != degrees:
+        raise ConfigError(
+            f"degrade.degrees={degrees} and {DEGREE} has degrees={objective.degrees}: set train.loss_kwargs="
+            f"{{degrees: {degrees}}}"
+        )
+    if len(others) != 1:
+        named = " and ".join(others)
+        raise ConfigError(f"every row names one loss: give {DEGREE} beside one loss of pairs, not {named}")
+    objective.check_row_losses()
+    if config.select.rows == "pairs":
+        raise ConfigError(f"rows of {DEGREE} are texts beside rows of K responses: set select.rows=kway")
+    if config.search:
+        raise ConfigError("degrade has no part in tree search: leave one of them out")
 
 
 def sources_of(config: LoopConfig) -> list[str]:

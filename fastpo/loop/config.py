@@ -16,6 +16,7 @@ at: {2: {train: {learning_rate: 1.0e-7}}}    # other options in iteration 2
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -97,6 +98,17 @@ class Select:
 
 
 @dataclass(frozen=True)
+class Degrade:
+    """Versions of a response that lack more and more of its key phrases, for loss_type=[..., degree_aux]."""
+
+    degrees: int = 0  # versions of a response, itself included; 0: none are made
+    of: str = "chosen"  # both: of the losers of pairs too
+    phrases: str = "rake"  # what is taken away: rake (English), words, pattern
+    pattern: str = "."  # a regular expression: what matches is a phrase
+    most: float = 0.75  # share of the phrases that the last version lacks
+
+
+@dataclass(frozen=True)
 class Eval:
     """How a new policy is measured: greedy answers to held-out prompts."""
 
@@ -141,6 +153,7 @@ class LoopConfig:
     scorers: Mapping[str, Options] = field(default_factory=dict)  # name -> kind and its options
     score: Score = field(default_factory=Score)  # which scorer decides
     select: Select = field(default_factory=Select)  # which pairs are made
+    degrade: Degrade = field(default_factory=Degrade)  # rows for a loss of degrees
     replay: Mapping[int, float] = field(default_factory=dict)  # iterations back -> share of the pairs
     train: Options = field(default_factory=dict)  # of fastpo.train, and reference, previous: names of policies
     eval: Eval = field(default_factory=Eval)  # how a policy is measured
@@ -154,7 +167,9 @@ class LoopConfig:
         return build(merged(plain(self), self.at[number]) | {"at": {}})
 
 
-_PER_ITERATION = ("sample", "refine", "score", "select", "replay", "train", "eval", "guards", "search", "scorers")
+_PER_ITERATION = (
+    "sample", "refine", "score", "select", "degrade", "replay", "train", "eval", "guards", "search", "scorers",
+)  # fmt: skip
 _FREE = ("options",)  # fields that take what their section does not know
 
 
@@ -223,11 +238,25 @@ def _check_numbers(config: LoopConfig) -> None:
     need(select.labels in ("hard", "soft"), "select.labels", "hard or soft", select.labels)
     need(select.rows in ("kway", "pairs"), "select.rows", "kway or pairs", select.rows)
     need(0 <= select.soften <= 1, "select.soften", "in [0, 1]", select.soften)
+    degrade = config.degrade
+    need(degrade.degrees == 0 or 2 <= degrade.degrees <= 64, "degrade.degrees", "0, or 2 to 64", degrade.degrees)
+    need(degrade.of in ("chosen", "both"), "degrade.of", "chosen or both", degrade.of)
+    need(degrade.phrases in ("rake", "words", "pattern"), "degrade.phrases", "rake, words or pattern", degrade.phrases)
+    need(0 < degrade.most <= 1, "degrade.most", "a share in (0, 1]", degrade.most)
+    need(_is_expression(degrade.pattern), "degrade.pattern", "a regular expression", degrade.pattern)
     need(select.min_valid >= 2, "select.min_valid", "2 or more", select.min_valid)
     need(0 <= select.extra_share < 1, "select.extra_share", "a share in [0, 1)", select.extra_share)
     need(len(config.refine.weights) == 3, "refine.weights", "three numbers", config.refine.weights)
     need(all(k >= 1 and s >= 0 for k, s in config.replay.items()) and sum(config.replay.values()) < 1, "replay",
          "shares by how many iterations back, less than 1 in all", dict(config.replay))  # fmt: skip
+
+
+def _is_expression(text: str) -> bool:
+    try:
+        re.compile(text)
+    except re.error:
+        return False
+    return True
 
 
 def section(cls: type, options: Options, where: str) -> Any:

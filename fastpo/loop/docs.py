@@ -26,7 +26,7 @@ from fastpo.loop.selecting import POLICIES, WITHOUT_SCORES
 from fastpo.losses import LOSSES, canonical_name
 
 BEGIN, END = "<!-- options: made by `python -m fastpo.loop.docs` -->", "<!-- end of options -->"
-SECTIONS = ("sample", "refine", "score", "select", "eval", "guards")
+SECTIONS = ("sample", "refine", "score", "select", "degrade", "eval", "guards")
 GIVEN = {"model": "path/to/sft", "prompts": "prompts.jsonl", "output_dir": "run"}  # by every user
 _WIDTH = 100
 _OF_THE_LOOP = {
@@ -190,6 +190,12 @@ def steps(options: Mapping[str, Any]) -> list[str]:
         else:
             out.append(f"Your scorer judges them: one of pairs is asked about {pairs[config.score.units]}{orders}.")
     out.append(f"Pairs: {_first_line(POLICIES[select.policy])}")
+    if config.degrade.degrees:
+        whose = "winner" if config.degrade.of == "chosen" else "response of a pair"
+        out.append(
+            f"Each {whose} in {config.degrade.degrees} versions, from whole to without {config.degrade.most:.0%} of "
+            f"its key phrases (`{config.degrade.phrases}`), a row each."
+        )
     if config.replay:
         shares = ", ".join(f"{share:.0%} from {back} back" for back, share in config.replay.items())
         out.append(f"Pairs of earlier iterations join them: {shares}.")

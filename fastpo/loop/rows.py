@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastpo.data.rows import LOSS
 from fastpo.data.sources import load_rows
 from fastpo.errors import TrainingError
+from fastpo.loop import degrade
 from fastpo.loop.checks import losses_of, train_options
 from fastpo.loop.config import LoopConfig, Select
 from fastpo.loop.items import Dropped, Item, Prompt, Scores, prompt_text, seed_of
@@ -16,6 +18,7 @@ from fastpo.loop.parts import read_lines, write_json, write_lines
 from fastpo.loop.requests import refined_prompt
 from fastpo.loop.selecting import GREEDY, Selector, as_pairs
 from fastpo.losses import LOSSES
+from fastpo.losses.table import DEGREE
 from fastpo.selection import length_penalty, relabel
 
 Encode = Callable[[Prompt], Sequence[int]]  # a prompt's token ids, as the policy sees it
@@ -37,6 +40,8 @@ def make_rows(
     """Writes rows.jsonl and rows.json; returns the counts. `earlier`: rows of iterations so many back, `dropped`: what
     went before the judgement. TrainingError where no row is left."""
     found, total, gaps = Counter[str](), Counter[str](), 0.0
+    degrees = degrade.Versions(config) if config.degrade.degrees else None
+    named = dict if degrees is None else degrees.named
 
     def made() -> Iterator[dict[str, Any]]:
         """One after another: all of them at once are many times the size of the samples."""
@@ -51,24 +56,32 @@ def make_rows(
             gaps += _length_gaps(row)
             for out in _forms(row, item, config, encode):
                 total["own"] += 1
-                yield out
+                yield named(out)
+            if degrees is not None:
+                yield from degrees.of(row)
         for name, rows in (
             ("extra", _extra(config, total["own"])),
             ("replayed", _replay(config, earlier, total["own"])),
         ):
             total[name] = len(rows)
-            yield from rows
+            yield from map(named, rows)
 
     written = write_lines(rows_path, made())
     counts = {
         "prompts": len(items), "prompts kept": total["kept"], "pairs": total["pairs"], "rows": written,
         "of this iteration": total["own"], "replayed": total["replayed"], "from a file": total["extra"],
+        **(degrees.counts if degrees is not None else {}),
         "dropped": dict(sorted(found.items())), "responses left out": dict(sorted(dropped.items())),
         "length gap, characters": gaps / total["pairs"] if total["pairs"] else None, **_agreement(scores),
     }  # fmt: skip
-    if not written:
+    try:
+        if not written:
+            raise TrainingError(_why_nothing(counts))
+        if degrees is not None:
+            degrees.check()
+    except TrainingError:
         rows_path.unlink()
-        raise TrainingError(_why_nothing(counts))
+        raise
     write_json(counts_path, counts)
     return counts
 
@@ -163,10 +176,11 @@ def _replay(config: LoopConfig, earlier: Mapping[int, Path], own: int) -> list[d
     whole = own / (1 - sum(there.values())) if there else 0
     out: list[dict[str, Any]] = []
     for back, share in there.items():
-        rows = [row for row in read_lines(earlier[back]) if "replayed" not in row]
+        rows = [row for row in read_lines(earlier[back]) if "replayed" not in row and row.get(LOSS) != DEGREE]
         wanted = min(len(rows), math.floor(whole * share))
         drawn = random.Random(seed_of(config.seed, "replay", back, len(rows))).sample(rows, wanted)
-        out += [{**row, "replayed": back} for row in drawn]
+        # Which loss trains a row is said of all of them, where there are several.
+        out += [{name: value for name, value in row.items() if name != LOSS} | {"replayed": back} for row in drawn]
     return out
 
 

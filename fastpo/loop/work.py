@@ -172,6 +172,7 @@ class Work:
         options = {"select": as_json(config.select), "refine": as_json(config.refine), "seed": config.seed,
                    "replay": {str(back): share for back, share in config.replay.items()},
                    "selector": None if run.selector is None else type(run.selector).__qualname__}  # fmt: skip
+        options |= {"degrade": as_json(config.degrade)} if config.degrade.degrees else {}
         earlier = {back: run.iteration(self.t - back) / "rows.jsonl" for back in config.replay if back < self.t}
         inputs = {"samples": self.folder / "samples"} | {f"rows of {k} back": path for k, path in earlier.items()}
         inputs |= {"scores": self.folder / "scores"} if by is not None else {}
@@ -192,7 +193,7 @@ class Work:
     def training(self) -> Stage:
         config, run, folder = self.config, self.run, self.folder / "train"
         policy, losses = run.policy("current", self.t), checks.losses_of(checks.train_options(config))
-        given = {name: value for name, value in config.train.items() if name not in ("reference", "previous")}
+        given = checks.given_options(config)
         others = {}
         if any(name in LOSSES and LOSSES[name].reference for name in losses):
             others["ref_model"] = run.policy(config.train.get("reference", "current"), self.t)

@@ -92,6 +92,9 @@ NOTES: dict[str, Note] = {
     "selm": Note("exploration: the reference's own greedy response is pushed down", "The authors' code has alpha beta, algorithm 1 of the paper prints alpha. alpha 1e-3 is their Zephyr recipe, 1e-4 Llama-3. As theirs, the sum over the greedy response is not divided by its length. It may be the chosen or the rejected response too."),
     "reward": Note("a reward model: a scalar head at the end of each response, for best-of-n, scoring and ensembles (docs/reward-models.md)",
                    "As TRL's RewardTrainer, whose mean is over a micro-batch's pairs, here over the whole step's; with rows of K responses every pair that `pair_policy` forms counts as one, and each response passes the model once. InstructGPT divides the loss of a prompt by its number of pairs: a column `weight` of 1/pairs does."),
+    "degree_aux": Note("a term beside a loss of pairs that has the hidden states tell a whole response from one that lacks key phrases (docs/recipes/spo_degree.md)",
+                       "Not in TRL or Liger. A linear head of the run's own, in fp32, from the seed, stepped at the same rate; after training it lies beside the model as degree_head.safetensors, and is no part of it. The authors' repository was empty. Not with fsdp or an optimiser that is passed in.",
+                       "The number of degrees, the weight and which token's hidden state is read were not read in a primary source; 4 degrees are ours."),
     "xpo": Note("exploration while sampling: the reference's samples are pushed down", "As TRL's XPO trainer (gone from 1.16); SELM subtracts the reference's term and scales by beta."),
 }
 # fmt: on
@@ -117,7 +120,7 @@ _WORDS = {
     "prompt_len": "prompt", "chosen_log_sum_sq": "sums of squares", "rejected_log_sum_sq": "sums of squares",
     "chosen_kl": "token KL", "rejected_kl": "token KL", "greedy_logps": "greedy response",
     "ref_greedy_logps": "greedy response", "ref_sample_logps": "reference's sample", "label": "unpaired rows",
-    "scores": "K scored responses", **{name: "tail sums" for name in LOSSES["ld_dpo"].needs},
+    "scores": "K scored responses", "degree": "rows with a degree", **{name: "tail sums" for name in LOSSES["ld_dpo"].needs},
 }  # fmt: skip
 _OF_THE_DATA = {"sampo": "drawn tokens", "aot": "whole step", "aot_unpaired": "whole step", "online_ipo": "own samples",
                 "ipo_md": "own samples", "xpo": "own samples"}  # fmt: skip
@@ -151,6 +154,8 @@ def _trains(loss: Loss) -> str:
         return "yes, on rows of K responses with scores, or on pairs with the columns chosen_score and rejected_score"
     if "greedy_logps" in loss.needs:
         return "yes, with the column greedy, a text or turns, or one of K responses marked greedy: true"
+    if loss.shape == "degrees":
+        return "yes, beside a loss of pairs, on rows of prompt, completion and the column degree whose column loss names it"
     if loss.shape == "scores":
         return "yes, a model with a scalar head; margin is read where the data have it"
     if not loss.columns:
@@ -226,7 +231,10 @@ Such a row is trained by that loss alone, times the loss's own weight, and needs
 of the losses of pairs is divided by the pairs of the step, whichever loss each of them names, so that a row counts the
 same whatever else is in its step; an NLL is a mean over the chosen tokens of the rows that name its loss. A row of `sft`
 trains on its `completion`, or on its `chosen` response (of K responses: those that win a pair); the others do not go
-through the model. `weight` weighs it too. Rewards are of all pairs, with the beta of the first loss that has a reference.
+through the model. `weight` weighs it too. A row of `degree_aux` has a `completion` and a whole number `degree`, from 0 to
+one less than `loss_kwargs={"degrees": ...}`; its loss is a mean over these rows of the step. Every row then names its
+loss, in an evaluation set only where there are such rows; `degree/loss` and `degree/accuracy` are logged. Rewards are
+of all pairs, with the beta of the first loss that has a reference.
 Losses that read a number of the whole step (`aot`, `aot_unpaired`, `kto`, `bco`), whole lists (`exo_rw`, `infonca`,
 `nca_rw`) or unpaired rows cannot be named beside others, which is an error. The reference scores every row, those of
 losses without one too.

@@ -49,6 +49,7 @@ class Pairs(NamedTuple):
     kl: Tensor | None = None  # []: mean log-ratio of mismatched prompts and responses over the whole step
     reward_mean: Tensor | None = None  # []: running mean of the rewards
     margin: Tensor | None = None  # by which the chosen reward should be the larger
+    degree: Tensor | None = None  # [E] int64: the degree of each response
 
     @property
     def chosen_logratios(self) -> Tensor:

@@ -55,7 +55,7 @@ class Loss:
     lacks: str = NO_LACK  # what of its needs fastpo.train does not carry; empty where the loss can be trained
     of_step: str = ""  # what it reads of the whole step: KL, REWARD_MEAN or ORDER
     # Or "unpaired" [S], or "lists" [P, K]: then only the first and the third argument are given. Or "scores": pairs, of
-    # which the numbers are rewards of a scalar head.
+    # which the numbers are rewards of a scalar head. Or "degrees": logits [E, degrees] of a head as the first argument.
     shape: str = "pairs"
 
     def __call__(
@@ -108,8 +108,8 @@ class Loss:
             missing = ["policy_rejected_logps" if name == "rejected_logps" else name for name in missing]
             raise ConfigError(f"{self.name} needs {' and '.join(missing)}")
         for name, value in x._asdict().items():
-            if isinstance(value, Tensor) and value.dim() and value.shape != x.chosen_logps.shape:
-                shape = list(x.chosen_logps.shape)
+            shape = list(x.chosen_logps.shape[:1] if name == "degree" else x.chosen_logps.shape)
+            if isinstance(value, Tensor) and value.dim() and list(value.shape) != shape:
                 raise ConfigError(f"{self.name}: {name} {list(value.shape)} must have the shape {shape}")
         return x, hyper
 
@@ -179,11 +179,14 @@ class _Domain:
     high: float = math.inf
     closed: bool = True  # whether `low` is in it; `high` never is
     choices: tuple[Any, ...] = ()
+    whole: bool = False  # no fraction
 
     def holds(self, value: Any) -> bool:
         if self.choices:
             return any(value == choice and type(value) is type(choice) for choice in self.choices)
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            return False
+        if self.whole and value != int(value):
             return False
         return (self.low <= value if self.closed else self.low < value) and value < self.high
 
@@ -205,6 +208,7 @@ _DOMAINS: dict[Any, _Domain] = {
     ("exo_pair", "label_smoothing"): _Domain("in (0, 0.5)", low=0.0, high=0.5, closed=False),
     ("alphapo", "alpha"): _FINITE,
     ("slic", "delta"): _NOT_NEGATIVE,
+    "degrees": _Domain("a whole number from 2 to 64", low=2, high=65, whole=True),
     "ipo_reduce": _Domain("mean or sum", choices=("mean", "sum")),
     "nll_reduction": _Domain(f"one of {', '.join(NLL_REDUCTIONS)}", choices=NLL_REDUCTIONS),
     "f_divergence_type": _Domain(f"one of {', '.join(F_DIVERGENCES)}", choices=F_DIVERGENCES),
@@ -296,6 +300,8 @@ _TABLE = (
          lacks="pairs sampled from the policy and the reference as it trains"),
     Loss("reward", scalar.reward, scalar.d_reward, "2203.02155", {"center_rewards_coefficient": 0.0}, reference=False,
          may_read=("margin",), shape="scores"),
+    Loss("degree_aux", scalar.degree_aux, scalar.d_degree_aux, "2409.17791", {"degrees": 4}, reference=False,
+         needs=("degree",), shape="degrees"),
 )  # fmt: skip
 
 
@@ -310,6 +316,7 @@ class _Table(dict[str, Loss]):
 
 LOSSES: dict[str, Loss] = _Table({loss.name: loss for loss in _TABLE})
 ALIASES = {"sigmoid": "dpo"}  # TRL's names
+DEGREE = "degree_aux"  # of rows that name it, beside a loss of pairs
 SFT = "sft"  # negative log-likelihood of the chosen responses, reduced over the step as `nll_reduction` says
 
 # TRL's and our own options that one of the losses reads, with the value that leaves each loss its default.
@@ -352,6 +359,11 @@ class Term:
     @property
     def beta(self) -> float:
         return self.hyper.get("beta", 1.0)
+
+    @property
+    def of_pairs(self) -> bool:
+        """Whether it is a loss of pairs, of lists of responses or of unpaired ones: no NLL, and not of degrees."""
+        return self.loss is not None and self.name != DEGREE
 
     @property
     def reads_prompt(self) -> bool:
@@ -403,6 +415,10 @@ def resolve_terms(
         terms += _terms(loss, weight, loss.hyper(**reads), name)
     if not terms:
         raise ConfigError("loss_type names no loss")
+    if any(t.name == DEGREE for t in terms) and not any(t.loss and t.loss.shape == "pairs" for t in terms):
+        raise ConfigError(
+            f"{DEGREE} is added to a loss of pairs: loss_type=[dpo, {DEGREE}] with loss_weights=[1, its weight]"
+        )
     if unread:
         read = {name for t in terms if t.loss for name in t.loss.defaults}
         close = [n for u in sorted(unread) for n in difflib.get_close_matches(u, read, n=1, cutoff=0.6)]

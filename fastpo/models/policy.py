@@ -24,6 +24,7 @@ from fastpo.data.example import Example
 from fastpo.data.packing import PackedBatch
 from fastpo.errors import ConfigError, UnsupportedModelError
 from fastpo.models import adapters, attention, rotary
+from fastpo.models.degree_head import LOGITS, DegreeHead
 from fastpo.models.fused import Fused
 from fastpo.models.layout import Layout, prompts_of_chains
 from fastpo.models.loading import load_model, load_tokenizer, resolve_device
@@ -78,6 +79,7 @@ class Policy:
         self.unpacked = attention.runs_unpacked()
         if not self.unpacked and (why := _unpackable(self.causal_lm)):
             self.unpack(why)
+        self.degree_head: DegreeHead | None = None  # what a loss has brought, beside the model
         self._originals: list[tuple[Any, str | None]] | None = None  # (config, implementation) while attached
         self.fused = Fused(fused)  # what of its layers is computed otherwise while attached
         attention.register()
@@ -119,7 +121,15 @@ class Policy:
         return self.causal_lm.get_output_embeddings()
 
     def place(self, examples: Sequence[Example]) -> None:
-        """Notes in rows that it will read what they must bring beside their ids: here nothing."""
+        """Notes in rows that it will read what they must bring beside their ids: last tokens, if a head reads them."""
+        if self.degree_head is not None:
+            for example in examples:  # of all kinds: rows of one prompt share responses
+                example.whole = True
+
+    def beside(self) -> dict[str, nn.Parameter]:
+        """Parameters of what is trained beside the model, by name."""
+        head = self.degree_head
+        return {} if head is None else {f"degree_head.{name}": p for name, p in head.named_parameters()}
 
     def read(self, batch: PackedBatch, **options: Any) -> Tensor:
         """What losses read of a batch: here `logp`, whose options these are."""
@@ -140,10 +150,13 @@ class Policy:
 
     def head_rows(self, batch: PackedBatch, prompts: bool = False) -> tuple[Tensor, Head]:
         """(hidden states [N, D] of the positions that predict a target, in the head's dtype and on its device; head);
-        with `prompts`, [N + M, D]: those that predict the batch's prompt tokens follow."""
+        with `prompts`, [N + M, D]: those that predict the batch's prompt tokens follow. What a head beside the model
+        says of the batch is put into `batch.rows`."""
         rows = torch.cat([batch.logit_rows, batch.prompts.rows]) if prompts and batch.prompts else batch.logit_rows
-        head = self.head()
-        return self.for_head(self.hidden(batch).index_select(0, rows), head), head
+        head, hidden = self.head(), self.hidden(batch)
+        if self.degree_head is not None and batch.degrees is not None:
+            batch.rows[LOGITS] = self.degree_head(hidden.index_select(0, batch.degrees[:, 0]))
+        return self.for_head(hidden.index_select(0, rows), head), head
 
     @staticmethod
     def for_head(hidden: Tensor, head: Head) -> Tensor:

@@ -9,7 +9,9 @@ from torch import Tensor
 from fastpo.data.packing import PackedBatch, loss_count, trunk_tokens
 from fastpo.data.prepare import Example
 from fastpo.errors import TrainingError
+from fastpo.models.degree_head import LOGITS
 from fastpo.models.policy import DROPPED_MASS
+from fastpo.training.degree_metrics import DEGREE_SUMS, degree_sums
 from fastpo.training.guardrails import Warning_
 from fastpo.training.metrics import PAIR_METRICS, TOKEN_SUMS, token_sums
 from fastpo.training.objective import Objective
@@ -30,6 +32,7 @@ class StepSums:
     metrics: Tensor  # [len(PAIR_METRICS)], sums over pairs
     tokens: Tensor  # [TOKEN_SUMS], where the log watches them
     range: Tensor  # [RANGE], of a reward model's rewards
+    degrees: Tensor  # [DEGREE_SUMS]
     batches: list[PackedBatch] = field(default_factory=list)
     dropped: list[Tensor] = field(default_factory=list)  # by grad_filter: of each micro-batch's rows
     wrong_start: str | None = None
@@ -106,7 +109,7 @@ class Accumulation:
         device = world.device
         sums = StepSums(
             torch.zeros((), device=device), torch.zeros(len(PAIR_METRICS), device=device),
-            torch.zeros(TOKEN_SUMS, device=device), no_range(device),
+            torch.zeros(TOKEN_SUMS, device=device), no_range(device), torch.zeros(DEGREE_SUMS, device=device),
         )  # fmt: skip
         if forward.router is not None:
             forward.router.begin()
@@ -135,6 +138,8 @@ class Accumulation:
                 sums.dropped.append(batch.rows[DROPPED_MASS])
             if batch.scored_rows is not None:
                 sums.range = torch.maximum(sums.range, reward_range(logp))
+            if LOGITS in batch.rows:
+                sums.degrees += degree_sums(batch)
             if forward.watches:
                 sums.tokens += token_sums(batch)
             batch.rows.clear()  # the step's batches are counted at its end: their graphs need not live until then

@@ -287,8 +287,9 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 def hold(
     policy: Policy, config: TrainConfig, world: World, autocast_dtype: torch.dtype | None
 ) -> tuple[Engine, dict[str, nn.Parameter], dict[str, torch.dtype]]:
-    """The model as this run's processes hold it, alike or sharded: (engine, trainable parameters, the dtypes of all as
-    they were). Keep no parameter of a model that is to be sharded: it would stay whole on the device."""
+    """The model as this run's processes hold it, alike or sharded: (engine, trainable parameters with those beside the
+    model, the dtypes of the model's as they were). Keep no parameter of a model that is to be sharded: it would stay
+    whole on the device."""
     dtypes = {n: p.dtype for n, p in policy.model.named_parameters()}
     if config.fsdp != "no":
         engine = shard(policy, config, world, autocast_dtype)
@@ -297,7 +298,7 @@ def hold(
         world.agree_(policy.model)
     if world.several and not config.disable_dropout:
         torch.manual_seed(config.seed + world.rank)  # every rank draws its own masks
-    return engine, trainable(policy.model), dtypes
+    return engine, trainable(policy.model) | policy.beside(), dtypes
 
 
 def _layers(policy: Policy) -> nn.ModuleList:

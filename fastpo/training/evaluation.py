@@ -12,7 +12,9 @@ from torch import Tensor
 from fastpo.data.packing import PackedBatch, loss_count, pass_batches
 from fastpo.data.prepare import Example
 from fastpo.errors import ConfigError
+from fastpo.models.degree_head import LOGITS
 from fastpo.models.modes import eval_mode
+from fastpo.training.degree_metrics import DEGREE_SUMS, degree_means, degree_sums
 from fastpo.training.metrics import PAIR_METRICS, TOKEN_SUMS, metric_means, pair_inputs, token_means, token_sums
 from fastpo.training.objective import Objective
 from fastpo.training.passes import Passes
@@ -83,7 +85,7 @@ class Evaluation:
         shares = [batches[rank :: world.size] for rank in range(world.size)]
         share = shares[world.rank]
         of_tokens = torch.zeros(TOKEN_SUMS, dtype=torch.float64, device=world.device)
-        of_rewards = no_range(world.device)
+        of_rewards, of_degrees = no_range(world.device), torch.zeros(DEGREE_SUMS, device=world.device)
         watching = passes.forward.watching(self.token_metrics)
         with eval_mode(policy.model), policy.attach(), passes.forward.keeping_casts(), watching:
             stats = self.stepwide.statistics(name, range(len(examples)), passes, ref)
@@ -103,6 +105,8 @@ class Evaluation:
                     of_tokens += token_sums(batch)
                 if batch.scored_rows is not None:
                     of_rewards = torch.maximum(of_rewards, reward_range(logp))
+                if LOGITS in batch.rows:
+                    of_degrees += degree_sums(batch)
                 if self.compute_metrics is not None:
                     _note(mine, logp, batch, examples)
         total, *means = world.sum_(torch.cat([sums, of_tokens])).tolist()
@@ -117,6 +121,8 @@ class Evaluation:
         if self.objective.scores:
             of_pairs |= range_means(world.max_(of_rewards).tolist(), 1)
         out = {"loss": total, **aux, **of_pairs, **token_means(of_all_tokens)}
+        if self.objective.degrees:
+            out |= degree_means(world.sum_(of_degrees).tolist())
         if self.compute_metrics is not None:
             everywhere = {row: values for part in world.gather(mine) for row, values in part.items()}
             out |= _own_metrics(self.compute_metrics, out, everywhere)

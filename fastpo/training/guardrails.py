@@ -19,7 +19,7 @@ from fastpo.losses.table import LOSSES, SFT, Term
 _DPO_RATE = (1e-6, "DPO's own code takes 5e-7, its tuned runs 3e-7 to 7e-7, TRL 1e-6")
 _SPPO_RATE = (5e-7, "SPPO's scripts take 5e-7")
 PUBLISHED_RATES = {
-    **{name: _DPO_RATE for name, loss in LOSSES.items() if loss.trainable and loss.shape != "scores"},
+    **{name: _DPO_RATE for name, loss in LOSSES.items() if loss.trainable and loss.shape not in ("scores", "degrees")},
     "simpo": (1e-6, "SimPO's recipes take 3e-7 to 1e-6"),
     "orpo": (5e-6, "ORPO's code takes 5e-6"),
     "sppo": _SPPO_RATE,
@@ -95,7 +95,7 @@ class Guardrails:
         self.pairs_per_step = pairs_per_step or config.step_size
         self.parameters, self.optimizer_given = parameters, optimizer_given
         self.terms = list(terms)
-        pair_terms = [t for t in terms if t.loss is not None]
+        pair_terms = [t for t in terms if t.of_pairs]
         # The one whose beta the rewards carry, as in metrics.metric_means.
         self.term = next((t for t in pair_terms if t.loss.reference), pair_terms[0] if pair_terms else None)
         self.starts_at_reference = starts_at_reference and self.term is not None and self.term.loss.reference
@@ -162,7 +162,7 @@ class Guardrails:
         if self.full and self.parameters is not None and self.parameters < SMALL_MODEL:
             return None
         rate = self.config.learning_rate
-        names = [t.name for t in self.terms if t.loss is not None] or [SFT]  # a preference loss is the touchier part
+        names = [t.name for t in self.terms if t.of_pairs] or [SFT]  # a preference loss is the touchier part
         if not self.full:
             limit = ADAPTER_LIMIT if names != [SFT] else ADAPTER_LIMIT_SFT
             if rate < limit:

@@ -15,10 +15,11 @@ from fastpo.data.packing import PackedBatch
 from fastpo.data.prefetch import to_device
 from fastpo.errors import TrainingError
 from fastpo.kernels import reference
-from fastpo.losses.table import KL, Pairs, Term, segment_sum
+from fastpo.losses.table import DEGREE, KL, Pairs, Term, segment_sum
 from fastpo.models.flops import Flops
 from fastpo.models.policy import ENTROPY, TOP1
 from fastpo.ops.inputs import choose_backend
+from fastpo.training.degree_metrics import DEGREE_SUMS, degree_means
 from fastpo.training.reward_metrics import RANGE, range_means, reward_means
 
 # Names in PackedBatch.rows: of the head rows [N], and of the prompts' tokens [M].
@@ -213,7 +214,8 @@ class Window:
     ):
         """max_tokens: of a micro-batch as it is at the time. max_nonfinite: steps in a row that end the run."""
         self.device, self.max_tokens, self.max_nonfinite = device, max_tokens, max_nonfinite
-        self.pair_terms = [t for t in terms if t.loss is not None]
+        self.pair_terms = [t for t in terms if t.of_pairs]
+        self.has_degrees = any(t.name == DEGREE for t in terms)
         self.has_range = any(t.loss.shape == "scores" for t in self.pair_terms)
         self.flops = Flops(policy, device)
         # steps that counted, loss, skipped in a row now and at most, skipped in all
@@ -229,6 +231,7 @@ class Window:
         self.tokens = torch.zeros(TOKEN_SUMS, device=self.device)  # of the last step that looked at them
         self.dropped = torch.zeros(3, device=self.device)  # by grad_filter: rows, sum of their mass, the largest
         self.range = torch.zeros(RANGE, device=self.device)  # of a reward model's rewards, summed over steps
+        self.degrees = torch.zeros(DEGREE_SUMS, device=self.device)
         self.trunk_tokens = self.alone_tokens = self.micro_batches = 0
         self.flops.reset()
         self.started = time.monotonic()
@@ -281,6 +284,8 @@ class Window:
             self.tokens = world.sum_(sums.tokens)
         if self.has_range:
             self.range += torch.where(finite, world.max_(sums.range), 0.0)
+        if self.has_degrees:
+            self.degrees += torch.where(finite, world.sum_(sums.degrees), 0.0)
 
     def add_dropped(self, parts: Sequence[Tensor], world: Any) -> None:
         """One step's probability mass left out by `grad_filter`, of this process's rows. Every rank calls it."""
@@ -305,14 +310,15 @@ class Window:
             setattr(self, name, value.to(self.device) if isinstance(value, Tensor) else value)
         self.started = time.monotonic() - state["seconds"]
 
-    _STATE = ("run", "sums", "norm", "aux", "dropped", "range", "tokens", "tokens_at_flush", "trunk_tokens",
+    _STATE = ("run", "sums", "norm", "aux", "dropped", "range", "degrees", "tokens", "tokens_at_flush", "trunk_tokens",
               "alone_tokens", "micro_batches")  # fmt: skip
 
     def flush(self, learning_rate: float, num_tokens: int) -> dict[str, float]:
         """The log line: one host read, then a new window. Raises TrainingError after too many non-finite steps."""
         norm = self.norm.reshape(1).to(self.device)
-        numbers = [norm, self.aux[None], self.dropped, self.range, self.tokens, self.run, self.sums]
+        numbers = [norm, self.aux[None], self.dropped, self.range, self.degrees, self.tokens, self.run, self.sums]
         norm, aux, rows, dropped, largest, low, high, *values = torch.cat(numbers).tolist()
+        of_degrees, values = values[:DEGREE_SUMS], values[DEGREE_SUMS:]
         of_tokens, values = values[:TOKEN_SUMS], values[TOKEN_SUMS:]
         self.run[3] = self.run[2]
         self._check(values[3])
@@ -328,7 +334,7 @@ class Window:
                 out["pairs_per_second"] = metrics[-1] / seconds
         if self.has_aux and steps:
             out["aux_loss"] = aux / steps
-        out |= token_means(of_tokens)
+        out |= degree_means(of_degrees) | token_means(of_tokens)
         out["num_tokens"] = num_tokens
         out["tokens_per_second"] = (num_tokens - self.tokens_at_flush) / seconds
         out["packing_efficiency"] = self.trunk_tokens / max(1, self.micro_batches * self.max_tokens())
@@ -371,6 +377,7 @@ class Window:
             unlogged["aux_loss"] = self.aux.item() / open_steps
         return {
             **unlogged,
+            **degree_means(self.degrees.tolist()),
             **token_means(self.tokens.tolist()),
             "train_loss": loss / counted if counted else float("nan"),
             "train_runtime": seconds,

@@ -11,20 +11,25 @@ from fastpo.data.kway import Forming
 from fastpo.data.packing import PackedBatch, nll_count
 from fastpo.data.prefetch import to_device
 from fastpo.data.prepare import Example
+from fastpo.data.rows import DEGREE_OF
 from fastpo.errors import ConfigError
-from fastpo.losses.table import ORDER, SFT, Term, resolve_terms
+from fastpo.losses.table import DEGREE, ORDER, SFT, Term, resolve_terms
+from fastpo.models.degree_head import LOGITS
+from fastpo.training.degree_metrics import degree_sum
 from fastpo.training.metrics import PAIR_METRICS, fused_pair_loss, has_kernel, nll_sum, pair_inputs, pair_metrics
 from fastpo.training.row_statistics import needs_reference_tokens, row_statistics
 from fastpo.training.step_statistics import Statistics
 
 
 class Objective:
-    """The terms of `losses.resolve_terms`, summed. Those of pairs come first in the metrics, the sft terms apart."""
+    """The terms of `losses.resolve_terms`, summed. Those of pairs come first in the metrics, the others apart."""
 
     def __init__(self, terms: Sequence[Term]):
         self.terms = list(terms)
-        self.pair_terms = [t for t in terms if t.loss is not None]
+        self.pair_terms = [t for t in terms if t.of_pairs]
         self.sft_terms = [t for t in terms if t.name == SFT]
+        self.degree_term = next((t for t in terms if t.name == DEGREE), None)
+        self.degrees = 0 if self.degree_term is None else int(self.degree_term.hyper["degrees"])
         self.uses_reference = any(t.loss.reference for t in self.pair_terms)
         self.reads_prompts = frozenset(t.of for t in self.terms if t.reads_prompt)  # entries of loss_type
         self.draws = any(t.loss.drawn for t in self.pair_terms)  # tokens of each response
@@ -39,6 +44,8 @@ class Objective:
     @classmethod
     def of_options(cls, config: TrainConfig) -> Self:
         """The losses of `loss_type`, with their weights and hyper-parameters; ConfigError as `resolve_terms` raises."""
+        if DEGREE in config.losses and config.fsdp != "no":
+            raise ConfigError(f"{DEGREE} has a head beside the model, which fsdp does not split: leave fsdp out")
         return cls(
             resolve_terms(
                 config.losses, config.loss_weights, loss_kwargs=config.loss_kwargs, beta=config.beta,
@@ -88,10 +95,12 @@ class Objective:
     ) -> tuple[Tensor, Tensor]:
         """This micro-batch's share of the step's loss, and its metrics [len(PAIR_METRICS)], both on the device.
         `logp`: token log-probabilities [N], of a reward model the rewards [S].
-        `pair_count` and `nlls`: what the whole step's losses, and each sft term, are means over."""
+        `pair_count` and `nlls`: what the whole step's losses, and those of `nll_counts`, are means over."""
         total = logp.new_zeros(())
         metrics = logp.new_zeros(len(PAIR_METRICS))
-        for term, count in zip(self.sft_terms, nlls, strict=True):
+        if self.degree_term is not None and LOGITS in batch.rows:
+            total = total + self.degree_term.weight / (nlls[-1] or 1) * degree_sum(self.degree_term, batch)
+        for term, count in zip(self.sft_terms, nlls, strict=False):
             if batch.losses is not None and term.of not in batch.losses:
                 continue
             nll = nll_sum(logp, batch, term.hyper["nll_reduction"], term.reads_prompt, term.of)
@@ -102,10 +111,12 @@ class Objective:
         return total, metrics
 
     def nll_counts(self, examples: Iterable[Example]) -> list[float]:
-        """What each sft term is a mean over, of these examples."""
+        """What each sft term is a mean over, of these examples, and the term of degrees if there is one, last."""
         rows = list(examples)
-        return [sum(nll_count(e, t.hyper["nll_reduction"], t.reads_prompt) for e in rows if e.loss in (None, t.of))
+        degrees = [float(sum(DEGREE_OF in e.response_columns for e in rows))] * (self.degree_term is not None)
+        nlls = [sum(nll_count(e, t.hyper["nll_reduction"], t.reads_prompt) for e in rows if e.loss in (None, t.of))
                 for t in self.sft_terms]  # fmt: skip
+        return nlls + degrees
 
     def places(self, term: Term, batch: PackedBatch) -> tuple[int, ...] | None:
         """The batch's pairs that a term of pairs trains, by their places; None for all of them."""

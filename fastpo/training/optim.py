@@ -520,7 +520,8 @@ def _hidden_matrices(model: nn.Module, gradients: Gradients, embeddings: set[nn.
     """
     head = getattr(model, "get_output_embeddings", lambda: None)()
     apart = {*embeddings, *(head.parameters() if head is not None else ())}
-    names = [name for name, p in gradients.named.items() if p.ndim == 2 and p not in apart]
+    own = set(model.parameters()) - apart  # not a head beside the model
+    names = [name for name, p in gradients.named.items() if p.ndim == 2 and p in own]
     if not names or hasattr(model, "peft_config"):
         raise ConfigError(
             "optim='muon' steps whole matrices of hidden layers, and none is trained itself: use adamw_torch_fused"

@@ -9,7 +9,8 @@ from fastpo.data import layouts, mixing, row_loss, rows, sources
 from fastpo.data.packing import repeated_prompts, sequence_tokens, trunk_tokens
 from fastpo.data.prepare import DataReport, Example, describe_example, prepare_examples, require_columns
 from fastpo.errors import ConfigError, DataError
-from fastpo.losses.table import SFT, Term
+from fastpo.losses.table import DEGREE, SFT, Term
+from fastpo.training.degree_metrics import DEGREE_SUMS, degree_means
 from fastpo.training.distributed import World
 from fastpo.training.metrics import PAIR_METRICS, metric_means
 from fastpo.training.objective import Objective
@@ -59,6 +60,12 @@ class DataSets:
         """Rows to token ids; ConfigError where the options ask for an evaluation set that is missing."""
         config = self.config
         self.train = self.prepare(train_dataset, config.dataset_train_split, "train")
+        named = {e.loss for e in self.train}
+        if self.objective.degrees and (DEGREE not in named or named <= {DEGREE, SFT}):
+            raise DataError(
+                f"no row names {'a loss of pairs' if DEGREE in named else DEGREE} in the column 'loss': {DEGREE} "
+                "trains rows of prompt, completion and degree that name it, beside pairs that name theirs"
+            )
         if eval_dataset is None or (isinstance(eval_dataset, Mapping) and not eval_dataset):
             if config.eval_strategy != "no" or config.eval_on_start:
                 raise ConfigError("eval_strategy is set, but there is no eval_dataset")
@@ -127,6 +134,7 @@ class DataSets:
             columns=self.columns, invalid=config.invalid_rows, num_proc=config.dataset_num_proc, forming=self.forming,
             recognise=config.recognise_layouts, limit=limit, assistant_only=config.assistant_only_loss,
             apart=losses == "unpaired" and kind == "preference", losses=self.losses,
+            degrees=self.objective.degrees,
         )  # fmt: skip
         if self.objective.of_tokens and report.masked_rows:
             raise DataError(
@@ -145,7 +153,11 @@ class DataSets:
 
     def reported(self) -> dict[str, list[str]]:
         """Metrics that an evaluation of each set will report: unpaired rows may be of one kind, and have no pairs."""
-        return {name: ["loss", *self._pair_metrics(examples)] for name, examples in self.evals.items()}
+        return {name: ["loss", *self._pair_metrics(examples), *self._degree_metrics(examples)]
+                for name, examples in self.evals.items()}  # fmt: skip
+
+    def _degree_metrics(self, examples: Sequence[Example]) -> list[str]:
+        return list(degree_means([1.0] * DEGREE_SUMS)) if any(e.loss == DEGREE for e in examples) else []
 
     def _pair_metrics(self, examples: Sequence[Example]) -> list[str]:
         if not self.objective.pair_terms:

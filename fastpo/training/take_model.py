@@ -9,12 +9,14 @@ from transformers import set_seed
 from fastpo.config.train_config import TrainConfig
 from fastpo.errors import ConfigError
 from fastpo.models import adapters
+from fastpo.models.degree_head import DegreeHead
 from fastpo.models.loading import load_model
 from fastpo.models.noise import disable_dropout
 from fastpo.models.policy import Policy
 from fastpo.models.scalar_head import RewardModel, check_head_is_trained, settle_padding
 from fastpo.models.trunk import freeze_towers
 from fastpo.training.inputs import Origin
+from fastpo.training.objective import Objective
 
 
 def take_model(
@@ -54,9 +56,13 @@ def take_model(
     return model
 
 
-def as_policy(model: nn.Module, config: TrainConfig, device: torch.device) -> Policy:
-    """The policy around it, which refuses what it cannot train before anything is changed for good."""
+def as_policy(model: nn.Module, config: TrainConfig, device: torch.device, objective: Objective) -> Policy:
+    """The policy around it, with what the losses bring beside it; it refuses what it cannot train before anything is
+    changed for good."""
     policy = RewardModel(model) if config.scalar_head else Policy(model)
     policy.fused.choose(policy.causal_lm, config, device)
     freeze_towers(model)
+    if objective.degrees:
+        weight = policy.head().weight  # [V, D]
+        policy.degree_head = DegreeHead(objective.degrees, weight.shape[1], config.seed, weight)
     return policy

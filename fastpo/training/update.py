@@ -9,6 +9,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from fastpo.config.train_config import TrainConfig
 from fastpo.errors import ConfigError
+from fastpo.losses.table import DEGREE
 from fastpo.training.distributed import World
 from fastpo.training.optim import Gradients, build_optimizer, build_scheduler, check_given
 
@@ -81,6 +82,8 @@ class LearningRate:
 def check_optimizers(given: tuple[Any, Any] | None, config: TrainConfig) -> tuple[Any, Any]:
     """What was passed as `optimizers`; ConfigError for one that fsdp would leave behind."""
     optimizer, scheduler = (None, None) if given is None else given
+    if optimizer is not None and DEGREE in config.losses:
+        raise ConfigError(f"{DEGREE} has a head that an optimiser made before does not step: set optim instead")
     if optimizer is not None and config.fsdp != "no":
         raise ConfigError("fsdp splits the parameters, so an optimiser made before does not fit: set optim instead")
     return optimizer, scheduler

@@ -40,7 +40,7 @@ IDS = ["-".join([name, *(f"{k}={v}" for k, v in hyper.items())]) for name, hyper
 def inputs(name: str, seed: int = 0, scale: float = 1.0, dtype=torch.float64) -> dict[str, torch.Tensor]:
     """Every argument that a loss may take, at random; log-ratios of about ten nats times `scale`."""
     g = torch.Generator().manual_seed(seed)
-    shape = (P, K) if LOSSES[name].shape == "lists" else (P,)
+    shape = (P, K) if LOSSES[name].shape in ("lists", "degrees") else (P,)
     rand = lambda *s: torch.rand(*(s or shape), generator=g, dtype=torch.float64)  # noqa: E731
     x = {k: torch.randint(2, 40, shape, generator=g).double() for k in ("chosen_len", "rejected_len", "prompt_len")}
     logps = lambda length: -(0.05 + 2 * rand()) * length * scale  # noqa: E731
@@ -55,6 +55,8 @@ def inputs(name: str, seed: int = 0, scale: float = 1.0, dtype=torch.float64) ->
     x |= {"kl": torch.tensor(0.7), "reward_mean": torch.tensor(-0.2), "margin": 3 * rand()}
     if LOSSES[name].win_prob or name == "dno_reg":
         x |= {"win_prob_chosen": x.pop("win_prob"), "win_prob_rejected": rand()}
+    if name == "degree_aux":
+        x = {"chosen_logps": x["chosen_logps"], "degree": torch.randint(K, (P,), generator=g)}
     if LOSSES[name].shape not in ("pairs", "scores"):
         x = {k: v for k, v in x.items() if k not in ("rejected_logps", "ref_rejected_logps")}
     return {k: v.to(dtype) if v.is_floating_point() else v for k, v in x.items()}
@@ -282,12 +284,16 @@ FORMULAS = {
     "selm": lambda v: -ls(0.01 * v.d) + 1e-5 * (v.greedy_logps - v.ref_greedy_logps),
     "xpo": lambda v: -ls(0.1 * v.d) + 1e-5 * v.ref_sample_logps,
     "reward": lambda v: -ls(v.lw - v.ll - v.margin),
+    "degree_aux": lambda v: v.lw.logsumexp(1) - v.lw[torch.arange(P), v.degree],
 }  # fmt: skip
 IN_TEST_LOSSES = {"dpo", "robust", "ipo", "hinge", "simpo", "sppo", "sppo_hard"}
 
 
 def values(x):
-    v = SimpleNamespace(**x, lw=x["chosen_logps"], rw=x["ref_chosen_logps"], nw=x["chosen_len"], nl=x["rejected_len"])
+    v = SimpleNamespace(**x, lw=x["chosen_logps"])
+    if "ref_chosen_logps" not in x:
+        return v
+    v.rw, v.nw, v.nl = x["ref_chosen_logps"], x["chosen_len"], x["rejected_len"]
     v.a = v.lw - v.rw
     if "rejected_logps" in x:
         v.ll, v.rl = x["rejected_logps"], x["ref_rejected_logps"]
@@ -313,7 +319,7 @@ def test_every_name_of_the_specification():
         rpo dpop rdpo exo_pair exo_rw nca_pair nca_rw infonca kto bco_pair bco apo_zero apo_zero_unpaired apo_down aot
         aot_unpaired discopop wpo ld_dpo sampo tdpo1 tdpo2
         fdpo alphapo sppo sppo_single sppo_hard dno dno_prct dno_reg inpo online_ipo ipo_md selm
-        xpo reward""".split()
+        xpo reward degree_aux""".split()
     assert {n for n in LOSSES if not n.startswith("gpo_")} == set(names)
     assert sum(n.startswith("gpo_") for n in LOSSES) == 6
 
@@ -462,6 +468,7 @@ def test_what_is_missing_is_named(name):
         ("simpo", {"gamma_beta": 0.5}, "simpo has no 'gamma_beta'; did you mean 'gamma_beta_ratio'"),
         ("tdpo1", {"chosen_kll": 0.5}, "tdpo1 has no 'chosen_kll'; did you mean 'chosen_kl'"),
         ("slic", {"delta": -1.0}, "delta must be zero or more"),
+        ("degree_aux", {"degrees": 3.5}, "degrees must be a whole number from 2 to 64, not 3.5"),
     ],
     ids=str,
 )  # fmt: skip
@@ -561,7 +568,7 @@ def test_what_is_unverified_says_so():
     """Section 6 of ALGORITHMS.md."""
     marked = {name for name, note in docs.NOTES.items() if note.unverified}
     gpo = {name for name in LOSSES if name.startswith("gpo_")}
-    assert marked == gpo | {"online_ipo", "ipo_md", "sigmoid_norm", "kto", "rpo", "dno", "dno_prct"}
+    assert marked == gpo | {"online_ipo", "ipo_md", "sigmoid_norm", "kto", "rpo", "dno", "dno_prct", "degree_aux"}
     assert set(docs.NOTES) == set(LOSSES)
 
 

@@ -52,8 +52,9 @@ def test_ranks_change_nothing(results, case, layout):
     assert one["logs"][0]["loss"] != pytest.approx(one["logs"][-2].get("loss", 0.0), rel=1e-3)
 
 
-@pytest.mark.parametrize("case", ["tdpo", "tdpo lora"])
-def test_a_reference_in_memory_on_every_rank(results, case):
+@pytest.mark.parametrize("case", ["tdpo", "tdpo lora", "degrees"])
+def test_what_is_whole_on_every_rank(results, case):
+    """A reference in memory; a head beside the model."""
     assert distance(results[case]["one"], results[case]["ddp"]) < 1e-6
     assert_same_log(results[case]["one"], results[case]["ddp"], rel=2e-5)
 
