@@ -9,7 +9,7 @@ set -e
 folder=$(mktemp -d)
 trap 'kill "$server" 2>/dev/null || true; rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"
-"$folder/venv/bin/pip" install -q torch==2.13.0 transformers==5.23.0 fastapi uvicorn openai pydantic rich python-multipart
+"$folder/venv/bin/pip" install -q torch==2.13.0 transformers==5.23.0 accelerate fastapi uvicorn openai pydantic rich python-multipart
 cat > "$folder/make.py" <<'END'
 import sys
 
