@@ -121,6 +121,8 @@ def before_the_first(
         asked = spec.pop("teacher", None)
         if name == "sft" and spec.get("rows") is None and spec.get("pairs") is None and "skillmix" in names:
             spec["rows"] = str(folder / "skillmix" / "rows.jsonl")
+        if name == "sft" and spec.get("pairs") is not None and (options.get("refine") or {}).get("template"):
+            spec.setdefault("template", options["refine"]["template"])  # what the rounds of an iteration will ask
         make, encode = teachers(asked, model, folder / name) if teacher is None else (teacher, None)
         stage = prepare.stage(name, spec, folder / name, make, encode=encode, seed=seed, max_failed=failed, model=model)
         Iteration(folder, log.info).run(stage)
