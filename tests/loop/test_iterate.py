@@ -9,9 +9,10 @@ import pytest
 import fastpo
 from fastpo.errors import ConfigError, TrainingError
 from fastpo.loop.config import as_json, merged
-from fastpo.loop.items import Verdict
+from fastpo.loop.items import Response, Verdict
 from fastpo.loop.parts import read_lines
 from fastpo.loop.run import resolve
+from fastpo.loop.scorers import FunctionScorer
 
 TRAIN = {
     "per_device_train_batch_size": 4, "use_cpu": True, "bf16": False, "disable_tqdm": True, "report": False,
@@ -261,3 +262,72 @@ def test_more_iterations_on_top_of_those_that_are_done(options, tmp_path):
 
 def test_secrets_are_not_written(options, tmp_path):
     assert "hush" not in json.dumps(as_json(resolve(None, None, options(sample={"api_key": "hush"}))))
+
+
+class Teacher:
+    """Answers the questions of the stages before the first iteration."""
+
+    exact, key = True, {"teacher": "by rule"}
+
+    def batches(self, requests):
+        return [list(requests)]
+
+    def sample(self, requests):
+        for request in requests:
+            n = request.seed % 50
+            if request.source == "query":
+                text = f"w1 w{n} w{request.seed // 50 % 50}"
+            elif request.source in ("answers", "filter"):
+                text = "yes"
+            else:
+                text = f"### Instruction:\nw3 w{n}\n### Response:\n w4 w5"
+            yield request, Response(text)
+
+    def close(self):
+        pass
+
+
+def test_what_is_prepared_stands_in_the_place_of_options(options, tmp_path):
+    """PUGC's queries are the prompts, the texts they came from the reference; the supervised model is the start."""
+    texts = [{"text": " ".join(["w7"] * (k + 2))} for k in range(6)]
+    seen = []
+
+    def against(prompt, response, meta):
+        seen.append(meta["reference_text"])
+        return judge(prompt, response, meta)
+
+    sft = {"rows": [{"prompt": "w1", "completion": " w2"}] * 4, "train": {**TRAIN, "max_steps": 1}}
+    given = options(iterations=1, prepare={"queries": {"texts": texts, "turns": False}, "sft": sft})
+    given.pop("prompts")
+    result = fastpo.iterate(
+        given, scorers={"judge": FunctionScorer("judge", against, key={"judge": 1})}, teacher=Teacher
+    )
+    assert result.policies["start"] == str(tmp_path / "run/prepare/sft/train")
+    assert set(seen) <= {row["text"] for row in texts} and len(set(seen)) > 1
+    stages = tmp_path / "run/prepare/stages"
+    before = {path.name: path.read_text() for path in stages.iterdir()}
+    fastpo.iterate(given, scorers={"judge": FunctionScorer("judge", against, key={"judge": 1})}, teacher=Teacher)
+    assert before == {path.name: path.read_text() for path in stages.iterdir()}
+
+
+def test_supervision_alone(options, tmp_path):
+    """Instruct-SkillMix: no prompts, no iterations."""
+    prepare = {"skillmix": {"n": 6, "skills": ["a", "b"], "types": ["c"], "turns": False},
+               "sft": {"train": {**TRAIN, "max_steps": 1}}}  # fmt: skip
+    given = options(recipe="skillmix", iterations=0, prepare=prepare)
+    given.pop("prompts")
+    result = fastpo.iterate(given, teacher=Teacher)
+    assert list(result.policies) == ["start"] and result.best == "start" and not result.iterations
+    assert (tmp_path / "run/prepare/sft/train/model.safetensors").exists()
+
+
+def test_tree_search_in_the_place_of_sampling(options, tmp_path):
+    search = {"iterations": 4, "first": 1, "max_steps": 3, "step": {"stop": [], "tokens": 1}, "self_eval": "judge"}
+    given = options(
+        recipe="mcts_dpo", iterations=1, search=search, sample={"n": None, "max_tokens": 3},
+        train={"learning_rate": 1e-3, "num_train_epochs": 1},
+    )  # fmt: skip
+    fastpo.iterate(given, scorers={"judge": lambda prompt, response, meta: judge(prompt, response, meta) % 2})
+    rows = list(read_lines(tmp_path / "run/iter-001/rows.jsonl"))
+    assert rows and all(row["chosen"] != row["rejected"] and 0.5 <= row["win_prob"] <= 1 for row in rows)
+    assert (tmp_path / "run/iter-001/train/model.safetensors").exists()
