@@ -76,6 +76,20 @@ def prompts_of(folder: Path, count: int) -> list[dict[str, Any]]:
             for k, text in enumerate(short[:count])]  # fmt: skip
 
 
+def plot(path: Path, table: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    """The judge's mean on the held-out prompts by iteration, and the mean length of the answers."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    for axis, key, what in zip(figure.subplots(1, 2), ("score", "words"), ("judge's mean", "mean words")):
+        for name, steps in table.items():
+            axis.plot(range(len(steps)), [step[key] for step in steps], marker="o", label=name)
+        axis.set(xlabel="iteration", ylabel=what, xticks=range(max(map(len, table.values()))))
+        axis.grid(alpha=0.3)
+    axis.legend()
+    figure.savefig(path, dpi=110)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", nargs="+", choices=RECIPES, default=list(RECIPES))
@@ -147,7 +161,9 @@ def main() -> None:
     if not args.no_write:
         report = {"environment": common.environment(), "arguments": {k: str(v) for k, v in vars(args).items()},
                   "recipes": table}  # fmt: skip
-        print(f"written to {common.write_result('loop_real', report, text)}")
+        path = common.write_result("loop_real", report, text)
+        plot(path.with_suffix(".png"), table)
+        print(f"written to {path}")
 
 
 if __name__ == "__main__":
