@@ -141,6 +141,7 @@ def main() -> None:
         "| recipe | | start | " + " | ".join(f"iteration {t}" for t in range(1, args.iterations + 1)) + " |",
         "| --- | --- |" + " ---: |" * (args.iterations + 1),
     ]  # fmt: skip
+    notes: list[str] = []
     for name, steps in table.items():
         for key, what in (("score", "judge's mean"), ("within", f"within {WORDS} words"), ("words", "mean words")):
             lines.append(f"| {name} | {what} | " + " | ".join(f"{s[key]:.2f}" for s in steps) + " |")
@@ -151,12 +152,9 @@ def main() -> None:
         whole = sum(spent.values())
         rest = whole - sum(spent.get(stage, 0.0) for stage in ("sample", "score", "train", "eval"))
         shares = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in spent.items())
-        lines += [
-            "",
-            f"{name}: {shares}; all but sampling, judging, training and evaluation: {100 * rest / whole:.2f}%.",
-            "",
-        ]
-    text = "\n".join(lines) + "\n"
+        share = f"{100 * rest / whole:.2f}%"
+        notes.append(f"* {name}: {shares}; all but sampling, judging, training and evaluation: {share}.")
+    text = "\n".join([*lines, "", *notes]) + "\n"
     print("\n" + text)
     if not args.no_write:
         report = {"environment": common.environment(), "arguments": {k: str(v) for k, v in vars(args).items()},
