@@ -2,14 +2,13 @@
 # transformers serve: a request with `temperature` is answered greedily. The server takes the number into its generation
 # config and leaves `do_sample` as the model's folder has it, false by default, and nothing is said: eight seeds give one
 # text, so K "samples" of a prompt are K copies. `generation_config={"do_sample": true, ...}` in the request's body samples.
-# `finish_reason` is "length" besides where the model ends by itself with its last allowed token.
-# Seen: transformers 5.23.0, torch 2.13.0, fastapi 0.140.0 or newer: temperature 1.0 and 2.0: 1 text of 8 seeds; with
-# do_sample: 8
+# Seen: transformers 5.23.0, torch 2.13.0, fastapi 0.165.0: temperature 1.0 and 2.0: 1 text of 8 seeds; with do_sample: 8
 set -e
 folder=$(mktemp -d)
 trap 'kill "$server" 2>/dev/null || true; rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"
-"$folder/venv/bin/pip" install -q torch==2.13.0 transformers==5.23.0 accelerate fastapi uvicorn openai pydantic rich python-multipart
+"$folder/venv/bin/pip" install -q torch==2.13.0 transformers==5.23.0 accelerate==1.15.0 fastapi==0.165.0 \
+    uvicorn==0.54.0 openai==3.57.0
 cat > "$folder/make.py" <<'END'
 import sys
 
