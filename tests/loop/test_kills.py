@@ -1,4 +1,4 @@
-"""A loop that was killed in its stages and started again ends with the bytes of one that was not (tests/kill_loop.py)."""
+"""A loop that was killed in its stages and started again has the bytes of one that was not (tests/kill_loop.py)."""
 
 import json
 
