@@ -2,7 +2,7 @@
 
     python bench/loop_quickstart.py                                  # all recipes, three seeds
     python bench/loop_quickstart.py --recipe sppo inpo --seeds 0     # some of them, one seed
-    python bench/loop_quickstart.py --control                        # beside, with verdicts drawn at random
+    python bench/loop_quickstart.py --judge random --add             # beside these, with verdicts drawn at random
 
 The task is the quickstart's (fastpo/quickstart.py), and so is the judge: is the sum of six digits odd or even? The
 start answers carefully in a quarter of the cases and guesses in the others. Accuracy is exact match on 1,000 held-out
@@ -288,7 +288,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", nargs="+", help="default: all that this script has")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--control", action="store_true")
+    parser.add_argument("--judge", nargs="+", choices=("judge", "random"), default=["judge"])
     parser.add_argument(
         "--add", action="store_true", help="to the results that are there, in the place of these recipes'"
     )
@@ -301,7 +301,8 @@ def main() -> None:
         for seed in args.seeds:
             asked, heldout = supervised(Path(work) / f"seed-{seed}", seed)
             for name in names:
-                for judge, score in [("judge", right), *([("random", at_random)] if args.control else [])]:
+                for judge in args.judge:
+                    score = right if judge == "judge" else at_random
                     folder = Path(work) / f"seed-{seed}" / f"{name}-{judge}"
                     run = one_run(name, folder.parent, folder, asked, heldout, seed, score)
                     runs.append(run | {"judge": judge})
@@ -309,7 +310,9 @@ def main() -> None:
                     print(f"{seed} {name} ({judge}): {figures}, {run['seconds']:.1f} s", flush=True)
     if args.add:
         path = common.ROOT / "bench" / "results" / common.machine_name() / "loop_quickstart.json"
-        runs = [r for r in json.loads(path.read_text())["runs"] if r["recipe"] not in names] + runs
+        new = {(r["recipe"], r["seed"], r["judge"]) for r in runs}
+        there = json.loads(path.read_text())["runs"]
+        runs = [r for r in there if (r["recipe"], r["seed"], r["judge"]) not in new] + runs
         names = list(dict.fromkeys(r["recipe"] for r in runs))
     seeds = sorted({r["seed"] for r in runs})
     lines = [
