@@ -154,7 +154,7 @@ def test_what_is_without_meaning_is_read_nowhere(repo_root):
         for path in (repo_root / "fastpo").rglob("*.py")
         if path.name not in ("options.py", "migration.py", "callbacks.py")
     )
-    read = [n for n in of_status(NO_EFFECT) if f"config.{n}" in text or f"args.{n}" in text]
+    read = [n for n in of_status(NO_EFFECT) if re.search(rf"\b(config|args)\.{n}\b", text)]
     assert not [n for n in read if n != "use_cache"]  # the model's own configuration has a use_cache
 
 
