@@ -192,9 +192,12 @@ class Dropped:
     reason: str
 
 
+_canonical = json.JSONEncoder(sort_keys=True).encode  # made once: json.dumps with an option makes it at every call
+
+
 def digest(value: Any) -> str:
     """SHA-256 of a value of JSON, in hexadecimal; the order of keys does not count."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(_canonical(value).encode()).hexdigest()
 
 
 def seed_of(*parts: Any) -> int:
