@@ -369,8 +369,7 @@ def collate(
     win_chosen: list[float | None] = []
     win_rejected: list[float | None] = []
     ref_sums: list[float] = []
-    labels: list[float] = []
-    scores: list[float] = []
+    labels, scores = list[float](), list[float]()
     scored_rows: list[int] = []
     losses: dict[str, list[int]] = {}  # name -> places in `pairs`
     of_rows: list[np.ndarray] = []  # of each response, which of `losses` its row names

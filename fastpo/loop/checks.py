@@ -83,6 +83,8 @@ def check(config: LoopConfig, scorer: Scorer | None, kinds: Mapping[str, str]) -
             raise ConfigError(f"select.{name}={wanted!r} is none of the sources {', '.join(sources)}")
     if select.policy == "refinement" and not config.refine.rounds:
         raise ConfigError("select.policy=refinement needs refine.rounds of 1 or more")
+    if config.refine.loss is not None and config.refine.loss not in losses:
+        raise ConfigError(f"refine.loss={config.refine.loss!r} is none of train.loss_type: {', '.join(losses)}")
     if select.soften and (scorer is None or scorer.unit != "pair"):
         raise ConfigError("select.soften anneals win rates of pairs: it needs a scorer of pairs")
     if config.eval.scorer and config.eval.scorer not in kinds:

@@ -57,6 +57,7 @@ class Refine:
     template: str = "Please give a better answer to my first message."  # z
     temperature: float | None = None  # None: the sample's
     train: bool = True  # rows of (x, y_k, z) beside those of x
+    loss: str | None = None  # of rows of (x, y_k, z), one of train.loss_type, whose first is that of x; None: the same
     weights: Sequence[float] = (0.2, 0.4, 0.4)  # of rows on x, on the rejected y_k, on the chosen one
 
 
@@ -67,7 +68,7 @@ class Score:
     by: str = ""  # the scorer's name; empty: the only one
     units: str = "all"  # of a pair scorer: all, tournament, against
     both_orders: bool = True  # each pair twice, either response first
-    position_bias: float = 0.9  # more of the pairs decided by the place alone: the judge is refused
+    position_bias: float = 0.9  # a larger share of the pairs is decided by the place: the judge is refused
 
 
 @dataclass(frozen=True)

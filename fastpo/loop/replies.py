@@ -153,16 +153,20 @@ def read_list(
 Found = list[tuple[int | None, float | None]]  # the number of the response where it is given, its score
 
 
-def _of_json(text: str) -> Found | None:
+def whole_list(text: str) -> Any:
+    """The JSON that a text is, or the one list in it where it is an object; None where it is none."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
         return None
     if isinstance(value, dict):
         lists = [v for v in value.values() if isinstance(v, list)]
-        if len(lists) != 1:
-            return None
-        value = lists[0]
+        return lists[0] if len(lists) == 1 else None
+    return value
+
+
+def _of_json(text: str) -> Found | None:
+    value = whole_list(text)
     if not isinstance(value, list) or not value:
         return None
     found: Found = []

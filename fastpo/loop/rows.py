@@ -39,6 +39,7 @@ def make_rows(
 ) -> dict[str, Any]:
     """Writes rows.jsonl and rows.json; returns the counts. `earlier`: rows of iterations so many back, `dropped`: what
     went before the judgement. TrainingError where no row is left."""
+    _refuse_by_place(scores, config.score.position_bias)
     found, total, gaps = Counter[str](), Counter[str](), 0.0
     degrees = degrade.Versions(config) if config.degrade.degrees else None
     named = dict if degrees is None else degrees.named
@@ -126,7 +127,9 @@ def _forms(row: dict[str, Any], item: Item, config: LoopConfig, encode: Encode) 
     if not rounds.rounds or not rounds.train:
         return as_pairs(row) if config.select.rows == "pairs" else [row]
     direct, on_lost, on_won = rounds.weights
-    out = [{**row, "weight": direct}]
+    own = {} if rounds.loss is None else {"loss": losses_of(train_options(config))[0]}
+    after = {} if rounds.loss is None else {"loss": rounds.loss}
+    out = [{**row, "weight": direct, **own}]
     for pair in row["pairs"]:
         i, j = pair[0], pair[1]
         two = [row["responses"][i], row["responses"][j]]
@@ -134,7 +137,7 @@ def _forms(row: dict[str, Any], item: Item, config: LoopConfig, encode: Encode) 
             prompt = refined_prompt(item.prompt, row["responses"][k]["text"], rounds.template)
             ids = {"prompt_ids": list(encode(prompt))} if "prompt_ids" in row else {}
             out.append({"id": f"{row['id']}/after-{k}", "prompt": prompt, **ids, "responses": two, "pairs": [[0, 1]],
-                        "weight": weight})  # fmt: skip
+                        "weight": weight, **after})  # fmt: skip
     return out
 
 
@@ -196,6 +199,17 @@ def _agreement(scores: Mapping[str, Scores]) -> dict[str, float]:
     if not gaps:
         return {}
     return {"asked in both orders": len(gaps), "mean difference of the orders": sum(gaps) / len(gaps)}
+
+
+def _refuse_by_place(scores: Mapping[str, Scores], most: float) -> None:
+    """TrainingError for a judge whose two answers on a pair, shown in either order, mostly contradict each other."""
+    gaps = [gap for one in scores.values() for gap in one.agreement]
+    share = sum(gap > 0.5 for gap in gaps) / len(gaps) if gaps else 0.0
+    if share > most:
+        raise TrainingError(
+            f"the judge goes by the place alone in {share:.0%} of {len(gaps):,} pairs, which win in one order and lose "
+            f"in the other, more than score.position_bias={most:g}: take a judge that can tell the responses apart"
+        )
 
 
 def _why_nothing(counts: Mapping[str, Any]) -> str:

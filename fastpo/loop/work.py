@@ -156,7 +156,8 @@ class Work:
         scorer = self.run.scorers(config, self.t)[by]
         select = {"drop_truncated": config.sample.drop_truncated, "min_chars": config.select.min_chars,
                   "max_chars": config.select.max_chars}  # fmt: skip
-        options = {"scorer": scorer.key, "score": as_json(config.score), "select": select}
+        asked = {name: value for name, value in as_json(config.score).items() if name != "position_bias"}
+        options = {"scorer": scorer.key, "score": asked, "select": select}
 
         def work() -> Mapping[str, Any]:
             with contextlib.closing(scorer):
@@ -169,7 +170,8 @@ class Work:
     def selection(self) -> Stage:
         config, run, by = self.config, self.run, self.run.scored(self.t)
         outputs = [self.folder / "rows.jsonl", self.folder / "rows.json"]
-        options = {"select": as_json(config.select), "refine": as_json(config.refine), "seed": config.seed,
+        options = {"select": as_json(config.select), "position_bias": config.score.position_bias,
+                   "refine": as_json(config.refine), "seed": config.seed,
                    "replay": {str(back): share for back, share in config.replay.items()},
                    "selector": None if run.selector is None else type(run.selector).__qualname__}  # fmt: skip
         options |= {"degrade": as_json(config.degrade)} if config.degrade.degrees else {}

@@ -9,7 +9,7 @@ from typing import Any
 
 from fastpo.errors import ConfigError, did_you_mean
 from fastpo.loop.items import Failure
-from fastpo.loop.replies import FENCED, answer_of, lists_in
+from fastpo.loop.replies import FENCED, answer_of, lists_in, whole_list
 
 
 class Template:
@@ -61,7 +61,7 @@ def read_texts(reply: str) -> list[str] | None:
     Empty texts and repetitions are left out. None where there is no list, more than one, or one of other things."""
     text = without_thoughts(reply)
     fenced = FENCED.match(text)
-    found = _whole(fenced[1] if fenced else text)
+    found = whole_list(fenced[1] if fenced else text)
     if found is None:
         lists = [value for value in map(json.loads, lists_in(text)) if _texts(value) is not None]
         found = lists[0] if len(lists) == 1 else None
@@ -75,17 +75,6 @@ def unrepeated(texts: Sequence[str]) -> list[str]:
         " ".join(text.lower().split()).rstrip(".;"): " ".join(text.split()) for text in reversed(texts) if text.strip()
     }
     return list(reversed(kept.values()))
-
-
-def _whole(text: str) -> Any:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    if isinstance(value, dict):
-        lists = [v for v in value.values() if isinstance(v, list)]
-        return lists[0] if len(lists) == 1 else None
-    return value
 
 
 def _texts(value: Any) -> list[str] | None:

@@ -152,8 +152,12 @@ def test_a_stage_that_was_killed_in_the_middle_goes_on(options, tmp_path):
 
 def test_a_judge_that_always_says_the_first_makes_ties_and_a_clear_end(options):
     always_a = Pairs(lambda a, b: 1.0)
-    with pytest.raises(TrainingError, match="no row is left to train on .*all tie.*goes by the place alone"):
+    with pytest.raises(TrainingError, match=r"goes by the place alone in 100% of \d+ pairs.*score\.position_bias=0\.9"):
         fastpo.iterate(options(recipe="sppo"), scorers={"judge": always_a})
+    with pytest.raises(TrainingError, match="no row is left to train on .*all tie.*goes by the place alone"):
+        fastpo.iterate(
+            options(recipe="sppo", score={"position_bias": 1.0}), scorers={"judge": always_a}, start_from="select"
+        )
 
 
 def test_failed_judgements_are_no_scores(options, tmp_path):
@@ -331,3 +335,17 @@ def test_tree_search_in_the_place_of_sampling(options, tmp_path):
     rows = list(read_lines(tmp_path / "run/iter-001/rows.jsonl"))
     assert rows and all(row["chosen"] != row["rejected"] and 0.5 <= row["win_prob"] <= 1 for row in rows)
     assert (tmp_path / "run/iter-001/train/model.safetensors").exists()
+
+
+def test_refinements_may_have_a_loss_of_their_own(options, tmp_path):
+    """EVOLVE's ipo form: dpo on the prompt, ipo on what follows an answer, one step of both."""
+    train = {"loss_type": ["dpo", "ipo"], "loss_weights": [1.0, 1.0]}
+    more = {"recipe": "evolve", "iterations": 1, "train": train, "sample": {"n": 2}, "score": {"by": "judge"}}
+    with pytest.raises(ConfigError, match=r"refine\.loss='hinge' is none of train\.loss_type: dpo, ipo"):
+        fastpo.iterate(
+            options(**more, refine={"rounds": 1, "template": " w9 ", "loss": "hinge"}), scorers={"judge": judge}
+        )
+    fastpo.iterate(options(**more, refine={"rounds": 1, "template": " w9 ", "loss": "ipo"}), scorers={"judge": judge})
+    rows = list(read_lines(tmp_path / "run/iter-001/rows.jsonl"))
+    assert {row["loss"] for row in rows if "/after-" in row["id"]} == {"ipo"}
+    assert {row["loss"] for row in rows if "/after-" not in row["id"]} == {"dpo"}
