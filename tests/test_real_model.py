@@ -196,3 +196,34 @@ def test_losses_and_rewards_are_those_of_trl(repo_root, folder, case, shared_dat
     spec.loader.exec_module(parity)
     comparison, _ = parity.run(case, folder, steps=2)
     assert all(row["ok"] for row in comparison), comparison
+
+
+@pytest.mark.slow
+def test_the_loop_goes_from_prompts_to_another_model(folder, tmp_path):
+    """Sampled in process, judged by a function, trained on its own token ids; the sampler held against the policy."""
+    asked = ("the capital of France", "the largest ocean", "the colour of snow", "two and two", "a word for happy")
+    texts = [f"What is {what}? Answer in at most eight words." for what in asked]
+    prompts = [{"prompt": [{"role": "user", "content": text}]} for text in texts]
+
+    def short(prompt, response, meta):
+        return -len(response.split())
+
+    result = fastpo.iterate(
+        recipe="iterative_dpo", model=str(folder), prompts=prompts[:4], output_dir=str(tmp_path / "run"), iterations=1,
+        sample={"n": 3, "max_tokens": 24, "drop_truncated": False}, scorers={"short": short},
+        train={"learning_rate": 1e-5, "per_device_train_batch_size": 2, "warmup_ratio": 0.0, "use_cpu": True,
+               "report": False, "disable_tqdm": True, "save_strategy": "no"},
+        eval={"prompts": prompts[4:], "max_tokens": 16},
+    )  # fmt: skip
+    (found,) = result.iterations
+    assert found["samples"]["checked"]["compared"] == 4 and found["samples"]["checked"]["difference"] < 1e-3
+    assert found["rows"]["pairs"] > 0 and "win rate" in found["eval"]
+    rows = [json.loads(line) for line in open(tmp_path / "run" / "iter-001" / "rows.jsonl")]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for row in rows:
+        assert tokenizer.decode(row["prompt_ids"]).endswith("<|im_start|>assistant\n")
+        for response in row["responses"]:
+            ended = response["token_ids"][-1] == tokenizer.convert_tokens_to_ids("<|im_end|>")
+            assert ended == response["finished"]  # no end that the policy did not give
+    before, after = (load_file(Path(p) / "model.safetensors") for p in (folder, result.policies["iterate-1"]))
+    assert any(not torch.equal(before[name], after[name]) for name in before)
