@@ -13,7 +13,7 @@ from fastpo.data.prefetch import to_device
 from fastpo.data.prepare import Example
 from fastpo.data.rows import DEGREE_OF
 from fastpo.errors import ConfigError
-from fastpo.losses.table import DEGREE, ORDER, SFT, Term, resolve_terms
+from fastpo.losses.table import DEGREE, NO_ROLLOUTS, ORDER, SFT, Term, resolve_terms
 from fastpo.models.degree_head import LOGITS
 from fastpo.training.degree_metrics import degree_sum
 from fastpo.training.metrics import PAIR_METRICS, fused_pair_loss, has_kernel, nll_sum, pair_inputs, pair_metrics
@@ -48,15 +48,20 @@ class Objective:
         """The losses of `loss_type`, with their weights and hyper-parameters; ConfigError as `resolve_terms` raises."""
         if DEGREE in config.losses and config.fsdp != "no":
             raise ConfigError(f"{DEGREE} has a head beside the model, which fsdp does not split: leave fsdp out")
-        return cls(
-            resolve_terms(
-                config.losses, config.loss_weights, loss_kwargs=config.loss_kwargs, beta=config.beta,
-                label_smoothing=config.label_smoothing, gamma_beta_ratio=config.gamma_beta_ratio,
-                ipo_reduce=config.ipo_reduce, discopop_tau=config.discopop_tau,
-                f_divergence_type=config.f_divergence_type, ld_alpha=config.ld_alpha,
-                f_alpha_divergence_coef=config.f_alpha_divergence_coef, use_weighting=config.use_weighting,
-            )
+        terms = resolve_terms(
+            config.losses, config.loss_weights, loss_kwargs=config.loss_kwargs, beta=config.beta,
+            label_smoothing=config.label_smoothing, gamma_beta_ratio=config.gamma_beta_ratio,
+            ipo_reduce=config.ipo_reduce, discopop_tau=config.discopop_tau,
+            f_divergence_type=config.f_divergence_type, ld_alpha=config.ld_alpha,
+            f_alpha_divergence_coef=config.f_alpha_divergence_coef, use_weighting=config.use_weighting,
         )  # fmt: skip
+        if terms[0].of_tokens:
+            name = terms[0].name
+            raise ConfigError(
+                f"{name} needs {NO_ROLLOUTS}, which fastpo.train does not carry yet; call "
+                f"fastpo.losses.LOSSES[{name!r}] yourself"
+            )
+        return cls(terms)
 
     def forming(self, config: TrainConfig) -> Forming:
         """Which pairs are formed of rows with K responses."""
