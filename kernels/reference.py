@@ -78,6 +78,23 @@ def linear_logprob(
     return logp, *([entropy] if return_entropy else []), *top1
 
 
+def linear_logprob_entropy(
+    hidden: Tensor,  # [N, D]
+    weight: Tensor,  # [V, D]
+    target: Tensor,  # [N] int64
+    bias: Tensor | None = None,  # [V]
+    *,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """(log p[target] [N], -sum_v p_v log p_v [N]) of p, the softmax of a row's logits; both have gradients. A column of
+    probability 0 adds nothing to the entropy; rows with target -100 are 0 in both and have no gradient."""
+    logp = _log_softmax(hidden, weight, bias, softcap, logit_scale)
+    picked = logp.gather(1, target.where(target != IGNORE_INDEX, 0).long().unsqueeze(1)).squeeze(1)
+    entropy = -(logp.exp() * logp.where(logp > -torch.inf, 0.0)).sum(dim=-1)
+    return _live(picked, target), _live(entropy, target)
+
+
 def log_sum_sq(
     hidden: Tensor,  # [N, D]
     weight: Tensor,  # [V, D]
