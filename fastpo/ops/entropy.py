@@ -210,7 +210,30 @@ def _torch_tiles(head: Head, a: Tensor, h: Tensor, saved: Tensor | None, stats: 
     return tile
 
 
-TILES: dict[str, Callable[..., Tile]] = {"torch": _torch_tiles, "cpu": _torch_tiles, "triton": _torch_tiles}
+def _cpu_tiles(head: Head, a: Tensor, h: Tensor, saved: Tensor | None, stats: Tensor) -> Tile:
+    """The compiled pass, over the logits it is given or from those that are kept into scratch."""
+    shift, rows = stats[0], torch.stack(_coefficients(a, h, stats)).mul_(head.logit_scale)
+    scratch = head.hidden.new_empty(0)
+
+    def tile(r: slice, v: slice) -> Tensor:
+        nonlocal scratch
+        shape = (r.stop - r.start, v.stop - v.start)
+        size = shape[0] * shape[1]
+        scratch = head.hidden.new_empty(size) if scratch.numel() < size else scratch  # the first tile is the largest
+        out = scratch[:size].view(shape)
+        raw = saved[r, v] if saved is not None else torch.mm(head.hidden[r], head.weight[v].t(), out=out)
+        bias = 0 if head.bias is None else head.bias[v].data_ptr()
+        backends.compiled.tilted_pass(
+            raw.data_ptr(), out.data_ptr(), bias, head.target[r].data_ptr(), shift[r].data_ptr(),
+            *(row.data_ptr() for row in rows[:, r]), raw.stride(0), out.stride(0), *shape, v.start,
+            head.softcap or 0.0, head.logit_scale, raw.dtype == torch.bfloat16, torch.get_num_threads(),
+        )  # fmt: skip
+        return out
+
+    return tile
+
+
+TILES: dict[str, Callable[..., Tile]] = {"torch": _torch_tiles, "cpu": _cpu_tiles, "triton": _torch_tiles}
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
