@@ -233,7 +233,30 @@ def _cpu_tiles(head: Head, a: Tensor, h: Tensor, saved: Tensor | None, stats: Te
     return tile
 
 
-TILES: dict[str, Callable[..., Tile]] = {"torch": _torch_tiles, "cpu": _cpu_tiles, "triton": _torch_tiles}
+def _triton_tiles(head: Head, a: Tensor, h: Tensor, saved: Tensor | None, stats: Tensor) -> Tile:
+    """The row kernel, over the logits it is given or from those that are kept into scratch; of all rows."""
+    from fastpo.kernels import entropy as kernels
+    from fastpo.kernels import logprob
+
+    x, w = head.hidden, head.weight
+    upstream = torch.stack([a, h])
+    scratch: Tensor | None = None
+
+    def tile(r: slice, v: slice) -> Tensor:
+        nonlocal scratch
+        width = v.stop - v.start
+        scratch = logprob.empty_logits(len(x), width, x.dtype, x.device) if scratch is None else scratch
+        out = scratch[:, :width]
+        raw = saved[:, v] if saved is not None else torch.mm(x, w[v].t(), out=out)
+        bias = None if head.bias is None else head.bias[v]
+        rule: dict[str, Any] = {"softcap": head.softcap, "logit_scale": head.logit_scale, "col_offset": v.start}
+        kernels.logprob_entropy_grad(raw, head.target, stats, upstream, bias, out=out, **rule)
+        return out
+
+    return tile
+
+
+TILES: dict[str, Callable[..., Tile]] = {"torch": _torch_tiles, "cpu": _cpu_tiles, "triton": _triton_tiles}
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

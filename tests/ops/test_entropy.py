@@ -116,6 +116,21 @@ def test_many_tiles_and_extreme_logits(where, dtype, kind, small_tiles):
     assert_within_criterion(Case(67, 24, 5003, kind, bias=kind == "normal"), where, dtype)
 
 
+@BUILT
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "generic"])
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+def test_instruction_sets(isa, dtype, small_tiles):
+    from fastpo import _C
+
+    if not _C.use_isa(isa):
+        pytest.skip(f"this machine has no {isa}")
+    try:
+        for case in (Case(67, 24, 2003, bias=True, **SOFTCAPPED), Case(67, 24, 2003, "rising")):
+            assert_within_criterion(case, ("cpu", "cpu"), dtype)
+    finally:
+        _C.use_isa(None)
+
+
 @pytest.mark.parametrize("where", COMPILED)
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 8, 7), (2, 3, 17), (3, 130, 257), (5, 65, 2049), (3, 8, 50257)])
 def test_shapes(where, shape):
