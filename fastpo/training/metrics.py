@@ -157,7 +157,7 @@ def pair_metrics(x: Pairs, term: Term) -> Tensor:
 def token_sums(batch: PackedBatch) -> Tensor:
     """Sums [TOKEN_SUMS] fp32 over the batch's response tokens, from what the forward pass left in `batch.rows`; the
     chosen ones are those of every response that some pair prefers, of sft's rows all, of unpaired rows none."""
-    entropy, top1 = batch.rows[ENTROPY], batch.rows[TOP1]
+    entropy, top1 = batch.rows[ENTROPY].detach(), batch.rows[TOP1]
     lengths, n = batch.response_offsets.diff(), entropy.numel()
     chosen = torch.zeros(len(lengths), device=entropy.device)
     if batch.losses is not None:
