@@ -15,13 +15,13 @@ The map:
 
 Where is the loss normalised? In training/accumulation.py, `_run`. Where is a checkpoint decided? In
 training/schedule.py by the options, then by the callbacks, and `_settle` saves. Where does the reference come from?
-reference/sources.py, `attach`. The responses of an online loss? online/rollouts.py. face.py: what scripts read and call.
+reference/sources.py, `attach`. An online loss's responses? online/rollouts.py. In face.py: what scripts read and call.
 """
 
 import contextlib
 import functools
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -327,7 +327,14 @@ class Trainer(face.Face):
             self.forward.begin(self.engine, self.router, None if self.online else self.live.rows)
         if self.online is not None:
             self.rollouts = self.online.begin(
-                plan, self.data, self.passes, self.tokenizer, self.live, self.moving, lambda: self.state, self.output_dir
+                plan,
+                self.data,
+                self.passes,
+                self.tokenizer,
+                self.live,
+                self.moving,
+                lambda: self.state,
+                self.output_dir,
             )
             self.evaluation = self.online.evaluation(self.rollouts)
         self.update = update = Update(self.model, self.parameters, settled, self.world, self.optimizers, len(plan))

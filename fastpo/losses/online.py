@@ -4,7 +4,6 @@ Losses per token are their own; those of preferences are losses of pairs whose p
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 from fastpo.losses.token_table import TOKEN_LOSSES
 
@@ -24,19 +23,25 @@ class Online:
     by: str = "rewards"  # or wins: P(one response beats another), of a judge or of rewards
     # Losses of pairs: which pairs are formed. `chosen`: by pair_policy, of scores; `soft`: every two, both ways, by P.
     pairs: str = ""
-    hyper: tuple[tuple[str, Any], ...] = ()  # where its defaults are not the loss's
 
 
 _PREFERENCES = (
     Online("online_dpo", "dpo", "2402.04792", by="wins", pairs="chosen"),
-    Online("online_ipo", "ipo", "2403.08635", by="wins", pairs="soft", hyper=(("ipo_reduce", "sum"),)),
-    Online("ipo_md", "ipo", "2403.08635", MIXTURE, "wins", "soft", (("ipo_reduce", "sum"),)),
+    Online("online_ipo", "online_ipo", "2403.08635", by="wins", pairs="soft"),
+    Online("ipo_md", "ipo_md", "2403.08635", MIXTURE, "wins", "soft"),
     Online("xpo", "xpo", "2405.21046", AGAINST_REFERENCE, "wins", "against"),
     Online("nash_md", "nash_md", "2312.00886", AGAINST_MIXTURE, "wins"),
     Online("spo", "grpo", "2401.04056", by="wins"),
 )
 ONLINE: dict[str, Online] = {loss.name: Online(loss.name, loss.name, loss.paper) for loss in TOKEN_LOSSES}
 ONLINE |= {way.name: way for way in _PREFERENCES}
+
+# Options of a run that are hyper-parameters of the losses per token.
+TOKEN_OPTIONS = tuple(
+    dict.fromkeys(
+        name for loss in TOKEN_LOSSES for name in loss.defaults if name not in ("beta", "reduction", "kl_level")
+    )
+)
 
 
 def is_online(names: list[str] | tuple[str, ...]) -> bool:

@@ -52,7 +52,9 @@ class Drawing:
         found: dict[tuple[str, str, int], Response | Failure] = {}
         for source, n in self.sources(count):
             sampler = self.samplers[source]
-            requests = [self._request(row, e, source, k, seed, temperature) for row, e in asked.items() for k in range(n)]
+            requests = [
+                self._request(row, e, source, k, seed, temperature) for row, e in asked.items() for k in range(n)
+            ]
             mine = sampler.batches(requests)[self.world.rank :: self.world.size]
             if not sampler.exact and mine:  # a server answers them all at a time
                 mine = [[request for batch in mine for request in batch]]

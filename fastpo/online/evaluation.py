@@ -12,14 +12,12 @@ from fastpo.online.rollouts import Judgement
 
 
 class OnlineEvaluation:
-    """Draws `count` responses to each prompt, by the same seeds at every evaluation, and judges them as training does."""
+    """Draws `count` responses to each prompt, by the same seeds every time, and judges them as training does."""
 
     def __init__(self, drawing: Drawing, judgement: Judgement, config: TrainConfig, count: int):
         self.drawing, self.judgement, self.config, self.count = drawing, judgement, config, count
 
-    def __call__(
-        self, examples: Sequence[Example], ref: Any, name: str, prefix: str | None = None
-    ) -> dict[str, float]:
+    def __call__(self, examples: Sequence[Example], ref: Any, name: str, prefix: str | None = None) -> dict[str, float]:
         """The metrics of rewards and lengths; keys carry `prefix`. Every rank calls it."""
         started = time.monotonic()
         prefix = name if prefix is None else prefix

@@ -52,4 +52,3 @@ class OnlinePlan(StepPlan):
     def visited(self, start: int = 0, stop: int | None = None) -> set[int]:
         """No prompt's responses are known before they are drawn."""
         return set()
-

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fastpo.data import mixing, rows, sources
+from fastpo.data import mixing, sources
 from fastpo.data.example import Example
 from fastpo.data.report import DataReport
 from fastpo.errors import DataError, nearest, quoted
@@ -42,12 +42,12 @@ class PromptSets(DataSets):
         config, count = self.config, self.count
         table = open_table(part, split, config.dataset_config)
         if isinstance(table, sources.Stream):
-            raise DataError("an online run draws its prompts anew every epoch: pass a Dataset, or list(dataset.take(n))")
+            raise DataError("an online run reads its prompts more than once: pass a Dataset, or list(dataset.take(n))")
         found = sources.column_names(table)
         if "prompt" not in found:
             close = nearest("prompt", found, 0.4)
             hint = f"; did you mean {close!r}?" if close else f", only {quoted(found)}"
-            raise DataError(f"the {name} data have no column 'prompt'{hint}: {config.losses[0]} draws the responses itself")
+            raise DataError(f"the {name} data have no column 'prompt'{hint}, which {config.losses[0]} answers itself")
         for check in self.checks:
             check(list(found))
         report = DataReport(columns=list(found))

@@ -34,8 +34,8 @@ from fastpo.sampling.parts import write_lines
 from fastpo.training.distributed import Engine
 from fastpo.training.objective import Objective
 from fastpo.training.passes import Passes
-from fastpo.training.stepwide import StepWide
 from fastpo.training.policy_terms import MASK, OLD_LOGP, POLICY_MASK
+from fastpo.training.stepwide import StepWide
 
 log = logging.getLogger("fastpo")
 
@@ -137,7 +137,7 @@ class Rollouts:
     # ---- a step
 
     def begin_step(self, number: int, stepwide: StepWide) -> tuple[list[int], int]:
-        """(rows that step `number` trains, prompt and response tokens that they are of); its statistics know the rest."""
+        """(rows that step `number` trains, prompt and response tokens that they are of); `stepwide` gets the rest."""
         step = self.step(number)
         self.stepwide = stepwide
         self.entropy.update(stepwide.entropy if stepwide.entropy is not None else self._seen_entropy)
@@ -184,7 +184,9 @@ class Rollouts:
         asked = {row: self.asked[row] for step in rows for row in step}
         judged = self._ask(number, 0, asked)
         for round_ in range(1, (config.dynamic_sampling or 0) + 1):
-            idle = {g.row for g in judged.groups if not any(g.advantage)} | (asked.keys() - {g.row for g in judged.groups})
+            idle = {g.row for g in judged.groups if not any(g.advantage)} | (
+                asked.keys() - {g.row for g in judged.groups}
+            )
             if not idle:
                 break
             others = self._others(number, round_, set(asked), len(idle))
@@ -296,9 +298,7 @@ class Rollouts:
             example.token_columns[POLICY_MASK] = [(v >= least).astype(np.float32) for v in of_row]
 
     @torch.no_grad()
-    def logps(
-        self, examples: list[Example], engine: Engine | None, *, watching: bool = False
-    ) -> tuple[Arrays, Arrays]:
+    def logps(self, examples: list[Example], engine: Engine | None, *, watching: bool = False) -> tuple[Arrays, Arrays]:
         """Token log-probabilities of all examples by the policy, or by `engine`; with `watching` the entropies of their
         distributions too. On every rank, which shares the work."""
         passes, world = self.passes, self.passes.world
@@ -359,7 +359,8 @@ class Rollouts:
             rows, steps = sorted({row for step in self.steps for row in step.rows}), self.steps
         return {
             "begun": self.begun, "entropy": [self.entropy.value, self.entropy.last],
-            "seen_entropy": None if self.stepwide is None else self.stepwide.entropy, "window": [dict(line) for line in self.window], "left_out": dict(self.left_out),
+            "seen_entropy": None if self.stepwide is None else self.stepwide.entropy,
+            "window": [dict(line) for line in self.window], "left_out": dict(self.left_out),
             "steps": [(list(s.rows), tuple(map(float, s.totals)), s.tokens) for s in steps],
             "examples": {row: _kept(self.examples[row]) for row in rows},
         }  # fmt: skip

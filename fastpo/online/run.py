@@ -40,8 +40,8 @@ def of_arguments(
         named = next((name for name, value in given.items() if value is not None), None)
         if named is not None:
             raise ConfigError(
-                f"{named} is given, and {'+'.join(config.losses)} trains on the data's responses: leave it out, or choose "
-                f"an online loss, such as loss_type=grpo"
+                f"{named} is given, and {'+'.join(config.losses)} trains on the data's responses: leave it out, or "
+                f"choose an online loss, such as loss_type=grpo"
             )
         return None
     return OnlineRun(config, reward_funcs, reward_processing_classes, judge, sampler)
@@ -78,7 +78,7 @@ class OnlineRun:
         judge = config.judge if judge is None else judge
         if reward_funcs is None and (judge is None or self.way.by == "rewards"):
             what = "reward_funcs" if self.way.by == "rewards" else "reward_funcs or a judge"
-            raise ConfigError(f"{self.way.name} needs {what}: functions, reward models or scorers that judge the responses")
+            raise ConfigError(f"{self.way.name} needs {what}: functions, reward models or scorers that judge responses")
         if judge is not None and self.way.by == "rewards":
             raise ConfigError(f"{self.way.name} reads rewards, not comparisons: pass the judge in reward_funcs")
         self.rewards: Rewards | None = None
@@ -109,9 +109,10 @@ class OnlineRun:
 
     def begin(
         self, plan: OnlinePlan, sets: PromptSets, passes: Passes, tokenizer: Any, live: LiveReference | None,
-        moving: MovingReference | None, state: Callable[[], Any], folder: Path,
+        moving: MovingReference | None, callbacks: Any, folder: Path,
     ) -> Rollouts:  # fmt: skip
-        """The rollouts of a run whose model is as its processes hold it. live, moving: its reference."""
+        """The rollouts of a run whose model is as its processes hold it. live, moving: its reference. callbacks: have
+        transformers' state, which reward functions may read."""
         config, world, objective = self.config, passes.world, sets.objective
         forward = passes.forward
         reference: Reference | None = None
@@ -133,10 +134,10 @@ class OnlineRun:
         if self.way.by == "rewards":
             assert self.rewards is not None
             penalty = rollouts.penalty if self._penalised else None
-            rollouts.judgement = ByRewards(config, self.way, self.rewards, world, state, penalty)
+            rollouts.judgement = ByRewards(config, self.way, self.rewards, world, lambda: callbacks.state, penalty)
         else:
             assert self.preferences is not None
-            rollouts.judgement = ByWins(config, self.way, self.preferences, world, state)
+            rollouts.judgement = ByWins(config, self.way, self.preferences, world, lambda: callbacks.state)
         return rollouts
 
     def evaluation(self, rollouts: Rollouts) -> OnlineEvaluation:
@@ -196,4 +197,3 @@ def spread_of(config: TrainConfig, prompts: int, count: int, way: Online) -> int
         step = prompts * (count if way.by == "rewards" else 1)
         return max(1, config.generation_batch_size // step)
     return 1
-

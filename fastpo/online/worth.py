@@ -89,12 +89,14 @@ class ByRewards:
                 out.append(group)
         return Judged(out, metrics | logged, left_out, lines)
 
-    def _judged(self, groups: Sequence[Group], left_out: Counter[str]) -> tuple[Any, Any, dict[str, list[Any]], dict[str, float]]:
+    def _judged(
+        self, groups: Sequence[Group], left_out: Counter[str]
+    ) -> tuple[Any, Any, dict[str, list[Any]], dict[str, float]]:
         """values [R, F], used [R], columns that functions log, and their metrics, of all ranks' parts together."""
         world = self.world
         mine = range(world.rank, len(groups), world.size)
-        own = world.all_do(lambda: self.rewards([groups[n].asked.row for n in mine],
-                                                [groups[n].responses for n in mine], self.state(), stop=False))  # fmt: skip
+        rows, given = [groups[n].asked.row for n in mine], [groups[n].responses for n in mine]
+        own = world.all_do(lambda: self.rewards(rows, given, self.state(), stop=False))
         parts = world.gather(own)
         total = sum(len(g.responses) for g in groups)
         values, used = np.full((total, len(self.rewards.names)), NAN), np.zeros(total, bool)
@@ -125,7 +127,9 @@ class ByRewards:
             column = worth.soft_overlong(lengths, config.max_completion_length, config.overlong_buffer)
             out.append(("overlong", column.numpy(), float(config.overlong_penalty)))
         if config.missing_eos_penalty:
-            out.append(("missing_eos", np.array([-float(not r.finished) for r in responses]), config.missing_eos_penalty))
+            out.append(
+                ("missing_eos", np.array([-float(not r.finished) for r in responses]), config.missing_eos_penalty)
+            )
         return out
 
     def close(self) -> None:
@@ -135,22 +139,24 @@ class ByRewards:
 class ByWins:
     """Advantages or pairs of the responses by who beats whom, for the preference losses."""
 
-    def __init__(self, config: TrainConfig, way: Online, preferences: Preferences, world: World, state: Callable[[], Any]):
+    def __init__(
+        self, config: TrainConfig, way: Online, preferences: Preferences, world: World, state: Callable[[], Any]
+    ):
         self.config, self.way, self.preferences, self.world, self.state = config, way, preferences, world, state
 
     def __call__(self, drawn: Sequence[Drawn], asked: Mapping[int, Asked]) -> Judged:
         groups, left_out = groups_of(drawn, asked)
         world = self.world
         mine = range(world.rank, len(groups), world.size)
-        own = world.all_do(lambda: self.preferences([groups[n].asked.row for n in mine],
-                                                    [groups[n].responses for n in mine], self.state()))  # fmt: skip
+        rows, given = [groups[n].asked.row for n in mine], [groups[n].responses for n in mine]
+        own = world.all_do(lambda: self.preferences(rows, given, self.state(), stop=False))
         parts = world.gather(own)
         wins: dict[int, Any] = {}
         logged: dict[str, list[float]] = {}
         for rank, part in enumerate(parts):
             wins |= dict(zip(range(rank, len(groups), world.size), part.wins, strict=True))
             left_out.update(part.left_out)
-            for name, value in part.logged.items():
+            for name, value in (part.judged.logged if part.judged is not None else {}).items():
                 logged.setdefault(name, []).append(value)
         if groups and all(np.isnan(p).all() for p in wins.values()):
             if broken := next((p.broken for p in parts if p.broken), None):
@@ -236,8 +242,9 @@ def length_metrics(responses: Sequence[Response]) -> dict[str, float]:
     if not len(lengths):
         return {}
     ended = lengths[np.array([r.finished for r in responses])]
+    clipped = 1 - len(ended) / len(lengths)
     out = {"completions/mean_length": lengths.mean(), "completions/min_length": lengths.min(),
-           "completions/max_length": lengths.max(), "completions/clipped_ratio": 1 - len(ended) / len(lengths)}  # fmt: skip
+           "completions/max_length": lengths.max(), "completions/clipped_ratio": clipped}  # fmt: skip
     ended = ended if len(ended) else np.zeros(1)
     out |= {"completions/mean_terminated_length": ended.mean(), "completions/min_terminated_length": ended.min(),
             "completions/max_terminated_length": ended.max()}  # fmt: skip

@@ -316,13 +316,23 @@ class Window:
             setattr(self, name, value.to(self.device) if isinstance(value, Tensor) else value)
         self.started = time.monotonic() - state["seconds"]
 
-    _STATE = ("run", "sums", "norm", "aux", "dropped", "range", "degrees", "policy", "tokens", "tokens_at_flush", "trunk_tokens",
-              "alone_tokens", "micro_batches")  # fmt: skip
+    _STATE = ("run", "sums", "norm", "aux", "dropped", "range", "degrees", "policy", "tokens", "tokens_at_flush",
+              "trunk_tokens", "alone_tokens", "micro_batches")  # fmt: skip
 
     def flush(self, learning_rate: float, num_tokens: int) -> dict[str, float]:
         """The log line: one host read, then a new window. Raises TrainingError after too many non-finite steps."""
         norm = self.norm.reshape(1).to(self.device)
-        numbers = [norm, self.aux[None], self.dropped, self.range, self.degrees, self.policy, self.tokens, self.run, self.sums]
+        numbers = [
+            norm,
+            self.aux[None],
+            self.dropped,
+            self.range,
+            self.degrees,
+            self.policy,
+            self.tokens,
+            self.run,
+            self.sums,
+        ]
         norm, aux, rows, dropped, largest, low, high, *values = torch.cat(numbers).tolist()
         of_degrees, values = values[:DEGREE_SUMS], values[DEGREE_SUMS:]
         of_policy, values = values[:POLICY_SUMS], values[POLICY_SUMS:]

@@ -13,7 +13,8 @@ from fastpo.data.prefetch import to_device
 from fastpo.data.prepare import Example
 from fastpo.data.rows import DEGREE_OF
 from fastpo.errors import ConfigError
-from fastpo.losses.table import DEGREE, NO_ROLLOUTS, ORDER, SFT, Term, resolve_terms
+from fastpo.losses.online import ONLINE, TOKEN_OPTIONS, is_online
+from fastpo.losses.table import DEGREE, ORDER, SFT, Term, resolve_terms
 from fastpo.models.degree_head import LOGITS
 from fastpo.training.degree_metrics import degree_sum
 from fastpo.training.metrics import PAIR_METRICS, fused_pair_loss, has_kernel, nll_sum, pair_inputs, pair_metrics
@@ -48,19 +49,21 @@ class Objective:
         """The losses of `loss_type`, with their weights and hyper-parameters; ConfigError as `resolve_terms` raises."""
         if DEGREE in config.losses and config.fsdp != "no":
             raise ConfigError(f"{DEGREE} has a head beside the model, which fsdp does not split: leave fsdp out")
+        names, beta, more = config.losses, config.beta, {}
+        if is_online(names):
+            way = ONLINE[names[0]]
+            # rloo takes its KL from the reward (online/rollouts.py), the others from the loss.
+            names, beta = [way.loss], None if way.loss == "rloo" else beta
+            more = {name: getattr(config, name) for name in TOKEN_OPTIONS}
+        elif alone := next((name for name in names if name in ONLINE), None):
+            raise ConfigError(f"{alone} trains on responses that it draws itself, so it stands alone in loss_type")
         terms = resolve_terms(
-            config.losses, config.loss_weights, loss_kwargs=config.loss_kwargs, beta=config.beta,
+            names, config.loss_weights, loss_kwargs=config.loss_kwargs, beta=beta, **more,
             label_smoothing=config.label_smoothing, gamma_beta_ratio=config.gamma_beta_ratio,
             ipo_reduce=config.ipo_reduce, discopop_tau=config.discopop_tau,
             f_divergence_type=config.f_divergence_type, ld_alpha=config.ld_alpha,
             f_alpha_divergence_coef=config.f_alpha_divergence_coef, use_weighting=config.use_weighting,
         )  # fmt: skip
-        if terms[0].of_tokens:
-            name = terms[0].name
-            raise ConfigError(
-                f"{name} needs {NO_ROLLOUTS}, which fastpo.train does not carry yet; call "
-                f"fastpo.losses.LOSSES[{name!r}] yourself"
-            )
         return cls(terms)
 
     def forming(self, config: TrainConfig) -> Forming:

@@ -15,7 +15,7 @@ from fastpo.losses.tokens import TokenLoss, Tokens, Totals, kl, log_ratio
 from fastpo.models.policy import ENTROPY
 
 # Names in PackedBatch.tokens and Example.token_columns, beside data.example.REF_LOGP: of the policy that sampled, of
-# the sampler itself, what corrects for the difference of the two, and which tokens count, in all and in the policy term.
+# the sampler itself, what corrects for the difference of the two; which tokens count, in all and in the policy term.
 OLD_LOGP, SAMPLER_LOGP, CORRECTION = "old_logp", "sampler_logp", "correction"
 MASK, POLICY_MASK = "mask", "policy_mask"
 
