@@ -6,6 +6,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from fastpo.config import online
 from fastpo.config.train_config import TrainConfig
 from fastpo.data.kway import Forming
 from fastpo.data.packing import PackedBatch, nll_count
@@ -53,6 +54,7 @@ class Objective:
                 ipo_reduce=config.ipo_reduce, discopop_tau=config.discopop_tau,
                 f_divergence_type=config.f_divergence_type, ld_alpha=config.ld_alpha,
                 f_alpha_divergence_coef=config.f_alpha_divergence_coef, use_weighting=config.use_weighting,
+                **online.hyper(config),
             )
         )  # fmt: skip
 
