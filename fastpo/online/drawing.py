@@ -85,7 +85,7 @@ class Drawing:
         return Request(
             str(row), k, source, asked.prompt, tuple(asked.prompt_ids.tolist()), seed_of(*seed, row, source, k),
             asks.temperature if temperature is None else temperature, config.top_p, config.top_k,
-            asks.max_completion_length, min_p=config.min_p, repetition_penalty=config.repetition_penalty,
+            asks.max_completion_length, min_p=config.min_p or 0.0, repetition_penalty=config.repetition_penalty,
         )  # fmt: skip
 
     def close(self) -> None:

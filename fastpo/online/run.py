@@ -71,6 +71,13 @@ def plan(online: "OnlineRun | None", config: TrainConfig, rows: int, processes: 
     )
 
 
+def close(online: "OnlineRun | None", rollouts: Rollouts | None) -> None:
+    """Lets go of samplers, models and connections."""
+    for part in (rollouts, online):
+        if part is not None:
+            part.close()
+
+
 class OnlineRun:
     """The parts of an online run: who judges, and from `begin` on the rollouts."""
 
@@ -116,8 +123,8 @@ class OnlineRun:
         self, plan: Any, sets: Any, passes: Passes, tokenizer: Any, live: LiveReference | None,
         moving: MovingReference | None, callbacks: Any, folder: Path,
     ) -> Rollouts:  # fmt: skip
-        """The rollouts of a run whose model is as its processes hold it. plan, sets: as made here. live, moving: its reference. callbacks: have
-        transformers' state, which reward functions may read."""
+        """The rollouts of a run whose model is as its processes hold it. plan, sets: as made here. live, moving: its
+        reference. callbacks: have transformers' state, which reward functions may read."""
         config, world, objective = self.config, passes.world, sets.objective
         forward = passes.forward
         reference: Reference | None = None
@@ -136,12 +143,11 @@ class OnlineRun:
         drawing = Drawing(config, self.asks, self.way.draws, world, samplers, within)
         rollouts = Rollouts(config, plan, sets.train, objective, passes, drawing, self.asks.num_generations, folder)
         rollouts.reference = reference
+        parts = (config, self.asks, self.way)
         if self.way.by == "rewards":
             assert self.rewards is not None
             penalty = rollouts.penalty if self._penalised else None
-            rollouts.judgement = ByRewards(
-                config, self.asks, self.way, self.rewards, world, lambda: callbacks.state, penalty
-            )
+            rollouts.judgement = ByRewards(*parts, self.rewards, world, lambda: callbacks.state, penalty)
         else:
             assert self.preferences is not None
             rollouts.judgement = ByWins(*parts, self.preferences, world, lambda: callbacks.state)
