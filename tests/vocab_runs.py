@@ -81,28 +81,12 @@ class Counts(contextlib.AbstractContextManager):
             setattr(dist, name, call)
 
 
-def both_outputs(
-    fn: Any, tensors: dict[str, Tensor], regime: str, dtype: torch.dtype | None = None
-) -> dict[str, Tensor]:
-    """`check.head_outputs` with an upstream gradient for the entropy too: that of the row across."""
-
-    def joined(*args: Tensor) -> tuple[Tensor, Tensor]:
-        logp, entropy = fn(*args)
-        values.append(logp.detach())
-        upstream = tensors["upstream"].to(logp.dtype)
-        return (logp + (entropy - entropy.detach()) * (upstream.flip(0) / upstream)), entropy.detach()
-
-    values: list[Tensor] = []
-    out = check.head_outputs(joined, tensors, regime, dtype)
-    return {**out, "logp": values[0]}
-
-
 def sliced_case(
     group: dist.ProcessGroup, slices, backend: str, dtype: torch.dtype, case: Case, entropy: bool = False
 ) -> dict[str, Any]:
     """Errors against fp64 of every regime; whether ranks agree and a second run is the same; collectives. `entropy`:
     of the op whose entropies have a gradient."""
-    outputs = both_outputs if entropy else check.head_outputs
+    outputs = functools.partial(check.head_outputs, entropy_grad=entropy)
     split = fastpo.VocabParallel.of_slice(group, *slices[group.rank()])
     tensors = case.tensors(dtype, "cpu")
     rule: dict[str, Any] = {"softcap": case.softcap, "logit_scale": case.logit_scale}
