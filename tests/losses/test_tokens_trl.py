@@ -333,6 +333,46 @@ def scored(make, rewards, size, **options):
     return out, metrics, packed
 
 
+def of_grpo_trainer(functions, seed, **options):
+    """(advantages, those of GRPOTrainer, its metrics, responses of a group)."""
+    rewards, groups, size = reward_matrix(functions, seed)
+    w = [1.0, 0.5, 2.0][:functions]
+    out, metrics, _ = scored(trl().GRPOTrainer, rewards, size, reward_weights=torch.tensor(w), **options)
+    names = {"scale_rewards": "scale", "multi_objective_aggregation": "aggregation"}
+    got = advantages(rewards, groups, weights=w, **{names[k]: v for k, v in options.items()})
+    return got, out["advantages"].double(), metrics, size
+
+
+def of_rloo_trainer(seed, normalize, beta, clip_range):
+    """(advantages, those of RLOOTrainer, its metrics)."""
+    trl()
+    make = pytest.importorskip("trl.trainer.rloo_trainer").RLOOTrainer
+    rewards, groups, size = reward_matrix(3, seed)
+    out, metrics, packed = scored(
+        make, rewards, size, reward_weights=torch.tensor([1.0, 0.5, 2.0]), normalize_advantages=normalize, beta=beta,
+        reward_clip_range=clip_range,
+    )  # fmt: skip
+    got = advantages(
+        rewards, groups, weights=[1.0, 0.5, 2.0], baseline="leave_one_out", scale="none", normalize=normalize,
+        clip_range=clip_range, penalty=beta * response_kl(packed["old"], packed["ref"], packed["offsets"]),
+    )  # fmt: skip
+    return got, out["advantages"].double(), metrics
+
+
+def corrections(mode, bounds):
+    """(weights of a sampler's tokens, those of GRPOTrainer)."""
+    rewards, _, size = reward_matrix(1, 0)
+    out, _, packed = scored(
+        trl().GRPOTrainer, rewards, size, use_vllm=True, vllm_importance_sampling_correction=True,
+        vllm_importance_sampling_mode=mode, vllm_importance_sampling_clip_min=bounds[0],
+        vllm_importance_sampling_clip_max=bounds[1],
+    )  # fmt: skip
+    got = correction(
+        packed["old"], packed["sampler"], packed["offsets"], mode=mode, clip_min=bounds[0], clip_max=bounds[1]
+    )
+    return got, out["importance_sampling_ratio"].expand(packed["there"].shape)[packed["there"]]
+
+
 @pytest.mark.parametrize("functions", [1, 3])
 @pytest.mark.parametrize(
     "options",
@@ -342,12 +382,8 @@ def scored(make, rewards, size, **options):
 )
 def test_advantages_of_grpo_trainer(functions, options):
     for seed in range(4):
-        rewards, groups, size = reward_matrix(functions, seed)
-        w = [1.0, 0.5, 2.0][:functions]
-        out, metrics, _ = scored(trl().GRPOTrainer, rewards, size, reward_weights=torch.tensor(w), **options)
-        names = {"scale_rewards": "scale", "multi_objective_aggregation": "aggregation"}
-        got = advantages(rewards, groups, weights=w, **{names[k]: v for k, v in options.items()})
-        torch.testing.assert_close(got.values, out["advantages"].double(), rtol=1e-12, atol=1e-12)
+        got, expected, metrics, size = of_grpo_trainer(functions, seed, **options)
+        torch.testing.assert_close(got.values, expected, rtol=1e-12, atol=1e-12)
         used = got.reward[got.used]
         assert metrics["reward"] == pytest.approx(float(used.mean()), rel=1e-12)
         assert metrics["reward_std"] == pytest.approx(float(used.std()), rel=1e-12)
@@ -362,19 +398,9 @@ def test_advantages_of_grpo_trainer(functions, options):
 @pytest.mark.parametrize("beta", [0.0, 0.05])
 @pytest.mark.parametrize("clip_range", [None, (-0.5, 1.0)])
 def test_advantages_of_rloo_trainer(normalize, beta, clip_range):
-    trl()
-    make = pytest.importorskip("trl.trainer.rloo_trainer").RLOOTrainer
     for seed in range(4):
-        rewards, groups, size = reward_matrix(3, seed)
-        out, metrics, packed = scored(
-            make, rewards, size, reward_weights=torch.tensor([1.0, 0.5, 2.0]), normalize_advantages=normalize,
-            beta=beta, reward_clip_range=clip_range,
-        )  # fmt: skip
-        got = advantages(
-            rewards, groups, weights=[1.0, 0.5, 2.0], baseline="leave_one_out", scale="none", normalize=normalize,
-            clip_range=clip_range, penalty=beta * response_kl(packed["old"], packed["ref"], packed["offsets"]),
-        )  # fmt: skip
-        torch.testing.assert_close(got.values, out["advantages"].double(), rtol=1e-11, atol=1e-11)
+        got, expected, metrics = of_rloo_trainer(seed, normalize, beta, clip_range)
+        torch.testing.assert_close(got.values, expected, rtol=1e-11, atol=1e-11)
         assert metrics["frac_reward_zero_std"] == pytest.approx(float(got.zero_std.double().mean()))
 
 
@@ -383,14 +409,5 @@ def test_advantages_of_rloo_trainer(normalize, beta, clip_range):
 def test_corrections_of_grpo_trainer(mode, bounds):
     if bounds == (None, None) and mode.endswith("truncate"):
         pytest.skip("TRL's clamp without a bound is an error")
-    rewards, _, size = reward_matrix(1, 0)
-    out, _, packed = scored(
-        trl().GRPOTrainer, rewards, size, use_vllm=True, vllm_importance_sampling_correction=True,
-        vllm_importance_sampling_mode=mode, vllm_importance_sampling_clip_min=bounds[0],
-        vllm_importance_sampling_clip_max=bounds[1],
-    )  # fmt: skip
-    got = correction(
-        packed["old"], packed["sampler"], packed["offsets"], mode=mode, clip_min=bounds[0], clip_max=bounds[1]
-    )
-    expected = out["importance_sampling_ratio"].expand(packed["there"].shape)[packed["there"]]
+    got, expected = corrections(mode, bounds)
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
