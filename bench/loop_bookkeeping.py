@@ -38,7 +38,7 @@ class Ready:
         return [list(requests[k : k + 4096]) for k in range(0, len(requests), 4096)]
 
     def sample(self, requests: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
-        from fastpo.loop.items import Response
+        from fastpo.sampling.items import Response
 
         for request in requests:
             text, ids = self.pool[request.seed % len(self.pool)]
@@ -55,7 +55,7 @@ class Instant:
     key = {"judge": "instant"}
 
     def score(self, units: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
-        from fastpo.loop.items import Verdict
+        from fastpo.sampling.items import Verdict
 
         for unit in units:
             yield unit, Verdict(float(unit.responses[0].token_ids[0]))

@@ -30,7 +30,7 @@ import transformers  # noqa: E402
 
 import fastpo  # noqa: E402
 from fastpo import quickstart as qs  # noqa: E402
-from fastpo.loop.items import Request, Response, Unit, Verdict, seed_of  # noqa: E402
+from fastpo.sampling.items import Request, Response, Unit, Verdict, seed_of  # noqa: E402
 
 PROMPTS, STEPS, BATCH = 768, 20, 64  # of each iteration
 ITERATIONS = 2

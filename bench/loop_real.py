@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH leaves it out
 import common  # noqa: E402
 
 import fastpo  # noqa: E402
-from fastpo.loop.items import Unit, Verdict  # noqa: E402
+from fastpo.sampling.items import Unit, Verdict  # noqa: E402
 
 WORDS, MAX_TOKENS, SAMPLES = 8, 40, 4
 TRAIN: dict[str, Any] = {

@@ -54,7 +54,7 @@ def loop(start: Path, folder: Path, pairs: bool) -> None:
         a, b = judge(prompt, first, meta), judge(prompt, second, meta)
         return 0.5 + 0.5 * ((a > b) - (a < b))
 
-    from fastpo.loop.scorers import FunctionScorer
+    from fastpo.scoring.scorers import FunctionScorer
 
     scorer = FunctionScorer("judge", better, unit="pair", key={"judge": 1}) if pairs else judge
     fastpo.iterate(

@@ -62,7 +62,7 @@ done
 rc=0
 "${run[@]}" -m "not gpu and not real" --ignore-glob "tests/*/test_*_interpreter.py" "$@" \
     tests/ops tests/losses tests/models tests/reference tests/training tests/data tests/checkpoints tests/plan \
-    tests/report tests/config tests/loop/test_local_sampler.py tests/loop/test_servers.py tests/test_trainer.py \
+    tests/report tests/config tests/sampling tests/test_trainer.py \
     tests/test_face.py tests/test_quickstart.py || rc=1
 # Triton reads TRITON_INTERPRET when a kernel is decorated: a process of its own.
 TRITON_INTERPRET=1 "${run[@]}" -m "not gpu" "$@" tests/*/test_*_interpreter.py || rc=1

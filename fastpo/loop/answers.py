@@ -17,9 +17,9 @@ from typing import Any
 from tqdm import tqdm
 
 from fastpo.errors import TrainingError, shown
-from fastpo.loop.items import Failure, Request, Response, Sampler, Scorer, Unit, Verdict
-from fastpo.loop.parts import Part
 from fastpo.loop.sample_stage import answered, line_of
+from fastpo.sampling.items import Failure, Request, Response, Sampler, Scorer, Unit, Verdict
+from fastpo.sampling.parts import Part
 
 log = logging.getLogger("fastpo")
 

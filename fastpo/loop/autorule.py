@@ -22,11 +22,11 @@ from fastpo.errors import ConfigError, TrainingError, did_you_mean, shown
 from fastpo.loop.answers import Answers
 from fastpo.loop.config import Options
 from fastpo.loop.config import section as read_section
-from fastpo.loop.items import Failure, Sampler, prompt_text, seed_of
 from fastpo.loop.pairs import PairOf, drawn, read_pairs
-from fastpo.loop.parts import write_json
 from fastpo.loop.teacher import Encode, Teacher
 from fastpo.loop.written import Template, check_templates, numbered, unrepeated, without_thoughts
+from fastpo.sampling.items import Failure, Sampler, prompt_text, seed_of
+from fastpo.sampling.parts import write_json
 
 _BETTER = re.compile(r"\bbetter\W{0,6}(?:answer|response)?\W{0,4}\b([AB])\b\W*$", re.IGNORECASE)
 

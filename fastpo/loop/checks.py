@@ -7,10 +7,10 @@ from typing import Any
 from fastpo.config.train_config import TrainConfig
 from fastpo.errors import ConfigError
 from fastpo.loop.config import POLICY_NAMES, LoopConfig
-from fastpo.loop.items import POLICY, Scorer
 from fastpo.loop.selecting import WITHOUT_SCORES, Selector
 from fastpo.losses import LOSSES, canonical_name
 from fastpo.losses.table import DEGREE
+from fastpo.sampling.items import POLICY, Scorer
 from fastpo.training.objective import Objective
 
 _OF_THE_LOOP = ("reference", "previous")

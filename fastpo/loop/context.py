@@ -9,12 +9,13 @@ from typing import Any
 import torch
 
 from fastpo.errors import ConfigError
-from fastpo.loop import checks, sampling
+from fastpo.loop import checks
 from fastpo.loop import prompts as prompt_files
 from fastpo.loop.config import LoopConfig
-from fastpo.loop.items import Item, Sampler, Scorer, digest
-from fastpo.loop.scorers import make_scorer
 from fastpo.models.loading import load_tokenizer
+from fastpo.sampling import make
+from fastpo.sampling.items import Item, Sampler, Scorer, digest
+from fastpo.scoring.scorers import make_scorer
 
 
 class Context:
@@ -73,11 +74,11 @@ class Context:
 
     def encode(self, prompt: Any) -> Sequence[int]:
         """The ids of a prompt as the policy sees it."""
-        return sampling.prompt_ids(self.tokenizer, prompt)
+        return make.prompt_ids(self.tokenizer, prompt)
 
     def encode_all(self, prompts: Sequence[Any]) -> list[tuple[int, ...]]:
         """The same of many."""
-        return sampling.prompts_ids(self.tokenizer, prompts)
+        return make.prompts_ids(self.tokenizer, prompts)
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
@@ -116,7 +117,7 @@ class Context:
         if self.make_sampler is not None:
             made = self.make_sampler(policy)
         else:
-            made = sampling.make_sampler(config.sample, policy, self.tokenizer, folder)
+            made = make.make_sampler(config.sample, policy, self.tokenizer, folder)
         try:
             yield made
         finally:

@@ -14,8 +14,8 @@ from typing import Any
 from fastpo.data.rows import DEGREE_OF, LOSS
 from fastpo.errors import TrainingError
 from fastpo.loop.config import Degrade, LoopConfig
-from fastpo.loop.items import seed_of
 from fastpo.losses.table import DEGREE, canonical_name
+from fastpo.sampling.items import seed_of
 
 Span = tuple[int, int]  # of a text: [start, stop)
 Phrase = Sequence[Span]  # all places at which a phrase stands

@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fastpo.loop.items import Item, Response, Scorer, Scores
+from fastpo.sampling.items import Item, Response, Scorer, Scores
 
 
 def compared(item: Item, answer: Response, other: Response | None, scorer: Scorer) -> Item:

@@ -16,9 +16,9 @@ from fastpo.errors import FastpoError
 from fastpo.loop import prompts as prompt_files
 from fastpo.loop.checks import sources_of
 from fastpo.loop.config import LoopConfig, Select
-from fastpo.loop.items import POLICY, Item, Prompt, Response, seed_of
 from fastpo.loop.run_files import IterationFiles, RunFiles, finite, lines, mapping, number, parts
 from fastpo.loop.selecting import gather
+from fastpo.sampling.items import POLICY, Item, Prompt, Response, seed_of
 
 PROMPTS, HELD_OUT = 6, 6  # of an iteration, of the evaluation
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from fastpo.errors import ConfigError, TrainingError, did_you_mean, shown
 from fastpo.loop.config import section as read_section
-from fastpo.loop.items import Failure, Item, Prompt, Request, Response, Verdict, seed_of
 from fastpo.loop.tree import Node, Standing, backup, best_child, chain, confidence, prior, select, standings
+from fastpo.sampling.items import Failure, Item, Prompt, Request, Response, Verdict, seed_of
 
 Decode = Callable[[Sequence[int]], str]
 Drawn = dict[

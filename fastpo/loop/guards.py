@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastpo.loop.config import Guards
-from fastpo.loop.items import Response
 from fastpo.loop.selecting import distinct_ngrams
+from fastpo.sampling.items import Response
 
 ENOUGH = 2000  # responses of which lengths in characters and repetitions are counted
 

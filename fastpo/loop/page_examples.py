@@ -6,10 +6,10 @@ from html import escape
 from typing import Any
 
 from fastpo.loop.examples import Answer, Example, HeldOut, Judgement, examples_of, held_out
-from fastpo.loop.items import POLICY
 from fastpo.loop.run_files import RunFiles, mapping
 from fastpo.report.charts import number as shown_number
 from fastpo.report.pieces import section
+from fastpo.sampling.items import POLICY
 
 # Bounds, in characters and counts. What is cut says so.
 ANSWER, PROMPT, RAW = 1200, 1000, 600

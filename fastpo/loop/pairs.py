@@ -12,7 +12,7 @@ from fastpo.data.layouts import read_as
 from fastpo.data.rows import InvalidRow, Schema, parse_row, read_schema
 from fastpo.data.sources import column_names, first_rows, head_rows, load_rows
 from fastpo.errors import DataError
-from fastpo.loop.items import Prompt, digest
+from fastpo.sampling.items import Prompt, digest
 
 _FIRST = 1000  # rows that say what all are
 

@@ -17,10 +17,10 @@ from fastpo.errors import ConfigError, did_you_mean, shown
 from fastpo.loop import autorule, pugc, skillmix
 from fastpo.loop.config import as_json
 from fastpo.loop.config import section as read_section
-from fastpo.loop.items import Sampler
 from fastpo.loop.stages import Stage
 from fastpo.loop.supervise import Supervise, sft
 from fastpo.loop.teacher import Encode
+from fastpo.sampling.items import Sampler
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 from fastpo.data.sources import load_rows
 from fastpo.errors import ConfigError, DataError, nearest, quoted
-from fastpo.loop.items import Item, digest, prompt_text, seed_of
+from fastpo.sampling.items import Item, digest, prompt_text, seed_of
 
 PROMPT = "prompt"
 

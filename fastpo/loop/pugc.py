@@ -14,11 +14,11 @@ from fastpo.data.sources import load_rows
 from fastpo.errors import ConfigError, DataError, TrainingError, nearest, quoted
 from fastpo.loop.config import Options
 from fastpo.loop.config import section as read_section
-from fastpo.loop.items import Failure, Sampler, digest
-from fastpo.loop.parts import write_lines
-from fastpo.loop.replies import is_refusal, read_yes_no
 from fastpo.loop.teacher import Encode, Teacher
 from fastpo.loop.written import Template, check_templates, without_thoughts
+from fastpo.sampling.items import Failure, Sampler, digest
+from fastpo.sampling.parts import write_lines
+from fastpo.scoring.replies import is_refusal, read_yes_no
 
 _NONE = "NONE"  # what the template asks to write where a text answers nothing
 

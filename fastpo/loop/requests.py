@@ -5,7 +5,7 @@ from typing import Any
 
 from fastpo.errors import ConfigError, did_you_mean
 from fastpo.loop.config import Refine, Sample
-from fastpo.loop.items import POLICY, Item, Prompt, Request, Response, seed_of
+from fastpo.sampling.items import POLICY, Item, Prompt, Request, Response, seed_of
 
 EncodeAll = Callable[[Sequence[Prompt]], list[tuple[int, ...]]]
 _KEYS = ("source", "n", "temperature", "top_p", "top_k", "max_tokens", "stop", "prefix", "contrast_prefix", "contrast")

@@ -13,12 +13,12 @@ from fastpo.errors import TrainingError
 from fastpo.loop import degrade
 from fastpo.loop.checks import losses_of, train_options
 from fastpo.loop.config import LoopConfig, Select
-from fastpo.loop.items import Dropped, Item, Prompt, Scores, prompt_text, seed_of
-from fastpo.loop.parts import read_lines, write_json, write_lines
 from fastpo.loop.requests import refined_prompt
 from fastpo.loop.selecting import GREEDY, Selector, as_pairs
 from fastpo.losses import LOSSES
 from fastpo.losses.table import DEGREE
+from fastpo.sampling.items import Dropped, Item, Prompt, Scores, prompt_text, seed_of
+from fastpo.sampling.parts import read_lines, write_json, write_lines
 from fastpo.selection import length_penalty, relabel
 
 Encode = Callable[[Prompt], Sequence[int]]  # a prompt's token ids, as the policy sees it

@@ -19,17 +19,18 @@ from typing import Any
 from fastpo.checkpoints.run_lock import RunLock
 from fastpo.errors import ConfigError, TrainingError, did_you_mean
 from fastpo.loop import config as configs
-from fastpo.loop import guards, prepare, sampling
+from fastpo.loop import guards, prepare
 from fastpo.loop.config import LoopConfig, Sample
 from fastpo.loop.context import Context
-from fastpo.loop.items import Sampler
 from fastpo.loop.page import write_page
-from fastpo.loop.parts import read_json, write_json
 from fastpo.loop.recipes import options_of
 from fastpo.loop.stages import Iteration
 from fastpo.loop.work import OUTPUTS, STAGES, Work
 from fastpo.models.loading import load_tokenizer
 from fastpo.report.outputs import ensure_log_handler
+from fastpo.sampling import make
+from fastpo.sampling.items import Sampler
+from fastpo.sampling.parts import read_json, write_json
 
 log = logging.getLogger("fastpo")
 
@@ -61,7 +62,7 @@ def iterate(
     * `config`: options by name, or the path of a YAML file with them (fastpo/loop/config.py); `overrides` on top.
     * `recipe`: a system of a paper whose options are the defaults of all others (`fastpo recipes` lists them).
     * `sampler`: makes the sampler of a policy's folder, in place of the engine in `sample`.
-    * `scorers`: further scorers by name: objects with the protocol of fastpo/loop/items.py, or functions
+    * `scorers`: further scorers by name: objects with the protocol of fastpo/sampling/items.py, or functions
       f(prompt, response, meta) -> number, None where there is no judgement; TRL's reward functions too.
     * `selector`: an object whose `select(item, scores)` gives a row or a `Dropped`, in place of `select`.
     * `teacher`: makes the sampler that the stages of `prepare` ask, in place of their option `teacher`.
@@ -151,9 +152,9 @@ def teachers(options: Any, model: Any, folder: Path) -> tuple[Callable[[], Sampl
         spec.pop("model", None)
     sample = configs.section(Sample, spec, "prepare.teacher")
     if sample.engine != "local":
-        return (lambda: sampling.make_sampler(sample, name, None, folder)), None
+        return (lambda: make.make_sampler(sample, name, None, folder)), None
     tokenizer = load_tokenizer(name)
-    return (lambda: sampling.make_sampler(sample, name, tokenizer, folder)), partial(sampling.prompt_ids, tokenizer)
+    return (lambda: make.make_sampler(sample, name, tokenizer, folder)), partial(make.prompt_ids, tokenizer)
 
 
 class Run:

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from fastpo.errors import TrainingError, shown
-from fastpo.loop.items import POLICY, Failure, Request, Response, Sampler
-from fastpo.loop.parts import Part, read_lines, write_json
 from fastpo.loop.stages import versions
+from fastpo.sampling.items import POLICY, Failure, Request, Response, Sampler
+from fastpo.sampling.parts import Part, read_lines, write_json
 
 log = logging.getLogger("fastpo")
 

@@ -15,12 +15,12 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from fastpo.errors import ConfigError, TrainingError, did_you_mean
-from fastpo.loop.items import POLICY, Item, Scores, Unit, Verdict, digest
-from fastpo.loop.judges import cache_key
-from fastpo.loop.parts import Part, read_json, read_lines, write_json, write_lines
-from fastpo.loop.scoring import RAW, BothOrders, Ensemble, of_both_orders
 from fastpo.loop.selecting import bracket
 from fastpo.loop.verdicts import VerdictCache
+from fastpo.sampling.items import POLICY, Item, Scores, Unit, Verdict, digest
+from fastpo.sampling.parts import Part, read_json, read_lines, write_json, write_lines
+from fastpo.scoring.judges import cache_key
+from fastpo.scoring.scoring import RAW, BothOrders, Ensemble, of_both_orders
 
 Pair = tuple[int, int]
 Shown = tuple[int | None, int | None]  # i and j of a unit, as they were shown

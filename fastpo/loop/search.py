@@ -31,8 +31,8 @@ from tqdm import tqdm
 from fastpo.errors import ConfigError, TrainingError
 from fastpo.loop.answers import Answers
 from fastpo.loop.growth import Ask, Decode, Growth, Judge, Tree, options_of
-from fastpo.loop.items import Item, Prompt, Response, Sampler, Scorer, Unit
-from fastpo.loop.parts import read_lines, write_lines
+from fastpo.sampling.items import Item, Prompt, Response, Sampler, Scorer, Unit
+from fastpo.sampling.parts import read_lines, write_lines
 
 Encode = Callable[[Prompt], Sequence[int]]
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from fastpo.errors import ConfigError, did_you_mean
 from fastpo.loop.config import Select
-from fastpo.loop.items import Dropped, Item, Response, Scores, seed_of
+from fastpo.sampling.items import Dropped, Item, Response, Scores, seed_of
 
 Pair = tuple[int, int, float]  # winner, loser, weight
 _ROUNDING = 1e-9

@@ -22,10 +22,10 @@ from typing import Any
 from fastpo.errors import ConfigError, DataError, TrainingError, shown
 from fastpo.loop.config import Options
 from fastpo.loop.config import section as read_section
-from fastpo.loop.items import Failure, Response, Sampler, Turn, seed_of
-from fastpo.loop.parts import read_json, write_json, write_lines
 from fastpo.loop.teacher import Encode, Teacher
 from fastpo.loop.written import Template, check_templates, numbered, unrepeated, without_thoughts
+from fastpo.sampling.items import Failure, Response, Sampler, Turn, seed_of
+from fastpo.sampling.parts import read_json, write_json, write_lines
 
 _ASKED = ("generate", "generate-again", "refine", "refine-again")  # turns that give an instruction and its response
 _FORM = re.compile(

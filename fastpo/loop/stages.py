@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from fastpo.errors import ConfigError, shown
-from fastpo.loop.items import digest
-from fastpo.loop.parts import file_digest, read_json, write_json
+from fastpo.sampling.items import digest
+from fastpo.sampling.parts import file_digest, read_json, write_json
 
 FORMAT = 1
 # Files of a model's folder that decide what it says: its log, its checkpoints and its page do not.

@@ -17,11 +17,11 @@ from fastpo.data.sources import load_rows
 from fastpo.errors import ConfigError, DataError, nearest, quoted
 from fastpo.loop.config import Options, Refine
 from fastpo.loop.config import section as read_section
-from fastpo.loop.items import Sampler
 from fastpo.loop.pairs import read_pairs
-from fastpo.loop.parts import write_lines
 from fastpo.loop.requests import refined_prompt
 from fastpo.loop.teacher import Encode
+from fastpo.sampling.items import Sampler
+from fastpo.sampling.parts import write_lines
 from fastpo.trainer import train
 
 _OURS = ("output_dir", "loss_type", "resume_from_checkpoint")

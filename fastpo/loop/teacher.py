@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from fastpo.loop.answers import Answers
-from fastpo.loop.items import Failure, Prompt, Request, Response, Sampler, Turn, seed_of
 from fastpo.loop.written import read_texts
+from fastpo.sampling.items import Failure, Prompt, Request, Response, Sampler, Turn, seed_of
 
 Encode = Callable[[Prompt], Sequence[int]]
 

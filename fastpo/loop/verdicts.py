@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastpo.loop.items import Verdict
 from fastpo.reference.cache import cache_folder
+from fastpo.sampling.items import Verdict
 
 log = logging.getLogger("fastpo")
 _AT_ONCE = 500  # keys of one query: SQLite's oldest limit is 999

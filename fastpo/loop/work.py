@@ -15,11 +15,8 @@ from typing import Any
 
 from fastpo.loop import checks, evaluation, growth, guards, rows
 from fastpo.loop import prompts as prompt_files
-from fastpo.loop.check_sampler import check_sampler
 from fastpo.loop.config import as_json
 from fastpo.loop.context import Context
-from fastpo.loop.items import Item, Request, Response, Scorer
-from fastpo.loop.parts import read_lines, write_json, write_lines
 from fastpo.loop.requests import refinements, requests_of
 from fastpo.loop.sample_stage import read_samples, sample_stage
 from fastpo.loop.score_stage import read_scores, score_stage
@@ -27,6 +24,9 @@ from fastpo.loop.search import search
 from fastpo.loop.selecting import gather
 from fastpo.loop.stages import Stage
 from fastpo.losses import LOSSES
+from fastpo.sampling.check_sampler import check_sampler
+from fastpo.sampling.items import Item, Request, Response, Scorer
+from fastpo.sampling.parts import read_lines, write_json, write_lines
 from fastpo.trainer import train
 
 log = logging.getLogger("fastpo")

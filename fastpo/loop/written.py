@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from fastpo.errors import ConfigError, did_you_mean
-from fastpo.loop.items import Failure
-from fastpo.loop.replies import FENCED, answer_of, lists_in, whole_list
+from fastpo.sampling.items import Failure
+from fastpo.scoring.replies import FENCED, answer_of, lists_in, whole_list
 
 
 class Template:

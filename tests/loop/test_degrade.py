@@ -9,7 +9,7 @@ import fastpo
 from fastpo.errors import ConfigError, TrainingError
 from fastpo.loop import degrade
 from fastpo.loop.config import Degrade, merged
-from fastpo.loop.parts import read_lines
+from fastpo.sampling.parts import read_lines
 
 # The example of RAKE's authors, with a word that stands twice in another case.
 ABSTRACT = (

@@ -19,7 +19,7 @@ from tokenizers import models, pre_tokenizers
 import fastpo
 from fastpo import games
 from fastpo.games.games import sppo as exact_sppo
-from fastpo.loop.items import Failure, Request, Response, Unit, Verdict
+from fastpo.sampling.items import Failure, Request, Response, Unit, Verdict
 
 COUNTED = 1_000_000
 LETTERS = "abcdef"

@@ -9,10 +9,10 @@ import pytest
 import fastpo
 from fastpo.errors import ConfigError, TrainingError
 from fastpo.loop.config import as_json, merged
-from fastpo.loop.items import Response, Verdict
-from fastpo.loop.parts import read_lines
 from fastpo.loop.run import resolve
-from fastpo.loop.scorers import FunctionScorer
+from fastpo.sampling.items import Response, Verdict
+from fastpo.sampling.parts import read_lines
+from fastpo.scoring.scorers import FunctionScorer
 
 TRAIN = {
     "per_device_train_batch_size": 4, "use_cpu": True, "bf16": False, "disable_tqdm": True, "report": False,

@@ -16,11 +16,11 @@ from fastpo.loop import config as configs
 from fastpo.loop import guards, page_examples, rows
 from fastpo.loop.evaluation import figures
 from fastpo.loop.examples import examples_of, held_out
-from fastpo.loop.items import Item, Response, Scores, Verdict
 from fastpo.loop.page import page_of, write_page
-from fastpo.loop.parts import write_json, write_lines
 from fastpo.loop.run_files import lines, read_run
 from fastpo.loop.selecting import gather
+from fastpo.sampling.items import Item, Response, Scores, Verdict
+from fastpo.sampling.parts import write_json, write_lines
 
 VOID = {"meta", "path", "circle"}
 WORDS = ("the capital is a city with rivers and old bridges where people trade grain cloth and news since many years "

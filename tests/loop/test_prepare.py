@@ -12,14 +12,14 @@ from fastpo.errors import ConfigError, DataError, TrainingError
 from fastpo.loop import prepare
 from fastpo.loop.autorule import AutoRule, rules
 from fastpo.loop.growth import Search
-from fastpo.loop.items import Failure, Response, seed_of
 from fastpo.loop.pairs import read_pairs
 from fastpo.loop.pugc import Queries, queries
-from fastpo.loop.replies import is_refusal
 from fastpo.loop.skillmix import SkillMix, mix, read_form, skillmix
 from fastpo.loop.stages import Iteration
 from fastpo.loop.supervise import Supervise, refining_rows, sft
 from fastpo.loop.written import Template, read_texts, unrepeated
+from fastpo.sampling.items import Failure, Response, seed_of
+from fastpo.scoring.replies import is_refusal
 
 
 class Scripted:

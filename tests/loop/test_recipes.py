@@ -12,7 +12,7 @@ from fastpo.loop import checks, docs, recipes
 from fastpo.loop import config as configs
 from fastpo.loop.config import Eval, LoopConfig, Select
 from fastpo.loop.recipes import ABOUT, TEXTS
-from fastpo.loop.scorers import make_scorer
+from fastpo.scoring.scorers import make_scorer
 
 NAMES = recipes.names()
 OF_SYSTEMS = ("dno", "dno_prct", "sppo", "inpo", "selm", "iterative_dpo", "evolve", "dice", "reward_augmented",

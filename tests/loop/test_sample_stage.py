@@ -9,10 +9,10 @@ import time
 import pytest
 
 from fastpo.errors import DataError, TrainingError
-from fastpo.loop.items import Failure, Request, Response, seed_of
-from fastpo.loop.local_sampler import LocalSampler
-from fastpo.loop.parts import Part
 from fastpo.loop.sample_stage import read_samples, sample_stage
+from fastpo.sampling.items import Failure, Request, Response, seed_of
+from fastpo.sampling.local_sampler import LocalSampler
+from fastpo.sampling.parts import Part
 
 PROCESS = """
 import os, sys
@@ -23,8 +23,8 @@ import torch
 torch.set_num_threads(1)
 sys.path.insert(0, str(Path({tests!r}) / "loop"))
 from test_sample_stage import requests_for
-from fastpo.loop.local_sampler import LocalSampler
-from fastpo.loop.parts import Part
+from fastpo.sampling.local_sampler import LocalSampler
+from fastpo.sampling.parts import Part
 from fastpo.loop.sample_stage import sample_stage
 sampler = LocalSampler(Toy.model(), Toy.tokenizer(), batch_size=4)
 sample_stage(sampler, requests_for(), Path(sys.argv[1]), bar=False)

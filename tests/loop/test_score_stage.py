@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from fastpo.errors import ConfigError, TrainingError
-from fastpo.loop.items import Item, Response, Unit, Verdict
 from fastpo.loop.score_stage import (
     plan_units,
     planned,
@@ -24,10 +23,11 @@ from fastpo.loop.score_stage import (
     tournament_matches,
     wins_of,
 )
-from fastpo.loop.scorers import BothOrders, Ensemble, FunctionScorer
-from fastpo.loop.scoring import BaseScorer
 from fastpo.loop.selecting import bracket
 from fastpo.loop.verdicts import VerdictCache
+from fastpo.sampling.items import Item, Response, Unit, Verdict
+from fastpo.scoring.scorers import BothOrders, Ensemble, FunctionScorer
+from fastpo.scoring.scoring import BaseScorer
 
 
 def items(n, k=3, source="policy"):

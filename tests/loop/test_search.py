@@ -10,11 +10,11 @@ import fastpo
 from fastpo import quickstart
 from fastpo.errors import ConfigError, TrainingError
 from fastpo.loop.growth import Tree, options_of
-from fastpo.loop.items import Failure, Item, Response, Verdict, seed_of
-from fastpo.loop.local_sampler import LocalSampler
-from fastpo.loop.scoring import FunctionScorer
 from fastpo.loop.search import read_siblings, search
 from fastpo.loop.tree import Node, backup, chain, confidence, prior, puct, select
+from fastpo.sampling.items import Failure, Item, Response, Verdict, seed_of
+from fastpo.sampling.local_sampler import LocalSampler
+from fastpo.scoring.scoring import FunctionScorer
 
 END = 0  # a token without text
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastpo.errors import ConfigError
-from fastpo.loop.drawing import before_stop
-from fastpo.loop.items import Failure, Request, Response
+from fastpo.sampling.drawing import before_stop
+from fastpo.sampling.items import Failure, Request, Response
 
 _ID = "token_id:"
 # What they add to OpenAI's fields; servers that know none of them ignore them, or refuse the request.

@@ -16,11 +16,11 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 
 from fastpo.data.encoding import Encoder
 from fastpo.errors import ConfigError
-from fastpo.loop.drawing import Draw, Ended, before_stop
-from fastpo.loop.items import Failure, Request, Response, digest
 from fastpo.models.loading import load_model, load_tokenizer
 from fastpo.models.modes import eval_mode
 from fastpo.reference.cache import model_fingerprint
+from fastpo.sampling.drawing import Draw, Ended, before_stop
+from fastpo.sampling.items import Failure, Request, Response, digest
 from fastpo.training.memory import is_out_of_memory
 from fastpo.training.samples import end_ids, plain_generation
 

@@ -11,11 +11,11 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 from fastpo import sequence_logps
 from fastpo.data import prepare_examples
 from fastpo.errors import ConfigError, DataError, TrainingError
-from fastpo.loop.check_sampler import check_sampler
 from fastpo.loop.config import Sample
-from fastpo.loop.items import Failure, Request, Response, seed_of
-from fastpo.loop.local_sampler import LocalSampler
-from fastpo.loop.sampling import make_sampler, prompt_ids
+from fastpo.sampling.check_sampler import check_sampler
+from fastpo.sampling.items import Failure, Request, Response, seed_of
+from fastpo.sampling.local_sampler import LocalSampler
+from fastpo.sampling.make import make_sampler, prompt_ids
 
 CHAT = (
     "{% for turn in messages %}<{{ turn.role }}> {{ turn.content }} <eos> {% endfor %}"

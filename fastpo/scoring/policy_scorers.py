@@ -13,18 +13,18 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-import fastpo
 from fastpo.data import prepare_examples
 from fastpo.data.content import has_text
 from fastpo.data.encoding import Encoder
 from fastpo.errors import ConfigError, DataError, did_you_mean, one_line, quoted
-from fastpo.loop.items import Failure, Item, Response, Scores, Unit, Verdict, digest
-from fastpo.loop.parts import file_digest
-from fastpo.loop.sampling import prompt_ids
-from fastpo.loop.scoring import RAW, BaseScorer
 from fastpo.models.adapters import saved_adapter
 from fastpo.models.loading import load_model, load_tokenizer, loading_dtype, resolve_device
+from fastpo.reference.rewards import rewards as packed_rewards
 from fastpo.reference.sequence_logps import sequence_logps
+from fastpo.sampling.items import Failure, Item, Response, Scores, Unit, Verdict, digest
+from fastpo.sampling.make import prompt_ids
+from fastpo.sampling.parts import file_digest
+from fastpo.scoring.scoring import RAW, BaseScorer
 from fastpo.selection import length_penalty
 
 log = logging.getLogger("fastpo")
@@ -135,7 +135,7 @@ class RewardModelScorer(BaseScorer):
 
     * `path`: name or folder. `label`: which of several labels' logits is the reward, by number or name.
     * `max_length`: tokens of prompt and response; what is longer is failed ("too_long"), never cut.
-    * `batch_size`: of the model's own padded forward, where `fastpo.rewards` is not used.
+    * `batch_size`: of the model's own padded forward, of several labels.
     """
 
     cached = True
@@ -211,10 +211,9 @@ class RewardModelScorer(BaseScorer):
     def _rewards(self, model: Any, tokenizer: Any, ids: Sequence[Ids]) -> list[float]:
         if not ids:
             return []
-        packed = getattr(fastpo, "rewards", None)
-        if packed is not None and model.config.num_labels == 1:
+        if model.config.num_labels == 1:
             rows = [{"prompt": prompt, "completion": response} for prompt, response in ids]
-            return [float(values[0]) for values in packed(model, rows, processing_class=tokenizer)]
+            return [float(values[0]) for values in packed_rewards(model, rows, processing_class=tokenizer)]
         return self._padded(model, tokenizer, [prompt + response for prompt, response in ids])
 
     def _padded(self, model: Any, tokenizer: Any, ids: Sequence[list[int]]) -> list[float]:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from fastpo.loop.items import Failure
+from fastpo.sampling.items import Failure
 
 VERSION = 1  # of these rules, in the keys of judges; to be raised where a reply would be read otherwise
 

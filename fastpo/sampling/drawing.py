@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, StoppingCriteria
 
 from fastpo.errors import TrainingError
-from fastpo.loop.items import Request
+from fastpo.sampling.items import Request
 
 
 class Draw(LogitsProcessor):

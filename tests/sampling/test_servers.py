@@ -20,12 +20,12 @@ pytest.importorskip("openai", reason="needs openai: pip install 'fastpo[loop]'")
 pytest.importorskip("tenacity", reason="needs tenacity: pip install 'fastpo[loop]'")
 
 from fastpo.errors import ConfigError, TrainingError
-from fastpo.loop.check_sampler import check_sampler
-from fastpo.loop.items import Failure, Request, Response, seed_of
-from fastpo.loop.local_sampler import LocalSampler
 from fastpo.loop.sample_stage import read_samples, sample_stage
-from fastpo.loop.server_process import ServerProcess
-from fastpo.loop.servers import ServerSampler
+from fastpo.sampling.check_sampler import check_sampler
+from fastpo.sampling.items import Failure, Request, Response, seed_of
+from fastpo.sampling.local_sampler import LocalSampler
+from fastpo.sampling.server_process import ServerProcess
+from fastpo.sampling.servers import ServerSampler
 
 EOS = 0
 OURS = {"top_k", "min_p", "repetition_penalty", "return_token_ids", "return_tokens_as_token_ids", "add_special_tokens",
@@ -586,7 +586,7 @@ def test_a_server_that_dies_while_it_is_asked_ends_the_stage(serve, sampler_of, 
 def test_the_server_ends_with_the_run_however_that_ends(command, tmp_path, number):
     text, url = command()
     code = (
-        "import os, sys; from pathlib import Path; from fastpo.loop.server_process import ServerProcess\n"
+        "import os, sys; from pathlib import Path; from fastpo.sampling.server_process import ServerProcess\n"
         "s = ServerProcess(sys.argv[1], 'policy', sys.argv[2], Path(sys.argv[3]), timeout=30)\n"
         "os.kill(os.getpid(), int(sys.argv[4]))"
     )

@@ -12,18 +12,18 @@ import pytest
 import torch
 
 from fastpo.errors import ConfigError, TrainingError
-from fastpo.loop.items import Item, Response, Unit
-from fastpo.loop.scorers import make_scorer
+from fastpo.sampling.items import Item, Response, Unit
+from fastpo.scoring.scorers import make_scorer
 
 pytest.importorskip("openai", reason="openai is not installed (extra loop)")
 pytest.importorskip("tenacity", reason="tenacity is not installed (extra loop)")
 pytest.importorskip("pytest_httpserver", reason="pytest-httpserver is not installed (extra test)")
 from werkzeug.wrappers import Response as Http  # noqa: E402
 
-from fastpo.loop import client as clients  # noqa: E402
-from fastpo.loop import judges  # noqa: E402
 from fastpo.loop.score_stage import read_verdicts, score_stage  # noqa: E402
-from fastpo.loop.server_process import ServerProcess  # noqa: E402
+from fastpo.sampling.server_process import ServerProcess  # noqa: E402
+from fastpo.scoring import client as clients  # noqa: E402
+from fastpo.scoring import judges  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

@@ -1,8 +1,8 @@
 """Language models as judges: on any OpenAI-compatible server, by what they write or by the probabilities of the labels
 that they would write; or in this process, by the latter.
 
-The templates are text files (fastpo/loop/templates/). What a judge writes is read by replies.py; what cannot be read is
-a failure, never a number.
+The templates are text files (fastpo/scoring/templates/). What a judge writes is read by replies.py; what cannot be read
+is a failure, never a number.
 """
 
 import math
@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from fastpo.errors import ConfigError, did_you_mean, quoted, shown
-from fastpo.loop import replies
-from fastpo.loop.client import Client
-from fastpo.loop.items import Failure, Unit, Verdict, digest, prompt_text
-from fastpo.loop.scoring import RAW, BaseScorer, UnitKind
+from fastpo.sampling.items import Failure, Unit, Verdict, digest, prompt_text
+from fastpo.scoring import replies
+from fastpo.scoring.client import Client
+from fastpo.scoring.scoring import RAW, BaseScorer, UnitKind
 
 Mode = Literal["pair", "response", "list", "rule"]
 By = Literal["text", "logprobs", "systemone"]
@@ -71,7 +71,7 @@ def template_text(template: str, where: Path) -> str:
     if "{" in template or "\n" in template:
         return template
     if template in TEMPLATES:
-        folder = resources.files("fastpo.loop").joinpath("templates")
+        folder = resources.files("fastpo.scoring").joinpath("templates")
         return folder.joinpath(f"{template}.txt").read_text(encoding="utf-8")
     path = where / template
     if not path.is_file():
@@ -446,7 +446,7 @@ class LocalBackend:
 
     @property
     def key(self) -> Mapping[str, Any]:
-        from fastpo.loop.policy_scorers import weights_key
+        from fastpo.scoring.policy_scorers import weights_key
 
         return {"model": weights_key(self.path), "dtype": self.dtype}
 

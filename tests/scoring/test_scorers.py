@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from fastpo.errors import ConfigError
-from fastpo.loop.items import Item, Response, Scores, Unit, Verdict
-from fastpo.loop.scorers import BothOrders, Ensemble, FunctionScorer, Rules, make_scorer
-from fastpo.loop.scoring import BaseScorer, load_function
+from fastpo.sampling.items import Item, Response, Scores, Unit, Verdict
+from fastpo.scoring.scorers import BothOrders, Ensemble, FunctionScorer, Rules, make_scorer
+from fastpo.scoring.scoring import BaseScorer, load_function
 from fastpo.selection import ensemble_reward
 
 

@@ -13,9 +13,9 @@ from transformers import GenerationConfig
 
 from fastpo.data.encoding import Encoder
 from fastpo.errors import ConfigError
-from fastpo.loop.drawing import before_stop
-from fastpo.loop.items import Failure, Request, Response, digest
 from fastpo.models.loading import load_tokenizer
+from fastpo.sampling.drawing import before_stop
+from fastpo.sampling.items import Failure, Request, Response, digest
 from fastpo.training.samples import end_ids
 
 _ERROR = "__inference_error__"  # the column of rows that failed, of Ray

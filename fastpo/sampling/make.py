@@ -5,15 +5,14 @@ import os
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from fastpo.data.encoding import Encoder
 from fastpo.errors import ConfigError, did_you_mean, quoted
-from fastpo.loop.config import Sample
-from fastpo.loop.items import Prompt, Sampler
-from fastpo.loop.local_sampler import LOADING, LocalSampler
-from fastpo.loop.ray_sampler import RaySampler
-from fastpo.loop.servers import ServerSampler
+from fastpo.sampling.items import Prompt, Sampler
+from fastpo.sampling.local_sampler import LOADING, LocalSampler
+from fastpo.sampling.ray_sampler import RaySampler
+from fastpo.sampling.servers import ServerSampler
 
 _ENGINES: Mapping[str, type] = {"local": LocalSampler, "openai": ServerSampler, "ray": RaySampler}
 _AT_ONCE = 4096  # prompts that go to the tokenizer together
@@ -28,8 +27,17 @@ _OURS = (
 )  # arguments that are not the user's to set
 
 
+class Section(Protocol):
+    """What says which sampler it is: an engine's name and its options."""
+
+    @property
+    def engine(self) -> str: ...
+    @property
+    def options(self) -> Mapping[str, Any]: ...
+
+
 def make_sampler(
-    sample: Sample, policy: str | os.PathLike[str], tokenizer: Any = None, folder: Path | str = "."
+    sample: Section, policy: str | os.PathLike[str], tokenizer: Any = None, folder: Path | str = "."
 ) -> Sampler:
     """The sampler that `sample.engine` names, with `sample.options`, of a policy by name or path.
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fastpo.errors import ConfigError, did_you_mean, one_line, shown
-from fastpo.loop.items import Item, Prompt, Scores, Unit, Verdict
+from fastpo.sampling.items import Item, Prompt, Scores, Unit, Verdict
 
 RAW = 2000  # characters that are kept of what a judge said
 UnitKind = Literal["response", "pair", "list"]

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastpo.errors import ConfigError, shown
-from fastpo.loop.server_process import root_of
+from fastpo.sampling.server_process import root_of
 
 _LONGEST_WAIT = 120.0  # seconds that a Retry-After is heeded for, and those between two attempts
 _DOWN = 5.0  # seconds for which an address that refused a connection is asked last

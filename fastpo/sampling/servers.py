@@ -20,11 +20,11 @@ from transformers import GenerationConfig
 
 from fastpo.data.encoding import Encoder
 from fastpo.errors import ConfigError, TrainingError, shown
-from fastpo.loop.items import Failure, Request, Response, digest
-from fastpo.loop.server_client import Client, Unanswered, packages
-from fastpo.loop.server_forms import Form, Reader, forms, sampled_tokens
-from fastpo.loop.server_process import START_TIMEOUT, ServerProcess, root_of
 from fastpo.models.loading import load_tokenizer
+from fastpo.sampling.items import Failure, Request, Response, digest
+from fastpo.sampling.server_client import Client, Unanswered, packages
+from fastpo.sampling.server_forms import Form, Reader, forms, sampled_tokens
+from fastpo.sampling.server_process import START_TIMEOUT, ServerProcess, root_of
 from fastpo.training.samples import end_ids
 
 log = logging.getLogger("fastpo")

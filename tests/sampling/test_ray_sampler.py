@@ -5,18 +5,18 @@ import pytest
 pytest.importorskip("ray", reason="needs ray: pip install 'ray[data]' aiohttp")
 
 from fastpo.errors import ConfigError
-from fastpo.loop import ray_sampler
-from fastpo.loop.check_sampler import check_sampler
-from fastpo.loop.items import Failure, Request, Response, seed_of
-from fastpo.loop.ray_sampler import RaySampler
 from fastpo.loop.sample_stage import read_samples, sample_stage
+from fastpo.sampling import ray_sampler
+from fastpo.sampling.check_sampler import check_sampler
+from fastpo.sampling.items import Failure, Request, Response, seed_of
+from fastpo.sampling.ray_sampler import RaySampler
 
 
 class Engine:
     """In the place of vLLM's: one row to its columns."""
 
     def __init__(self, folder):
-        from fastpo.loop.local_sampler import LocalSampler
+        from fastpo.sampling.local_sampler import LocalSampler
 
         self.sampler = LocalSampler(folder, use_cpu=True)
 

@@ -12,11 +12,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 import fastpo
 from fastpo.errors import ConfigError
-from fastpo.loop.items import Item, Response, Unit
-from fastpo.loop.policy_scorers import RewardModelScorer, weights_key
 from fastpo.loop.score_stage import read_scores, score_stage
-from fastpo.loop.scorers import make_scorer
 from fastpo.loop.verdicts import VerdictCache
+from fastpo.sampling.items import Item, Response, Unit
+from fastpo.scoring.policy_scorers import RewardModelScorer, weights_key
+from fastpo.scoring.scorers import make_scorer
 
 CHAT = (
     "{% for m in messages %}{{ m['role'][0] }} {{ m['content'] }} <eos> {% endfor %}"
@@ -92,7 +92,11 @@ def own(model, ids, label=0):
 def test_rewards_are_the_models_own(toy, reward_model, padded, monkeypatch):
     model, tokenizer, path = reward_model()
     if padded:
-        monkeypatch.setattr(fastpo, "rewards", None, raising=False)
+        forward = RewardModelScorer._padded
+        monkeypatch.setattr(
+            RewardModelScorer, "_rewards",
+            lambda self, model, tokenizer, ids: forward(self, model, tokenizer, [p + r for p, r in ids]),
+        )  # fmt: skip
     scorer = make_scorer("rm", {"kind": "reward_model", "model": "best", "batch_size": 4}, {"best": path}, Path())
     items = of_texts(toy)
     for verdict, (prompt, text) in zip(
@@ -249,7 +253,7 @@ def test_the_length_penalty_of_the_stage(two, toy, tmp_path):
 
 def test_each_policy_computes_a_response_once(two, policy, toy, tmp_path, monkeypatch):
     items, calls = of_texts(toy), []
-    import fastpo.loop.policy_scorers as module
+    import fastpo.scoring.policy_scorers as module
 
     compute = module.sequence_logps
     monkeypatch.setattr(

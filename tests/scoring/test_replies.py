@@ -2,8 +2,8 @@
 
 import pytest
 
-from fastpo.loop.items import Failure
-from fastpo.loop.replies import read_list, read_pair, read_score, read_yes_no
+from fastpo.sampling.items import Failure
+from fastpo.scoring.replies import read_list, read_pair, read_score, read_yes_no
 
 PAIRS = {
     "Verdict: A": 1.0, "A is shorter.\n**Verdict**: B": 0.0, "verdict: tie": 0.5, "Verdict: Tie": 0.5, "B": 0.0,

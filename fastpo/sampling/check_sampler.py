@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 from fastpo.errors import TrainingError
-from fastpo.loop.items import Request, Response
 from fastpo.reference.sequence_logps import sequence_logps
+from fastpo.sampling.items import Request, Response
 
 TOLERANCE = 0.1  # nats a token; what bf16 on another engine's kernels differs by is a tenth of it
 

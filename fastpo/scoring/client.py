@@ -12,9 +12,9 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Se
 from typing import Any, TypeVar
 
 from fastpo.errors import ConfigError
-from fastpo.loop import server_client
-from fastpo.loop.items import Failure
-from fastpo.loop.server_process import root_of
+from fastpo.sampling import server_client
+from fastpo.sampling.items import Failure
+from fastpo.sampling.server_process import root_of
 
 T = TypeVar("T")
 R = TypeVar("R")

@@ -12,7 +12,7 @@ from importlib.metadata import version
 from typing import Any
 
 from fastpo.errors import ConfigError, did_you_mean
-from fastpo.loop.items import prompt_text
+from fastpo.sampling.items import prompt_text
 
 Check = Callable[[Any, str, Mapping[str, Any]], float]  # (prompt, response, meta)
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from fastpo.errors import ConfigError, did_you_mean, shown
-from fastpo.loop.client import Client
-from fastpo.loop.judges import Judge, LocalBackend, ServerBackend
-from fastpo.loop.policy_scorers import DensityRatio, ImplicitReward, RewardModelScorer
-from fastpo.loop.scoring import BothOrders, Ensemble, FunctionScorer, Rules
-from fastpo.loop.verifiers import make_verifier
+from fastpo.scoring.client import Client
+from fastpo.scoring.judges import Judge, LocalBackend, ServerBackend
+from fastpo.scoring.policy_scorers import DensityRatio, ImplicitReward, RewardModelScorer
+from fastpo.scoring.scoring import BothOrders, Ensemble, FunctionScorer, Rules
+from fastpo.scoring.verifiers import make_verifier
 
 __all__ = [
     "BothOrders", "DensityRatio", "Ensemble", "FunctionScorer", "ImplicitReward", "Judge", "RewardModelScorer", "Rules",
