@@ -2,10 +2,11 @@
 
     .venv/bin/python bench/online_parity.py [--seeds 5] [--no-write]
 
-Needs TRL. GRPOTrainer, RLOOTrainer and GMPOTrainer compute their loss, gradient, advantages and corrections on a stand-in
-with the attributes they read, on the same responses; the comparisons are those of test_tokens_trl.py and test_tokens.py in
-tests/losses, whose differences are kept here instead of judged. fp64; a difference is the largest absolute one of a value,
-or of a token's gradient, over all settings of a row and all seeds. Exit code 1 if one exceeds 1e-10.
+Needs TRL. GRPOTrainer, RLOOTrainer and GMPOTrainer compute their loss, gradient, advantages and corrections on a
+stand-in with the attributes they read, on the same responses; the comparisons are those of test_tokens_trl.py and
+test_tokens.py in tests/losses, whose differences are kept here instead of judged. fp64; a difference is the largest
+absolute one of a value, or of a token's gradient, over all settings of a row and all seeds. Exit code 1 if one exceeds
+1e-10.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from fastpo.losses import LOSSES  # noqa: E402
 LIMIT = 1e-10
 NOTES = {
     "reinforce": "no such loss in TRL",
-    "rloo": "RLOOTrainer's loss; its KL is in the reward, below",
+    "rloo": "RLOOTrainer, but for the constant of a response without tokens; its KL is in the reward, below",
     "gspo": "TRL's grpo at the level sequence",
     "gmpo": "GMPOTrainer, but for the constant of a response without tokens",
     "nash_md": "TRL's trainer is gone from 1.16",
@@ -38,11 +39,9 @@ CORRECTIONS = ((None, 3.0), (0.8, 1.2), (0.9, None))
 
 
 def peer_cases() -> Iterator[tuple[str, dict, Callable[..., tuple[float, float, float]]]]:
-    for cases, compared in (
-        (peers.GRPO, peers.compared), (peers.gmpo_cases(), peers.compared_gmpo), (peers.rloo_cases(), peers.compared_rloo),
-    ):  # fmt: skip
-        for name, options in cases:
-            yield name, options, compared
+    yield from ((*case, peers.compared) for case in peers.GRPO)
+    yield from ((*case, peers.compared_gmpo) for case in peers.gmpo_cases())
+    yield from ((*case, peers.compared_rloo) for case in peers.rloo_cases())
 
 
 def against_trl(seeds: int) -> dict[tuple[str, str, str], list[float]]:
@@ -142,8 +141,9 @@ def main() -> int:
         note = "" if name in in_trl else NOTES[name]
         lines.append(f"| {name} | {settings} | {value:.0e} | {gradient:.0e} | {note} |")
     environment = {**common.environment(), "fastpo": fastpo.__version__}
-    lines += ["", f"Largest absolute differences over seeds 0 to {args.seeds - 1}, in fp64; torch {environment['torch']}, "
-              f"trl {environment['trl']}. TRL's code runs as it is, on a stand-in for its trainer."]  # fmt: skip
+    versions = f"torch {environment['torch']}, trl {environment['trl']}"
+    lines += ["", f"Largest absolute differences over seeds 0 to {args.seeds - 1}, in fp64; {versions}. TRL's code runs "
+              "as it is, on a stand-in for its trainer."]  # fmt: skip
     table = "\n".join(lines) + "\n"
     print(table)
 
