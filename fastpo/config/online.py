@@ -1,4 +1,4 @@
-"""Online losses: which they are, what their options mean together, and the run that they ask for (`Rollouts`).
+"""Online losses: which they are, what their options mean where they are not given, and which go together.
 
 A loss per token (`TOKENS`) reads a number of each response; an online preference loss (`PREFERENCES`) reads pairs of
 responses that the policy gives as it trains. `per_device_train_batch_size` counts responses for the first, as TRL's
@@ -6,8 +6,7 @@ GRPOConfig, and prompts for the second, as TRL's OnlineDPOConfig.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 from fastpo.config.option import differ
@@ -16,6 +15,7 @@ from fastpo.errors import ConfigError, shown
 TOKENS = ("reinforce", "rloo", "grpo", "dr_grpo", "dapo", "bnpo", "gspo", "cispo", "sapo", "luspo", "vespo", "gmpo")
 PREFERENCES = ("online_dpo", "online_ipo", "ipo_md", "nash_md", "xpo", "spo")
 ONLINE = (*TOKENS, *PREFERENCES)
+ADVANTAGES = ("nash_md", "spo")  # of PREFERENCES: they read how often a response wins, not pairs
 MIXTURES = {"nash_md": 0.5, "ipo_md": 0.5}  # losses of a mixture with the reference: the reference's share, as in TRL
 
 # Options of the losses' own, None unless given: handed to the loss under these names.
@@ -30,8 +30,10 @@ MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 _ADAPTIVE = ("entropy_coef_min", "entropy_coef_max", "entropy_coef_delta", "entropy_target")
 _CORRECTION = ("importance_sampling_correction", "importance_sampling_mode", "importance_sampling_clip_max",
                "importance_sampling_clip_min")  # fmt: skip
-_OF_TOKENS = ("multi_objective_aggregation", "scale_rewards", "mask_truncated_completions", "top_entropy_quantile",
-              "entropy_coef", "use_adaptive_entropy", "dynamic_sampling", *_CORRECTION)  # fmt: skip
+_OF_REWARDS = ("multi_objective_aggregation", "scale_rewards", "dynamic_sampling", "overlong_buffer",
+               "overlong_penalty")  # fmt: skip
+_OF_TOKENS = ("mask_truncated_completions", "top_entropy_quantile", "entropy_coef", "use_adaptive_entropy",
+              *_CORRECTION)  # fmt: skip
 
 
 def loss_of(losses: Sequence[str]) -> str | None:
@@ -46,96 +48,65 @@ def loss_of(losses: Sequence[str]) -> str | None:
 
 def takes_no_beta(losses: Sequence[str]) -> bool:
     """Whether beta=0, no reference, is one of the losses' values."""
-    return all(name in (*TOKENS, "nash_md") for name in losses)
+    return all(name in (*TOKENS, *ADVANTAGES) for name in losses)
 
 
-@dataclass(frozen=True)
-class Rollouts:
-    """What an online run draws, with the defaults of its loss in place of None; made by `rollouts`.
-
-    A generation is the responses that are drawn with one policy: `prompts` prompts, `num_generations` of each. It feeds
-    `steps_per_generation` optimiser steps, and these are done `num_iterations` times.
-    """
-
-    loss: str
-    of_tokens: bool  # a loss per token, of numbers; else of preferences
-    num_generations: int  # responses of a prompt
-    num_generations_eval: int
-    temperature: float
-    max_completion_length: int
-    max_prompt_length: int | None  # tokens of the longest prompt that is taken; None: any
-    scale_rewards: str  # group, batch or none
-    importance_sampling_mode: str
-    mixture_coef: float  # the reference's share where the opponent's responses are drawn; 0: the policy alone
-    engine: str  # of the sampler
-    sampler: Mapping[str, Any]  # its other options
-    prompts: int  # of one generation, over all processes
-    steps_per_generation: int  # optimiser steps
-
-    @property
-    def responses(self) -> int:
-        """Of one generation, over all processes."""
-        return self.prompts * self.num_generations
-
-    @property
-    def prompts_per_step(self) -> int:
-        """Over all processes."""
-        return self.prompts // self.steps_per_generation
+# `config` is a TrainConfig, which this module does not import. Where an option is None, what its loss takes:
 
 
-# `config` is a TrainConfig, which this module does not import: it reads the names above.
-def rollouts(config: Any, processes: int = 1) -> Rollouts:
-    """The run that the options of an online loss ask for, with so many processes.
+def generations(config: Any) -> int:
+    """Responses of each prompt."""
+    return _or(config.num_generations, GENERATIONS.get(config.losses[0], 8))
 
-    ConfigError where the batch does not hold whole groups, and for what does not fit together: before a model is
-    loaded. `steps_per_generation` counts micro-batches, as in TRL: over gradient_accumulation_steps it is optimiser
-    steps, which must be a whole number. One that divides gradient_accumulation_steps is one step: TRL then draws
-    several times within a step, from one and the same policy.
-    """
-    loss = loss_of(config.losses)
-    if loss is None:
-        raise ConfigError(f"loss_type={config.loss_type} draws no responses: it is trained on given rows")
-    tokens = loss in TOKENS
-    generations = _or(config.num_generations, GENERATIONS.get(loss, 8))
+
+def temperature(config: Any) -> float:
+    """Of the distribution that the responses are drawn from."""
+    return _or(config.temperature, 0.9 if config.losses[0] in PREFERENCES else 1.0)
+
+
+def scale_rewards(config: Any) -> str:
+    """What advantages are divided by: group, batch or none."""
+    return _or(config.scale_rewards, "none" if config.losses[0] in UNSCALED else "group")
+
+
+def importance_sampling_mode(config: Any) -> str:
+    """One of MODES."""
+    return _or(config.importance_sampling_mode, "token_truncate" if config.losses[0] == "vespo" else "sequence_mask")
+
+
+def mixture_coef(config: Any) -> float:
+    """The reference's share where the opponent's responses are drawn; 0: the policy alone."""
+    return _or(config.mixture_coef, MIXTURES.get(config.losses[0], 0.0))
+
+
+def max_prompt_length(config: Any) -> int | None:
+    """Tokens of the longest prompt that leaves room for a response within max_length; None: any."""
+    return None if config.max_length is None else config.max_length - config.max_completion_length
+
+
+def prompts_per_step(config: Any, processes: int) -> int:
+    """Prompts of an optimiser step, over all processes. per_device_train_batch_size counts responses for a loss per
+    token and prompts for a preference loss. ConfigError where the responses make no whole groups."""
     step = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
-    if tokens and step % generations:
-        low = step // generations * generations
-        near = f"the nearest are {low} and {low + generations}" if low else f"the nearest is {generations}"
+    if config.losses[0] in PREFERENCES:
+        return step
+    count = generations(config)
+    if step % count:
         raise ConfigError(
             f"per_device_train_batch_size x gradient_accumulation_steps x processes is {step} responses, no multiple "
-            f"of num_generations={generations}: {near}"
+            f"of num_generations={count}: {_nearest(step, count)}"
         )
-    steps = _steps(config, processes)
-    sampler = dict(config.sampler or {})
-    room = config.max_length
-    return Rollouts(
-        loss=loss,
-        of_tokens=tokens,
-        num_generations=generations,
-        num_generations_eval=_or(config.num_generations_eval, generations),
-        temperature=_or(config.temperature, 1.0 if tokens else 0.9),
-        max_completion_length=config.max_completion_length,
-        max_prompt_length=None if room is None else room - config.max_completion_length,
-        scale_rewards=_or(config.scale_rewards, "none" if loss in UNSCALED or not tokens else "group"),
-        importance_sampling_mode=_or(
-            config.importance_sampling_mode, "token_truncate" if loss == "vespo" else "sequence_mask"
-        ),
-        mixture_coef=_or(config.mixture_coef, MIXTURES.get(loss, 0.0)),
-        engine=sampler.pop("engine", "local"),
-        sampler=sampler,
-        prompts=(step // generations if tokens else step) * steps,
-        steps_per_generation=steps,
-    )
+    return step // count
 
 
-def _or(value: Any, default: Any) -> Any:
-    return default if value is None else value
+def steps_per_generation(config: Any, processes: int) -> int:
+    """Optimiser steps that one generation feeds, before num_iterations.
 
-
-def _steps(config: Any, processes: int) -> int:
-    """Optimiser steps that one generation feeds."""
-    accumulation = config.gradient_accumulation_steps
-    micro = config.steps_per_generation
+    The option counts micro-batches, as in TRL: over gradient_accumulation_steps it is optimiser steps, which must be a
+    whole number (ConfigError). One that divides gradient_accumulation_steps is one step: TRL then draws several times
+    within a step, from one and the same policy. generation_batch_size counts as per_device_train_batch_size does.
+    """
+    accumulation, micro = config.gradient_accumulation_steps, config.steps_per_generation
     if config.generation_batch_size is not None:
         batch = config.per_device_train_batch_size * processes
         if config.generation_batch_size % batch:
@@ -154,14 +125,13 @@ def _steps(config: Any, processes: int) -> int:
     return micro // accumulation
 
 
+def _or(value: Any, default: Any) -> Any:
+    return default if value is None else value
+
+
 def _nearest(value: int, of: int) -> str:
     low = value // of * of
     return f"the nearest are {low} and {low + of}" if low else f"the nearest is {of}"
-
-
-def hyper(config: Any) -> dict[str, Any]:
-    """The options that a loss itself reads, for `fastpo.losses.table.resolve_terms`; None where not given."""
-    return {name: getattr(config, name) for name in HYPER}
 
 
 def given(config: Any) -> list[str]:
@@ -174,7 +144,7 @@ def given(config: Any) -> list[str]:
 
 
 def check(config: Any) -> None:
-    """ConfigError, one line, for options that do not go together; `rollouts` has what the processes decide."""
+    """ConfigError for options that do not go together; what the processes decide is in the functions above."""
     loss = loss_of(config.losses)
     if loss is None:
         if named := given(config):
@@ -182,10 +152,11 @@ def check(config: Any) -> None:
         return
     _check_counts(config)
     _check_parts(config, loss)
-    if loss not in TOKENS:
-        wrong = [name for name in given(config) if name in _OF_TOKENS]
-        if wrong:
-            raise ConfigError(f"{wrong[0]} is an option of losses per token ({', '.join(TOKENS)}): {loss} reads pairs")
+    if loss in PREFERENCES:
+        unread = (*_OF_REWARDS, *(() if loss in ADVANTAGES else _OF_TOKENS))
+        if wrong := next((name for name in given(config) if name in unread), None):
+            reads = "how often a response wins" if loss in ADVANTAGES else "pairs of responses"
+            raise ConfigError(f"{wrong} is set, but {loss} does not read it: it reads {reads}, not rewards as grpo")
     elif config.judge is not None:
         raise ConfigError(f"judge compares two responses, and {loss} reads a number of each: give reward_funcs")
     if config.mixture_coef is not None and loss not in MIXTURES:
@@ -237,9 +208,9 @@ def _check_parts(config: Any, loss: str) -> None:
             f"fsdp={config.fsdp} splits the model that the in-process sampler answers with: set "
             "sampler={engine: openai, base_url: ...}, a server's, or leave fsdp out"
         )
-    if engine != "local" and loss in MIXTURES:
+    if engine != "local" and loss in (*MIXTURES, "xpo"):
         raise ConfigError(
-            f"{loss} draws from a mixture of two distributions of tokens, which only the in-process sampler does: "
+            f"{loss} draws from the reference too, or from a mixture with it, which only the in-process sampler does: "
             f"leave sampler.engine={engine} out"
         )
     if config.precompute_ref_log_probs:
