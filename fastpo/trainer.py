@@ -166,7 +166,7 @@ class Trainer(face.Face):
         peft_config = inputs.peft_config(peft_config, scalar_head=config.scalar_head)
         quantized = inputs.quantization_config(quantization_config)
         model_files.check_shard_size(config.max_shard_size)
-        self.online = online.of_arguments(config, reward_funcs, reward_processing_classes, judge, sampler)
+        self.online = online.of_arguments(config, world.size, reward_funcs, reward_processing_classes, judge, sampler)
 
         # The folder, and what lies in it.
         self.output_dir = Path(config.output_dir)
@@ -249,8 +249,9 @@ class Trainer(face.Face):
             return result
         finally:
             World.failed, self.in_loop = not finished, False
-            for part in filter(None, (self.live, self.rollouts, self.online)):
-                part.close()
+            if self.live is not None:
+                self.live.close()
+            online.close(self.online, self.rollouts)
             if hasattr(self, "update"):  # its hooks would take the next run's gradients from a model in memory
                 self.update.gradients.close()
             self.callbacks.close(failed=not finished)
@@ -326,16 +327,8 @@ class Trainer(face.Face):
                 )  # fmt: skip
             self.forward.begin(self.engine, self.router, None if self.online else self.live.rows)
         if self.online is not None:
-            self.rollouts = self.online.begin(
-                plan,
-                self.data,
-                self.passes,
-                self.tokenizer,
-                self.live,
-                self.moving,
-                lambda: self.state,
-                self.output_dir,
-            )
+            of_run = (self.tokenizer, self.live, self.moving, self.callbacks, self.output_dir)
+            self.rollouts = self.online.begin(plan, self.data, self.passes, *of_run)
             self.evaluation = self.online.evaluation(self.rollouts)
         self.update = update = Update(self.model, self.parameters, settled, self.world, self.optimizers, len(plan))
         self.accumulation = Accumulation(
@@ -344,7 +337,7 @@ class Trainer(face.Face):
             on_substep_end=lambda: self.callbacks.call("on_substep_end"),
         )  # fmt: skip
         self.callbacks.begin(update.optimizer, update.scheduler)
-        self.schedule = Schedule(config, len(self.data.train), self.world.size, len(plan))
+        self.schedule = Schedule(config, plan.rows, plan.batch, len(plan))
         self.schedule.begin(self.state)
         if self.world.main:
             self.reporter.start(*run_folder.begin(self.output_dir, self.resume))
@@ -477,7 +470,7 @@ class Trainer(face.Face):
         """One optimiser step; returns the learning rate that it used. Leaves `updating` set: counters follow."""
         state, window = self.state, self.window
         guard = self.start_guard if state.global_step == 0 else None
-        rows, tokens = self.rows_of_step(rows)
+        rows, seen = self.rows_of_step(rows)
         sums = self.accumulation(
             rows, self.references.of_set, state.global_step + 1, self.guards.warnings.append, guard
         )
@@ -497,7 +490,7 @@ class Trainer(face.Face):
         window.add_rows(sums, self.world, finite, dropped=dropped, tokens=tokens)
         for batch in sums.batches:  # here, so that a step cut short leaves no trace in the counters
             window.trunk(batch)
-        self.progress.num_tokens += tokens
+        self.progress.num_tokens += seen
         state.global_step += 1
         if self.moving is not None and state.global_step % self.moving.every == 0:
             self.moving.move_()

@@ -1,4 +1,4 @@
-"""Online losses: which they are, what their options mean where they are not given, and which go together.
+"""Online losses: which they are, which of their options go together, and the run that they ask for (`Rollouts`).
 
 A loss per token (`TOKENS`) reads a number of each response; an online preference loss (`PREFERENCES`) reads pairs of
 responses that the policy gives as it trains. `per_device_train_batch_size` counts responses for the first, as TRL's
@@ -6,7 +6,8 @@ GRPOConfig, and prompts for the second, as TRL's OnlineDPOConfig.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from fastpo.config.option import differ
@@ -51,62 +52,91 @@ def takes_no_beta(losses: Sequence[str]) -> bool:
     return all(name in (*TOKENS, *ADVANTAGES) for name in losses)
 
 
-# `config` is a TrainConfig, which this module does not import. Where an option is None, what its loss takes:
+@dataclass(frozen=True)
+class Rollouts:
+    """What an online run draws, with the defaults of its loss in place of None; made by `rollouts`.
+
+    A generation is the responses that are drawn with one policy: `prompts` prompts, `num_generations` of each. It feeds
+    `steps_per_generation` optimiser steps, and these are done `num_iterations` times.
+    """
+
+    loss: str
+    of_tokens: bool  # a loss per token, of numbers; else of preferences
+    num_generations: int  # responses of a prompt
+    num_generations_eval: int
+    temperature: float
+    max_completion_length: int
+    max_prompt_length: int | None  # tokens of the longest prompt that is taken; None: any
+    scale_rewards: str  # group, batch or none
+    importance_sampling_mode: str
+    mixture_coef: float  # the reference's share where the opponent's responses are drawn; 0: the policy alone
+    engine: str  # of the sampler
+    sampler: Mapping[str, Any]  # its other options
+    prompts: int  # of one generation, over all processes
+    steps_per_generation: int  # optimiser steps
+
+    @property
+    def responses(self) -> int:
+        """Of one generation, over all processes."""
+        return self.prompts * self.num_generations
+
+    @property
+    def prompts_per_step(self) -> int:
+        """Over all processes."""
+        return self.prompts // self.steps_per_generation
 
 
-def generations(config: Any) -> int:
-    """Responses of each prompt."""
-    return _or(config.num_generations, GENERATIONS.get(config.losses[0], 8))
+# `config` is a TrainConfig, which this module does not import: it reads the names above.
+def rollouts(config: Any, processes: int = 1) -> Rollouts:
+    """The run that the options of an online loss ask for, with so many processes.
 
-
-def temperature(config: Any) -> float:
-    """Of the distribution that the responses are drawn from."""
-    return _or(config.temperature, 0.9 if config.losses[0] in PREFERENCES else 1.0)
-
-
-def scale_rewards(config: Any) -> str:
-    """What advantages are divided by: group, batch or none."""
-    return _or(config.scale_rewards, "none" if config.losses[0] in UNSCALED else "group")
-
-
-def importance_sampling_mode(config: Any) -> str:
-    """One of MODES."""
-    return _or(config.importance_sampling_mode, "token_truncate" if config.losses[0] == "vespo" else "sequence_mask")
-
-
-def mixture_coef(config: Any) -> float:
-    """The reference's share where the opponent's responses are drawn; 0: the policy alone."""
-    return _or(config.mixture_coef, MIXTURES.get(config.losses[0], 0.0))
-
-
-def max_prompt_length(config: Any) -> int | None:
-    """Tokens of the longest prompt that leaves room for a response within max_length; None: any."""
-    return None if config.max_length is None else config.max_length - config.max_completion_length
-
-
-def prompts_per_step(config: Any, processes: int) -> int:
-    """Prompts of an optimiser step, over all processes. per_device_train_batch_size counts responses for a loss per
-    token and prompts for a preference loss. ConfigError where the responses make no whole groups."""
+    ConfigError where the batch does not hold whole groups, and for what does not fit together: before a model is
+    loaded. `steps_per_generation` counts micro-batches, as in TRL: over gradient_accumulation_steps it is optimiser
+    steps, which must be a whole number. One that divides gradient_accumulation_steps is one step: TRL then draws
+    several times within a step, from one and the same policy.
+    """
+    loss = loss_of(config.losses)
+    if loss is None:
+        raise ConfigError(f"loss_type={config.loss_type} draws no responses: it is trained on given rows")
+    tokens = loss in TOKENS
+    generations = _or(config.num_generations, GENERATIONS.get(loss, 8))
     step = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
-    if config.losses[0] in PREFERENCES:
-        return step
-    count = generations(config)
-    if step % count:
+    if tokens and step % generations:
         raise ConfigError(
             f"per_device_train_batch_size x gradient_accumulation_steps x processes is {step} responses, no multiple "
-            f"of num_generations={count}: {_nearest(step, count)}"
+            f"of num_generations={generations}: {_nearest(step, generations)}"
         )
-    return step // count
+    steps = _steps(config, processes)
+    sampler = dict(config.sampler or {})
+    room = config.max_length
+    return Rollouts(
+        loss=loss,
+        of_tokens=tokens,
+        num_generations=generations,
+        num_generations_eval=_or(config.num_generations_eval, generations),
+        temperature=_or(config.temperature, 1.0 if tokens else 0.9),
+        max_completion_length=config.max_completion_length,
+        max_prompt_length=None if room is None else room - config.max_completion_length,
+        scale_rewards=_or(config.scale_rewards, "none" if loss in UNSCALED or not tokens else "group"),
+        importance_sampling_mode=_or(
+            config.importance_sampling_mode, "token_truncate" if loss == "vespo" else "sequence_mask"
+        ),
+        mixture_coef=_or(config.mixture_coef, MIXTURES.get(loss, 0.0)),
+        engine=sampler.pop("engine", "local"),
+        sampler=sampler,
+        prompts=(step // generations if tokens else step) * steps,
+        steps_per_generation=steps,
+    )
 
 
-def steps_per_generation(config: Any, processes: int) -> int:
-    """Optimiser steps that one generation feeds, before num_iterations.
+def _or(value: Any, default: Any) -> Any:
+    return default if value is None else value
 
-    The option counts micro-batches, as in TRL: over gradient_accumulation_steps it is optimiser steps, which must be a
-    whole number (ConfigError). One that divides gradient_accumulation_steps is one step: TRL then draws several times
-    within a step, from one and the same policy. generation_batch_size counts as per_device_train_batch_size does.
-    """
-    accumulation, micro = config.gradient_accumulation_steps, config.steps_per_generation
+
+def _steps(config: Any, processes: int) -> int:
+    """Optimiser steps that one generation feeds."""
+    accumulation = config.gradient_accumulation_steps
+    micro = config.steps_per_generation
     if config.generation_batch_size is not None:
         batch = config.per_device_train_batch_size * processes
         if config.generation_batch_size % batch:
@@ -125,13 +155,14 @@ def steps_per_generation(config: Any, processes: int) -> int:
     return micro // accumulation
 
 
-def _or(value: Any, default: Any) -> Any:
-    return default if value is None else value
-
-
 def _nearest(value: int, of: int) -> str:
     low = value // of * of
     return f"the nearest are {low} and {low + of}" if low else f"the nearest is {of}"
+
+
+def hyper(config: Any) -> dict[str, Any]:
+    """The options that a loss itself reads, for `fastpo.losses.table.resolve_terms`; None where not given."""
+    return {name: getattr(config, name) for name in HYPER}
 
 
 def given(config: Any) -> list[str]:
@@ -144,7 +175,7 @@ def given(config: Any) -> list[str]:
 
 
 def check(config: Any) -> None:
-    """ConfigError for options that do not go together; what the processes decide is in the functions above."""
+    """ConfigError for options that do not go together; what the processes decide is in `rollouts`."""
     loss = loss_of(config.losses)
     if loss is None:
         if named := given(config):

@@ -3,6 +3,7 @@
 Losses per token are their own; those of preferences are losses of pairs whose pairs are drawn as the policy trains.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fastpo.losses.token_table import TOKEN_LOSSES
@@ -36,14 +37,7 @@ _PREFERENCES = (
 ONLINE: dict[str, Online] = {loss.name: Online(loss.name, loss.name, loss.paper) for loss in TOKEN_LOSSES}
 ONLINE |= {way.name: way for way in _PREFERENCES}
 
-# Options of a run that are hyper-parameters of the losses per token.
-TOKEN_OPTIONS = tuple(
-    dict.fromkeys(
-        name for loss in TOKEN_LOSSES for name in loss.defaults if name not in ("beta", "reduction", "kl_level")
-    )
-)
 
-
-def is_online(names: list[str] | tuple[str, ...]) -> bool:
+def is_online(names: Sequence[str]) -> bool:
     """Whether a run with these entries of loss_type draws its responses as it trains."""
     return len(names) == 1 and names[0] in ONLINE

@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
+from fastpo.config.online import Rollouts
 from fastpo.config.train_config import TrainConfig
 from fastpo.errors import TrainingError
 from fastpo.losses.online import AGAINST_MIXTURE, AGAINST_REFERENCE, MIXTURE, POLICY
@@ -28,10 +29,10 @@ class Drawing:
     """Draws responses. samplers: by source. within: entered while a sampler in this process works."""
 
     def __init__(
-        self, config: TrainConfig, draws: str, world: World, samplers: Mapping[str, Sampler],
+        self, config: TrainConfig, asks: Rollouts, draws: str, world: World, samplers: Mapping[str, Sampler],
         within: Callable[[], AbstractContextManager[Any]],
     ):  # fmt: skip
-        self.config, self.draws, self.world = config, draws, world
+        self.config, self.asks, self.draws, self.world = config, asks, draws, world
         self.samplers, self.within = samplers, within
 
     def sources(self, count: int) -> list[tuple[str, int]]:
@@ -80,12 +81,11 @@ class Drawing:
     def _request(
         self, row: int, asked: Asked, source: str, k: int, seed: tuple[Any, ...], temperature: float | None
     ) -> Request:
-        config = self.config
-        ids = tuple(asked.prompt_ids.tolist())
+        config, asks = self.config, self.asks
         return Request(
-            str(row), k, source, asked.prompt, ids, seed_of(*seed, row, source, k),
-            config.temperature if temperature is None else temperature, config.top_p, config.top_k or 0,
-            config.max_completion_length,
+            str(row), k, source, asked.prompt, tuple(asked.prompt_ids.tolist()), seed_of(*seed, row, source, k),
+            asks.temperature if temperature is None else temperature, config.top_p, config.top_k,
+            asks.max_completion_length, min_p=config.min_p or 0.0, repetition_penalty=config.repetition_penalty,
         )  # fmt: skip
 
     def close(self) -> None:

@@ -23,7 +23,7 @@ class OnlinePlan(StepPlan):
             max_steps=-(-steps // passes) if steps > 0 else steps,
         )  # fmt: skip
         super().__init__(base, rows)
-        self.spread, self.passes = spread, passes
+        self.spread, self.passes, self.rows = spread, passes, rows * passes
         self.total = steps if steps > 0 else self.total * passes
 
     def generation(self, step: int) -> tuple[int, int, list[int]]:

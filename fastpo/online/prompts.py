@@ -36,6 +36,7 @@ class PromptSets(DataSets):
     """Reads prompts in the place of rows with responses; train and evaluation sets hold `Asked`."""
 
     count = 2  # responses of a prompt
+    longest: int | None = None  # tokens of a prompt
     checks: Sequence[Callable[[list[str]], object]] = ()  # of the names of the columns
 
     def _of_one(self, part: mixing.Part, split: str, name: str) -> tuple[list[Example], DataReport]:
@@ -70,10 +71,16 @@ class PromptSets(DataSets):
         for (number, row), prompt, prompt_ids in zip(kept, prompts, ids, strict=True):
             if not prompt_ids:
                 raise DataError(f"row {number}: 'prompt' has no tokens")
+            if self.longest is not None and len(prompt_ids) > self.longest:
+                why = f"more than {self.longest} tokens: max_length less max_completion_length"
+                report.dropped[why] = report.dropped.get(why, 0) + 1
+                continue
             array = np.array(prompt_ids, np.int32)
             examples.append(Asked(array, list(stand_ins), prompt=prompt, row=row))
             report.kept_rows.append(number)
             report.prompt_tokens += len(array)
+        if not examples:
+            raise DataError(f"the {name} data have no prompt of at most {self.longest} tokens: set max_length")
         report.kept = len(examples)
         report.longest_sequence = max(len(e.prompt_ids) for e in examples) + config.max_completion_length
         return examples, report

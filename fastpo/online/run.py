@@ -1,14 +1,14 @@
 """An online run's own parts, as the trainer makes and asks them."""
 
-import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
+from fastpo.config import online as config_online
 from fastpo.config.train_config import TrainConfig
 from fastpo.errors import ConfigError
-from fastpo.losses.online import AGAINST_MIXTURE, MIXTURE, ONLINE, POLICY, Online, is_online
+from fastpo.losses.online import AGAINST_MIXTURE, MIXTURE, ONLINE, POLICY, is_online
 from fastpo.online.drawing import REFERENCE, Drawing
 from fastpo.online.evaluation import OnlineEvaluation
 from fastpo.online.judging import Preferences
@@ -32,7 +32,7 @@ Reference = tuple[Engine, Within]  # who computes its log-probabilities, and ins
 
 
 def of_arguments(
-    config: TrainConfig, reward_funcs: Any, reward_processing_classes: Any, judge: Any, sampler: Any
+    config: TrainConfig, processes: int, reward_funcs: Any, reward_processing_classes: Any, judge: Any, sampler: Any
 ) -> "OnlineRun | None":
     """What is online of a run; None where its data have the responses. ConfigError for arguments that do not fit."""
     given = {"reward_funcs": reward_funcs, "judge": judge, "sampler": sampler}
@@ -44,7 +44,9 @@ def of_arguments(
                 f"choose an online loss, such as loss_type=grpo"
             )
         return None
-    return OnlineRun(config, reward_funcs, reward_processing_classes, judge, sampler)
+    return OnlineRun(
+        config, config_online.rollouts(config, processes), reward_funcs, reward_processing_classes, judge, sampler
+    )
 
 
 def sets(
@@ -54,7 +56,7 @@ def sets(
     if online is None:
         return DataSets(config, world, tokenizer, objective, given)
     found = PromptSets(config, world, tokenizer, objective, given)
-    found.count = online.count
+    found.count, found.longest = online.asks.num_generations, online.asks.max_prompt_length
     found.checks = [] if online.rewards is None else [online.rewards.check]
     return found
 
@@ -63,17 +65,27 @@ def plan(online: "OnlineRun | None", config: TrainConfig, rows: int, processes: 
     """Which rows each step of a run takes."""
     if online is None:
         return StepPlan(config, rows, processes)
-    prompts = prompts_per_step(config, online.way, online.count, processes)
-    spread = spread_of(config, prompts, online.count, online.way)
-    return OnlinePlan(config, rows, prompts, spread=spread, passes=config.num_iterations)
+    asks = online.asks
+    return OnlinePlan(
+        config, rows, asks.prompts_per_step, spread=asks.steps_per_generation, passes=config.num_iterations
+    )
+
+
+def close(online: "OnlineRun | None", rollouts: Rollouts | None) -> None:
+    """Lets go of samplers, models and connections."""
+    for part in (rollouts, online):
+        if part is not None:
+            part.close()
 
 
 class OnlineRun:
     """The parts of an online run: who judges, and from `begin` on the rollouts."""
 
-    def __init__(self, config: TrainConfig, reward_funcs: Any, classes: Any, judge: Any, sampler: Any):
-        self.config, self.way = config, ONLINE[config.losses[0]]
-        self.count = generations(config, self.way)
+    def __init__(
+        self, config: TrainConfig, asks: config_online.Rollouts, reward_funcs: Any, classes: Any, judge: Any,
+        sampler: Any,
+    ):  # fmt: skip
+        self.config, self.asks, self.way = config, asks, ONLINE[config.losses[0]]
         self.sampler = sampler
         judge = config.judge if judge is None else judge
         if reward_funcs is None and (judge is None or self.way.by == "rewards"):
@@ -108,11 +120,11 @@ class OnlineRun:
         return (0.05 if self.way.loss == "rloo" else 0.0) if beta is None else float(beta)
 
     def begin(
-        self, plan: OnlinePlan, sets: PromptSets, passes: Passes, tokenizer: Any, live: LiveReference | None,
+        self, plan: Any, sets: Any, passes: Passes, tokenizer: Any, live: LiveReference | None,
         moving: MovingReference | None, callbacks: Any, folder: Path,
     ) -> Rollouts:  # fmt: skip
-        """The rollouts of a run whose model is as its processes hold it. live, moving: its reference. callbacks: have
-        transformers' state, which reward functions may read."""
+        """The rollouts of a run whose model is as its processes hold it. plan, sets: as made here. live, moving: its
+        reference. callbacks: have transformers' state, which reward functions may read."""
         config, world, objective = self.config, passes.world, sets.objective
         forward = passes.forward
         reference: Reference | None = None
@@ -128,22 +140,21 @@ class OnlineRun:
                 yield
 
         samplers = self._samplers(forward.policy.model, tokenizer, reference)
-        drawing = Drawing(config, self.way.draws, world, samplers, within)
-        rollouts = Rollouts(config, plan, sets.train, objective, passes, drawing, self.count, folder)
+        drawing = Drawing(config, self.asks, self.way.draws, world, samplers, within)
+        rollouts = Rollouts(config, plan, sets.train, objective, passes, drawing, self.asks.num_generations, folder)
         rollouts.reference = reference
+        parts = (config, self.asks, self.way)
         if self.way.by == "rewards":
             assert self.rewards is not None
             penalty = rollouts.penalty if self._penalised else None
-            rollouts.judgement = ByRewards(config, self.way, self.rewards, world, lambda: callbacks.state, penalty)
+            rollouts.judgement = ByRewards(*parts, self.rewards, world, lambda: callbacks.state, penalty)
         else:
             assert self.preferences is not None
-            rollouts.judgement = ByWins(config, self.way, self.preferences, world, lambda: callbacks.state)
+            rollouts.judgement = ByWins(*parts, self.preferences, world, lambda: callbacks.state)
         return rollouts
 
     def evaluation(self, rollouts: Rollouts) -> OnlineEvaluation:
-        config = self.config
-        count = config.num_generations_eval or self.count
-        return OnlineEvaluation(rollouts.drawing, rollouts.judgement, config, count)
+        return OnlineEvaluation(rollouts.drawing, rollouts.judgement, self.config, self.asks.num_generations_eval)
 
     def _samplers(self, model: Any, tokenizer: Any, reference: Reference | None) -> dict[str, Sampler]:
         if self.sampler is not None:
@@ -154,9 +165,8 @@ class OnlineRun:
             engine, within = reference
             same = engine.policy.model is model
             other: Any = within if same else engine.policy.model
-            coef = 0.5 if self.config.mixture_coef is None else self.config.mixture_coef
             if self.way.draws in (MIXTURE, AGAINST_MIXTURE):
-                out[MIXTURE] = LocalSampler(model, tokenizer, mixture=coef, reference=other)
+                out[MIXTURE] = LocalSampler(model, tokenizer, mixture=self.asks.mixture_coef, reference=other)
             else:
                 out[REFERENCE] = LocalSampler(model, tokenizer, mixture=1.0, reference=other)
         return out
@@ -165,35 +175,3 @@ class OnlineRun:
         for part in (self.preferences, self.rewards):
             if part is not None:
                 part.close()
-
-
-def generations(config: TrainConfig, way: Online) -> int:
-    """Responses of each prompt."""
-    if config.num_generations is not None:
-        return config.num_generations
-    return 2 if way.by == "wins" or way.loss == "rloo" else 8
-
-
-def prompts_per_step(config: TrainConfig, way: Online, count: int, processes: int) -> int:
-    """Prompts of an optimiser step, over all processes. The batch size counts responses for rewards, as GRPOConfig, and
-    prompts for preferences, as OnlineDPOConfig. ConfigError where they make no whole groups."""
-    step = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
-    if way.by == "wins":
-        return step
-    if step % count:
-        near = max(count, round(step / count) * count)
-        raise ConfigError(
-            f"a step takes {step} responses (per_device_train_batch_size x gradient_accumulation_steps x processes), "
-            f"which are no whole groups of num_generations={count}: {near} are"
-        )
-    return step // count
-
-
-def spread_of(config: TrainConfig, prompts: int, count: int, way: Online) -> int:
-    """Optimiser steps whose responses are drawn together."""
-    if config.steps_per_generation is not None:
-        return max(1, math.ceil(config.steps_per_generation / config.gradient_accumulation_steps))
-    if config.generation_batch_size is not None:
-        step = prompts * (count if way.by == "rewards" else 1)
-        return max(1, config.generation_batch_size // step)
-    return 1

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from fastpo.config.online import Rollouts
 from fastpo.config.train_config import TrainConfig
 from fastpo.data.example import OF_REFERENCE
 from fastpo.data.kway import Forming
@@ -48,11 +49,11 @@ class ByRewards:
     """Advantages of the responses by reward functions, for losses per token."""
 
     def __init__(
-        self, config: TrainConfig, way: Online, rewards: Rewards, world: World, state: Callable[[], Any],
-        penalty: Penalty | None = None,
+        self, config: TrainConfig, asks: Rollouts, way: Online, rewards: Rewards, world: World,
+        state: Callable[[], Any], penalty: Penalty | None = None,
     ):  # fmt: skip
         """penalty: what rloo takes from the rewards, times beta."""
-        self.config, self.way, self.rewards, self.world = config, way, rewards, world
+        self.config, self.asks, self.way, self.rewards, self.world = config, asks, way, rewards, world
         self.state, self.penalty = state, penalty
 
     def __call__(self, drawn: Sequence[Drawn], asked: Mapping[int, Asked]) -> Judged:
@@ -70,8 +71,8 @@ class ByRewards:
         if self.penalty is not None and groups:
             penalty = [v for of_group in self.penalty(groups) for v in of_group]
         found = worth.advantages(
-            values, places, weights=weights, aggregation=config.multi_objective_aggregation, scale=scale_of(config),
-            baseline=_BASELINES.get(self.way.loss, "mean"), penalty=penalty,
+            values, places, weights=weights, aggregation=config.multi_objective_aggregation,
+            scale=self.asks.scale_rewards, baseline=_BASELINES.get(self.way.loss, "mean"), penalty=penalty,
         )  # fmt: skip
         metrics = _reward_metrics(names, weights, values, used, found, places) | length_metrics(responses)
         lines = []
@@ -140,9 +141,17 @@ class ByWins:
     """Advantages or pairs of the responses by who beats whom, for the preference losses."""
 
     def __init__(
-        self, config: TrainConfig, way: Online, preferences: Preferences, world: World, state: Callable[[], Any]
-    ):
-        self.config, self.way, self.preferences, self.world, self.state = config, way, preferences, world, state
+        self, config: TrainConfig, asks: Rollouts, way: Online, preferences: Preferences, world: World,
+        state: Callable[[], Any],
+    ):  # fmt: skip
+        self.config, self.asks, self.way, self.preferences, self.world, self.state = (
+            config,
+            asks,
+            way,
+            preferences,
+            world,
+            state,
+        )
 
     def __call__(self, drawn: Sequence[Drawn], asked: Mapping[int, Asked]) -> Judged:
         groups, left_out = groups_of(drawn, asked)
@@ -223,14 +232,6 @@ class ByWins:
 
 
 _BASELINES = {"rloo": "leave_one_out", "reinforce": "batch"}
-_UNSCALED = ("reinforce", "rloo", "dr_grpo")
-
-
-def scale_of(config: TrainConfig) -> str:
-    """By what rewards are divided; None in the options: as the loss's paper has it."""
-    if config.scale_rewards is not None:
-        return str(config.scale_rewards)
-    return "none" if config.losses[0] in _UNSCALED else "group"
 
 
 # ---- for the log, under TRL's names

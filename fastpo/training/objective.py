@@ -6,6 +6,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from fastpo.config import online
 from fastpo.config.train_config import TrainConfig
 from fastpo.data.kway import Forming
 from fastpo.data.packing import PackedBatch, nll_count
@@ -13,7 +14,7 @@ from fastpo.data.prefetch import to_device
 from fastpo.data.prepare import Example
 from fastpo.data.rows import DEGREE_OF
 from fastpo.errors import ConfigError
-from fastpo.losses.online import ONLINE, TOKEN_OPTIONS, is_online
+from fastpo.losses.online import ONLINE, is_online
 from fastpo.losses.table import DEGREE, ORDER, SFT, Term, resolve_terms
 from fastpo.models.degree_head import LOGITS
 from fastpo.training.degree_metrics import degree_sum
@@ -49,22 +50,21 @@ class Objective:
         """The losses of `loss_type`, with their weights and hyper-parameters; ConfigError as `resolve_terms` raises."""
         if DEGREE in config.losses and config.fsdp != "no":
             raise ConfigError(f"{DEGREE} has a head beside the model, which fsdp does not split: leave fsdp out")
-        names, beta, more = config.losses, config.beta, {}
+        names, beta = config.losses, config.beta
         if is_online(names):
             way = ONLINE[names[0]]
             # rloo takes its KL from the reward (online/rollouts.py), the others from the loss.
             names, beta = [way.loss], None if way.loss == "rloo" else beta
-            more = {name: getattr(config, name) for name in TOKEN_OPTIONS}
-        elif alone := next((name for name in names if name in ONLINE), None):
-            raise ConfigError(f"{alone} trains on responses that it draws itself, so it stands alone in loss_type")
-        terms = resolve_terms(
-            names, config.loss_weights, loss_kwargs=config.loss_kwargs, beta=beta, **more,
-            label_smoothing=config.label_smoothing, gamma_beta_ratio=config.gamma_beta_ratio,
-            ipo_reduce=config.ipo_reduce, discopop_tau=config.discopop_tau,
-            f_divergence_type=config.f_divergence_type, ld_alpha=config.ld_alpha,
-            f_alpha_divergence_coef=config.f_alpha_divergence_coef, use_weighting=config.use_weighting,
+        return cls(
+            resolve_terms(
+                names, config.loss_weights, loss_kwargs=config.loss_kwargs, beta=beta,
+                label_smoothing=config.label_smoothing, gamma_beta_ratio=config.gamma_beta_ratio,
+                ipo_reduce=config.ipo_reduce, discopop_tau=config.discopop_tau,
+                f_divergence_type=config.f_divergence_type, ld_alpha=config.ld_alpha,
+                f_alpha_divergence_coef=config.f_alpha_divergence_coef, use_weighting=config.use_weighting,
+                **online.hyper(config),
+            )
         )  # fmt: skip
-        return cls(terms)
 
     def forming(self, config: TrainConfig) -> Forming:
         """Which pairs are formed of rows with K responses."""

@@ -168,8 +168,9 @@ def test_an_object_with_its_defaults(name):
             assert getattr(config, field) == option.default, field
     theirs = made(name)
     assert config.beta == theirs.beta and config.save_strategy == "steps"
-    assert online.generations(config) == getattr(theirs, "num_generations", 2)
-    assert online.temperature(config) == theirs.temperature
+    asked = online.rollouts(config)
+    assert asked.num_generations == getattr(theirs, "num_generations", 2)
+    assert asked.temperature == theirs.temperature and asked.steps_per_generation == 1
     assert config.max_length == getattr(theirs, "max_length", None)
     assert config.max_completion_length == getattr(
         theirs, "max_completion_length", getattr(theirs, "max_new_tokens", 0)
@@ -191,17 +192,18 @@ def test_what_an_object_says():
     assert (config.scale_rewards, config.train_sampling_strategy) == ("none", "sequential")
     assert (config.importance_sampling_clip_max, config.importance_sampling_clip_min) == (None, 0.1)
     assert config.sapo_temperature_pos == 2.0 and config.reward_weights == [1.0, 2.0]
-    assert (online.steps_per_generation(config, 1), online.prompts_per_step(config, 1)) == (4, 4)
+    asked = online.rollouts(config)
+    assert (asked.steps_per_generation, asked.prompts_per_step, asked.responses) == (4, 4, 64)
     assert built("GRPOConfig", scale_rewards=True).scale_rewards == "group"
     assert built("GRPOConfig", loss_type="luspo").importance_sampling_level == "token"  # TRL's, not the loss's own
     assert built("RLOOConfig", normalize_advantages=True).scale_rewards == "batch"
-    assert built("RLOOConfig").scale_rewards is None and online.scale_rewards(built("RLOOConfig")) == "none"
+    assert built("RLOOConfig").scale_rewards is None and online.rollouts(built("RLOOConfig")).scale_rewards == "none"
     assert built("GMPOConfig").losses == ["gmpo"] and built("GMPOConfig", epsilon=0.2).epsilon == 0.2
     config = built("OnlineDPOConfig", loss_type="ipo", beta=[0.3], max_new_tokens=32)
     assert (config.loss_type, config.beta, config.max_completion_length) == ("online_ipo", 0.3, 32)
-    assert online.max_prompt_length(config) == 480 and config.learning_rate == 5e-7
+    assert online.rollouts(config).max_prompt_length == 480 and config.learning_rate == 5e-7
     changed = TrainConfig.build(made("GRPOConfig", gradient_accumulation_steps=4), gradient_accumulation_steps=1)
-    assert online.steps_per_generation(changed, 1) == 1  # one, as it was, not four
+    assert online.rollouts(changed).steps_per_generation == 1  # one, as it was, not four
 
 
 def test_objects_of_earlier_versions():
@@ -279,16 +281,22 @@ def test_defaults_by_loss():
     def of(name, **given):
         return TrainConfig.build(loss_type=name, **given)
 
-    assert [online.generations(of(n)) for n in ("grpo", "rloo", "nash_md", "online_dpo")] == [8, 2, 2, 2]
-    assert [online.temperature(of(n)) for n in ("grpo", "rloo", "xpo")] == [1.0, 1.0, 0.9]
-    assert [online.scale_rewards(of(n)) for n in ("grpo", "dapo", "rloo", "dr_grpo")] == [
-        "group", "group", "none", "none",
-    ]  # fmt: skip
-    assert online.scale_rewards(of("dr_grpo", scale_rewards=True)) == "group"
-    assert online.scale_rewards(of("grpo", scale_rewards=False)) == "none"
-    modes = [online.importance_sampling_mode(of(n)) for n in ("grpo", "vespo")]
-    assert modes == ["sequence_mask", "token_truncate"]
-    assert [online.mixture_coef(of(n)) for n in ("nash_md", "ipo_md", "spo")] == [0.5, 0.5, 0.0]
+    def found(field, *names):
+        return [getattr(online.rollouts(of(name)), field) for name in names]
+
+    assert found("num_generations", "grpo", "rloo", "nash_md", "online_dpo") == [8, 2, 2, 2]
+    assert found("num_generations_eval", "grpo", "rloo") == [8, 2]
+    assert found("temperature", "grpo", "rloo", "xpo") == [1.0, 1.0, 0.9]
+    assert found("scale_rewards", "grpo", "dapo", "rloo", "dr_grpo") == ["group", "group", "none", "none"]
+    assert found("importance_sampling_mode", "grpo", "vespo") == ["sequence_mask", "token_truncate"]
+    assert found("mixture_coef", "nash_md", "ipo_md", "spo") == [0.5, 0.5, 0.0]
+    assert found("of_tokens", "gspo", "spo") == [True, False]
+    assert online.rollouts(of("dr_grpo", scale_rewards=True)).scale_rewards == "group"
+    assert online.rollouts(of("grpo", scale_rewards=False)).scale_rewards == "none"
+    asked = online.rollouts(of("grpo", sampler={"engine": "openai", "base_url": "http://x/v1"}))
+    assert (asked.engine, asked.sampler) == ("openai", {"base_url": "http://x/v1"})
+    with pytest.raises(ConfigError, match="loss_type=dpo draws no responses"):
+        online.rollouts(of("dpo"))
     assert of("grpo").is_online and not of("dpo").is_online and of(["grpo"]).is_online
     assert of("grpo").max_length is None and of("dpo").max_length == 1024
     assert of("grpo", beta=0).beta == 0 and of("nash_md", beta=0).beta == 0
@@ -309,8 +317,9 @@ def test_defaults_by_loss():
 )
 def test_sizes_of_a_generation(given, processes, steps, prompts):
     config = TrainConfig.build({"loss_type": "grpo", **given})
-    assert online.steps_per_generation(config, processes) == steps
-    assert online.prompts_per_step(config, processes) == prompts
+    asked = online.rollouts(config, processes)
+    assert (asked.steps_per_generation, asked.prompts_per_step) == (steps, prompts)
+    assert asked.prompts == steps * prompts and asked.responses == asked.prompts * asked.num_generations
 
 
 @pytest.mark.parametrize(
@@ -329,8 +338,7 @@ def test_sizes_of_a_generation(given, processes, steps, prompts):
 def test_sizes_that_do_not_fit(given, processes, message):
     config = TrainConfig.build({"loss_type": "grpo", **given})
     with pytest.raises(ConfigError, match=message) as caught:
-        online.prompts_per_step(config, processes)
-        online.steps_per_generation(config, processes)
+        online.rollouts(config, processes)
     assert "\n" not in str(caught.value)
 
 
