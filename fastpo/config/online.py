@@ -1,4 +1,4 @@
-"""Online losses: which they are, what their options mean together, and the run that they ask for (`Rollouts`).
+"""Online losses: which they are, which of their options go together, and the run that they ask for (`Rollouts`).
 
 A loss per token (`TOKENS`) reads a number of each response; an online preference loss (`PREFERENCES`) reads pairs of
 responses that the policy gives as it trains. `per_device_train_batch_size` counts responses for the first, as TRL's
@@ -16,6 +16,7 @@ from fastpo.errors import ConfigError, shown
 TOKENS = ("reinforce", "rloo", "grpo", "dr_grpo", "dapo", "bnpo", "gspo", "cispo", "sapo", "luspo", "vespo", "gmpo")
 PREFERENCES = ("online_dpo", "online_ipo", "ipo_md", "nash_md", "xpo", "spo")
 ONLINE = (*TOKENS, *PREFERENCES)
+ADVANTAGES = ("nash_md", "spo")  # of PREFERENCES: they read how often a response wins, not pairs
 MIXTURES = {"nash_md": 0.5, "ipo_md": 0.5}  # losses of a mixture with the reference: the reference's share, as in TRL
 
 # Options of the losses' own, None unless given: handed to the loss under these names.
@@ -30,8 +31,10 @@ MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 _ADAPTIVE = ("entropy_coef_min", "entropy_coef_max", "entropy_coef_delta", "entropy_target")
 _CORRECTION = ("importance_sampling_correction", "importance_sampling_mode", "importance_sampling_clip_max",
                "importance_sampling_clip_min")  # fmt: skip
-_OF_TOKENS = ("multi_objective_aggregation", "scale_rewards", "mask_truncated_completions", "top_entropy_quantile",
-              "entropy_coef", "use_adaptive_entropy", "dynamic_sampling", *_CORRECTION)  # fmt: skip
+_OF_REWARDS = ("multi_objective_aggregation", "scale_rewards", "dynamic_sampling", "overlong_buffer",
+               "overlong_penalty")  # fmt: skip
+_OF_TOKENS = ("mask_truncated_completions", "top_entropy_quantile", "entropy_coef", "use_adaptive_entropy",
+              *_CORRECTION)  # fmt: skip
 
 
 def loss_of(losses: Sequence[str]) -> str | None:
@@ -46,7 +49,7 @@ def loss_of(losses: Sequence[str]) -> str | None:
 
 def takes_no_beta(losses: Sequence[str]) -> bool:
     """Whether beta=0, no reference, is one of the losses' values."""
-    return all(name in (*TOKENS, "nash_md") for name in losses)
+    return all(name in (*TOKENS, *ADVANTAGES) for name in losses)
 
 
 @dataclass(frozen=True)
@@ -99,11 +102,9 @@ def rollouts(config: Any, processes: int = 1) -> Rollouts:
     generations = _or(config.num_generations, GENERATIONS.get(loss, 8))
     step = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
     if tokens and step % generations:
-        low = step // generations * generations
-        near = f"the nearest are {low} and {low + generations}" if low else f"the nearest is {generations}"
         raise ConfigError(
             f"per_device_train_batch_size x gradient_accumulation_steps x processes is {step} responses, no multiple "
-            f"of num_generations={generations}: {near}"
+            f"of num_generations={generations}: {_nearest(step, generations)}"
         )
     steps = _steps(config, processes)
     sampler = dict(config.sampler or {})
@@ -174,7 +175,7 @@ def given(config: Any) -> list[str]:
 
 
 def check(config: Any) -> None:
-    """ConfigError, one line, for options that do not go together; `rollouts` has what the processes decide."""
+    """ConfigError for options that do not go together; what the processes decide is in `rollouts`."""
     loss = loss_of(config.losses)
     if loss is None:
         if named := given(config):
@@ -182,10 +183,11 @@ def check(config: Any) -> None:
         return
     _check_counts(config)
     _check_parts(config, loss)
-    if loss not in TOKENS:
-        wrong = [name for name in given(config) if name in _OF_TOKENS]
-        if wrong:
-            raise ConfigError(f"{wrong[0]} is an option of losses per token ({', '.join(TOKENS)}): {loss} reads pairs")
+    if loss in PREFERENCES:
+        unread = (*_OF_REWARDS, *(() if loss in ADVANTAGES else _OF_TOKENS))
+        if wrong := next((name for name in given(config) if name in unread), None):
+            reads = "how often a response wins" if loss in ADVANTAGES else "pairs of responses"
+            raise ConfigError(f"{wrong} is set, but {loss} does not read it: it reads {reads}, not rewards as grpo")
     elif config.judge is not None:
         raise ConfigError(f"judge compares two responses, and {loss} reads a number of each: give reward_funcs")
     if config.mixture_coef is not None and loss not in MIXTURES:
@@ -237,9 +239,9 @@ def _check_parts(config: Any, loss: str) -> None:
             f"fsdp={config.fsdp} splits the model that the in-process sampler answers with: set "
             "sampler={engine: openai, base_url: ...}, a server's, or leave fsdp out"
         )
-    if engine != "local" and loss in MIXTURES:
+    if engine != "local" and loss in (*MIXTURES, "xpo"):
         raise ConfigError(
-            f"{loss} draws from a mixture of two distributions of tokens, which only the in-process sampler does: "
+            f"{loss} draws from the reference too, or from a mixture with it, which only the in-process sampler does: "
             f"leave sampler.engine={engine} out"
         )
     if config.precompute_ref_log_probs:

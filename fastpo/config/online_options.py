@@ -77,7 +77,7 @@ GRPO: dict[str, Option] = {
     **_VLLM,
     "beta": same(0.0, "None: the loss's own, of grpo and its kin 0, rloo 0.05; 0: no reference"),
     "num_iterations": same(1),
-    "epsilon": same(0.2, "None: the loss's own, 0.2; gmpo 0.4"),
+    "epsilon": same(0.2, "None: the loss's own, 0.2; gspo 0.0003, gmpo 0.4"),
     "delta": same(),
     "epsilon_high": same(None, "None: epsilon. By name, not of a GRPOConfig, dapo and cispo have their papers'"),
     "sapo_temperature_neg": same(1.05, _OWN),

@@ -201,8 +201,8 @@ class TrainConfig:
     overlong_buffer: int | None = _opt(None, "online: rewards", "DAPO's soft punishment: over the last so many tokens before max_completion_length the reward falls by overlong_penalty")
     overlong_penalty: float = _opt(1.0, "online: rewards", "overlong_buffer: what a response of the greatest length loses")
 
-    epsilon: float | None = _opt(None, "online: loss", "ratios are clipped below at 1 - epsilon (None: the loss's own, 0.2; gmpo 0.4, of log-ratios)")
-    epsilon_high: float | None = _opt(None, "online: loss", "ratios are clipped above at 1 + epsilon_high (None: the loss's own, or epsilon)")
+    epsilon: float | None = _opt(None, "online: loss", "ratios are clipped below at 1 - epsilon (None: the loss's own, 0.2; gspo 0.0003, gmpo 0.4 of log-ratios)")
+    epsilon_high: float | None = _opt(None, "online: loss", "ratios are clipped above at 1 + epsilon_high (None: the loss's own, dapo 0.28, cispo 5, gspo 0.0004, or epsilon)")
     delta: float | None = _opt(None, "online: loss", "upper bound of a ratio where the advantage is negative (None: none)")
     sapo_temperature_neg: float | None = _opt(None, "online: loss", "sapo: temperature of the gate where the advantage is not positive (None: 1.05)")
     sapo_temperature_pos: float | None = _opt(None, "online: loss", "sapo: where it is positive (None: 1.0)")
@@ -212,7 +212,7 @@ class TrainConfig:
     vespo_lambda_neg: float | None = _opt(None, "online: loss", "vespo: its decay there (None: 2.0)")
     importance_sampling_level: str | None = _opt(None, "online: loss", "ratios of tokens or of whole responses (None: token; gspo, luspo sequence)", ("token", "sequence"))
     kl_estimator: str | None = _opt(None, "online: loss", "what beta weighs: the log-ratio (k1), half its square (k2), or r - 1 - log r (k3) (None: k3)", ("k1", "k2", "k3"))
-    use_bias_correction_kl: bool | None = _opt(None, "online: loss", "multiply the KL term by the ratio, which makes its gradient the reverse KL's (None: on)")
+    use_bias_correction_kl: bool | None = _opt(None, "online: loss", "multiply the KL term by the ratio, which makes its gradient the reverse KL's (None: on; gmpo off)")
     off_policy_mask_threshold: float | None = _opt(None, "online: loss", "leave out responses of negative advantage whose mean log-ratio to the sampler's policy is over it (None: none)")
     mask_truncated_completions: bool = _opt(False, "online: loss", "leave out responses that max_completion_length ended")
     top_entropy_quantile: float = _opt(1.0, "online: loss", "this share of the tokens counts, those of the highest entropy; 1: all")
@@ -337,10 +337,6 @@ class TrainConfig:
         """The trackers asked for, as a list; empty for none."""
         names = [self.report_to] if isinstance(self.report_to, str) else list(self.report_to)
         return [name for name in names if name != "none"]
-
-    def rollouts(self, processes: int = 1) -> online.Rollouts:
-        """What an online loss draws with so many processes; ConfigError where they do not fit, or for another loss."""
-        return online.rollouts(self, processes)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as a plain dict, in order; without the hub's token, and a server's key and headers."""

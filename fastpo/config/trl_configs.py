@@ -165,6 +165,8 @@ def _grpo(changed: dict[str, Any], fields: dict[str, Any], loss: str | None = No
     _own_defaults(changed, online_options.GMPO if loss == "gmpo" else online_options.GRPO)
     if loss in ("dapo", "cispo") and fields["epsilon_high"] is None:  # to these losses themselves None is their paper's
         changed["epsilon_high"] = fields["epsilon"]
+    if loss == "luspo":  # which has another default than TRL's config
+        changed["importance_sampling_level"] = fields["importance_sampling_level"]
     return {"loss_type": loss, **_drawn(changed, fields)}
 
 

@@ -133,6 +133,7 @@ def _other_value(field):
     special = {
         "loss_type": ("simpo", "simpo"),
         "loss_weights": ("2", [2.0]),
+        "reward_weights": ("2", [2.0]),
         "report_to": ("tensorboard", "tensorboard"),
         "fsdp": ("shard_grad_op", "shard_grad_op"),
         "resume_from_checkpoint": ("out/checkpoint-3", "out/checkpoint-3"),
