@@ -65,9 +65,9 @@ def resampled(terms: Sequence[Term], seed: int = 0, draws: int = DRAWS) -> float
     """Standard error of sum_k weight_k * sum(numerator_k) / sum(denominator_k) by resampling the N prompts.
 
     One draw resamples all terms alike, so figures of the same prompts keep what they have in common. None for fewer
-    than two prompts.
+    than two prompts or draws.
     """
-    if not terms or len(terms[0][1]) < 2:
+    if not terms or len(terms[0][1]) < 2 or draws < 2:
         return None
     count = len(terms[0][1])
     rng = np.random.default_rng(seed)

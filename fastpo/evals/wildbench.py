@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from fastpo.errors import ConfigError, DataError, did_you_mean, quoted, shown
-from fastpo.evals.asked import Term, refuse, refuse_repeated, resampled, rows_of, value_of, verdicts
+from fastpo.evals.asked import DRAWS, Term, refuse, refuse_repeated, resampled, rows_of, value_of, verdicts
 from fastpo.sampling.items import Item, Response, Scorer, Turn, Unit, seed_of
 
 DATA_SET, CONFIG, SPLIT = "allenai/WildBench", "v2", "test"
@@ -227,12 +227,14 @@ class Figure:
 
 
 def reward(
-    comparisons: Sequence[Comparison], margin: float = -1, *, groups: Groups | None = None, seed: int = 0
-) -> Figure:
+    comparisons: Sequence[Comparison], margin: float = -1, *, groups: Groups | None = None, seed: int = 0,
+    draws: int = DRAWS,
+) -> Figure:  # fmt: skip
     """WB-Reward against one baseline: 100 times the sum of the outcomes, over all prompts.
 
     Prompts whose answers were cut or empty add nothing to the sum, and count in the total; in a task's mean they do not
-    count. `margin`: see `Comparison.with_margin`. `groups`: of `groups_of`, for the figures by task.
+    count. `margin`: see `Comparison.with_margin`. `groups`: of `groups_of`, for the figures by task. `draws`: of the
+    standard errors; 0: none.
     """
     if not comparisons:
         raise DataError("no comparisons: nothing to take a mean of")
@@ -245,7 +247,7 @@ def reward(
     whole, by_task = _terms([c.id for c in comparisons], _values(comparisons, margin), groups)
     return Figure(
         value=100 * math.fsum(o for _, o in counted) / len(comparisons),
-        error=resampled([whole], seed),
+        error=resampled([whole], seed, draws),
         total=len(comparisons),
         left_out=len(comparisons) - len(counted),
         mean_length=_mean([len(c.answer) for c, _ in counted]),
@@ -253,11 +255,13 @@ def reward(
         tasks=(tasks := {group: 100 * math.fsum(v) / len(v) for group, v in of_tasks.items()}),
         task_counts={group: _counts(v) for group, v in of_tasks.items()},
         task_macro=task_macro(tasks),
-        task_macro_error=resampled(by_task, seed) if len(tasks) == len(WEIGHTS) else None,
+        task_macro_error=resampled(by_task, seed, draws) if len(tasks) == len(WEIGHTS) else None,
     )
 
 
-def score(ratings: Sequence[Rating], *, groups: Groups | None = None, seed: int = 0) -> Figure:
+def score(
+    ratings: Sequence[Rating], *, groups: Groups | None = None, seed: int = 0, draws: int = DRAWS
+) -> Figure:  # fmt: skip
     """WB-Score: (mean - 5) * 20 over all prompts; by task without those whose answers were cut or empty."""
     if not ratings:
         raise DataError("no ratings: nothing to take a mean of")
@@ -273,13 +277,13 @@ def score(ratings: Sequence[Rating], *, groups: Groups | None = None, seed: int 
     _, by_task = _terms(ids, {r.id: None if r.left_out() else _scaled(r.score) for r in ratings}, groups)
     return Figure(
         value=_scaled(math.fsum(r.score for r in ratings) / len(ratings)),
-        error=resampled([whole], seed),
+        error=resampled([whole], seed, draws),
         total=len(ratings),
         left_out=len(ratings) - len(counted),
         mean_length=_mean([len(r.answer) for r in counted]),
         tasks=tasks,
         task_macro=task_macro(tasks),
-        task_macro_error=resampled(by_task, seed) if len(tasks) == len(WEIGHTS) else None,
+        task_macro_error=resampled(by_task, seed, draws) if len(tasks) == len(WEIGHTS) else None,
     )
 
 
