@@ -291,7 +291,7 @@ class Window:
         if self.has_degrees:
             self.degrees += torch.where(finite, world.sum_(sums.degrees), 0.0)
         if self.token_terms:
-            self.policy += torch.where(finite, policy_of_ranks(sums.policy, sums.totals, world), 0.0)
+            self.policy += torch.where(finite, policy_of_ranks(sums.policy, sums.totals, self.token_terms, world), 0.0)
 
     def add_dropped(self, parts: Sequence[Tensor], world: Any) -> None:
         """One step's probability mass left out by `grad_filter`, of this process's rows. Every rank calls it."""

@@ -3,6 +3,7 @@
 N = head rows (completion tokens), S = responses.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,8 +20,8 @@ from fastpo.models.policy import ENTROPY
 OLD_LOGP, SAMPLER_LOGP, CORRECTION = "old_logp", "sampler_logp", "correction"
 MASK, POLICY_MASK = "mask", "policy_mask"
 
-# Sums over a step's tokens: KL to the reference, tokens clipped from below and from above; of its responses the least
-# and the largest part that is.
+# Of a step: KL to the reference summed over tokens, how many tokens or responses are clipped from below and from above,
+# and of its responses the least and the largest part that is.
 POLICY_SUMS = 5
 
 
@@ -54,29 +55,36 @@ def no_policy_sums(device: torch.device) -> Tensor:
 @torch.no_grad()
 def policy_sums(term: Term, x: Tokens) -> Tensor:
     """Of a batch [POLICY_SUMS] fp32; a token is clipped where its ratio is outside the range and the advantage would
-    take it further, as TRL counts them."""
-    low, high = clip_range(term)
-    ratio, counts, advantages = log_ratio(x, _level(term)).exp(), x.counts, x.advantages
-    below, above = ((ratio < low) & (advantages < 0)) * counts, ((ratio > high) & (advantages > 0)) * counts
+    take it further, as TRL counts them; where ratios are of whole responses, those are counted."""
+    (low, high), level = clip_range(term), _level(term)
+    ratio, counts, advantages = log_ratio(x, level).exp(), x.counts, x.advantages
     divergence = x.logp.new_zeros(())
     if x.ref_logp is not None and term.beta:
-        divergence = (kl(x, term.hyper.get("kl_estimator", "k3"))[0] * counts).sum()
+        of_each = kl(x, term.hyper.get("kl_estimator", "k3"))[0]
+        if term.hyper.get("use_bias_correction_kl"):
+            of_each = of_each * ratio
+        divergence = (of_each * counts).sum()
+    if term.hyper.get("delta") is not None:
+        ratio = ratio.clamp(max=term.hyper["delta"])
+    below, above = ((ratio < low) & (advantages < 0)) * counts, ((ratio > high) & (advantages > 0)) * counts
     lengths = x.length(counts)
-    least, most = (x.total(below) / lengths).amin(), (x.total(above) / lengths).amax()
-    return torch.stack([divergence, below.sum(), above.sum(), least, most]).float()
+    lows, highs = x.total(below) / lengths, x.total(above) / lengths
+    counted = (below.sum(), above.sum()) if level == "token" else (lows.sum(), highs.sum())
+    return torch.stack([divergence, *counted, lows.amin(), highs.amax()]).float()
 
 
 def _level(term: Term) -> str:
-    return str(term.hyper.get("importance_sampling_level", "token"))
+    """Of what a ratio is that may be clipped."""
+    return "sum" if term.name == "rloo" else str(term.hyper.get("importance_sampling_level", "token"))
 
 
 def clip_range(term: Term) -> tuple[float, float]:
     """Of ratios; without bounds where a loss clips none."""
-    low = term.hyper.get("epsilon")
+    low, high = term.hyper.get("epsilon"), term.hyper.get("epsilon_high")
     if low is None:
-        return -torch.inf, torch.inf
-    high = term.hyper.get("epsilon_high")
-    return 1 - low, 1 + (low if high is None else high)
+        return -math.inf, math.inf if high is None else high
+    high = low if high is None else high
+    return (math.exp(-low), math.exp(high)) if term.name == "gmpo" else (1 - low, 1 + high)
 
 
 def joined(a: Tensor, b: Tensor) -> Tensor:
@@ -84,24 +92,27 @@ def joined(a: Tensor, b: Tensor) -> Tensor:
     return torch.cat([a[:3] + b[:3], torch.minimum(a[3:4], b[3:4]), torch.maximum(a[4:], b[4:])])
 
 
-def policy_of_ranks(sums: Tensor, totals: Totals | None, world: Any) -> Tensor:
+def policy_of_ranks(sums: Tensor, totals: Totals | None, terms: Sequence[Term], world: Any) -> Tensor:
     """A step's means [POLICY_SUMS], of this rank's sums; tokens that did not go through the model are not clipped."""
     assert totals is not None
     least, most = sums[3:4], sums[4:].clone()
     world.max_(most)
     least = -world.max_(-least)
-    of_step = world.sum_(sums[:3].clone()) / max(totals.tokens, 1.0)
+    clipped = totals.tokens if all(_level(t) == "token" for t in terms) else totals.responses
+    of_step = world.sum_(sums[:3].clone()) / sums.new_tensor([totals.tokens, clipped, clipped]).clamp(min=1.0)
     extremes = torch.cat([least, most])
     return torch.cat([of_step, torch.where(torch.isfinite(extremes), extremes, 0.0)])
 
 
 def policy_means(sums: Sequence[float], steps: float, terms: Sequence[Term]) -> dict[str, float]:
-    """TRL's keys, from means over a step's tokens that are summed over `steps`."""
+    """TRL's keys, from means of steps that are summed over `steps`."""
     if not steps:
         return {}
     kl, low, high, least, most = (value / steps for value in sums)
     out = {"kl": kl} if any(t.beta for t in terms) else {}
-    if all(clip_range(t)[1] == torch.inf for t in terms):
+    if all(clip_range(t)[1] == math.inf for t in terms):
         return out
+    if all(clip_range(t)[0] == -math.inf for t in terms):
+        return out | {"cispo_clip_ratio": high}
     return out | {"clip_ratio/low_mean": low, "clip_ratio/low_min": least, "clip_ratio/high_mean": high,
                   "clip_ratio/high_max": most, "clip_ratio/region_mean": low + high}  # fmt: skip
