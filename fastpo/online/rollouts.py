@@ -98,11 +98,16 @@ class EntropyBonus:
 
     def update(self, entropy: float | None) -> None:
         """Mean entropy of the last step's tokens, if it is known."""
-        config = self.config
         if entropy is not None:
-            step = config.entropy_coef_delta if entropy <= config.entropy_target else -config.entropy_coef_delta
-            self.value = min(config.entropy_coef_max, max(config.entropy_coef_min, self.value + step))
-            self.last = entropy
+            self.value, self.last = self.after(entropy), entropy
+
+    def after(self, entropy: float | None) -> float:
+        """Its weight after a step of this entropy."""
+        config = self.config
+        if entropy is None:
+            return self.value
+        step = config.entropy_coef_delta if entropy <= config.entropy_target else -config.entropy_coef_delta
+        return min(config.entropy_coef_max, max(config.entropy_coef_min, self.value + step))
 
 
 @dataclass
@@ -347,6 +352,8 @@ class Rollouts:
         if self.left_out:
             means["left_out"] = float(sum(self.left_out.values()))
         self.left_out = Counter()
+        if self.entropy.is_on:
+            means["entropy_coef"] = self.entropy.after(None if self.stepwide is None else self.stepwide.entropy)
         return means
 
     def close(self) -> None:
