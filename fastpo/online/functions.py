@@ -37,6 +37,14 @@ def is_async(function: Any) -> bool:
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(call)
 
 
+def is_of_trl(function: Any) -> bool:
+    """Whether it names something that TRL hands out for all responses at once."""
+    try:
+        return bool(_OF_RESPONSES & set(inspect.signature(function).parameters))
+    except (TypeError, ValueError):
+        return False
+
+
 def is_of_the_loop(function: Any) -> bool:
     """Whether it takes one response, as the loop's do: (prompt, response, meta). TRL hands out no `prompt`."""
     try:
@@ -45,9 +53,7 @@ def is_of_the_loop(function: Any) -> bool:
         return False
     required = {n for n, p in parameters.items() if p.default is p.empty and p.kind not in _VARIADIC}
     anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    return not _OF_RESPONSES & set(parameters) and (
-        "prompt" in required or ("response" in required and not anything)
-    )  # fmt: skip
+    return not is_of_trl(function) and ("prompt" in required or ("response" in required and not anything))
 
 
 @dataclass

@@ -16,7 +16,16 @@ from torch import nn
 
 from fastpo.errors import ConfigError, TrainingError, did_you_mean, shown
 from fastpo.online.asking import as_scorer, items_of, verdicts, wins_of
-from fastpo.online.functions import Batch, Found, Loop, RewardFunction, callable_name, is_async, is_of_the_loop
+from fastpo.online.functions import (
+    Batch,
+    Found,
+    Loop,
+    RewardFunction,
+    callable_name,
+    is_async,
+    is_of_the_loop,
+    is_of_trl,
+)
 from fastpo.sampling.items import Item, Response, Scores, Unit, Verdict
 from fastpo.scoring.policy_scorers import RewardModelScorer
 from fastpo.scoring.scorers import make_scorer
@@ -118,6 +127,12 @@ class Rewards:
             return self._of_text(name, str(entry), tokenizer)
         if isinstance(entry, Mapping):
             named = name or _name_of(entry)
+            if entry.get("kind") == "function" and set(entry) <= {"kind", "function", "unit"}:
+                function = entry.get("function")
+                if function is not None and entry.get("unit", "response") == "response":
+                    function, _ = load_function(function, self._where)
+                    if is_of_trl(function):
+                        return named, RewardFunction(named, function)  # with all that TRL hands out
             return named, make_scorer(named, entry, self._policies, self._where, others=self._sections)
         if isinstance(entry, nn.Module):
             path = str(getattr(getattr(entry, "config", None), "_name_or_path", "") or "")

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from fastpo.config.train_config import TrainConfig
-from fastpo.data.example import ADVANTAGE, REF_LOGP, Example, even_weights
+from fastpo.data.example import ADVANTAGE, OF_REFERENCE, REF_LOGP, Example, even_weights
 from fastpo.data.packing import PackedBatch
 from fastpo.errors import TrainingError
 from fastpo.losses.tokens import Totals
@@ -69,6 +69,7 @@ class Judged:
 
     groups: list[Group]
     metrics: dict[str, float]
+    tokens: dict[int, int]  # by row: of its prompt with each response that was drawn
     left_out: Counter[str] = field(default_factory=Counter)  # responses, by reason
     lines: list[dict[str, Any]] = field(default_factory=list)  # of `log_completions`
 
@@ -124,6 +125,7 @@ class Rollouts:
         self.config, self.plan, self.asked, self.objective = config, plan, list(asked), objective
         self.passes, self.drawing, self.count, self.folder = passes, drawing, count, folder
         self.judgement: Any = None  # a Judgement, which may ask for `penalty`
+        self.beta = 0.0  # of the penalty
         self.examples: list[Example] = list(asked)
         self.steps: list[Step] = []  # of the generation at hand
         self.begun = -1  # the step at which it was drawn
@@ -170,7 +172,7 @@ class Rollouts:
         kept: dict[int, Group] = {}
         for step in rows:
             mine = [row for row in step if row in by_row]
-            totals, tokens = self._totals([by_row[row] for row in mine])
+            totals, tokens = self._totals([by_row[row] for row in mine]), sum(judged.tokens.get(row, 0) for row in step)
             trained = [row for row in mine if self._keep(by_row[row])]
             kept |= {row: by_row[row] for row in trained}
             self.steps.append(Step(trained or [step[0]], totals, tokens))
@@ -198,7 +200,8 @@ class Rollouts:
             rows = [[instead.get(row, row) for row in step] for step in rows]
             asked |= {row: self.asked[row] for row in others}
             groups = [g for g in judged.groups if g.row not in instead] + good
-            judged = replace(judged, groups=groups, left_out=judged.left_out + more.left_out)
+            judged = replace(judged, groups=groups, left_out=judged.left_out + more.left_out,
+                             tokens=judged.tokens | more.tokens)  # fmt: skip
         return judged, rows
 
     def _ask(self, number: int, round_: int, asked: Mapping[int, Example]) -> Judged:
@@ -233,22 +236,24 @@ class Rollouts:
     def _idle(self, row: int) -> Example:
         """A prompt with two responses of a token each that weigh nothing: of a step in which nothing trains."""
         pairs = [(0, 1)] if self.objective.pair_terms else []
+        columns = {"weight": [0.0]} if pairs else {}
+        if any(OF_REFERENCE in t.loss.needs for t in self.objective.pair_terms):
+            columns[OF_REFERENCE] = [0.0]
         responses = [np.array([k], np.int32) for k in range(2)]
         return Example(
-            self.asked[row].prompt_ids, responses, pairs, {"weight": [0.0]} if pairs else {},
+            self.asked[row].prompt_ids, responses, pairs, columns,
             {} if pairs else {ADVANTAGE: [0.0, 0.0]}, token_columns={MASK: [np.zeros(1, np.float32)] * 2},
         )  # fmt: skip
 
-    def _totals(self, groups: Sequence[Group]) -> tuple[Totals, int]:
-        tokens = responses = seen = 0
+    def _totals(self, groups: Sequence[Group]) -> Totals:
+        tokens = responses = 0
         for group in groups:
             masked = group.masked or [False] * len(group.responses)
             for response, out in zip(group.responses, masked, strict=True):
                 length = len(response.token_ids or ())
                 tokens += 0 if out else length
                 responses += 1
-                seen += len(group.asked.prompt_ids) + length
-        return Totals(float(tokens), float(responses), self.config.max_completion_length), seen
+        return Totals(float(tokens), float(responses), self.config.max_completion_length)
 
     # ---- log-probabilities of what is trained
 
@@ -274,8 +279,7 @@ class Rollouts:
         examples = [group.example() for group in groups]
         self.passes.batches.place("rollouts", examples)
         old, ref = self.logps(examples, None)[0], self.reference_logps(examples)
-        beta = 0.05 if self.config.beta is None else float(self.config.beta)
-        return [[beta * float((o.astype(float) - r).sum()) for o, r in zip(*of_row, strict=True)]
+        return [[self.beta * float((o.astype(float) - r).sum()) for o, r in zip(*of_row, strict=True)]
                 for of_row in zip(old, ref, strict=True)]  # fmt: skip
 
     def reference_logps(self, examples: list[Example]) -> Arrays:

@@ -143,11 +143,15 @@ class OnlineRun:
         drawing = Drawing(config, self.asks, self.way.draws, world, samplers, within)
         rollouts = Rollouts(config, plan, sets.train, objective, passes, drawing, self.asks.num_generations, folder)
         rollouts.reference = reference
+        forward.temperature = self.asks.temperature or 1.0
+        forward.wants_entropy = rollouts.entropy.is_on
         parts = (config, self.asks, self.way)
         if self.way.by == "rewards":
             assert self.rewards is not None
-            penalty = rollouts.penalty if self._penalised else None
-            rollouts.judgement = ByRewards(*parts, self.rewards, world, lambda: callbacks.state, penalty)
+            rollouts.judgement = ByRewards(*parts, self.rewards, world, lambda: callbacks.state)
+            if self._penalised:
+                rollouts.beta = self.beta
+                rollouts.judgement.penalise(rollouts.penalty, self.beta)
         else:
             assert self.preferences is not None
             rollouts.judgement = ByWins(*parts, self.preferences, world, lambda: callbacks.state)

@@ -14,6 +14,7 @@ from fastpo.config.online import Rollouts
 from fastpo.config.train_config import TrainConfig
 from fastpo.data.example import OF_REFERENCE
 from fastpo.data.kway import Forming
+from fastpo.data.packing import sequence_tokens
 from fastpo.errors import TrainingError
 from fastpo.losses import advantages as worth
 from fastpo.losses.online import POLICY, Online
@@ -50,15 +51,21 @@ class ByRewards:
 
     def __init__(
         self, config: TrainConfig, asks: Rollouts, way: Online, rewards: Rewards, world: World,
-        state: Callable[[], Any], penalty: Penalty | None = None,
+        state: Callable[[], Any],
     ):  # fmt: skip
-        """penalty: what rloo takes from the rewards, times beta."""
         self.config, self.asks, self.way, self.rewards, self.world = config, asks, way, rewards, world
-        self.state, self.penalty = state, penalty
+        self.state = state
+        self.penalty: Penalty | None = None
+        self.beta = 0.0
+
+    def penalise(self, penalty: Penalty, beta: float) -> None:
+        """From now on take this from the rewards, as rloo does; it is beta times a KL."""
+        self.penalty, self.beta = penalty, beta
 
     def __call__(self, drawn: Sequence[Drawn], asked: Mapping[int, Asked]) -> Judged:
         """TrainingError where a reward function never judges anything."""
         groups, left_out = groups_of(drawn, asked)
+        tokens = {g.row: sequence_tokens(g.example()) for g in groups}
         values, used, extra, logged = self._judged(groups, left_out)
         names, weights = list(self.rewards.names), list(map(float, self.rewards.weights))
         responses = [r for g in groups for r in g.responses]
@@ -74,7 +81,9 @@ class ByRewards:
             values, places, weights=weights, aggregation=config.multi_objective_aggregation,
             scale=self.asks.scale_rewards, baseline=_BASELINES.get(self.way.loss, "mean"), penalty=penalty,
         )  # fmt: skip
-        metrics = _reward_metrics(names, weights, values, used, found, places) | length_metrics(responses)
+        metrics = _reward_metrics(names, values, used, found) | length_metrics(responses)
+        if penalty:
+            metrics["kl"] = float(np.mean(penalty)) / self.beta
         lines = []
         if config.log_completions:
             lines = _lines(groups, names, values, found.values.tolist(), used, extra)
@@ -88,7 +97,7 @@ class ByRewards:
                 group.advantage = [float(found.values[r]) for r in keep]
                 group.masked = [config.mask_truncated_completions and not r.finished for r in group.responses]
                 out.append(group)
-        return Judged(out, metrics | logged, left_out, lines)
+        return Judged(out, metrics | logged, tokens, left_out, lines)
 
     def _judged(
         self, groups: Sequence[Group], left_out: Counter[str]
@@ -170,13 +179,17 @@ class ByWins:
         if groups and all(np.isnan(p).all() for p in wins.values()):
             if broken := next((p.broken for p in parts if p.broken), None):
                 raise TrainingError(broken)
+        tokens = {g.row: sequence_tokens(g.example()) for g in groups}
+        metrics = length_metrics([r for g in groups for r in g.responses])
+        rewards = np.concatenate([p.rewards for p in parts if p.rewards is not None] or [np.zeros(0)])
+        if len(rewards := rewards[~np.isnan(rewards)]):
+            metrics |= {"reward": _mean(rewards), "reward_std": _std(rewards)}
         make = self._pairs if self.way.pairs else self._advantages
         made = [group for n, group in enumerate(groups) if make(group, wins[n])]
-        metrics = length_metrics([r for g in groups for r in g.responses])
         metrics |= {name: float(np.mean(v)) for name, v in logged.items()}
         if self.way.pairs:
             metrics["pairs_formed"] = float(sum(len(g.pairs) for g in made))
-        return Judged(made, metrics, left_out, [])
+        return Judged(made, metrics, tokens, left_out)
 
     def _advantages(self, group: Group, p: np.ndarray) -> bool:
         """Of policy samples alone: how often they win, against each other or, where there are others, against those."""
@@ -252,9 +265,7 @@ def length_metrics(responses: Sequence[Response]) -> dict[str, float]:
     return {name: float(value) for name, value in out.items()}
 
 
-def _reward_metrics(
-    names: Sequence[str], weights: Sequence[float], values: Any, used: Any, found: Any, places: Any
-) -> dict[str, float]:
+def _reward_metrics(names: Sequence[str], values: Any, used: Any, found: Any) -> dict[str, float]:
     out: dict[str, float] = {}
     for f, name in enumerate(names):
         column = values[:, f][~np.isnan(values[:, f])]

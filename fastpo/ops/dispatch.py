@@ -1,6 +1,6 @@
 """`linear_logprob` and `linear_logprob_entropy` as programs call them: of plain tensors by ops/head.py and
-ops/entropy.py, of DTensors or a vocabulary that is split over processes by ops/vocab_parallel.py. They do not know each
-other."""
+ops/entropy.py, of DTensors or a vocabulary that is split over processes by ops/vocab_parallel.py and
+ops/vocab_entropy.py."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 from torch import Tensor
 
 from fastpo.ops import entropy, head
-from fastpo.ops.parts import OpError
 
 
 def linear_logprob(
@@ -81,19 +80,21 @@ def linear_logprob_entropy(
     they fit `memory_budget` bytes (default: `default_memory_budget`), with a frozen head too; over that, and with 0,
     they are formed again a vocabulary slice at a time. return_top1 adds what it adds to `linear_logprob`, detached.
 
-    Targets outside the vocabulary as in `linear_logprob`. DTensors that are sharded storage (FSDP2) are gathered;
-    OpError for a vocabulary that stays split (`vocab_parallel`), and for shapes, dtypes or devices that do not fit.
+    Targets outside the vocabulary, DTensors and `vocab_parallel` as in `linear_logprob`. OpError for shapes, dtypes or
+    devices that do not fit.
     """
+    options: dict[str, Any] = {
+        "softcap": softcap, "logit_scale": logit_scale, "return_top1": return_top1, "memory_budget": memory_budget,
+        "backend": backend,
+    }  # fmt: skip
     if vocab_parallel is not None or _any_dtensor(hidden, weight, target, bias):
+        from fastpo.ops import vocab_entropy
         from fastpo.ops import vocab_parallel as several
 
-        if vocab_parallel is not None:
-            raise OpError("linear_logprob_entropy is not built for vocab_parallel; leave it out to gather the weight")
-        hidden, weight, target, bias, _ = several.local_tensors(hidden, weight, target, bias, None)
-    return entropy.linear_logprob_entropy(
-        hidden, weight, target, bias, softcap=softcap, logit_scale=logit_scale, return_top1=return_top1,
-        memory_budget=memory_budget, backend=backend,
-    )  # fmt: skip
+        hidden, weight, target, bias, split = several.local_tensors(hidden, weight, target, bias, vocab_parallel)
+        if split is not None:
+            return vocab_entropy.linear_logprob_entropy(hidden, weight, target, bias, split, **options)
+    return entropy.linear_logprob_entropy(hidden, weight, target, bias, **options)
 
 
 def _any_dtensor(*tensors: Tensor | None) -> bool:

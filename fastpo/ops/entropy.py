@@ -58,13 +58,19 @@ def linear_logprob_entropy(
     hidden, weight, bias = autocast(hidden, weight, bias)
     check_softcap(softcap)
     backend = check_inputs(hidden, weight, target, bias, memory_budget, backend)
-    regime = regime_of(hidden, weight, bias, memory_budget)
-    if regime == "frozen":
-        regime = "kept" if fits_budget(hidden, weight, memory_budget) else "sliced"
+    regime = entropy_regime(hidden, weight, bias, memory_budget)
     logp, entropy, top1, _, _ = _logprob_entropy(
         hidden, weight, target.long(), bias, softcap, logit_scale, regime, backend
     )
     return (logp, entropy, top1) if return_top1 else (logp, entropy)
+
+
+def entropy_regime(hidden: Tensor, weight: Tensor, bias: Tensor | None, memory_budget: int | None) -> str:
+    """`regime_of` without a regime of its own for a frozen head."""
+    regime = regime_of(hidden, weight, bias, memory_budget)
+    if regime == "frozen":
+        regime = "kept" if fits_budget(hidden, weight, memory_budget) else "sliced"
+    return regime
 
 
 @torch.library.custom_op("fastpo::logprob_entropy", mutates_args=())
@@ -91,9 +97,14 @@ def _logprob_entropy(
 def _(hidden, weight, target, bias, softcap, logit_scale, regime, backend):
     n, acc = hidden.shape[0], acc_dtype(hidden.dtype)
     logp, entropy, top1 = (hidden.new_empty(n, dtype=acc) for _ in range(3))
-    kept = regime == "kept"
-    saved = hidden.new_empty(n, saved_columns(weight.shape[0], backend)) if kept else hidden.new_empty(0, dtype=acc)
-    return logp, entropy, top1, saved, hidden.new_empty(4, n, dtype=acc)
+    return logp, entropy, top1, empty_saved(hidden, weight, regime, backend), hidden.new_empty(4, n, dtype=acc)
+
+
+def empty_saved(hidden: Tensor, weight: Tensor, regime: str, backend: str) -> Tensor:
+    """Of the shape of what the forward saves."""
+    if regime == "kept":
+        return hidden.new_empty(hidden.shape[0], saved_columns(weight.shape[0], backend))
+    return hidden.new_empty(0, dtype=acc_dtype(hidden.dtype))
 
 
 @torch.library.custom_op("fastpo::logprob_entropy_backward", mutates_args=())
@@ -114,11 +125,9 @@ def _logprob_entropy_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dhidden [N, D], dweight [V, D], dbias [V]), each [0] where `need` does not ask; for dL/dlogp and dL/dH [N], of
     which None is 0."""
-    head = _contiguous(Head(hidden, weight, target, bias, softcap, logit_scale))
-    zeros = torch.zeros_like(stats[0])
-    a, h = (zeros if g is None else parts.live(g, target) for g in (grad, entropy_grad))
+    head = Head(hidden, weight, target, bias, softcap, logit_scale)
     with torch.autocast(hidden.device.type, enabled=False):
-        grads = _gradients(head, a, h, saved if regime == "kept" else None, stats, need, backend)
+        grads = gradients(head, grad, entropy_grad, saved if regime == "kept" else None, stats, need, backend)
     return parts.as_outputs(hidden, grads)
 
 
@@ -127,16 +136,26 @@ def _(grad, entropy_grad, hidden, weight, target, bias, saved, stats, softcap, l
     return parts.fake_gradients(hidden, weight, need)
 
 
-def _gradients(
-    head: Head, a: Tensor, h: Tensor, saved: Tensor | None, stats: Tensor, need: list[bool], backend: str
+def gradients(
+    head: Head,
+    grad: Tensor | None,
+    entropy_grad: Tensor | None,
+    saved: Tensor | None,
+    stats: Tensor,
+    need: list[bool],
+    backend: str,
 ) -> tuple[Tensor | None, ...]:
     """dhidden [N, D] in the accumulation dtype, dweight [V, D] and dbias [V], None where `need` does not ask.
+
+    Of a slice of the vocabulary too, for statistics of whole rows (ops/vocab_entropy.py); dhidden is then the slice's.
 
     Each slice of dweight is written once, dhidden accumulates. Elements of a tile are of the size of probabilities,
     for fp16's range: the larger upstream of a row, c, scales matrices [N, D]; the compiled pass, which takes no fp16,
     multiplies it in.
     """
+    head = _contiguous(head)
     x, w, acc = head.hidden, head.weight, acc_dtype(head.hidden.dtype)
+    a, h = (torch.zeros_like(stats[0]) if g is None else parts.live(g, head.target) for g in (grad, entropy_grad))
     if len(x) == 0:
         shapes = (x.shape, w.shape, w.shape[:1])
         return tuple(x.new_zeros(shape) if asked else None for shape, asked in zip(shapes, need))
@@ -267,13 +286,16 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     ctx.save_for_backward(hidden, weight, target, bias, *output[3:])
 
 
-def _backward(ctx: Any, grad: Tensor | None, entropy_grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    either = entropy_grad if grad is None else grad
-    return parts.gradients(
-        ctx, lambda _, *rest: _logprob_entropy_backward(grad, entropy_grad, *rest), either, (0, 1, 3)
-    )
+def backward_by(op: Callable[..., Any]) -> Callable[..., Any]:
+    """The autograd formula of an op whose first outputs are logp and entropy; `op` forms the gradients."""
+
+    def backward(ctx: Any, grad: Tensor | None, entropy_grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        either = entropy_grad if grad is None else grad
+        return parts.gradients(ctx, lambda _, *rest: op(grad, entropy_grad, *rest), either, (0, 1, 3))
+
+    return backward
 
 
-_logprob_entropy.register_autograd(_backward, setup_context=_setup)
+_logprob_entropy.register_autograd(backward_by(_logprob_entropy_backward), setup_context=_setup)
 _logprob_entropy_backward.register_autograd(parts.once_only)
 parts.reverse_mode_only(_logprob_entropy, _logprob_entropy_backward)

@@ -1,8 +1,10 @@
 """Rewards of a step's responses: TRL's functions, models, scorers; what fails is left out and counted."""
 
 import asyncio
+import contextlib
 import functools
 import threading
+import types
 
 import numpy as np
 import pytest
@@ -376,9 +378,55 @@ def test_trls_own_functions():
     )  # fmt: skip
     assert judged.used.all()
     assert np.allclose(judged.values, [[1.0, -0.5, 0.0], [0.0, -4 / 6, -0.8]])
-    assert Rewards([trl.get_soft_overlong_punishment(8, 6), "trl.rewards:think_format_reward"]).names == [
-        "soft_overlong_punishment_reward", "think_format_reward",
-    ]  # fmt: skip
+    section = {"kind": "function", "function": trl.get_repetition_penalty_reward(2)}
+    named = Rewards([trl.get_soft_overlong_punishment(8, 6), "trl.rewards:think_format_reward", section])
+    assert named.names == ["soft_overlong_punishment_reward", "think_format_reward", "repetition_penalty_reward"]
+    assert np.array_equal(named(rows, groups).values, judged.values[:, [1, 0, 2]])
+
+
+def test_the_same_as_trls_trainer(monkeypatch):
+    """What TRL's trainer hands to the same functions, and the values that it takes from them (its None is NaN)."""
+    grpo = pytest.importorskip("trl.trainer.grpo_trainer")
+    monkeypatch.setattr(grpo, "profiling_context", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(grpo, "gather", lambda tensor: tensor)
+    seen = []
+
+    def f(log_extra, log_metric, trainer_state, **given):
+        seen.append(given)
+        log_extra("first", [c[0]["content"] for c in given["completions"]])
+        log_metric("share", 0.25)
+        of = zip(given["prompts"], given["completion_ids"])
+        return [None if p[0]["content"] == "two" else len(ids) for p, ids in of]
+
+    async def g(**given):
+        seen.append({k: v for k, v in given.items() if k not in ("log_extra", "log_metric", "trainer_state")})
+        return [len(c[0]["content"]) / 8 for c in given["completions"]]
+
+    prompts = [[{"role": "user", "content": text}] for text in ("one", "two")]
+    rows = [{"prompt": prompt, "level": n, "completion": "no"} for n, prompt in enumerate(prompts)]
+    judged = judge(f, g, rows=rows, state="state")
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    extra, metrics = [], []
+    trainer = types.SimpleNamespace(
+        accelerator=types.SimpleNamespace(device="cpu", is_main_process=False), reward_funcs=[f, g],
+        reward_processing_classes=[None, None], reward_func_names=["f", "g"], state="state", environments=None, async_loop=loop,
+        _log_completion_extra=lambda *of: extra.append(of), _log_metric=lambda *of: metrics.append(of),
+    )  # fmt: skip
+    flat = [r for group in GROUPS for r in group]
+    inputs = [row for row, group in zip(rows, GROUPS) for _ in group]
+    wanted = grpo.GRPOTrainer._calculate_rewards(
+        trainer, inputs, [row["prompt"] for row in inputs],
+        [[{"role": "assistant", "content": r.text}] for r in flat], [r.token_ids for r in flat],
+    )  # fmt: skip
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.close()
+    assert len(seen) == 4 and seen[:2] == seen[2:]
+    assert sorted(seen[0]) == ["completion_ids", "completions", "level", "prompts"]
+    assert np.array_equal(judged.values, wanted.double().numpy(), equal_nan=True) and judged.used.all()
+    assert extra == list(judged.extra.items()) and metrics == list(judged.logged.items())
 
 
 def test_trls_accuracy():
