@@ -116,7 +116,8 @@ class Accumulation:
         sums = StepSums(
             torch.zeros((), device=device), torch.zeros(len(PAIR_METRICS), device=device),
             torch.zeros(TOKEN_SUMS, device=device), no_range(device), torch.zeros(DEGREE_SUMS, device=device),
-            torch.zeros(0) if watched is None else watched.nothing(device), torch.zeros((), device=device), stats.totals,
+            torch.zeros(0) if watched is None else watched.nothing(device), torch.zeros((), device=device),
+            stats.totals,
         )  # fmt: skip
         if forward.router is not None:
             forward.router.begin()
