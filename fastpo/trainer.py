@@ -100,7 +100,7 @@ def train(
     * `ref_model`: a model in memory, or a name or path, such as an earlier checkpoint.
     * `prev_model`: the same for the previous policy of inpo and dno_reg; without it and the columns `prev_*_logps` that
       is the policy as it is at the call, as in their papers' first iteration.
-    * `args`: a `TrainConfig`, a dict, a YAML path or a DPO-, KTO-, CPO-, ORPO- or RewardConfig; `overrides` go on top.
+    * `args`: a `TrainConfig`, a dict, a YAML path or TRL's DPOConfig, GRPOConfig or the like; `overrides` go on top.
     * `compute_metrics`: called at every evaluation with a `fastpo.Evaluated`, returns further metrics of it.
     * `reward_funcs`, or a `judge` of two: what judges the responses of an online loss, such as loss_type="grpo", which
       takes rows of `prompt` and any columns and draws the responses as it trains (docs/online.md). `sampler`: who does.

@@ -333,7 +333,12 @@ class Rollouts:
         if not any(g.pairs or any(g.advantage) for g in judged.groups):
             log.warning("no gradient from this step's responses: all of every prompt are worth the same, or left out")
         if judged.lines and self.passes.world.main:
-            write_lines(self.folder / "completions" / f"{number:06d}.jsonl", judged.lines)
+            lines, most = judged.lines, self.config.num_completions_to_print
+            if self.config.log_unique_prompts:
+                lines = list({repr(line["prompt"]): line for line in reversed(lines)}.values())[
+                    ::-1
+                ]  # the first of each
+            write_lines(self.folder / "completions" / f"{number:06d}.jsonl", lines[:most])
 
     def flush(self) -> dict[str, float]:
         """Means of the metrics since the last call, of what is a number."""
