@@ -175,6 +175,7 @@ class Policy:
         grad_filter: float = 0.0,
         token_metrics: bool = False,
         entropy_grad: bool = False,
+        temperature: float = 1.0,
     ) -> Any:
         """Token log-probabilities [N] fp32 of the targets; with `return_entropy`, a pair with the entropies [N].
 
@@ -183,16 +184,23 @@ class Policy:
         backward leaves out, of the same rows, is put into `batch.rows`; with `token_metrics`, the entropies and whether
         the target is the likeliest token (0 or 1), each [N], of the targets alone. With `entropy_grad` the entropies
         have a gradient, and are put there too; ConfigError beside a `grad_filter`, which knows only that of `logp`.
+        `temperature` divides the logits; ConfigError where these have a soft cap, which comes before that.
         """
         if entropy_grad and grad_filter:
             raise ConfigError("the gradient of the entropy is not built for grad_filter: leave grad_filter at 0")
+        if temperature != 1 and self.softcap is not None:
+            raise ConfigError(
+                f"temperature={temperature:g} divides logits behind their soft cap, and the head has it before: set "
+                "temperature=1 for this model"
+            )
         hidden, head = self.head_rows(batch, prompts)
         if observe is not None:
             observe(hidden[: batch.target.numel()], head)
         target = torch.cat([batch.target, batch.prompts.target]) if prompts and batch.prompts else batch.target
         args = (hidden, head.weight, target, head.bias)
         options: dict[str, Any] = {
-            "softcap": head.softcap, "logit_scale": head.logit_scale, "memory_budget": memory_budget,
+            "softcap": head.softcap, "logit_scale": head.logit_scale / temperature,
+            "memory_budget": memory_budget,
             "return_top1": token_metrics,
         }  # fmt: skip
         out: Tensor | tuple[Tensor, ...]
