@@ -7,7 +7,8 @@
 The model is train_vs_peers.py's 12x192 with random weights, whose end is drawn never: all responses have all tokens.
 `generate` is what TRL's trainers call: every prompt as often as it has responses, padded on the left, temperature 1.
 `mixture` draws from half of the policy's and half of a second model's logits, for which generate() has no counterpart.
-The providers take turns in one process; the first turn is not counted. `seconds` is of a batch, texts included.
+The providers take turns in one process; the first turn is not counted. `seconds` is of a batch, texts included;
+processor seconds, with --threads 1, say the same on a machine that does other work too.
 """
 
 import argparse
@@ -83,23 +84,31 @@ def main() -> int:
 
     common.quiet()
     torch.set_num_threads(args.threads)
-    runs, seconds = made(args), {name: [] for name in args.provider}
+    runs = made(args)
+    seconds, cpu = ({name: [] for name in args.provider} for _ in range(2))
     for turn in range(args.repeats + 1):
         for name in args.provider:
-            start = time.perf_counter()
+            start, busy = time.perf_counter(), time.process_time()
             runs[name]()
+            took, busy = time.perf_counter() - start, time.process_time() - busy
+            print(f"turn {turn}, {name}: {took:.2f} s, of the processor {busy:.2f} s", file=sys.stderr, flush=True)
             if turn or not args.repeats:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(took)
+                cpu[name].append(busy)
     if args.profile:
         with torch.profiler.profile() as profile:
             runs[args.provider[0]]()
         print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=25))
     count = args.prompts * args.responses * args.tokens
     medians = {name: statistics.median(times) for name, times in seconds.items()}
-    lines = ["| | seconds a batch | tokens a second | to generate |", "| --- | ---: | ---: | ---: |"]
+    of_it = {name: statistics.median(times) for name, times in cpu.items()}
+    lines = [
+        "| | seconds a batch | tokens a second | to generate | processor seconds | to generate |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
     for name, median in medians.items():
-        to = f"{median / medians['generate']:.2f}" if "generate" in medians else ""
-        lines.append(f"| {name} | {median:.2f} | {count / median:,.0f} | {to} |")
+        to, busy = (f"{m[name] / m['generate']:.2f}" if "generate" in m else "" for m in (medians, of_it))
+        lines.append(f"| {name} | {median:.2f} | {count / median:,.0f} | {to} | {of_it[name]:.2f} | {busy} |")
     what = (
         f"{args.prompts} prompts of {args.prompt} tokens, {args.responses} responses of {args.tokens} to each, "
         f"{args.shape}, {args.dtype}, {args.threads} threads, medians of {args.repeats}"
@@ -107,7 +116,8 @@ def main() -> int:
     table = "\n".join([what, "", *lines])
     print(table)
     if not args.no_write:
-        report = {"environment": common.environment(), "arguments": vars(args), "seconds": seconds, "medians": medians}
+        report = {"environment": common.environment(), "arguments": vars(args), "seconds": seconds, "cpu": cpu,
+                  "medians": medians}  # fmt: skip
         print(f"written to {common.write_result(f'sampling_speed_{args.dtype}', report, table)}")
     return 0
 
