@@ -38,7 +38,7 @@ def token_metrics(loss: TokenLoss, x: Tokens, **hyper: Any) -> TokenMetrics:
             values = values * exp(log_ratio(x, str(hyper.get("importance_sampling_level", "token"))))
         out.means["kl"] = (values * counts).sum(), counts.sum()
     elif hyper["beta"]:
-        out.means["kl"] = ((x.logp - x.ref_logp) * counts).sum(), counts.sum()  # type: ignore[operator]
+        out.means["kl"] = ((x.logp - x.ref_logp) * counts).sum(), counts.sum()
     if loss.name in CLIPPED:
         low = hyper["epsilon"]
         high = low if hyper["epsilon_high"] is None else hyper["epsilon_high"]
