@@ -151,7 +151,8 @@ class Rollouts:
         stepwide.entropy = self._seen_entropy = None
         stepwide.of_rollouts = {"totals": step.totals, "entropy_coef": self.entropy.coefficient(),
                                 "watches_entropy": self.config.use_adaptive_entropy}  # fmt: skip
-        return step.rows, step.tokens
+        again = number - self.begun >= len(self.steps)  # num_iterations: these tokens are counted already, as in TRL
+        return step.rows, 0 if again else step.tokens
 
     def step(self, number: int) -> Step:
         """What step `number` trains, drawn where it begins a generation. Every rank calls it."""

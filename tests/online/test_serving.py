@@ -53,7 +53,8 @@ def grpo(toy, tmp_path):
         rows = [{"prompt": row["prompt"]} for row in toy.rows(4)]
         given = {"loss_type": "grpo", "num_generations": 4, "max_completion_length": 6, "max_steps": 3,
                  "per_device_train_batch_size": 8, "learning_rate": 5e-3, "use_cpu": True, "save_final": False,
-                 "logging_steps": 1, "report_to": "none", "disable_tqdm": True, "save_strategy": "no", "overwrite_output_dir": True}  # fmt: skip
+                 "logging_steps": 1, "report_to": "none", "disable_tqdm": True, "save_strategy": "no",
+                 "overwrite_output_dir": True}  # fmt: skip
         return fastpo.train(
             toy.model(), rows, reward_funcs=sums, sampler=sampler, processing_class=toy.tokenizer(),
             output_dir=str(tmp_path / "run"), **(given | options),
