@@ -142,8 +142,8 @@ def main() -> int:
         lines.append(f"| {name} | {settings} | {value:.0e} | {gradient:.0e} | {note} |")
     environment = {**common.environment(), "fastpo": fastpo.__version__}
     versions = f"torch {environment['torch']}, trl {environment['trl']}"
-    lines += ["", f"Largest absolute differences over seeds 0 to {args.seeds - 1}, in fp64; {versions}. TRL's code runs "
-              "as it is, on a stand-in for its trainer."]  # fmt: skip
+    seeds = f"Largest absolute differences over seeds 0 to {args.seeds - 1}, in fp64; {versions}."
+    lines += ["", f"{seeds} TRL's code runs as it is, on a stand-in for its trainer."]
     table = "\n".join(lines) + "\n"
     print(table)
 

@@ -10,9 +10,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch  # noqa: E402
-from conftest import Toy  # noqa: E402
 
 import fastpo  # noqa: E402
+from conftest import Toy  # noqa: E402
 from fastpo.sampling.items import Failure, Request, Response  # noqa: E402
 
 EOS, LONGEST = 0, 9

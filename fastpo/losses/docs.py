@@ -102,7 +102,8 @@ NOTES: dict[str, Note] = {
     "rloo": Note("few responses a prompt, each compared with the mean of the others (`baseline` leave_one_out)",
                  "As TRL's RLOO trainer at beta 0, which takes the KL to the reference from the reward instead (`advantages(penalty=)`, `response_kl`, beta 0.05 there); here beta adds it to the loss. The paper has no ratio and no clip."),
     "grpo": Note("verifiable rewards or a reward model, G responses a prompt; the start from which the others differ",
-                 "As TRL's `loss_type` grpo. TRL's default loss is dapo, its KL corrected by the ratio (`use_bias_correction_kl`), which the paper's is not: false is the paper's. The paper's beta is 0.04."),
+                 "As TRL's `loss_type` grpo. TRL's default loss is dapo, its KL corrected by the ratio (`use_bias_correction_kl`), as DeepSeek-V3.2's.",
+                 "That the paper's KL is not corrected and its beta 0.04 is from knowledge of it."),
     "dr_grpo": Note("responses that grow long because they are wrong: no length and no group's deviation scales them", "As TRL's; the paper's advantages are not scaled, which is `scale_rewards` none, not part of the loss."),
     "dapo": Note("long responses: each token counts the same, and rare tokens have more room upwards",
                  "`epsilon_high` is the paper's 0.28, where TRL's default is `epsilon`. The mean is over all tokens of the step; TRL's too, by its count of the batch that was generated."),
@@ -110,10 +111,11 @@ NOTES: dict[str, Note] = {
     "gspo": Note("mixtures of experts, and several updates a batch: one ratio a response",
                  "TRL's `loss_type` grpo with `importance_sampling_level` sequence. The defaults of `epsilon` and `epsilon_high` are the paper's, two hundredths of grpo's: a mean of log-ratios moves little."),
     "cispo": Note("several updates a batch, without losing the gradient of rare tokens",
-                  "`epsilon_high` 5 is ScaleRL's, which TRL recommends; TRL's own default would bound the ratio at `epsilon`, 0.2. The paper's bound is 1 + E with an E that it does not print, and it has no lower one in use."),
+                  "`epsilon_high` 5 is ScaleRL's, which TRL recommends; TRL's own default would bound the ratio at `epsilon`, 0.2.",
+                  "The paper's own bounds, 1 - e and 1 + E of which only the upper is in use, are from knowledge of it."),
     "sapo": Note("several updates a batch, without the edge of a clip", "As TRL's, temperatures included."),
-    "luspo": Note("gspo that prefers short responses", "As TRL's, whose `importance_sampling_level` is to be set to sequence; here it is the default.",
-                  "The paper's clip range was not read: `epsilon` is TRL's 0.2, which one ratio a response seldom reaches (gspo has 3e-4)."),
+    "luspo": Note("gspo that prefers short responses", "As TRL's, with `importance_sampling_level` sequence and the paper's clip range, section 5.1 of it as TRL's documentation quotes it, as defaults; TRL's are token and 0.2.",
+                  "The formula and the clip range were read in TRL's code and documentation, not in the paper."),
     "vespo": Note("responses of an older policy or another engine: a smooth weight of the whole response's ratio",
                   "As TRL's, but that a masked token has no part in the ratio's correction; f is a constant to the gradient."),
     "gmpo": Note("ratios of single tokens that are far off: the geometric mean of a response hardly moves", "As TRL's experimental GMPO trainer. `epsilon` is of the logarithm. A response without tokens that count is 0 here and -A there, without a gradient in both."),
@@ -298,6 +300,7 @@ _TOP_TOKENS = """\
 # Losses per token
 
 Of responses that the policy itself sampled, each with an advantage. They stand alone: none can be added to another loss.
+Formulas and defaults were read in TRL 1.16's code and documentation, which name the papers; what was not is marked.
 
 ```python
 from fastpo.losses import LOSSES

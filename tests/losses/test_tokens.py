@@ -7,12 +7,15 @@ import pytest
 import torch
 
 from fastpo import cli
+from fastpo.config import TrainConfig
 from fastpo.errors import ConfigError
 from fastpo.kernels import reference_tokens
 from fastpo.losses import docs
 from fastpo.losses.table import LOSSES, canonical_name, resolve_terms
+from fastpo.losses.token_metrics import token_metrics
 from fastpo.losses.token_table import TOKEN_LOSSES
 from fastpo.losses.tokens import TokenLoss, Tokens, Totals
+from fastpo.training.objective import Objective
 
 NAMES = [loss.name for loss in TOKEN_LOSSES]
 LENGTHS = (5, 1, 9, 3, 0, 12, 4)
@@ -111,11 +114,12 @@ def test_value_gradient_and_coefficients_are_the_definitions(name, hyper, given)
         assert grad.abs().max() > 0
 
 
-@pytest.mark.parametrize("name", NAMES)
+# Of which a factor is a constant to autograd that moves with the point of a difference quotient.
+FACTORED = ("cispo", "vespo", "nash_md")
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in FACTORED])
 def test_gradcheck(name):
-    """Of what carries a gradient: constants of the point, such as weights and old log-probabilities, are held."""
-    if name in ("cispo", "vespo", "nash_md"):
-        pytest.skip("their factors are constants to autograd and move with the point of a difference quotient")
     x = batch(3, spread=0.15)
     logp = x.pop("logp").requires_grad_()
     hyper = {"beta": 0.2, "epsilon": 0.1} if "epsilon" in LOSSES[name].defaults else {"beta": 0.2}
@@ -126,7 +130,7 @@ def test_gradcheck(name):
 def test_difference_quotients(name):
     """The coefficients against the definition's values, no autograd: sg() factors are those of the unmoved point."""
     x, h = batch(4, spread=0.15, policy_mask=None), 1e-6
-    if name in ("cispo", "vespo", "nash_md"):  # linear in logp given the factor
+    if name in FACTORED:  # linear in logp given the factor
         factor = LOSSES[name].coefficients(**x, totals=totals(x)) / LOSSES[name].token_weights(
             Tokens(**x), totals(x)
         )  # fmt: skip
@@ -343,6 +347,31 @@ def test_terms(name):
     assert not term.reads_reference
     dpo, sft = resolve_terms(["dpo", "sft"])
     assert dpo.reads_reference and not dpo.of_tokens and not sft.reads_reference
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_metrics_add_up(name):
+    """Over two micro-batches as over one."""
+    x = batch(13)
+    whole = token_metrics(LOSSES[name], Tokens(**x), beta=0.1)
+    parts = []
+    for responses in ([4, 1, 6], [0, 5, 3, 2]):
+        rows = torch.cat([torch.arange(int(x["offsets"][s]), int(x["offsets"][s + 1])) for s in responses])
+        part = {k: v[rows] if v.shape == x["logp"].shape else v for k, v in x.items()}
+        part |= {"advantage": x["advantage"][responses]}
+        part |= {"offsets": torch.tensor([0, *itertools.accumulate(LENGTHS[s] for s in responses)])}
+        parts.append(token_metrics(LOSSES[name], Tokens(**part), beta=0.1))
+    assert "kl" in whole.means
+    for key, (total, count) in whole.means.items():
+        same(sum(p.means[key][0] for p in parts), total)
+        same(sum(p.means[key][1] for p in parts), count)
+    assert whole.lowest == {k: min(p.lowest[k] for p in parts) for k in whole.lowest}
+    assert whole.highest == {k: max(p.highest[k] for p in parts) for k in whole.highest}
+
+
+def test_the_trainer_has_no_rollouts_yet():
+    with pytest.raises(ConfigError, match="grpo needs responses sampled from the policy .* does not carry yet; call"):
+        Objective.of_options(TrainConfig(loss_type="grpo"))
 
 
 @pytest.mark.parametrize("name", NAMES)

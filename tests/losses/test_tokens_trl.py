@@ -13,6 +13,7 @@ import torch
 from fastpo.losses.advantages import advantages, correction, response_kl
 from fastpo.losses.table import LOSSES
 from fastpo.losses.token_functions import gamma_weights
+from fastpo.losses.token_metrics import token_metrics
 from fastpo.losses.tokens import Tokens, Totals
 
 LENGTHS = (5, 1, 9, 3, 12, 4, 7, 6)
@@ -124,6 +125,7 @@ def theirs(x, *, make=None, old=True, ratio=None, sampler=False, **options):
     logp = x.logp.clone().requires_grad_()
     stub = trainer(x, logp, use_vllm=ratio is not None, **options)
     value = make._compute_loss(stub, None, batch_of(x, old=old, ratio=ratio, sampler=sampler))
+    x.metrics = {k: v[-1] for k, v in stub._metrics["train"].items()}
     return value.detach(), torch.autograd.grad(value, logp)[0]
 
 
@@ -143,6 +145,8 @@ def ours(name, x, *, old=True, ratio=None, sampler=False, top_entropy_quantile=1
         )
         given["policy_mask"] = kept[x.there].double()
     totals = Totals(float(x.mask.sum()), len(LENGTHS), MAX_LENGTH)
+    tokens = Tokens(x.logp, x.advantage, x.offsets, ref_logp=x.ref, mask=x.mask, **given)
+    x.own_metrics = token_metrics(loss, tokens, **hyper)
     args = (x.logp, x.advantage, x.offsets)
     more = dict(totals=totals, ref_logp=x.ref, mask=x.mask, **given, **hyper)
     return loss(*args, **more), loss.coefficients(*args, **more)
@@ -151,6 +155,14 @@ def ours(name, x, *, old=True, ratio=None, sampler=False, top_entropy_quantile=1
 def differences(mine, other):
     """Largest absolute differences of value and gradient."""
     return tuple(float((a - b).abs().max()) for a, b in zip(mine, other, strict=True))
+
+
+def same_metrics(x):
+    """What TRL logged of the loss, and fastpo of the same."""
+    got = {k: float(a / b) for k, (a, b) in x.own_metrics.means.items()}
+    got |= {k: float(v) for k, v in (x.own_metrics.lowest | x.own_metrics.highest).items()}
+    expected = {k: v for k, v in x.metrics.items() if k != "entropy"}
+    assert got == pytest.approx(expected, rel=1e-6, abs=1e-9)  # some of theirs are float32
 
 
 def weights(x, mode):
@@ -193,7 +205,9 @@ def compared(name, options, seed=0):
     options["ratio"] = weights(x, options.pop("mode", None))
     other = theirs(x, **options)
     options.pop("loss_type", None)
-    return *differences(ours(name, x, **options), other), float(other[1].abs().max())
+    mine = ours(name, x, **options)
+    same_metrics(x)
+    return *differences(mine, other), float(other[1].abs().max())
 
 
 def label(case):
@@ -224,7 +238,9 @@ def compared_gmpo(name, options, seed=0):
     value, gradient = theirs(x, make=trainers.GMPOTrainer, **options)
     # There a response without tokens that count has the ratio e^0 and the loss -A, a constant; here it has none.
     value = value + x.advantage[TRUNCATED] / len(LENGTHS)
-    return *differences(ours("gmpo", x, **options), (value, gradient)), float(gradient.abs().max())
+    mine = ours("gmpo", x, **options)
+    same_metrics(x)
+    return *differences(mine, (value, gradient)), float(gradient.abs().max())
 
 
 @pytest.mark.parametrize("case", list(gmpo_cases()), ids=label)
@@ -246,7 +262,9 @@ def compared_rloo(name, options, seed=0):
     value, gradient = theirs(x, make=trainers.RLOOTrainer, **options)
     # There a response without tokens that count has the ratio e^0 and the loss -A, a constant; here it has none.
     value = value + x.advantage[TRUNCATED] / len(LENGTHS)
-    return *differences(ours("rloo", x, **options), (value, gradient)), float(gradient.abs().max())
+    mine = ours("rloo", x, **options)
+    same_metrics(x)
+    return *differences(mine, (value, gradient)), float(gradient.abs().max())
 
 
 @pytest.mark.parametrize("case", list(rloo_cases()), ids=label)

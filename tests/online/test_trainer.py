@@ -11,8 +11,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import online_runs as runs  # noqa: E402
 from conftest import Toy  # noqa: E402
 
-import fastpo  # noqa: E402
-
 # ---------------------------------------------------------------- against TRL
 
 
