@@ -39,7 +39,8 @@ def of_trl(tmp_path, monkeypatch, *, rloo=False, rows=None, shuffles=False, **op
 
     defaults = dict(
         output_dir=str(tmp_path / "trl"), num_generations=4, max_completion_length=runs.LONGEST,
-        per_device_train_batch_size=8, max_steps=3, logging_steps=1, use_cpu=True, bf16=False, disable_tqdm=True, learning_rate=3e-3,
+        per_device_train_batch_size=8, max_steps=3, logging_steps=1, use_cpu=True, bf16=False, disable_tqdm=True,
+        learning_rate=3e-3,
         lr_scheduler_type="constant", warmup_steps=0, report_to="none", save_strategy="no", max_grad_norm=0.0,
         gradient_checkpointing=False, shuffle_dataset=False, logging_nan_inf_filter=False, adam_epsilon=1e-3,
     )  # fmt: skip
