@@ -290,11 +290,11 @@ def markdown(result: dict[str, Any]) -> str:
         f"Raw win rates within {LIMIT} of the leaderboard's: {raw['within_limit']} of {raw['models']}.",
         "",
         f"Standard error of the length-controlled rate, means of {spread['models']} models: {spread['ours']:.2f} by "
-        f"{result['resamples']} resamples of the instructions, {spread['package']:.2f} by the package's rule. The "
-        f"ratio is {spread['ratio_median']:.1f} in the median, {spread['ratio_least']:.1f} to "
-        f"{spread['ratio_most']:.1f}; against the {spread['models_published']} published errors {spread['published_ratio_median']:.1f}, "
-        f"{spread['published_ratio_least']:.1f} to {spread['published_ratio_most']:.1f}. Of the minimal form the "
-        "package's is 0.",
+        f"{result['resamples']} resamples of the instructions, {spread['package']:.2f} by the package's rule.",
+        f"The ratio is {spread['ratio_median']:.1f} in the median, {spread['ratio_least']:.1f} to "
+        f"{spread['ratio_most']:.1f}; against the {spread['models_published']} published errors "
+        f"{spread['published_ratio_median']:.1f}, {spread['published_ratio_least']:.1f} to "
+        f"{spread['published_ratio_most']:.1f}. Of the minimal form the package's is 0.",
         "",
         f"The calibration is the repository's own: difficulties from the predictions in the annotations of "
         f"{', '.join(gamed['difficulties_from'])}, the gamed baselines' two sums from the published weights of "
