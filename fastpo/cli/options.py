@@ -52,7 +52,7 @@ def _parse_value(text: str, kinds: tuple[Any, ...]) -> Any:
             return words[text.lower()]
         if str not in kinds:
             raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-    if dict in kinds:
+    if dict in kinds and (str not in kinds or text.lstrip().startswith("{")):
         return _parse_json_object(text)
     if list in kinds:
         if text.lstrip().startswith("["):

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from fastpo.losses.table import ALIASES, LOSSES, NO_ROLLOUTS, SFT, Loss, canonical_name
+from fastpo.losses.table import ALIASES, LOSSES, SFT, Loss, canonical_name
 from fastpo.losses.tokens import TokenLoss
 
 
@@ -171,10 +171,6 @@ def needs(loss: Loss) -> str:
     return ", ".join(dict.fromkeys(words)) or "-"
 
 
-def _lacks(loss: Loss) -> str:
-    return NO_ROLLOUTS if isinstance(loss, TokenLoss) else loss.lacks
-
-
 _REDUCTIONS = {
     "seq_mean": "mean over each response's tokens, then over the step's responses",
     "token_mean": "sum over the step's tokens, divided by their number",
@@ -184,8 +180,8 @@ _REDUCTIONS = {
 
 
 def _trains(loss: Loss) -> str:
-    if _lacks(loss):
-        return f"not in fastpo.train yet, which does not carry {_lacks(loss)}"
+    if loss.online:
+        return "online: the responses are drawn as it trains, from rows of prompts (docs/online.md)"
     if loss.previous:
         read = "; win_prob, or win_prob_chosen and win_prob_rejected, are read where the data have them"
         return (
@@ -349,7 +345,7 @@ def page() -> str:
 
 def _section(top: str, losses: Sequence[Loss]) -> list[str]:
     rows = [
-        f"| [`{x.name}`](#{x.name}) | {_defaults(x)} | {needs(x)} | {'no' if _lacks(x) else 'yes'} |" for x in losses
+        f"| [`{x.name}`](#{x.name}) | {_defaults(x)} | {needs(x)} | {'online' if x.online else 'yes'} |" for x in losses
     ]
     parts = [top, "| name | defaults | needs | fastpo.train |\n| --- | --- | --- | --- |\n" + "\n".join(rows) + "\n"]
     for loss in losses:
@@ -373,7 +369,7 @@ def text(name: str | None = None) -> str:
     """What `fastpo losses [NAME]` prints. ConfigError naming the nearest for an unknown name."""
     if name is None:
         rows = [("NAME", "TRAINS", "NEEDS", "DEFAULTS")]
-        rows += [(x.name, "no" if _lacks(x) else "yes", needs(x), _defaults(x)) for x in LOSSES.values()]
+        rows += [(x.name, "online" if x.online else "yes", needs(x), _defaults(x)) for x in LOSSES.values()]
         widths = [max(len(row[i]) for row in rows) for i in range(3)]
         lines = ["  ".join([*(cell.ljust(w) for cell, w in zip(row, widths)), row[3]]) for row in rows]
         return "\n".join([*lines, _SFT_TEXT, "`fastpo losses NAME` tells more of one."])

@@ -14,8 +14,6 @@ from torch import Tensor
 from fastpo.errors import ConfigError
 from fastpo.losses.functions import F_DIVERGENCES, Gradient, Pairs
 
-# What `fastpo.train` does not carry yet, by the losses that need it.
-NO_LACK = ""
 # What a loss may read of a whole step, beside a pair's own numbers (fastpo/training/stepwide.py).
 KL, REWARD_MEAN, ORDER = "kl", "reward_mean", "order"
 STATISTICS = Pairs._fields[2:]  # arguments of a loss by name, beside its hyper-parameters
@@ -43,7 +41,7 @@ class Loss:
     needs: tuple[str, ...] = ()  # further fields of Pairs
     may_read: tuple[str, ...] = ()  # columns of the data that it reads where they are there
     drawn: bool = False  # its log-probabilities are sums over tokens drawn, as many of each response of a pair
-    lacks: str = NO_LACK  # what of its needs fastpo.train does not carry; empty where the loss can be trained
+    online: bool = False  # its responses are drawn as it trains (losses/online.py)
     of_step: str = ""  # what it reads of the whole step: KL, REWARD_MEAN or ORDER
     # Or "unpaired" [S], or "lists" [P, K]: then only the first and the third argument are given. Or "scores": pairs, of
     # which the numbers are rewards of a scalar head. Or "degrees": logits [E, degrees] of a head as the first argument.
@@ -138,10 +136,6 @@ class Loss:
     def previous(self) -> bool:
         """Whether it mixes the reference with the previous policy, (1 - kappa) t + kappa r."""
         return "prev_chosen_logps" in self.needs
-
-    @property
-    def trainable(self) -> bool:
-        return not self.lacks
 
     def hyper(self, **given: Any) -> dict[str, Any]:
         """The loss's hyper-parameters: its defaults, overridden by those given that are not None."""

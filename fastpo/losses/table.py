@@ -26,7 +26,7 @@ from fastpo.losses.segments import segment_sum
 from fastpo.losses.token_table import TOKEN_LOSSES
 
 __all__ = [
-    "ALIASES", "DEGREE", "KL", "LOSSES", "NO_ROLLOUTS", "ORDER", "REWARD_MEAN", "SFT", "STATISTICS", "Loss", "Pairs",
+    "ALIASES", "DEGREE", "KL", "LOSSES", "ORDER", "REWARD_MEAN", "SFT", "STATISTICS", "Loss", "Pairs",
     "Term", "canonical_name", "resolve_terms", "segment_sum",
 ]  # fmt: skip
 
@@ -106,14 +106,12 @@ _TABLE = (
     Loss("dno_reg", g.dno_reg, g.d_dno_reg, "2404.03715", {"beta": 0.1, "kappa": 1 / 3, "score_scale": 1.0},
          needs=_PREV, may_read=("win_prob", "win_prob_chosen", "win_prob_rejected")),
     Loss("inpo", g.inpo, g.d_inpo, "2407.00617", {"eta": 0.005, "kappa": 1 / 3}, needs=_PREV),
-    Loss("online_ipo", f.online_ipo, f.d_online_ipo, "2403.08635", {"beta": 0.1},
-         lacks="pairs sampled from the policy as it trains (with ipo_reduce=sum, ipo is the same on pairs given)"),
-    Loss("ipo_md", f.ipo_md, f.d_online_ipo, "2403.08635", {"beta": 0.1},
-         lacks="pairs sampled from the mixture of policy and reference"),
+    Loss("online_ipo", f.online_ipo, f.d_online_ipo, "2403.08635", {"beta": 0.1}, online=True),
+    Loss("ipo_md", f.ipo_md, f.d_online_ipo, "2403.08635", {"beta": 0.1}, online=True),
     Loss("selm", g.selm, g.d_selm, "2405.19332", {"beta": 0.01, "alpha": 1e-3},
          needs=("greedy_logps", "ref_greedy_logps")),
     Loss("xpo", g.xpo, g.d_xpo, "2405.21046", {"beta": 0.1, "alpha": 1e-5}, needs=("chosen_of_reference",),
-         lacks="pairs sampled from the policy and the reference as it trains"),
+         online=True),
     Loss("reward", scalar.reward, scalar.d_reward, "2203.02155", {"center_rewards_coefficient": 0.0}, reference=False,
          may_read=("margin",), shape="scores"),
     Loss("degree_aux", scalar.degree_aux, scalar.d_degree_aux, "2409.17791", {"degrees": 4}, reference=False,
@@ -133,8 +131,6 @@ class _Table(dict[str, Loss]):
 LOSSES: dict[str, Loss] = _Table({loss.name: loss for loss in (*_TABLE, *TOKEN_LOSSES)})
 ALIASES = {"sigmoid": "dpo"}  # TRL's names
 DEGREE = "degree_aux"  # of rows that name it, beside a loss of pairs
-# What `fastpo.train` lacks for the losses per token.
-NO_ROLLOUTS = "responses sampled from the policy as it trains"
 SFT = "sft"  # negative log-likelihood of the chosen responses, reduced over the step as `nll_reduction` says
 
 # TRL's and our own options that one of the losses reads, with the value that leaves each loss its default.
@@ -310,10 +306,7 @@ def _of_dpo(options: Mapping[str, Any], weighted: bool) -> str:
 
 
 def _terms(loss: Loss, weight: float, hyper: dict[str, Any], of: str) -> list[Term]:
-    """A loss as the trainer sums it: its NLL by tokens apart. ConfigError where the trainer cannot feed it."""
-    if loss.lacks:
-        advice = f"call fastpo.losses.LOSSES[{loss.name!r}] yourself"
-        raise ConfigError(f"{loss.name} needs {loss.lacks}, which fastpo.train does not carry yet; {advice}")
+    """A loss as the trainer sums it: its NLL by tokens apart."""
     if not loss.nll or hyper["nll_reduction"] != "token_mean":
         return [Term(loss.name, weight, loss, hyper, of)]
     apart = (loss.nll, "nll_reduction", "disable_prompt_loss")

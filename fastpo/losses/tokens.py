@@ -136,6 +136,7 @@ class TokenLoss(Loss):
 
     reference: bool = False  # read if beta > 0: `needed` says
     shape: str = "tokens"
+    online: bool = True
     inside: tuple[str, ...] = ()  # of correction and policy_mask, what `fn` reads itself
 
     @property

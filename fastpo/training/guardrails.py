@@ -22,7 +22,7 @@ PUBLISHED_RATES = {
     **{
         name: _DPO_RATE
         for name, loss in LOSSES.items()
-        if loss.trainable and loss.shape not in ("scores", "degrees", "tokens")
+        if not loss.online and loss.shape not in ("scores", "degrees", "tokens")
     },
     "simpo": (1e-6, "SimPO's recipes take 3e-7 to 1e-6"),
     "orpo": (5e-6, "ORPO's code takes 5e-6"),

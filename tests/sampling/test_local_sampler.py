@@ -1,6 +1,9 @@
 """Samples in this process: what is drawn, what is noted of it, and that nothing else changes."""
 
+import contextlib
+import json
 import logging
+import math
 from dataclasses import replace
 
 import pytest
@@ -8,10 +11,12 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from fastpo import sequence_logps
+from fastpo import TrainConfig, sequence_logps
 from fastpo.data import prepare_examples
 from fastpo.errors import ConfigError, DataError, TrainingError
 from fastpo.loop.config import Sample
+from fastpo.models.modes import training_mode
+from fastpo.models.policy import Policy, attention_implementations
 from fastpo.sampling.check_sampler import check_sampler
 from fastpo.sampling.items import Failure, Request, Response, seed_of
 from fastpo.sampling.local_sampler import LocalSampler
@@ -364,3 +369,102 @@ def test_a_prompt_that_the_template_refuses(toy):
     tokenizer.chat_template = "{{ raise_exception('no system turn') }}"
     with pytest.raises(DataError, match="refuses a prompt.*no system turn"):
         prompt_ids(tokenizer, [{"role": "user", "content": "w1"}])
+
+
+# ---- log-probabilities of tokens, and a policy that is trained between calls
+
+
+def test_log_probabilities_of_tokens_are_the_policys_own(toy, sampler, model):
+    requests = requests_for(toy, temperature=0.6, top_p=0.8, top_k=30)
+    answers = all_of(sampler, requests)
+    for request in requests:
+        response = answers[request.unit]
+        ids = torch.tensor([[*request.prompt_ids, *response.token_ids]])
+        with torch.no_grad():
+            logps = model(ids).logits[0].double().log_softmax(-1)
+        ours = logps[len(request.prompt_ids) - 1 : -1].gather(-1, ids[0, len(request.prompt_ids) :, None])[:, 0]
+        assert list(response.token_logps) == pytest.approx(ours.tolist(), abs=1e-4)
+        assert response.logp == sum(response.token_logps)
+    line = json.loads(json.dumps(answers[requests[0].unit].to_json()))
+    back = Response.from_json(line)
+    assert list(back.token_logps) == list(answers[requests[0].unit].token_logps)
+    some = replace(back, token_logps=[-1.0, math.nan])
+    assert some.to_json()["token_logps"] == [-1.0, None]
+    read = Response.from_json(some.to_json()).token_logps
+    assert read[0] == -1.0 and math.isnan(read[1])
+    assert "token_logps" not in replace(back, token_logps=None).to_json()
+
+
+def test_the_check_takes_log_probabilities_that_are_there(toy, sampler, model):
+    requests = requests_for(toy, n=4, k=2)
+    answers = all_of(sampler, requests)
+    pairs = [(r, answers[r.unit]) for r in requests]
+    rows = [{"prompt": list(q.prompt_ids), "completion": list(r.token_ids)} for q, r in pairs]
+    own = [logps[0] for logps in sequence_logps(model, rows, processing_class=toy.tokenizer())]
+    found = check_sampler(pairs, own=own)
+    assert found["compared"] == 8 and found["difference"] < 1e-5
+    assert check_sampler(pairs, own=[torch.from_numpy(x) for x in own]) == found
+    gaps = [(q, replace(r, logp=None, token_logps=[math.nan, *list(r.token_logps)[1:]])) for q, r in pairs]
+    left_out = check_sampler(gaps, own=[[99.0, *x[1:]] for x in own])  # the first of each is not looked at
+    assert left_out["compared"] == sum(len(r.token_ids) > 1 for _, r in pairs) and left_out["difference"] < 1e-5
+    sums = [(q, replace(r, token_logps=None)) for q, r in pairs]
+    assert check_sampler(sums, own=own)["compared"] == 8
+    with pytest.raises(TrainingError, match="the sampler is not the policy.*of 8 responses.*other or stale weights"):
+        check_sampler(pairs, own=[x + 0.2 for x in own])
+    with pytest.raises(TrainingError, match="the sampler is not the policy"):
+        check_sampler(pairs, own=[[math.nan] * len(x) for x in own])
+    none = [(q, replace(r, logp=None, token_logps=None)) for q, r in pairs]
+    assert check_sampler(none, own=own)["why"].startswith("the sampler gives no log-probabilities")
+    with pytest.raises(ValueError, match="tokens were sampled"):
+        check_sampler(pairs, own=[x[:-1] for x in own])
+    with pytest.raises(ValueError):
+        check_sampler(pairs, own=own[:-1])
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("attached", [False, True], ids=["", "attached"])
+def test_a_policy_that_is_trained_between_calls(toy, method, attached):
+    """As a trainer has it: attached, in train mode, layers recomputed, half of a step done."""
+    model = policy_of(toy)
+    if method == "lora":
+        peft = pytest.importorskip("peft")
+        model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    requests = requests_for(toy, n=3, k=4)
+    sampler = LocalSampler(model, toy.tokenizer(), live=True)
+    config = TrainConfig(output_dir="", gradient_checkpointing=True)
+    policy = Policy(model)
+    with training_mode(policy, config) if attached else contextlib.nullcontext():
+        first = None
+        for step in range(2):
+            flags = {name: p.requires_grad for name, p in model.named_parameters()}
+            modes = [m.training for m in model.modules()]
+            checkpointed = [getattr(m, "gradient_checkpointing", None) for m in model.modules()]
+            attention, state = attention_implementations(policy.causal_lm), torch.get_rng_state()
+            caches = model.config.use_cache
+            with policy.detached():
+                answers = all_of(sampler, requests)
+            assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
+            assert [m.training for m in model.modules()] == modes
+            assert [getattr(m, "gradient_checkpointing", None) for m in model.modules()] == checkpointed
+            assert [a for _, a in attention_implementations(policy.causal_lm)] == [a for _, a in attention]
+            assert model.config.use_cache == caches and torch.equal(torch.get_rng_state(), state)
+            rows = [{"prompt": list(r.prompt_ids), "completion": list(answers[r.unit].token_ids)} for r in requests]
+            with policy.detached():
+                own = [x[0] for x in sequence_logps(model, rows, processing_class=toy.tokenizer())]
+            assert check_sampler([(r, answers[r.unit]) for r in requests], own=own)["difference"] < 1e-4
+            assert step == 0 or first != answers
+            first = answers
+            with torch.no_grad():
+                for p in model.parameters():
+                    if p.requires_grad:
+                        p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    assert sampler.key["model"] == "in memory, trained"
+
+
+def test_in_the_precision_of_an_autocast(toy, model):
+    requests = requests_for(toy, n=3, k=2)
+    sampler = LocalSampler(model, toy.tokenizer())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        answers = all_of(sampler, requests)
+    found = check_sampler([(r, answers[r.unit]) for r in requests], model, toy.tokenizer(), tolerance=0.02)
+    assert 1e-6 < found["difference"]  # bf16 was used, and is near
