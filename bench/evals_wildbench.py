@@ -173,7 +173,7 @@ def of_counts(theirs: dict) -> wb.Figure:
     return wb.Figure(value(theirs, total), None, total, 0, None, tasks=tasks, task_macro=wb.task_macro(tasks))
 
 
-def from_tables(clone: Clone) -> dict[str, list[dict]]:
+def from_tables(clone: Clone) -> dict[str, Any]:
     """Rewards of a baseline from its counts; means over the baselines, and task macro of scores, from both."""
     rewards, merged = [], []
     figures: dict[tuple[int, str], dict[str, wb.Figure]] = {}
@@ -188,7 +188,7 @@ def from_tables(clone: Clone) -> dict[str, list[dict]]:
                                 "published": 100 * theirs["reward"], "figures": len(pairs),
                                 "difference": max(abs(a - 100 * b) for a, b in pairs)})  # fmt: skip
     scores = clone.read(f"{DATA}/score.json") or {}
-    for margin in wb.MARGINS:
+    for margin in MARGINS:
         for model, theirs in (clone.read(f"{DATA}/all_stat_wildbench.{margin}.json") or {}).items():
             macro = wb.task_macro({t: 10 * v for t, v in scores[model]["task_categorized_scores"].items()})
             pairs = [(macro, theirs["WB_score.task_macro"])]
@@ -207,7 +207,12 @@ def from_tables(clone: Clone) -> dict[str, list[dict]]:
                 pairs += [((macro + mixed.task_macro) / 2, theirs["RewardScore_Avg"])]
             row |= {"figures": len(pairs), "difference": max(abs(a - b) for a, b in pairs)}
             merged.append(row)
-    return {"rewards": rewards, "merged": merged}
+    zeros = {}
+    for margin in (k for k in wb.MARGINS if k not in MARGINS):
+        table = clone.read(f"{DATA}/all_stat_wildbench.{margin}.json") or {}
+        means = [theirs[f"mixture_of_rewards.K={margin}"] for theirs in table.values()]
+        zeros[str(margin)] = {"entries": len(means), "zero": sum(value == 0 for value in means)}
+    return {"rewards": rewards, "merged": merged, "margins without tables": zeros}
 
 
 # ---- the page
@@ -307,9 +312,9 @@ def of_tables(result: dict[str, Any]) -> list[str]:
 
 def of_missing(result: dict[str, Any], groups: bool) -> list[str]:
     merged, absent = result["tables"]["merged"], result["absent"]
-    lacking = sorted({r["model"] for r in merged if r["ours"] is None and r["margin"] in MARGINS})
-    nothing = [r for r in merged if r["margin"] not in MARGINS]
-    margins = ", ".join(str(k) for k in wb.MARGINS if k not in MARGINS)
+    lacking = sorted({r["model"] for r in merged if r["ours"] is None})
+    without = result["tables"]["margins without tables"]
+    zero, entries = (sum(of[key] for of in without.values()) for key in ("zero", "entries"))
     tags = "computed above, of the files that are there." if groups else (
         "not computed: they need the prompts' tags, which are in the data set on a hub (--tasks). Their sums are "
         "checked from the published counts and tasks."
@@ -318,8 +323,8 @@ def of_missing(result: dict[str, Any], groups: bool) -> list[str]:
         "## What cannot be had from the published evaluations", "",
         f"* The means over baselines of {len(lacking)} models: {', '.join(lacking)}. Tables of a baseline lack them, "
         "and the script that merges the tables takes 0 for what is missing.",
-        f"* The means at margins {margins}: {sum(r['published'] == 0 for r in nothing)} of {len(nothing)} published "
-        "entries are 0. There are no tables of these margins, and the script takes 0 for them.",
+        f"* The means at margins {', '.join(without)}: {zero} of {entries} published entries are 0. There are no "
+        "tables of these margins, and the script takes 0 for them.",
         f"* Figures by task from the evaluations: {tags}",
         f"* What is in the {len(absent)} files of evaluations that this clone lacks: "
         f"{sum('/pairwise.v2/' in p for p in absent)} of comparisons, {sum('/score.v2/' in p for p in absent)} of "

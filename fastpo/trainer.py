@@ -100,7 +100,7 @@ def train(
     * `ref_model`: a model in memory, or a name or path, such as an earlier checkpoint.
     * `prev_model`: the same for the previous policy of inpo and dno_reg; without it and the columns `prev_*_logps` that
       is the policy as it is at the call, as in their papers' first iteration.
-    * `args`: a `TrainConfig`, a dict, a YAML path or a DPO-, KTO-, CPO-, ORPO- or RewardConfig; `overrides` go on top.
+    * `args`: a `TrainConfig`, a dict, a YAML path or TRL's DPOConfig, GRPOConfig or the like; `overrides` go on top.
     * `compute_metrics`: called at every evaluation with a `fastpo.Evaluated`, returns further metrics of it.
     * `reward_funcs`, or a `judge` of two: what judges the responses of an online loss, such as loss_type="grpo", which
       takes rows of `prompt` and any columns and draws the responses as it trains (docs/online.md). `sampler`: who does.
@@ -146,7 +146,7 @@ class Trainer(face.Face):
         sampler: Any = None,
         **overrides: Any,
     ):
-        self.config = config = TrainConfig.build(args, **overrides)
+        self.config = config = TrainConfig.build(args, **overrides, **online.options(judge=judge, sampler=sampler))
         if train_dataset is None:
             raise ConfigError("`train_dataset` is required: a datasets.Dataset, a list of dicts, a path or a hub id")
         run_data.check_precomputed(config, train_dataset, eval_dataset)
@@ -327,7 +327,7 @@ class Trainer(face.Face):
                 )  # fmt: skip
             self.forward.begin(self.engine, self.router, None if self.online else self.live.rows)
         if self.online is not None:
-            of_run = (self.tokenizer, self.live, self.moving, self.callbacks, self.output_dir)
+            of_run = (self.tokenizer, self.live, self.moving, self.callbacks, self.files.save, self.output_dir)
             self.rollouts = self.online.begin(plan, self.data, self.passes, *of_run)
             self.evaluation = self.online.evaluation(self.rollouts)
         self.update = update = Update(self.model, self.parameters, settled, self.world, self.optimizers, len(plan))

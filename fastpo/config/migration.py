@@ -61,6 +61,8 @@ output_dir="out", beta=0.2)`. `tests/migration/` holds three scripts of TRL's do
 | `tokenizer=` | `processing_class=` |
 | `compute_metrics=` | the same, called with `fastpo.Evaluated`: the responses' log-probabilities and the reference's. What reads logits (`predictions`) is refused: nothing keeps them, and TRL deprecates them |
 | `data_collator=` | refused: fastpo packs the rows |
+| `reward_funcs=`, `reward_processing_classes=` of the online trainers | the same |
+| `tools=`, `rollout_func=`, `environment_factory=` of `GRPOTrainer` | not built: a response is what the sampler says to a prompt |
 
 **The command line.** `trl dpo` becomes `fastpo train`, with the same options and the same YAML files:
 

@@ -80,7 +80,7 @@ _TABLE: tuple[tuple[tuple[str, ...], _Without, str], ...] = (
     (("fsdp_gradients",), lambda c, f: c.fsdp == "no", "fsdp is off"),
     (("ddp_timeout", "ddp_backend"), lambda c, f: f.processes == 1, "there is one process"),
     (("tf32",), lambda c, f: f.device_type == "cpu", "the device is a CPU"),
-    (("generation_kwargs",), lambda c, f: not (c.sample_generations or c.is_online), "sample_generations is off"),
+    (("generation_kwargs",), lambda c, f: not c.sample_generations, "sample_generations is off"),
     (("dataset_train_split",), lambda c, f: not f.from_hub, "train_dataset is no hub data set"),
     (("dataset_test_split",), lambda c, f: not f.eval_from_hub, "eval_dataset is no hub data set"),
     (("dataset_config",), lambda c, f: not (f.from_hub or f.eval_from_hub), "the rows are no hub data set"),

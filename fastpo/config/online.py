@@ -28,7 +28,7 @@ UNSCALED = ("reinforce", "rloo", "dr_grpo")  # rewards that their papers do not 
 SCALES = ("group", "batch", "none")
 # How the importance of what the sampler said is kept within bounds; VESPO weighs whole responses itself.
 MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
-_ADAPTIVE = ("entropy_coef_min", "entropy_coef_max", "entropy_coef_delta", "entropy_target")
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_completion_length")
 _CORRECTION = ("importance_sampling_correction", "importance_sampling_mode", "importance_sampling_clip_max",
                "importance_sampling_clip_min")  # fmt: skip
 _OF_REWARDS = ("multi_objective_aggregation", "scale_rewards", "dynamic_sampling", "overlong_buffer",
@@ -243,6 +243,11 @@ def _check_parts(config: Any, loss: str) -> None:
         raise ConfigError(
             f"{loss} draws from the reference too, or from a mixture with it, which only the in-process sampler does: "
             f"leave sampler.engine={engine} out"
+        )
+    if config.generation_kwargs and not config.sample_generations:
+        raise ConfigError(
+            f"generation_kwargs={shown(config.generation_kwargs)} are of sample_generations; what {loss} draws takes "
+            f"{', '.join(_SAMPLING)}, each an option"
         )
     if config.precompute_ref_log_probs:
         raise ConfigError(f"precompute_ref_log_probs: {loss} has no responses before the run; leave it out")

@@ -13,7 +13,7 @@ from fastpo.errors import ConfigError, shown
 _COLOCATED = "vLLM runs as a server of its own here: given to `vllm serve`"
 _BATCHING = "the sampler batches by itself; a server batches continuously: sampler={engine: openai, base_url: ...}"
 _SERVER = "with use_vllm and vllm_mode=server: sampler={engine: openai, base_url: http://HOST:PORT/v1}"
-_LOG_HUB = "completions are written below output_dir: push that folder"
+_LOG_HUB = "completions are written into output_dir/completions: push that folder"
 _OWN = "None: the loss's own, docs/losses.md has them"
 
 # What the trainers share, by what it is about.
@@ -35,7 +35,7 @@ _SAMPLING = {
     "top_p": same(1.0),
     "top_k": same(0),
     "min_p": same(),
-    "generation_kwargs": same(),
+    "generation_kwargs": same(None, "of sample_generations, without which it is refused; what is drawn for the loss takes the options around this one"),
     "chat_template_kwargs": same(),
     "repetition_penalty": same(1.0),
     "cache_implementation": no("the in-process sampler chooses the cache"),
@@ -56,9 +56,9 @@ _VLLM = {
     "vllm_tensor_parallel_size": nothing(_COLOCATED, 1),
 }
 _LOGGING = {
-    "log_completions": same(False),
+    "log_completions": same(False, "written for every generation into output_dir/completions, not printed"),
     "log_multimodal": nothing("prompts and completions are text", True),
-    "num_completions_to_print": same(),
+    "num_completions_to_print": same(None, "that are written"),
     "log_unique_prompts": same(False),
 }
 _CONTINUOUS = {

@@ -144,7 +144,7 @@ class TrainConfig:
     eval_on_start: bool = _opt(False, "evaluation", "evaluate before the first step")
     eval_delay: float = _opt(0, "evaluation", "no evaluation before this step (or epoch, with eval_strategy=epoch)")
     sample_generations: int = _opt(0, "evaluation", "prompts of the evaluation data to answer at every evaluation, into samples.jsonl")
-    generation_kwargs: dict | None = _opt(None, "evaluation", "arguments of generate() for the samples, such as {max_new_tokens: 128}, and for the responses of an online loss")
+    generation_kwargs: dict | None = _opt(None, "evaluation", "arguments of generate() for the samples, such as {max_new_tokens: 128}")
 
     logging_steps: float = _opt(10, "logging", "steps between log lines; below 1, a share of all steps")
     logging_strategy: str = _opt("steps", "logging", "when to log", ("no", "steps", "epoch"))
@@ -227,18 +227,20 @@ class TrainConfig:
     importance_sampling_clip_max: float | None = _opt(3.0, "online: loss", "upper bound of these weights (None: none)")
     importance_sampling_clip_min: float | None = _opt(None, "online: loss", "lower bound of these weights (None: none)")
 
-    log_completions: bool = _opt(False, "online: logging", "print prompts, responses and rewards at every logging_steps")
-    num_completions_to_print: int | None = _opt(None, "online: logging", "log_completions: so many of them (None: all)")
-    log_unique_prompts: bool = _opt(False, "online: logging", "log_completions: one response of each prompt")
+    log_completions: bool = _opt(False, "online: logging", "write every generation's prompts, responses, rewards and advantages into output_dir/completions")
+    num_completions_to_print: int | None = _opt(None, "online: logging", "log_completions: so many of a generation, the first ones (None: all)")
+    log_unique_prompts: bool = _opt(False, "online: logging", "log_completions: one response of each prompt, the first")
     # fmt: on
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
             choices = f.metadata["choices"]
             value = getattr(self, f.name)
+            if f.name == "scale_rewards" and str(value).lower() in ("true", "false"):
+                value = str(value).lower() == "true"
             if isinstance(value, bool) and choices and bool not in bounds.kinds_of(f.type):  # to YAML, no is false
                 meant = ("always",) if value else ("no", "never")
-                if f.name == "scale_rewards":
+                if f.name == "scale_rewards":  # which TRL takes as true and false too
                     meant = ("group",) if value else ("none",)
                 value = next((c for c in choices if c in meant), value)
             value = bounds.coerce(f.name, value, f.type)

@@ -11,8 +11,9 @@ with g = z - shift and its mean under p, which is log total - H,
 
     -p_v (a + h (log p_v + H)) = exp(g) (base + tilt g)     tilt = -h / total     base = -(a - h mean) / total
 
-so a tile of the backward takes one exponential and one multiply-add more than it does for `linear_logprob`. The
-element of the target, a (1 - p) - h p (logp + H), is written apart, where p is nearly 1 from the forward's logp.
+so a logit of a tile takes one multiply-add more than in the sliced backward of `linear_logprob`; its kept one has no
+such pass. The target's element, a (1 - p) - h p (logp + H), is written apart and comes from the forward's logp: 1 - p
+keeps its digits where p is nearly 1.
 
 regime   forward keeps                    GEMMs, with a frozen head
 none     nothing                          1

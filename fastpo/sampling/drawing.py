@@ -26,8 +26,8 @@ _LIKELIEST = 512  # tokens that are sorted first where top_p cuts; all, where th
 class Mix(Protocol):
     """What makes other logits of the policy's."""
 
-    def begin(self, mask: Tensor) -> None:
-        """mask [R, tokens] of the prompts: 0 where they are padded."""
+    def begin(self, rows: Sequence[tuple[int, ...]], mask: Tensor) -> None:
+        """rows: the prompts; mask [R, tokens]: 0 where they are padded, on the left."""
 
     def __call__(self, input_ids: Tensor, own: Tensor) -> Tensor:
         """Of the tokens so far [R, tokens] and the policy's logits [R, V] the logits [R, V] to draw from."""

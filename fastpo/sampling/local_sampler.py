@@ -198,14 +198,13 @@ class LocalSampler:
         ends = [{*own} if isinstance(r.prompt, str) else {*own, *self._turn_ends} for r in batch]
         mix = Mixture(of_it, within, self.mixture) if 0 < self.mixture < 1 else None
         draw = Draw(batch, rooms, ends, pad, lambda ids: tokenizer.decode(ids), device, mix)
-        with contextlib.ExitStack() as stack:
+        with torch.no_grad(), contextlib.ExitStack() as stack:
             if self.mixture == 1:
                 model = of_it
                 stack.enter_context(within())
             for one in {id(m): m for m in (model, of_it)}.values():
                 stack.enter_context(eval_mode(one))
             stack.enter_context(plain_generation(model))
-            stack.enter_context(torch.no_grad())
             decode(model, draw, device)
         return [self._response(draw, i) for i in range(len(batch))]
 

@@ -18,7 +18,7 @@ from fastpo.training.metrics import PAIR_METRICS, TOKEN_SUMS, token_sums
 from fastpo.training.objective import Objective
 from fastpo.training.optim import Gradients
 from fastpo.training.passes import Passes
-from fastpo.training.policy_terms import entropy_bonus, joined, no_policy_sums, policy_sums, token_inputs
+from fastpo.training.policy_terms import entropy_bonus, token_inputs
 from fastpo.training.reward_metrics import no_range, reward_range
 from fastpo.training.row_statistics import TRAIN
 from fastpo.training.start_guard import StartGuard
@@ -35,7 +35,7 @@ class StepSums:
     tokens: Tensor  # [TOKEN_SUMS], where the log watches them
     range: Tensor  # [RANGE], of a reward model's rewards
     degrees: Tensor  # [DEGREE_SUMS]
-    policy: Tensor  # [POLICY_SUMS], of responses that the policy gave
+    policy: Tensor  # of PolicyMetrics, of responses that the policy gave
     entropy: Tensor  # [], summed over tokens
     totals: Totals | None = None  # of the whole step, of the same
     batches: list[PackedBatch] = field(default_factory=list)
@@ -112,11 +112,12 @@ class Accumulation:
         # Where the loss is normalised: by what the whole step has of pairs, and of each sft term's tokens or rows.
         pair_count = sum(loss_count(self.examples[i]) for i in rows)
         nlls = self.objective.nll_counts(self.examples[i] for i in rows)
-        device = world.device
+        device, watched = world.device, self.objective.policy_metrics
         sums = StepSums(
             torch.zeros((), device=device), torch.zeros(len(PAIR_METRICS), device=device),
             torch.zeros(TOKEN_SUMS, device=device), no_range(device), torch.zeros(DEGREE_SUMS, device=device),
-            no_policy_sums(device), torch.zeros((), device=device), stats.totals,
+            torch.zeros(0) if watched is None else watched.nothing(device), torch.zeros((), device=device),
+            stats.totals,
         )  # fmt: skip
         if forward.router is not None:
             forward.router.begin()
@@ -141,8 +142,8 @@ class Accumulation:
             if start_guard is not None:
                 sums.wrong_start = sums.wrong_start or start_guard(logp.detach(), batch)
             loss.backward()
-            for term in self.objective.token_terms:
-                sums.policy = joined(sums.policy, policy_sums(term, token_inputs(logp.detach(), batch)))
+            if watched is not None:
+                sums.policy = watched.joined(sums.policy, watched.sums(token_inputs(logp.detach(), batch)))
             if stats.watches_entropy and stats.totals is not None:
                 sums.entropy += entropy_bonus(batch, stats.totals).detach() * max(stats.totals.tokens, 1.0)
             if DROPPED_MASS in batch.rows:

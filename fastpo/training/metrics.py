@@ -20,7 +20,7 @@ from fastpo.models.flops import Flops
 from fastpo.models.policy import ENTROPY, TOP1
 from fastpo.ops.inputs import choose_backend
 from fastpo.training.degree_metrics import DEGREE_SUMS, degree_means
-from fastpo.training.policy_terms import POLICY_SUMS, policy_means, policy_of_ranks
+from fastpo.training.policy_terms import policy_metrics
 from fastpo.training.reward_metrics import RANGE, range_means, reward_means
 
 # Names in PackedBatch.rows: of the head rows [N], and of the prompts' tokens [M].
@@ -218,7 +218,7 @@ class Window:
         self.device, self.max_tokens, self.max_nonfinite = device, max_tokens, max_nonfinite
         self.pair_terms = [t for t in terms if t.of_pairs]
         self.has_degrees = any(t.name == DEGREE for t in terms)
-        self.token_terms = [t for t in terms if t.of_tokens]
+        self.policy_metrics = policy_metrics(terms)
         self.has_range = any(t.loss.shape == "scores" for t in self.pair_terms)
         self.flops = Flops(policy, device)
         # steps that counted, loss, skipped in a row now and at most, skipped in all
@@ -235,7 +235,8 @@ class Window:
         self.dropped = torch.zeros(3, device=self.device)  # by grad_filter: rows, sum of their mass, the largest
         self.range = torch.zeros(RANGE, device=self.device)  # of a reward model's rewards, summed over steps
         self.degrees = torch.zeros(DEGREE_SUMS, device=self.device)
-        self.policy = torch.zeros(POLICY_SUMS, device=self.device)  # of responses that the policy gave, over steps
+        of_policy = [] if self.policy_metrics is None else self.policy_metrics.names
+        self.policy = torch.zeros(len(of_policy), device=self.device)  # of responses that it gave, over steps
         self.trunk_tokens = self.alone_tokens = self.micro_batches = 0
         self.flops.reset()
         self.started = time.monotonic()
@@ -290,8 +291,9 @@ class Window:
             self.range += torch.where(finite, world.max_(sums.range), 0.0)
         if self.has_degrees:
             self.degrees += torch.where(finite, world.sum_(sums.degrees), 0.0)
-        if self.token_terms:
-            self.policy += torch.where(finite, policy_of_ranks(sums.policy, sums.totals, world), 0.0)
+        if self.policy_metrics is not None:
+            of_step = self.policy_metrics.of_step(sums.policy, sums.totals, world)
+            self.policy += torch.where(finite, of_step, 0.0)
 
     def add_dropped(self, parts: Sequence[Tensor], world: Any) -> None:
         """One step's probability mass left out by `grad_filter`, of this process's rows. Every rank calls it."""
@@ -335,7 +337,7 @@ class Window:
         ]
         norm, aux, rows, dropped, largest, low, high, *values = torch.cat(numbers).tolist()
         of_degrees, values = values[:DEGREE_SUMS], values[DEGREE_SUMS:]
-        of_policy, values = values[:POLICY_SUMS], values[POLICY_SUMS:]
+        of_policy, values = values[: len(self.policy)], values[len(self.policy) :]
         of_tokens, values = values[:TOKEN_SUMS], values[TOKEN_SUMS:]
         self.run[3] = self.run[2]
         self._check(values[3])
@@ -352,7 +354,7 @@ class Window:
         if self.has_aux and steps:
             out["aux_loss"] = aux / steps
         out |= degree_means(of_degrees) | token_means(of_tokens)
-        out |= policy_means(of_policy, steps, self.token_terms) if self.token_terms else {}
+        out |= self._of_policy(of_policy, steps)
         out["num_tokens"] = num_tokens
         out["tokens_per_second"] = (num_tokens - self.tokens_at_flush) / seconds
         out["packing_efficiency"] = self.trunk_tokens / max(1, self.micro_batches * self.max_tokens())
@@ -367,6 +369,11 @@ class Window:
         self.tokens_at_flush = num_tokens
         self._reset()
         return out
+
+    def _of_policy(self, sums: Sequence[float], steps: float) -> dict[str, float]:
+        if self.policy_metrics is None or not steps:
+            return {}
+        return {name: value / steps for name, value in zip(self.policy_metrics.names, sums, strict=True)}
 
     def _check(self, in_a_row: float) -> None:
         if in_a_row >= self.max_nonfinite:
@@ -396,7 +403,7 @@ class Window:
         return {
             **unlogged,
             **degree_means(self.degrees.tolist()),
-            **(policy_means(self.policy.tolist(), open_steps, self.token_terms) if self.token_terms else {}),
+            **self._of_policy(self.policy.tolist(), open_steps),
             **token_means(self.tokens.tolist()),
             "train_loss": loss / counted if counted else float("nan"),
             "train_runtime": seconds,

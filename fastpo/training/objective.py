@@ -19,7 +19,7 @@ from fastpo.losses.table import DEGREE, ORDER, SFT, Term, resolve_terms
 from fastpo.models.degree_head import LOGITS
 from fastpo.training.degree_metrics import degree_sum
 from fastpo.training.metrics import PAIR_METRICS, fused_pair_loss, has_kernel, nll_sum, pair_inputs, pair_metrics
-from fastpo.training.policy_terms import entropy_bonus, policy_loss, token_inputs
+from fastpo.training.policy_terms import entropy_bonus, policy_loss, policy_metrics, token_inputs
 from fastpo.training.row_statistics import needs_reference_tokens, row_statistics
 from fastpo.training.step_statistics import Statistics
 
@@ -34,6 +34,7 @@ class Objective:
         self.degree_term = next((t for t in terms if t.name == DEGREE), None)
         self.degrees = 0 if self.degree_term is None else int(self.degree_term.hyper["degrees"])
         self.token_terms = [t for t in terms if t.of_tokens]  # of responses that the policy gives as it trains
+        self.policy_metrics = policy_metrics(terms)
         self.uses_reference = any(t.loss.reference for t in self.pair_terms) or any(t.beta for t in self.token_terms)
         self.reads_prompts = frozenset(t.of for t in self.terms if t.reads_prompt)  # entries of loss_type
         self.draws = any(t.loss.drawn for t in self.pair_terms)  # tokens of each response

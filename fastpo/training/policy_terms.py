@@ -11,17 +11,14 @@ from torch import Tensor
 
 from fastpo.data.packing import PackedBatch
 from fastpo.losses.table import Term
-from fastpo.losses.tokens import TokenLoss, Tokens, Totals, kl, log_ratio
+from fastpo.losses.token_metrics import token_metrics
+from fastpo.losses.tokens import TokenLoss, Tokens, Totals
 from fastpo.models.policy import ENTROPY
 
 # Names in PackedBatch.tokens and Example.token_columns, beside data.example.REF_LOGP: of the policy that sampled, of
 # the sampler itself, what corrects for the difference of the two; which tokens count, in all and in the policy term.
 OLD_LOGP, SAMPLER_LOGP, CORRECTION = "old_logp", "sampler_logp", "correction"
 MASK, POLICY_MASK = "mask", "policy_mask"
-
-# Sums over a step's tokens: KL to the reference, tokens clipped from below and from above; of its responses the least
-# and the largest part that is.
-POLICY_SUMS = 5
 
 
 def token_inputs(logp: Tensor, batch: PackedBatch) -> Tokens:
@@ -46,62 +43,48 @@ def entropy_bonus(batch: PackedBatch, totals: Totals) -> Tensor:
     return entropy.sum() / max(totals.tokens, 1.0)
 
 
-def no_policy_sums(device: torch.device) -> Tensor:
-    """Of no token."""
-    return torch.tensor([0.0, 0.0, 0.0, torch.inf, -torch.inf], device=device)
+class PolicyMetrics:
+    """What a run of a loss per token logs of its steps, under TRL's names (losses/token_metrics.py).
+
+    Responses that did not go through the model, since nothing of them trains, count as responses that are not clipped.
+    """
+
+    def __init__(self, term: Term):
+        assert isinstance(term.loss, TokenLoss)
+        self.loss, self.hyper = term.loss, dict(term.hyper)
+        one = torch.zeros(1)
+        nothing = Tokens(one, one, torch.tensor([0, 1]), ref_logp=one)
+        found = token_metrics(self.loss, nothing, **self.hyper)
+        self.means, self.lowest, self.highest = list(found.means), list(found.lowest), list(found.highest)
+        self.names = [*self.means, *self.lowest, *self.highest]
+        self.of_responses = self.loss.name == "rloo" or self.hyper.get("importance_sampling_level") == "sequence"
+
+    def nothing(self, device: torch.device) -> Tensor:
+        """Sums of no batch. [len(names)]"""
+        low, high = [torch.inf] * len(self.lowest), [-torch.inf] * len(self.highest)
+        return torch.tensor([0.0] * len(self.means) + low + high, device=device)
+
+    def sums(self, x: Tokens) -> Tensor:
+        """Of a batch. [len(names)] fp32"""
+        found = token_metrics(self.loss, x, **self.hyper)
+        parts = [found.means[name][0] for name in self.means]
+        parts += [found.lowest[name] for name in self.lowest] + [found.highest[name] for name in self.highest]
+        return torch.stack(parts).float() if parts else x.logp.new_zeros(0).float()
+
+    def joined(self, a: Tensor, b: Tensor) -> Tensor:
+        """The sums of two parts of a step."""
+        n, m = len(self.means), len(self.means) + len(self.lowest)
+        return torch.cat([a[:n] + b[:n], torch.minimum(a[n:m], b[n:m]), torch.maximum(a[m:], b[m:])])
+
+    def of_step(self, sums: Tensor, totals: Totals, world: Any) -> Tensor:
+        """A step's numbers [len(names)], of this rank's sums. Every rank calls it."""
+        n, m = len(self.means), len(self.means) + len(self.lowest)
+        counts = [totals.responses if self.of_responses and name != "kl" else totals.tokens for name in self.means]
+        means = world.sum_(sums[:n].clone()) / torch.tensor(counts, device=sums.device).clamp(min=1.0)
+        out = torch.cat([means, -world.max_(-sums[n:m]), world.max_(sums[m:].clone())])
+        return torch.where(torch.isfinite(out), out, 0.0)
 
 
-@torch.no_grad()
-def policy_sums(term: Term, x: Tokens) -> Tensor:
-    """Of a batch [POLICY_SUMS] fp32; a token is clipped where its ratio is outside the range and the advantage would
-    take it further, as TRL counts them."""
-    low, high = clip_range(term)
-    ratio, counts, advantages = log_ratio(x, _level(term)).exp(), x.counts, x.advantages
-    below, above = ((ratio < low) & (advantages < 0)) * counts, ((ratio > high) & (advantages > 0)) * counts
-    divergence = x.logp.new_zeros(())
-    if x.ref_logp is not None and term.beta:
-        divergence = (kl(x, term.hyper.get("kl_estimator", "k3"))[0] * counts).sum()
-    lengths = x.length(counts)
-    least, most = (x.total(below) / lengths).amin(), (x.total(above) / lengths).amax()
-    return torch.stack([divergence, below.sum(), above.sum(), least, most]).float()
-
-
-def _level(term: Term) -> str:
-    return str(term.hyper.get("importance_sampling_level", "token"))
-
-
-def clip_range(term: Term) -> tuple[float, float]:
-    """Of ratios; without bounds where a loss clips none."""
-    low = term.hyper.get("epsilon")
-    if low is None:
-        return -torch.inf, torch.inf
-    high = term.hyper.get("epsilon_high")
-    return 1 - low, 1 + (low if high is None else high)
-
-
-def joined(a: Tensor, b: Tensor) -> Tensor:
-    """The sums of two parts of a step."""
-    return torch.cat([a[:3] + b[:3], torch.minimum(a[3:4], b[3:4]), torch.maximum(a[4:], b[4:])])
-
-
-def policy_of_ranks(sums: Tensor, totals: Totals | None, world: Any) -> Tensor:
-    """A step's means [POLICY_SUMS], of this rank's sums; tokens that did not go through the model are not clipped."""
-    assert totals is not None
-    least, most = sums[3:4], sums[4:].clone()
-    world.max_(most)
-    least = -world.max_(-least)
-    of_step = world.sum_(sums[:3].clone()) / max(totals.tokens, 1.0)
-    extremes = torch.cat([least, most])
-    return torch.cat([of_step, torch.where(torch.isfinite(extremes), extremes, 0.0)])
-
-
-def policy_means(sums: Sequence[float], steps: float, terms: Sequence[Term]) -> dict[str, float]:
-    """TRL's keys, from means over a step's tokens that are summed over `steps`."""
-    if not steps:
-        return {}
-    kl, low, high, least, most = (value / steps for value in sums)
-    out = {"kl": kl} if any(t.beta for t in terms) else {}
-    if all(clip_range(t)[1] == torch.inf for t in terms):
-        return out
-    return out | {"clip_ratio/low_mean": low, "clip_ratio/low_min": least, "clip_ratio/high_mean": high,
-                  "clip_ratio/high_max": most, "clip_ratio/region_mean": low + high}  # fmt: skip
+def policy_metrics(terms: Sequence[Term]) -> PolicyMetrics | None:
+    """Of the run's loss per token, if it has one: it stands alone."""
+    return next((PolicyMetrics(t) for t in terms if t.of_tokens), None)

@@ -411,7 +411,8 @@ def test_the_same_as_trls_trainer(monkeypatch):
     extra, metrics = [], []
     trainer = types.SimpleNamespace(
         accelerator=types.SimpleNamespace(device="cpu", is_main_process=False), reward_funcs=[f, g],
-        reward_processing_classes=[None, None], reward_func_names=["f", "g"], state="state", environments=None, async_loop=loop,
+        reward_processing_classes=[None, None], reward_func_names=["f", "g"], state="state", environments=None,
+        async_loop=loop,
         _log_completion_extra=lambda *of: extra.append(of), _log_metric=lambda *of: metrics.append(of),
     )  # fmt: skip
     flat = [r for group in GROUPS for r in group]

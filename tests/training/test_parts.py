@@ -264,7 +264,8 @@ def test_a_schedule_marks_what_is_due():
     config = config_of(
         logging_steps=2, save_strategy="epoch", eval_strategy="steps", eval_steps=3, per_device_train_batch_size=2
     )
-    schedule, state, control = Schedule(config, rows=7, batch=config.per_device_train_batch_size, steps=8), TrainerState(), TrainerControl()
+    schedule = Schedule(config, rows=7, batch=config.per_device_train_batch_size, steps=8)
+    state, control = TrainerState(), TrainerControl()
     schedule.begin(state)
     assert (state.max_steps, state.logging_steps, state.eval_steps) == (8, 2, 3)
     due = []
