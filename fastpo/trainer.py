@@ -146,7 +146,7 @@ class Trainer(face.Face):
         sampler: Any = None,
         **overrides: Any,
     ):
-        self.config = config = TrainConfig.build(args, **overrides)
+        self.config = config = TrainConfig.build(args, **overrides, **online.options(judge=judge, sampler=sampler))
         if train_dataset is None:
             raise ConfigError("`train_dataset` is required: a datasets.Dataset, a list of dicts, a path or a hub id")
         run_data.check_precomputed(config, train_dataset, eval_dataset)
@@ -327,7 +327,7 @@ class Trainer(face.Face):
                 )  # fmt: skip
             self.forward.begin(self.engine, self.router, None if self.online else self.live.rows)
         if self.online is not None:
-            of_run = (self.tokenizer, self.live, self.moving, self.callbacks, self.output_dir)
+            of_run = (self.tokenizer, self.live, self.moving, self.callbacks, self.files.save, self.output_dir)
             self.rollouts = self.online.begin(plan, self.data, self.passes, *of_run)
             self.evaluation = self.online.evaluation(self.rollouts)
         self.update = update = Update(self.model, self.parameters, settled, self.world, self.optimizers, len(plan))

@@ -58,6 +58,8 @@ def folder(toy, tmp_path_factory) -> Path:
     for name in ("pairs.jsonl", "a.jsonl", "org/name/train.jsonl"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(lines)
+    prompts = [{"prompt": row["prompt"], "answer": row["chosen"]} for row in toy.rows(8)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
     (folder / "run.yaml").write_text("model: path/to/model\ntrain_dataset: pairs.jsonl\noutput_dir: yaml-out\n")
     return folder
 

@@ -57,8 +57,8 @@ class Drawing:
                 self._request(row, e, source, k, seed, temperature) for row, e in asked.items() for k in range(n)
             ]
             mine = sampler.batches(requests)[self.world.rank :: self.world.size]
-            if not sampler.exact and mine:  # a server answers them all at a time
-                mine = [[request for batch in mine for request in batch]]
+            if not sampler.exact:  # a server answers them all at a time, to one process
+                mine = [requests] if self.world.main else []
             found |= self._sampled(sampler, mine)
         everywhere = {unit: r for part in self.world.gather(found) for unit, r in part.items()}
         out = []

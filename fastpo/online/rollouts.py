@@ -23,18 +23,20 @@ from fastpo.config.train_config import TrainConfig
 from fastpo.data.example import ADVANTAGE, OF_REFERENCE, REF_LOGP, Example, even_weights
 from fastpo.data.packing import PackedBatch
 from fastpo.errors import TrainingError
+from fastpo.losses.advantages import correction
 from fastpo.losses.tokens import Totals
 from fastpo.models.modes import eval_mode
 from fastpo.models.policy import ENTROPY
 from fastpo.online.drawing import Drawing, Drawn
 from fastpo.online.plan import OnlinePlan
 from fastpo.online.prompts import Asked
+from fastpo.online.serving import Served
 from fastpo.sampling.items import Response, seed_of
 from fastpo.sampling.parts import write_lines
 from fastpo.training.distributed import Engine
 from fastpo.training.objective import Objective
 from fastpo.training.passes import Passes
-from fastpo.training.policy_terms import MASK, OLD_LOGP, POLICY_MASK
+from fastpo.training.policy_terms import CORRECTION, MASK, OLD_LOGP, POLICY_MASK, SAMPLER_LOGP
 from fastpo.training.stepwide import StepWide
 
 log = logging.getLogger("fastpo")
@@ -119,11 +121,13 @@ class Rollouts:
 
     def __init__(
         self, config: TrainConfig, plan: OnlinePlan, asked: Sequence[Example], objective: Objective, passes: Passes,
-        drawing: Drawing, count: int, folder: Path,
+        drawing: Drawing, count: int, mode: str, folder: Path,
     ):  # fmt: skip
-        """count: responses of a prompt. folder: of the run, for `log_completions`."""
+        """count: responses of a prompt. mode: of the correction for a sampler's own log-probabilities. folder: of the
+        run, for `log_completions`."""
         self.config, self.plan, self.asked, self.objective = config, plan, list(asked), objective
         self.passes, self.drawing, self.count, self.folder = passes, drawing, count, folder
+        self.mode = mode
         self.judgement: Any = None  # a Judgement, which may ask for `penalty`
         self.beta = 0.0  # of the penalty
         self.examples: list[Example] = list(asked)
@@ -134,6 +138,7 @@ class Rollouts:
         self.entropy = EntropyBonus(config)
         self.stepwide: StepWide | None = None
         self._seen_entropy: float | None = None  # by a run that this one goes on from
+        self.served: Served | None = None  # a sampler beside this process
         self.reference: tuple[Engine, Callable[[], AbstractContextManager[Any]]] | None = None
 
     # ---- a step
@@ -146,7 +151,8 @@ class Rollouts:
         stepwide.entropy = self._seen_entropy = None
         stepwide.of_rollouts = {"totals": step.totals, "entropy_coef": self.entropy.coefficient(),
                                 "watches_entropy": self.config.use_adaptive_entropy}  # fmt: skip
-        return step.rows, step.tokens
+        again = number - self.begun >= len(self.steps)  # num_iterations: these tokens are counted already, as in TRL
+        return step.rows, 0 if again else step.tokens
 
     def step(self, number: int) -> Step:
         """What step `number` trains, drawn where it begins a generation. Every rank calls it."""
@@ -162,6 +168,8 @@ class Rollouts:
     def _draw(self, number: int, base: Sequence[int]) -> None:
         for row in {row for step in self.steps for row in step.rows}:
             self.examples[row] = self.asked[row]
+        if self.served is not None:
+            self.served.refresh()
         rows = [self.plan.base(step)[1] for step in base]
         judged, rows = self._judged(number, rows)
         self.window.append(judged.metrics)
@@ -271,6 +279,8 @@ class Rollouts:
             _set(examples, OLD_LOGP, old)
             if watch:
                 self._mask_certain(examples, entropies)
+        if self.served is not None:
+            self._hold_to_its_word(self.served, examples, list(groups.values()))
         if objective.uses_reference:
             _set(examples, REF_LOGP, self.reference_logps(examples))
 
@@ -292,7 +302,7 @@ class Rollouts:
     def _reads_old(self) -> bool:
         """Whether the policy leaves the weights that it sampled by before it has trained on all of its responses."""
         plan, config = self.plan, self.config
-        return plan.spread * plan.passes > 1 or config.top_entropy_quantile < 1
+        return plan.spread * plan.passes > 1 or config.top_entropy_quantile < 1 or self.served is not None
 
     def _mask_certain(self, examples: Sequence[Example], entropies: Arrays) -> None:
         """Only the tokens of the highest entropies of the generation have a policy term."""
@@ -300,6 +310,47 @@ class Rollouts:
         least = float(np.quantile(every, 1 - self.config.top_entropy_quantile))
         for example, of_row in zip(examples, entropies, strict=True):
             example.token_columns[POLICY_MASK] = [(v >= least).astype(np.float32) for v in of_row]
+
+    def _hold_to_its_word(self, served: Served, examples: Sequence[Example], groups: Sequence[Group]) -> None:
+        """Compares the sampler's own log-probabilities with ours, and corrects for the difference. They are not
+        tempered, so neither are ours here."""
+        config, forward = self.config, self.passes.forward
+        by_prompt = {id(g.asked.prompt_ids): g for g in groups}
+        mine = [(e, by_prompt[id(e.prompt_ids)]) for e in examples if id(e.prompt_ids) in by_prompt]
+        temperature, forward.temperature = forward.temperature, 1.0
+        try:
+            own, _ = self.logps([e for e, _ in mine], None) if mine else ([], [])
+        finally:
+            forward.temperature = temperature
+        answers = [(g.row, r, o) for (_, g), of_row in zip(mine, own, strict=True)
+                   for r, o in zip(g.responses, of_row, strict=True)]  # fmt: skip
+        self.window[-1] |= served.check(answers)
+        if not self.objective.token_terms:
+            return
+        for e in examples:
+            e.token_columns[SAMPLER_LOGP] = [np.full(len(r), np.nan, np.float32) for r in e.responses]
+            e.token_columns[CORRECTION] = [np.ones(len(r), np.float32) for r in e.responses]
+        ratios: list[float] = []
+        for (e, g), of_row in zip(mine, own, strict=True):
+            for k, (response, ours) in enumerate(zip(g.responses, of_row, strict=True)):
+                if response.token_logps is None:
+                    continue
+                theirs = np.asarray(response.token_logps, np.float32)
+                e.token_columns[SAMPLER_LOGP][k] = theirs
+                if config.importance_sampling_correction:
+                    weights = correction(
+                        torch.from_numpy(ours), torch.from_numpy(theirs), torch.tensor([0, len(ours)]),
+                        mode=self.mode, clip_min=config.importance_sampling_clip_min,
+                        clip_max=config.importance_sampling_clip_max,
+                    ).numpy()  # fmt: skip
+                    e.token_columns[CORRECTION][k] = weights.astype(np.float32)
+                    ratios += weights.tolist()
+        if ratios:
+            self.window[-1] |= {
+                "sampling/importance_sampling_ratio/min": min(ratios),
+                "sampling/importance_sampling_ratio/mean": float(np.mean(ratios)),
+                "sampling/importance_sampling_ratio/max": max(ratios),
+            }
 
     @torch.no_grad()
     def logps(self, examples: list[Example], engine: Engine | None, *, watching: bool = False) -> tuple[Arrays, Arrays]:

@@ -1,6 +1,6 @@
 """An online run's own parts, as the trainer makes and asks them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from fastpo.online.plan import OnlinePlan
 from fastpo.online.prompts import PromptSets
 from fastpo.online.rewards import Rewards
 from fastpo.online.rollouts import Rollouts
+from fastpo.online.serving import Served
 from fastpo.online.worth import ByRewards, ByWins
 from fastpo.reference.cache import MovingReference
 from fastpo.reference.live import LiveReference
@@ -31,10 +32,16 @@ Within = Callable[[], AbstractContextManager[Any]]
 Reference = tuple[Engine, Within]  # who computes its log-probabilities, and inside of what
 
 
+def options(**given: Any) -> dict[str, Any]:
+    """Of the arguments those that are options: mappings and texts, not objects."""
+    return {name: value for name, value in given.items() if isinstance(value, Mapping | str)}
+
+
 def of_arguments(
     config: TrainConfig, processes: int, reward_funcs: Any, reward_processing_classes: Any, judge: Any, sampler: Any
 ) -> "OnlineRun | None":
     """What is online of a run; None where its data have the responses. ConfigError for arguments that do not fit."""
+    judge, sampler = (None if isinstance(value, Mapping | str) else value for value in (judge, sampler))
     given = {"reward_funcs": reward_funcs, "judge": judge, "sampler": sampler}
     if not is_online(config.losses):
         named = next((name for name, value in given.items() if value is not None), None)
@@ -121,10 +128,11 @@ class OnlineRun:
 
     def begin(
         self, plan: Any, sets: Any, passes: Passes, tokenizer: Any, live: LiveReference | None,
-        moving: MovingReference | None, callbacks: Any, folder: Path,
+        moving: MovingReference | None, callbacks: Any, save: Callable[[Path], object], folder: Path,
     ) -> Rollouts:  # fmt: skip
         """The rollouts of a run whose model is as its processes hold it. plan, sets: as made here. live, moving: its
-        reference. callbacks: have transformers' state, which reward functions may read."""
+        reference. callbacks: have transformers' state, which reward functions may read. save: the model's files into a
+        folder, for a sampler beside this process."""
         config, world, objective = self.config, passes.world, sets.objective
         forward = passes.forward
         reference: Reference | None = None
@@ -139,9 +147,16 @@ class OnlineRun:
             with forward.policy.detached(), forward.autocast():
                 yield
 
-        samplers = self._samplers(forward.policy.model, tokenizer, reference)
+        served: Served | None = None
+        if self.sampler is not None:
+            served = Served(self.sampler, folder / "sampler", save, world, given=True)
+        elif self.asks.engine != "local":
+            served = Served.of_options(self.asks, forward.policy, tokenizer, folder, save, world)
+        samplers = self._samplers(forward.policy.model, tokenizer, reference, served)
         drawing = Drawing(config, self.asks, self.way.draws, world, samplers, within)
-        rollouts = Rollouts(config, plan, sets.train, objective, passes, drawing, self.asks.num_generations, folder)
+        rollouts = Rollouts(config, plan, sets.train, objective, passes, drawing, self.asks.num_generations,
+                            self.asks.importance_sampling_mode, folder)  # fmt: skip
+        rollouts.served = None if served is None or served.sampler.exact else served
         rollouts.reference = reference
         forward.temperature = self.asks.temperature or 1.0
         forward.wants_entropy = rollouts.entropy.is_on
@@ -160,19 +175,22 @@ class OnlineRun:
     def evaluation(self, rollouts: Rollouts) -> OnlineEvaluation:
         return OnlineEvaluation(rollouts.drawing, rollouts.judgement, self.config, self.asks.num_generations_eval)
 
-    def _samplers(self, model: Any, tokenizer: Any, reference: Reference | None) -> dict[str, Sampler]:
-        if self.sampler is not None:
-            return {POLICY: self.sampler, MIXTURE: self.sampler, REFERENCE: self.sampler}
-        out: dict[str, Sampler] = {POLICY: LocalSampler(model, tokenizer)}
+    def _samplers(
+        self, model: Any, tokenizer: Any, reference: Reference | None, served: Served | None
+    ) -> dict[str, Sampler]:
+        if served is not None:
+            return dict.fromkeys((POLICY, MIXTURE, REFERENCE), served.sampler)
+        local = {"live": True, **self.asks.sampler}
+        out: dict[str, Sampler] = {POLICY: LocalSampler(model, tokenizer, **local)}
         if self.way.draws != POLICY:
             assert reference is not None
             engine, within = reference
             same = engine.policy.model is model
             other: Any = within if same else engine.policy.model
             if self.way.draws in (MIXTURE, AGAINST_MIXTURE):
-                out[MIXTURE] = LocalSampler(model, tokenizer, mixture=self.asks.mixture_coef, reference=other)
+                out[MIXTURE] = LocalSampler(model, tokenizer, mixture=self.asks.mixture_coef, reference=other, **local)
             else:
-                out[REFERENCE] = LocalSampler(model, tokenizer, mixture=1.0, reference=other)
+                out[REFERENCE] = LocalSampler(model, tokenizer, mixture=1.0, reference=other, **local)
         return out
 
     def close(self) -> None:

@@ -77,13 +77,16 @@ class ByRewards:
         penalty = None
         if self.penalty is not None and groups:
             penalty = [v for of_group in self.penalty(groups) for v in of_group]
+            if config.mask_truncated_completions:
+                penalty = [v if r.finished else 0.0 for v, r in zip(penalty, responses, strict=True)]
         found = worth.advantages(
             values, places, weights=weights, aggregation=config.multi_objective_aggregation,
             scale=self.asks.scale_rewards, baseline=_BASELINES.get(self.way.loss, "mean"), penalty=penalty,
         )  # fmt: skip
-        metrics = _reward_metrics(names, values, used, found) | length_metrics(responses)
+        metrics = _reward_metrics(names, values, weights, used, found) | length_metrics(responses)
         if penalty:
-            metrics["kl"] = float(np.mean(penalty)) / self.beta
+            counted = [r for r in responses if r.finished or not config.mask_truncated_completions]
+            metrics["kl"] = sum(penalty) / self.beta / max(1, sum(len(r.token_ids or ()) for r in counted))
         lines = []
         if config.log_completions:
             lines = _lines(groups, names, values, found.values.tolist(), used, extra)
@@ -265,12 +268,14 @@ def length_metrics(responses: Sequence[Response]) -> dict[str, float]:
     return {name: float(value) for name, value in out.items()}
 
 
-def _reward_metrics(names: Sequence[str], values: Any, used: Any, found: Any) -> dict[str, float]:
+def _reward_metrics(
+    names: Sequence[str], values: Any, weights: Sequence[float], used: Any, found: Any
+) -> dict[str, float]:
     out: dict[str, float] = {}
     for f, name in enumerate(names):
         column = values[:, f][~np.isnan(values[:, f])]
         out[f"rewards/{name}/mean"], out[f"rewards/{name}/std"] = _mean(column), _std(column)
-    reward = found.reward.numpy()[used]
+    reward = np.nansum(values[used] * np.asarray(weights), axis=1)  # without a penalty
     out["reward"], out["reward_std"] = _mean(reward), _std(reward)
     out["frac_reward_zero_std"] = _mean(found.zero_std.numpy()[used].astype(float))
     return out

@@ -129,13 +129,6 @@ def test_what_is_without_meaning_changes_nothing(name):
         assert TrainConfig.build({name: value}) == TrainConfig()
 
 
-# Options of online losses that no module reads yet; each leaves the list where one does.
-WAITING = {
-    "importance_sampling_correction", "importance_sampling_mode", "importance_sampling_clip_max",
-    "importance_sampling_clip_min", "sampler",
-}  # fmt: skip
-
-
 def test_every_field_is_read(repo_root):
     """An option that is accepted is an option that has its effect: some module reads it from the configuration."""
     by_callbacks = {"project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"}
@@ -157,7 +150,7 @@ def test_every_field_is_read(repo_root):
     }
     of_losses = {name for loss in TOKEN_LOSSES for name in loss.defaults} - {"beta", "reduction", "kl_level"}
     assert set(online.HYPER) == of_losses  # read together, by `online.hyper`
-    assert unread - by_callbacks - train_alike - set(online.HYPER) == WAITING
+    assert unread - by_callbacks - train_alike - set(online.HYPER) == set()
 
 
 def test_trackers_see_their_options():

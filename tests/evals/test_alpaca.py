@@ -200,6 +200,25 @@ def test_arrays():
     }  # fmt: skip
 
 
+def test_a_leaderboard_is_its_models_one_by_one(tmp_path):
+    files = []
+    for number in range(6):
+        files.append(tmp_path / f"{number}.json")
+        named = [dict(row, generator_2=f"model {number}") for row in alpaca_cases.annotations(number)]
+        files[-1].write_text(json.dumps(named))
+    alone = sorted((alpaca.win_rates(file, resamples=0) for file in files), key=lambda found: -found.length_controlled)
+    for workers in (None, 1, 2):
+        assert alpaca.leaderboard(files, workers=workers, resamples=0) == alone
+    files[2].write_text("[]")
+    for workers in (1, 2):
+        with pytest.raises(DataError, match="2.json: no annotations"):
+            alpaca.leaderboard(files, workers=workers, resamples=0)
+    with pytest.raises(ConfigError, match="workers must be 1 or more, not 0"):
+        alpaca.leaderboard(files, workers=0)
+    with pytest.raises(ConfigError, match="a leaderboard is of several sources"):
+        alpaca.leaderboard(str(files[0]))
+
+
 ROW = {"instruction": "a", "output_1": "b", "output_2": "c", "generator_1": "base", "generator_2": "new"}
 
 

@@ -287,7 +287,7 @@ def test_options_reach_the_loss(run):
 
 
 def test_what_is_refused(toy, run):
-    with pytest.raises(ConfigError, match="online_ipo needs pairs sampled .* does not carry yet"):
+    with pytest.raises(ConfigError, match="online_ipo needs reward_funcs or a judge"):
         run(loss_type="online_ipo")
     with pytest.raises(DataError, match="loss_type='sppo_single' needs the column 'win_prob'"):
         run(toy.rows(4), loss_type="sppo_single")

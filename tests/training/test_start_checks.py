@@ -251,6 +251,10 @@ SILENT = {
     "data_seed": ({"data_seed": 3, "train_sampling_strategy": "sequential"}, {"data_seed": 3}),
     "optim": ({"optim": "sgd"}, None),
     "lr_scheduler_type": ({"lr_scheduler_type": "cosine"}, None),
+    "num_generations_eval": (
+        {"num_generations_eval": 3, "loss_type": "grpo"},
+        {"num_generations_eval": 3, "loss_type": "grpo", "eval_strategy": "steps"},
+    ),
 }  # fmt: skip
 PLAIN = Facts(steps=100, from_hub=False, eval_from_hub=False)
 OTHER = Facts(device_type="cuda", processes=2, steps=100, narrow=True)
