@@ -115,6 +115,7 @@ bench: $(VENV)/.installed-bench
 
 bench-training: $(VENV)/.installed-bench
 	$(BIN)/python bench/loss_values.py
+	$(BIN)/python bench/online_parity.py
 	$(BIN)/python bench/loss_training.py
 	$(BIN)/python bench/parity_trl.py
 	$(BIN)/python bench/train_vs_peers.py

@@ -39,7 +39,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastpo.kernels import adamw, attention, fused, logprob, online_softmax, preference
+from fastpo.kernels import adamw, attention, entropy, fused, logprob, online_softmax, preference
 from fastpo.kernels.pair_losses import RECIPES, recipe
 from fastpo.losses.table import LOSSES
 from fastpo.models.layout import Layout
@@ -49,7 +49,7 @@ from machine_code import PRODUCT, innermost_loops, instructions_a_logit, of_cubi
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORD = ROOT / "bench/results/aot.json"
-MODULES = (adamw, attention, fused, logprob, online_softmax, preference)
+MODULES = (adamw, attention, entropy, fused, logprob, online_softmax, preference)
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -147,6 +147,16 @@ def slice_grad(v: int, dtype: torch.dtype):
         logprob.logprob_slice_grad(logits, target, norm, bias, logp=logp, **rule)
 
     return "_logprob_slice_grad_kernel", launch
+
+
+def entropy_grad(v: int, dtype: torch.dtype, *, rows=1000, padded=True, bias=None, softcap=None):
+    def launch() -> None:
+        logits, target, bias_values = row_inputs(rows, v, dtype, padded, bias)
+        rule = {"softcap": softcap, "logit_scale": 0.5, "col_offset": v}
+        stats, upstream = torch.zeros(4, rows), torch.zeros(2, rows)
+        entropy.logprob_entropy_grad(logits, target, stats, upstream, bias_values, out=torch.empty_like(logits), **rule)
+
+    return "_logprob_entropy_grad_kernel", launch
 
 
 def fused_fwd(d: int, dtype=BF16, *, v=128_256, bias=None, softcap=None, entropy=False, config=None, combine=False):
@@ -268,6 +278,12 @@ CASES: dict[str, tuple[str, Launch]] = {
     "slice-fwd-fp32-100000-entropy": slice_fwd(100_000, FP32, entropy=True),
     "slice-grad-bf16-8192-all": slice_grad(8192, BF16),
     "slice-grad-fp32-100000-all": slice_grad(100_000, FP32),
+    "slice-entropy-bf16-8192": entropy_grad(8192, BF16),
+    "slice-entropy-bf16-128256-all": entropy_grad(128_256, BF16, bias=BF16, softcap=30.0),
+    "slice-entropy-fp32-100000-all": entropy_grad(100_000, FP32, bias=FP32, softcap=30.0),
+    "slice-entropy-bf16-50257": entropy_grad(50_257, BF16),
+    "slice-entropy-bf16-151665-unaligned-all": entropy_grad(151_665, BF16, padded=False, bias=FP32, softcap=30.0),
+    "slice-entropy-split-100-bf16-128256": entropy_grad(128_256, BF16, rows=100),
     "fused-bf16-4096": fused_fwd(4096),
     "fused-fp16-4096": fused_fwd(4096, FP16),
     "fused-bf16-4096-entropy": fused_fwd(4096, entropy=True),

@@ -33,7 +33,7 @@ SWEPT = ["gemms_3", "fastpo_kept", "fastpo_sliced", "fastpo_frozen", "naive", "t
 LIMITS = {"fastpo_kept": 1.10, "fastpo_sliced": 1.40}  # over the three bare GEMMs
 SAME_ERROR = 1.05  # two orders of the same fp32 sums differ by this much; the criterion of fastpo.check allows 1.5
 OURS = {"rows": "fastpo_kept", "sum": "fastpo_kept", "dpo": "fastpo_dpo", "simpo": "fastpo_simpo",
-        "none": "fastpo_none", "frozen": "fastpo_frozen"}  # fmt: skip
+        "none": "fastpo_none", "frozen": "fastpo_frozen", "entropy": "fastpo_entropy"}  # fmt: skip
 PROMISED = (
     "naive",
     "naive_dpo",
@@ -44,9 +44,10 @@ PROMISED = (
     "liger_dpo",
 )  # to be faster than
 MUST_SHOW = [
-    "gemms_1", "gemms_2", "gemms_3", "fastpo_none", "fastpo_frozen", "fastpo_kept", "fastpo_sliced", "naive",
-    "compiled", "torch_lce_rows", "torch_lce_sum", "torch_lce_sum_256", "trl_chunked", "cce_compiled", "cce_exact",
-    "cce_filtered", "liger_ce", "quack", "fastpo_dpo", "naive_dpo", "liger_dpo",
+    "gemms_1", "gemms_2", "gemms_3", "fastpo_none", "fastpo_frozen", "fastpo_kept", "fastpo_sliced",
+    "fastpo_entropy", "fastpo_entropy_sliced", "naive", "naive_entropy", "compiled", "torch_lce_rows",
+    "torch_lce_sum", "torch_lce_sum_256", "trl_chunked", "cce_compiled", "cce_exact", "cce_filtered", "liger_ce",
+    "quack", "fastpo_dpo", "naive_dpo", "liger_dpo",
 ]  # fmt: skip
 
 

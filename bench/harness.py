@@ -71,6 +71,8 @@ class Exact:
         """What a provider of `job` has to return."""
         if job == "none":
             return {"logp": self.logp}
+        if job == "entropy":
+            return self._with_entropy()
         values, c = {"logp": self.logp}, self.upstream(job)
         if job == "sum":
             values = {"loss": -self.logp.sum()}
@@ -80,6 +82,22 @@ class Exact:
         if job != "frozen":
             values["dweight"] = self._dweight(c)
         return values
+
+    def _with_entropy(self) -> Outputs:
+        """`outputs` of the job that has a gradient for the entropy too."""
+        n, _, v = self.p.shape
+        c, h = self.upstream("entropy"), self.upstream("entropy").flip(0)
+        entropy, dhidden, dweight = torch.empty_like(self.lse), self.unit * c.unsqueeze(1), self._dweight(c)
+        rows = max(1, EXACT_BLOCK // v)
+        for begin in range(0, n, rows):
+            r = slice(begin, begin + rows)
+            logps = self.hidden[r] @ self.weight.t() - self.lse[r].unsqueeze(1)
+            terms = logps.exp() * logps
+            entropy[r] = -terms.sum(1)
+            u = terms.addcmul_(logps.exp_(), entropy[r].unsqueeze(1)).mul_(-h[r].unsqueeze(1))
+            dhidden[r] += u @ self.weight
+            dweight += u.t() @ self.hidden[r]
+        return {"logp": self.logp, "entropy": entropy, "dhidden": dhidden, "dweight": dweight}
 
     def upstream(self, job: str) -> Tensor:
         """The gradient [N] that each row's log-probability gets in this job."""

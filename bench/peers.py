@@ -8,6 +8,7 @@ job      outputs                                    what the backward gets
 none     logp [N]                                   nothing
 frozen   logp, dhidden [N, D]                       a different gradient for every row
 rows     logp, dhidden, dweight [V, D]              the same
+entropy  logp, entropy [N], dhidden, dweight        the same for logp, that of the row across for the entropy
 sum      loss (minus the sum of logp), both grads   one number: what a cross entropy without row gradients can do
 dpo      loss, both grads                           of PAIRS pairs of equal responses, without a reference
 simpo    the same, length-normalised with a margin
@@ -120,7 +121,28 @@ def _compiled_logp() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     return torch.compile(_plain_logp, dynamic=False, fullgraph=True)
 
 
+def fastpo_entropy(budget: int | None) -> Callable[[Problem], Outputs]:
+    def step(p: Problem) -> Outputs:
+        hidden, weight = p.leaves()
+        logp, entropy = ops.linear_logprob_entropy(hidden, weight, p.target, memory_budget=budget)
+        torch.autograd.backward((logp, entropy), (p.upstream, p.upstream.flip(0)))
+        return _grads(hidden, weight, logp=logp, entropy=entropy)
+
+    return step
+
+
+def naive_entropy(p: Problem) -> Outputs:
+    hidden, weight = p.leaves()
+    logps = F.linear(hidden, weight).float().log_softmax(-1)
+    logp, entropy = logps.gather(1, p.target.unsqueeze(1)).squeeze(1), -(logps.exp() * logps).sum(-1)
+    torch.autograd.backward((logp, entropy), (p.upstream, p.upstream.flip(0)))
+    return _grads(hidden, weight, logp=logp, entropy=entropy)
+
+
 def naive(job: str, compiled: bool = False) -> Callable[[Problem], Outputs]:
+    if job == "entropy":
+        return naive_entropy
+
     def step(p: Problem) -> Outputs:
         hidden, weight = p.leaves(job != "frozen")
         logp_of = _compiled_logp() if compiled else _plain_logp
@@ -267,9 +289,12 @@ PROVIDERS: dict[str, Provider] = {
         Provider("fastpo_frozen", fastpo_op("frozen"), "frozen", "frozen"),
         Provider("fastpo_kept", fastpo_op("rows", KEEP_ALL), "rows", "kept"),
         Provider("fastpo_sliced", fastpo_op("rows", 0), "rows", "sliced"),
+        Provider("fastpo_entropy", fastpo_entropy(KEEP_ALL), "entropy", "kept"),
+        Provider("fastpo_entropy_sliced", fastpo_entropy(0), "entropy", "sliced"),
         Provider("naive", naive("rows"), "rows", "kept"),
         Provider("naive_none", naive("none"), "none", "none"),
         Provider("naive_frozen", naive("frozen"), "frozen", "frozen"),
+        Provider("naive_entropy", naive_entropy, "entropy", "kept"),
         Provider("compiled", naive("rows", compiled=True), "rows", "kept", compiles=True),
         Provider("torch_lce_rows", torch_cross_entropy("none"), "rows", "sliced"),
         Provider("torch_lce_sum", torch_cross_entropy("sum"), "sum", "kept"),
@@ -298,4 +323,5 @@ PROVIDERS: dict[str, Provider] = {
         Provider("liger_simpo", liger_loss("simpo"), "simpo", "kept", ("liger_kernel",), level="loss", compiles=True),
     )
 }
-NAIVE = {"none": "naive_none", "frozen": "naive_frozen", "rows": "naive", "dpo": "naive_dpo", "simpo": "naive_simpo"}
+NAIVE = {"none": "naive_none", "frozen": "naive_frozen", "rows": "naive", "entropy": "naive_entropy",
+         "dpo": "naive_dpo", "simpo": "naive_simpo"}  # fmt: skip

@@ -52,6 +52,8 @@ struct Tile {
   int64_t past_cols;
   float softcap, scale;  // softcap 0 for none
   bool bf16;
+  const float* tilt;  // [rows] beside `factor`, of a backward pass that has the entropy's gradient too, else null
+  const float* at;    // [rows] with it: the target's element, without 1 - tanh^2
 };
 
 constexpr int64_t kRows = 64;  // query rows of attention at a time
@@ -320,7 +322,29 @@ PyObject* tile_pass(PyObject*, PyObject* args) {
             past_cols,
             softcap,
             scale,
-            bf16 != 0};
+            bf16 != 0,
+            nullptr,
+            nullptr};
+  Py_BEGIN_ALLOW_THREADS;
+  run(tile, threads);
+  Py_END_ALLOW_THREADS;
+  Py_RETURN_NONE;
+}
+
+PyObject* tilted_pass(PyObject*, PyObject* args) {
+  unsigned long long raw, out, bias, target, m, factor, tilt, at;
+  long long ld_raw, ld_out, rows, cols, col_offset;
+  float softcap, scale;
+  int bf16, threads;
+  if (!PyArg_ParseTuple(args, "KKKKKKKKLLLLLffpi", &raw, &out, &bias, &target, &m, &factor, &tilt, &at, &ld_raw, &ld_out,
+                        &rows, &cols, &col_offset, &softcap, &scale, &bf16, &threads))
+    return nullptr;
+  Tile tile{};
+  tile.raw = pointer<void>(raw), tile.out = pointer<void>(out), tile.bias = pointer<void>(bias);
+  tile.target = pointer<int64_t>(target), tile.m = pointer<float>(m), tile.factor = pointer<float>(factor);
+  tile.tilt = pointer<float>(tilt), tile.at = pointer<float>(at);
+  tile.ld_raw = ld_raw, tile.ld_out = ld_out, tile.rows = rows, tile.cols = cols, tile.col_offset = col_offset;
+  tile.softcap = softcap, tile.scale = scale, tile.bf16 = bf16 != 0;
   Py_BEGIN_ALLOW_THREADS;
   run(tile, threads);
   Py_END_ALLOW_THREADS;
@@ -460,6 +484,8 @@ PyObject* use_isa(PyObject*, PyObject* args) {
 PyMethodDef methods[] = {
     {"tile_pass", tile_pass, METH_VARARGS,
      "One pass over a tile of logits; arguments are the fields of struct Tile in order, then the number of threads."},
+    {"tilted_pass", tilted_pass, METH_VARARGS,
+     "The backward pass over a tile with the entropy's gradient; the fields of struct Tile that it reads, as tile_pass."},
     {"tree_attention", tree_attention, METH_VARARGS,
      "Attention over packed trees; the pointers of struct Attention, its numbers, strides, scale, bf16, then threads."},
     {"layer_pass", layer_pass, METH_VARARGS,

@@ -88,31 +88,43 @@ class Result:
         return self.error <= self.allowed  # False for NaN
 
 
-def head_outputs(fn, tensors: dict[str, Tensor], regime: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """fn(hidden, weight, target, bias) -> (logp, entropy), with the gradients that the regime asks for."""
+def head_outputs(
+    fn, tensors: dict[str, Tensor], regime: str, dtype: torch.dtype | None = None, entropy_grad: bool = False
+) -> dict[str, Tensor]:
+    """fn(hidden, weight, target, bias) -> (logp, entropy), with the gradients that the regime asks for; `entropy_grad`:
+    of the entropy too, whose upstream gradient is that of the row across."""
     trained = {"none": (), "frozen": ("hidden",)}.get(regime, ("hidden", "weight", "bias"))
     x = {n: t.detach().to(dtype or t.dtype, copy=True) for n, t in tensors.items() if n in ("hidden", "weight", "bias")}
     for name in x:
         x[name].requires_grad_(name in trained)
     logp, entropy = fn(x["hidden"], x["weight"], tensors["target"], x.get("bias"))
     if trained:
-        logp.backward(tensors["upstream"].to(logp.dtype))
+        upstream = tensors["upstream"].to(logp.dtype)
+        of = slice(1 + entropy_grad)
+        torch.autograd.backward((logp, entropy)[of], (upstream, upstream.flip(0))[of])
     grads = {f"d{name}": t.grad for name, t in x.items() if t.grad is not None}
-    return {"logp": logp.detach(), "entropy": entropy, **grads}
+    return {"logp": logp.detach(), "entropy": entropy.detach(), **grads}
 
 
 def head_results(
-    case: Case, dtype: torch.dtype, device: str, backends: list[str], regimes: tuple[str, ...] = REGIMES
+    case: Case,
+    dtype: torch.dtype,
+    device: str,
+    backends: list[str],
+    regimes: tuple[str, ...] = REGIMES,
+    entropy_grad: bool = False,
 ) -> Iterator[Result]:
-    """`linear_logprob` in every backend and regime: its worst output each."""
+    """`linear_logprob`, or `linear_logprob_entropy`, in every backend and regime: its worst output each."""
     tensors = case.tensors(dtype, device)
-    rule: dict[str, Any] = {"softcap": case.softcap, "logit_scale": case.logit_scale, "return_entropy": True}
+    rule: dict[str, Any] = {"softcap": case.softcap, "logit_scale": case.logit_scale}
+    rule |= {} if entropy_grad else {"return_entropy": True}
+    name = "linear_logprob_entropy" if entropy_grad else "linear_logprob"
 
     def plain(*args: Tensor) -> Any:
-        return reference.linear_logprob(*args, **rule)
+        return getattr(reference, name)(*args, **rule)
 
-    exact = head_outputs(plain, tensors, "kept", torch.float64)
-    naive = head_outputs(plain, tensors, "kept")
+    exact = head_outputs(plain, tensors, "kept", torch.float64, entropy_grad)
+    naive = head_outputs(plain, tensors, "kept", None, entropy_grad)
     magnitude = _largest_logit(case, tensors)
     # dhidden is a difference of rows of W, whose rounding does not shrink with it.
     operands = {"dhidden": _rms(tensors["weight"].double()) * _rms(tensors["upstream"].double())}
@@ -121,14 +133,14 @@ def head_results(
             budget = {"kept": 1 << 62, "sliced": 0}.get(regime)
 
             def fused(*args: Tensor, budget=budget, backend=backend) -> Any:
-                return ops.linear_logprob(*args, **rule, memory_budget=budget, backend=backend)
+                return getattr(ops, name)(*args, **rule, memory_budget=budget, backend=backend)
 
-            ours = head_outputs(fused, tensors, regime)
+            ours = head_outputs(fused, tensors, regime, None, entropy_grad)
             errors = {
-                name: budgeted_error(ours[name], naive[name], exact[name], magnitude, operands.get(name))
-                for name in ours
+                output: budgeted_error(ours[output], naive[output], exact[output], magnitude, operands.get(output))
+                for output in ours
             }
-            yield _worst("linear_logprob", str(case), dtype, backend, regime, errors)
+            yield _worst(name, str(case), dtype, backend, regime, errors)
 
 
 def _largest_logit(case: Case, tensors: dict[str, Tensor]) -> float:
@@ -365,6 +377,7 @@ def _all_results(device: str, backends: list[str]) -> Iterator[Result]:
     for case, dtype in cases(device):
         able = [b for b in backends if dtype in ops.NATIVE_DTYPES[b]]
         yield from head_results(case, dtype, device, able)
+        yield from head_results(case, dtype, device, able, entropy_grad=True)
     if "triton" in backends:
         yield from slice_results(device)
         yield from adamw_results(device)

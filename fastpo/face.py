@@ -18,9 +18,11 @@ from transformers import TrainerState
 
 from fastpo.checkpoints.saving import ModelFiles
 from fastpo.config.train_config import TrainConfig
+from fastpo.data.packing import sequence_tokens
 from fastpo.data.prepare import Example
 from fastpo.errors import ConfigError
 from fastpo.models.policy import Policy
+from fastpo.online.rollouts import Rollouts
 from fastpo.reference.cache import MovingReference
 from fastpo.reference.roles import PREV, REF, Given
 from fastpo.reference.sources import References
@@ -29,12 +31,12 @@ from fastpo.report.hub import Hub
 from fastpo.report.outputs import Reporter, RunFacts
 from fastpo.training import run_data
 from fastpo.training.distributed import World
-from fastpo.training.evaluation import Evaluation
 from fastpo.training.guardrails import Guardrails
 from fastpo.training.inputs import Origin
 from fastpo.training.metrics import Window
 from fastpo.training.micro_batches import MicroBatches
 from fastpo.training.objective import Objective
+from fastpo.training.passes import Passes
 from fastpo.training.progress import Progress
 from fastpo.training.router_loss import RouterLoss
 from fastpo.training.run_data import DataSets
@@ -152,9 +154,11 @@ class Face(abc.ABC):
     loaded_dtype: torch.dtype
     tags: list[str]
     batches: MicroBatches
+    passes: Passes
     router: RouterLoss | None
     stepwide: StepWide
-    evaluation: Evaluation
+    evaluation: Any  # Evaluation, or of an online run OnlineEvaluation
+    rollouts: Rollouts | None
     fixed: Given
     moving_model: nn.Module | None
     references: References
@@ -179,7 +183,7 @@ class Face(abc.ABC):
     @property
     def max_tokens(self) -> int:
         """Of a micro-batch."""
-        return self.evaluation.passes.budget.max_tokens
+        return self.passes.budget.max_tokens
 
     @property
     def examples(self) -> list[Example]:
@@ -309,6 +313,37 @@ class Face(abc.ABC):
         if self.state.global_step == 0:
             return False  # as in transformers: what a run begins with is not its best
         return best(self.state, {k: v for metrics in done.values() for k, v in metrics.items()}, self.config)
+
+    def rows_of_step(self, rows: list[int]) -> tuple[list[int], int]:
+        """(the rows that the step at hand trains of those of its plan, prompt and response tokens that they are of)."""
+        if self.rollouts is not None:
+            return self.rollouts.begin_step(self.progress.cursor, self.stepwide)
+        return rows, sum(sequence_tokens(self.data.train[i]) for i in rows)
+
+    def log_and_evaluate(self, bar: tqdm | None) -> None:
+        """What is due after a step of the log and of evaluations; each once, though a run is cut short in here."""
+        todo = self.progress.todo
+        if self.callbacks.control.should_log and not todo.get("logged"):
+            with self.signals.whole():  # a log line and the note that it is written go together
+                metrics = self.window.flush(todo["learning_rate"], self.progress.num_tokens)
+                metrics |= self.rollouts.flush() if self.rollouts is not None else {}
+                todo["logged"] = True
+                self.log(metrics, bar)
+            self.callbacks.agree(self.world.group)
+        if self.callbacks.control.should_evaluate:
+            better = self.evaluate_in_run()
+            self.callbacks.agree(self.world.group)
+            # The best is worth a checkpoint wherever save_steps falls.
+            self.callbacks.control.should_save |= better and self.config.load_best_model_at_end
+
+    @contextlib.contextmanager
+    def around_callbacks(self) -> Iterator[None]:
+        """A callback may call generate() or forward(), on the model as it came; its time is no training time."""
+        if not hasattr(self, "window"):
+            yield
+            return
+        with self.window.paused(), self.policy.detached():
+            yield
 
     def save_model(self, output_dir: str | os.PathLike | None = None) -> None:
         """Model and tokenizer as they are now, as `from_pretrained` reads them. Every rank calls it."""

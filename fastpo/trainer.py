@@ -15,13 +15,13 @@ The map:
 
 Where is the loss normalised? In training/accumulation.py, `_run`. Where is a checkpoint decided? In
 training/schedule.py by the options, then by the callbacks, and `_settle` saves. Where does the reference come from?
-From reference/sources.py, `attach`. What scripts read and call besides is in face.py.
+reference/sources.py, `attach`. An online loss's responses? online/rollouts.py. In face.py: what scripts read and call.
 """
 
 import contextlib
 import functools
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +33,13 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from fastpo import face
 from fastpo.checkpoints import checkpoint, identity, model_files, run_folder, run_lock, run_state, saving, weights
 from fastpo.config.train_config import TrainConfig
-from fastpo.data.packing import sequence_tokens, trunk_tokens
+from fastpo.data.packing import trunk_tokens
 from fastpo.errors import ConfigError
 from fastpo.models.adapters import rewrites_base, starts_at_base
 from fastpo.models.loading import load_tokenizer
 from fastpo.models.modes import set_numerics, training_mode
+from fastpo.online import run as online
+from fastpo.online.rollouts import Rollouts
 from fastpo.plan.settle import settle
 from fastpo.reference import cache, kept, live, policies, roles, sources
 from fastpo.report import outputs
@@ -82,6 +84,10 @@ def train(
     callbacks: Sequence[Any] | None = None,
     optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
     compute_metrics: Callable[[Any], Mapping[str, float]] | None = None,
+    reward_funcs: Any = None,
+    reward_processing_classes: Any = None,
+    judge: Any = None,
+    sampler: Any = None,
     **overrides: Any,
 ) -> face.TrainResult:
     """Preference-train a causal language model, as TRL's `DPOTrainer(...).train()` with the same arguments.
@@ -94,8 +100,10 @@ def train(
     * `ref_model`: a model in memory, or a name or path, such as an earlier checkpoint.
     * `prev_model`: the same for the previous policy of inpo and dno_reg; without it and the columns `prev_*_logps` that
       is the policy as it is at the call, as in their papers' first iteration.
-    * `args`: a `TrainConfig`, a dict, a YAML path or a DPO-, KTO-, CPO-, ORPO- or RewardConfig; `overrides` go on top.
+    * `args`: a `TrainConfig`, a dict, a YAML path or TRL's DPOConfig, GRPOConfig or the like; `overrides` go on top.
     * `compute_metrics`: called at every evaluation with a `fastpo.Evaluated`, returns further metrics of it.
+    * `reward_funcs`, or a `judge` of two: what judges the responses of an online loss, such as loss_type="grpo", which
+      takes rows of `prompt` and any columns and draws the responses as it trains (docs/online.md). `sampler`: who does.
 
     Under torchrun every process calls it alike. Raises fastpo.errors.FastpoError with one line for whatever a user can
     mend.
@@ -103,7 +111,8 @@ def train(
     run = Trainer(
         model, train_dataset, ref_model=ref_model, prev_model=prev_model, args=args, eval_dataset=eval_dataset,
         processing_class=processing_class, peft_config=peft_config, quantization_config=quantization_config,
-        callbacks=callbacks, optimizers=optimizers, compute_metrics=compute_metrics, **overrides,
+        callbacks=callbacks, optimizers=optimizers, compute_metrics=compute_metrics, reward_funcs=reward_funcs,
+        reward_processing_classes=reward_processing_classes, judge=judge, sampler=sampler, **overrides,
     )  # fmt: skip
     run.stays = False
     return run.train()
@@ -131,6 +140,10 @@ class Trainer(face.Face):
         callbacks: Sequence[Any] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
         compute_metrics: Callable[[Evaluated], Mapping[str, float]] | None = None,
+        reward_funcs: Any = None,
+        reward_processing_classes: Any = None,
+        judge: Any = None,
+        sampler: Any = None,
         **overrides: Any,
     ):
         self.config = config = TrainConfig.build(args, **overrides)
@@ -153,6 +166,7 @@ class Trainer(face.Face):
         peft_config = inputs.peft_config(peft_config, scalar_head=config.scalar_head)
         quantized = inputs.quantization_config(quantization_config)
         model_files.check_shard_size(config.max_shard_size)
+        self.online = online.of_arguments(config, world.size, reward_funcs, reward_processing_classes, judge, sampler)
 
         # The folder, and what lies in it.
         self.output_dir = Path(config.output_dir)
@@ -173,12 +187,12 @@ class Trainer(face.Face):
         )  # fmt: skip
         self.callbacks = Callbacks(
             callbacks, config, tokenizer=self.tokenizer, rank=world.rank, local_rank=world.local_rank,
-            world_size=world.size, device=self.device, around=self._around_callbacks,
+            world_size=world.size, device=self.device, around=self.around_callbacks,
         )  # fmt: skip
         given = {role.model for role in roles.ROLES if self.fixed[role] is not None}
-        self.data = run_data.DataSets(config, world, self.tokenizer, objective, given)
+        self.data = online.sets(self.online, config, world, self.tokenizer, objective, given)
         self.data.read(train_dataset, eval_dataset)
-        self.plan = StepPlan(config, len(self.data.train), world.size)
+        self.plan = online.plan(self.online, config, len(self.data.train), world.size)
         self.stepwide = StepWide(objective.pair_terms, config)
         self.stepwide.prepare(self.data.all)
         if compute_metrics is None:  # else nobody knows yet what evaluations report
@@ -208,7 +222,7 @@ class Trainer(face.Face):
         retreat = settled.retreat(self.policy)
         self.budget = Budget(settled.max_tokens, config, world, advice, self.data.name_of, retreat)
         self.passes = Passes(self.batches, self.forward, self.budget, world)
-        self.evaluation = Evaluation(objective, self.stepwide, self.passes, config.token_metrics, compute_metrics)
+        self.evaluation: Any = Evaluation(objective, self.stepwide, self.passes, config.token_metrics, compute_metrics)
 
         # The run itself.
         self.progress, self.is_ready, self.in_loop = Progress(), False, False
@@ -220,6 +234,7 @@ class Trainer(face.Face):
             self.moving = self.new_moving(trainable(self.model))
             self.moving_model = face.moving_reference(self.model, self.moving)
         self.live: live.LiveReference | None = None
+        self.rollouts: Rollouts | None = None
         self.signals = Signals(busy=lambda: self.progress.updating)
         self.callbacks.call("on_init_end")
 
@@ -236,6 +251,7 @@ class Trainer(face.Face):
             World.failed, self.in_loop = not finished, False
             if self.live is not None:
                 self.live.close()
+            online.close(self.online, self.rollouts)
             if hasattr(self, "update"):  # its hooks would take the next run's gradients from a model in memory
                 self.update.gradients.close()
             self.callbacks.close(failed=not finished)
@@ -264,8 +280,8 @@ class Trainer(face.Face):
         self.files = saving.ModelFiles(self.weights, self.tokenizer, self.output_dir, size, again)
         if config.sync_ref_model and self.moving is None:
             self.moving = self.new_moving(self.parameters)
-        first = [self.data.train[i] for i in self.plan[0][1]]
-        everything = self.data.all.values()
+        first = self.data.probe(self.plan[0][1])
+        everything = self.data.all.values() if self.online is None else [first]
         self.router = start_guard.verify(
             self.forward, self.engine, first, everything, quiet=config.disable_dropout, router=self.router
         )
@@ -300,21 +316,28 @@ class Trainer(face.Face):
         evaluates = config.eval_strategy != "no" or config.eval_on_start or self.callbacks.user or self.stays
         sets = self.data.all if evaluates else {"train": self.data.train}
         sets = {**sets, **self.stepwide.reference_sets(sets)}
-        self.references.attach(plan, sets)
-        if TOKEN_KL in self.objective.row_statistics:
+        compares = self.online is not None and self.online.reads_reference(self.objective)
+        if self.online is None:
+            self.references.attach(plan, sets)
+        if TOKEN_KL in self.objective.row_statistics or (compares and self.moving is None):
             if self.live is None or self.fixed[roles.REF] is not None:  # else a first call's has the start's weights
                 self.live = live.start(
                     self.references.policies, self.references.kept, sets, self.parameters,
-                    loss=live.reader(self.objective.pair_terms), whole=self._exchanging,
+                    loss="+".join(config.losses), whole=self._exchanging,
                 )  # fmt: skip
-            self.forward.begin(self.engine, self.router, self.live.rows)
+            self.forward.begin(self.engine, self.router, None if self.online else self.live.rows)
+        if self.online is not None:
+            of_run = (self.tokenizer, self.live, self.moving, self.callbacks, self.output_dir)
+            self.rollouts = self.online.begin(plan, self.data, self.passes, *of_run)
+            self.evaluation = self.online.evaluation(self.rollouts)
         self.update = update = Update(self.model, self.parameters, settled, self.world, self.optimizers, len(plan))
         self.accumulation = Accumulation(
-            self.objective, self.stepwide, self.passes, self.update.gradients, self.data.train,
+            self.objective, self.stepwide, self.passes, self.update.gradients,
+            self.rollouts.examples if self.rollouts is not None else self.data.train,
             on_substep_end=lambda: self.callbacks.call("on_substep_end"),
         )  # fmt: skip
         self.callbacks.begin(update.optimizer, update.scheduler)
-        self.schedule = Schedule(config, len(self.data.train), self.world.size, len(plan))
+        self.schedule = Schedule(config, plan.rows, plan.batch, len(plan))
         self.schedule.begin(self.state)
         if self.world.main:
             self.reporter.start(*run_folder.begin(self.output_dir, self.resume))
@@ -333,6 +356,7 @@ class Trainer(face.Face):
             )
         parts = {"scheduler": update.kept_schedule(), "window": self.window, "stepwide": self.stepwide,
                  "budget": self.budget, "guards": run_state.AsJson(self.guards)}  # fmt: skip
+        parts |= {"rollouts": self.rollouts} if self.rollouts is not None else {}
         state = run_state.RunState(self.weights, update.gradients, update.optimizer, self.progress, parts, self.moving)
         run = self.identity | self.references.kept.keys
         self.checkpoints = saving.Checkpoints(config, run, self.files, state, self.callbacks, self.hub)
@@ -426,7 +450,7 @@ class Trainer(face.Face):
                     self.references.move(plan, at.cursor)
             todo["stage"] = 1
         if todo["stage"] == 1:
-            self._log_and_evaluate(bar)
+            self.log_and_evaluate(bar)
             todo["stage"] = 2
         if todo["stage"] == 2:
             if todo["last"]:
@@ -434,25 +458,11 @@ class Trainer(face.Face):
                 self.callbacks.call("on_epoch_end")
                 self.callbacks.agree(self.world.group)
             todo["stage"] = 3
-        self._log_and_evaluate(bar)
+        self.log_and_evaluate(bar)
         at.todo = {}
         if control().should_save:
             self.saver.save()
             self.callbacks.agree(self.world.group)
-
-    def _log_and_evaluate(self, bar: tqdm | None) -> None:
-        todo = self.progress.todo
-        if self.callbacks.control.should_log and not todo.get("logged"):
-            with self.signals.whole():  # a log line and the note that it is written go together
-                metrics = self.window.flush(todo["learning_rate"], self.progress.num_tokens)
-                todo["logged"] = True
-                self.log(metrics, bar)
-            self.callbacks.agree(self.world.group)
-        if self.callbacks.control.should_evaluate:
-            better = self.evaluate_in_run()
-            self.callbacks.agree(self.world.group)
-            # The best is worth a checkpoint wherever save_steps falls.
-            self.callbacks.control.should_save |= better and self.config.load_best_model_at_end
 
     # ------------------------------------------------------------- one step
 
@@ -460,6 +470,7 @@ class Trainer(face.Face):
         """One optimiser step; returns the learning rate that it used. Leaves `updating` set: counters follow."""
         state, window = self.state, self.window
         guard = self.start_guard if state.global_step == 0 else None
+        rows, seen = self.rows_of_step(rows)
         sums = self.accumulation(
             rows, self.references.of_set, state.global_step + 1, self.guards.warnings.append, guard
         )
@@ -479,22 +490,11 @@ class Trainer(face.Face):
         window.add_rows(sums, self.world, finite, dropped=dropped, tokens=tokens)
         for batch in sums.batches:  # here, so that a step cut short leaves no trace in the counters
             window.trunk(batch)
-        self.progress.num_tokens += sum(sequence_tokens(self.data.train[i]) for i in rows)
+        self.progress.num_tokens += seen
         state.global_step += 1
         if self.moving is not None and state.global_step % self.moving.every == 0:
             self.moving.move_()
         return learning_rate
-
-    # ------------------------------------------------------- said and shown
-
-    @contextlib.contextmanager
-    def _around_callbacks(self) -> Iterator[None]:
-        """A callback may call generate() or forward(), on the model as it came; its time is no training time."""
-        if not hasattr(self, "window"):
-            yield
-            return
-        with self.window.paused(), self.policy.detached():
-            yield
 
     def _exchanging(self) -> contextlib.AbstractContextManager[None]:
         return self.progress.exchanging()  # of the run under way: train() begins with another

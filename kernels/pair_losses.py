@@ -14,7 +14,7 @@ What has no recipe stays in Python, for it is no function of one pair's own numb
   kto, bco                   unpaired responses, and a mean over the whole step
   apo_zero_unpaired          unpaired responses
   aot, aot_unpaired          the order of the whole step's margins
-  selm, xpo                  a third response, which gets a gradient too
+  selm, xpo                  a third response, or a flag of each pair
   reward, degree_aux         numbers of another head than the language model's
   NLL by token_mean          divides by the mean length over all pairs: the trainer makes it a term of its own
   NLL of prompt and response the prompt's tokens are rows of another kind, which get a gradient too (ORPO with seq_mean

@@ -38,6 +38,22 @@ def row_logprob(
     return picked.where(live, 0.0), z.detach().logsumexp(dim=-1), entropy
 
 
+def row_logprob_entropy(
+    raw: Tensor,  # [N, V]
+    target: Tensor,  # [N] int64
+    *,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """(log p[target] [N], -sum_v p_v log p_v [N]) of p, the softmax of the rows of `raw`; both have gradients. A column
+    of probability 0 adds nothing to the entropy; -100 rows are 0 in both and have no gradient."""
+    raw = raw.float() if raw.dtype in (torch.bfloat16, torch.float16) else raw
+    logp = logit_rule(raw, softcap, logit_scale).log_softmax(dim=-1)
+    picked = logp.gather(1, target.where(target != IGNORE_INDEX, 0).long().unsqueeze(1)).squeeze(1)
+    entropy = -(logp.exp() * logp.where(logp > -torch.inf, 0.0)).sum(dim=-1)
+    return _live(picked, target), _live(entropy, target)
+
+
 def row_top1(raw: Tensor, target: Tensor, *, softcap: float | None = None, logit_scale: float = 1.0) -> Tensor:
     """1 where no logit of a row of `raw` [N, V] is above its target's, else 0 -> [N], in the dtype of `row_logprob`.
 
@@ -76,6 +92,19 @@ def linear_logprob(
         return logp
     top1 = [row_top1(raw, target, softcap=softcap, logit_scale=logit_scale)] if return_top1 else []
     return logp, *([entropy] if return_entropy else []), *top1
+
+
+def linear_logprob_entropy(
+    hidden: Tensor,  # [N, D]
+    weight: Tensor,  # [V, D]
+    target: Tensor,  # [N] int64
+    bias: Tensor | None = None,  # [V]
+    *,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """`row_logprob_entropy` of hidden W^T + b -> (logp [N], entropy [N]), fp32, or fp64 for fp64 inputs."""
+    return row_logprob_entropy(F.linear(hidden, weight, bias), target, softcap=softcap, logit_scale=logit_scale)
 
 
 def log_sum_sq(

@@ -23,23 +23,27 @@ def bench(monkeypatch):
     return importlib.import_module
 
 
-@pytest.mark.parametrize("job", ("none", "frozen", "rows", "sum", "dpo", "simpo"))
+@pytest.mark.parametrize("job", ("none", "frozen", "rows", "entropy", "sum", "dpo", "simpo"))
 def test_exact_is_autograd_in_fp64(bench, job, monkeypatch):
     harness, peers = bench("harness"), bench("peers")
     monkeypatch.setattr(harness, "EXACT_BLOCK", 5 * SHAPE[2])  # several blocks of rows and of columns, ragged
     p = peers.Problem.make(*SHAPE, torch.float32, "cpu")
     exact = harness.Exact(p).outputs(job)
     x, w = p.hidden.double().requires_grad_(), p.weight.double().requires_grad_()
-    logp = (x @ w.t()).log_softmax(1).gather(1, p.target.unsqueeze(1)).squeeze(1)
+    logps = (x @ w.t()).log_softmax(1)
+    logp, entropy = logps.gather(1, p.target.unsqueeze(1)).squeeze(1), -(logps.exp() * logps).sum(1)
     if job in ("dpo", "simpo"):
         loss = peers.pair_loss(logp, job)
     else:
         loss = -logp.sum() if job == "sum" else (logp * p.upstream.double()).sum()
+        loss = loss + (entropy * p.upstream.double().flip(0)).sum() if job == "entropy" else loss
     loss.backward()
     want = {"dhidden": x.grad, "dweight": w.grad, "logp": logp.detach(), "loss": loss.detach()}
-    assert set(exact) == {"none": {"logp"}, "frozen": {"logp", "dhidden"}, "rows": {"logp", "dhidden", "dweight"}}.get(
-        job, {"loss", "dhidden", "dweight"}
-    )
+    want["entropy"] = entropy.detach()
+    of_rows = {"logp", "dhidden", "dweight"}
+    assert set(exact) == {
+        "none": {"logp"}, "frozen": {"logp", "dhidden"}, "rows": of_rows, "entropy": {"entropy", *of_rows}
+    }.get(job, {"loss", "dhidden", "dweight"})  # fmt: skip
     for name in exact:
         torch.testing.assert_close(exact[name], want[name], rtol=1e-11, atol=1e-13, msg=name)
 
@@ -61,11 +65,12 @@ def test_what_is_wrong_or_absent_is_not_timed(bench, monkeypatch, tmp_path):
     }
     monkeypatch.setattr(harness, "PROVIDERS", {**peers.PROVIDERS, **extra})
     names = ["fastpo_none", "fastpo_frozen", "fastpo_kept", "fastpo_sliced", "naive", "fastpo_simpo", "quack", *extra]
+    names[4:4] = ["fastpo_entropy", "fastpo_entropy_sliced", "naive_entropy"]
     result = harness.measure(SHAPE, names, rounds=3, seconds=0.0)
     rows = result["rows"]
     assert list(rows) == ["gemms_3", *names]
     status = {name: row["status"] for name, row in rows.items()}
-    assert [name for name in status if status[name] == "ok"] == ["gemms_3", *names[:6]]
+    assert [name for name in status if status[name] == "ok"] == ["gemms_3", *names[:9]]
     assert rows["broken"]["reason"].startswith("dweight is off by 1.0e+00") and "times_s" not in rows["broken"]
     assert status["fastpo_broken"] == "wrong" and rows["fastpo_broken"]["over_criterion"] > 1
     assert rows["crashes"]["reason"] == "ValueError: no such kernel"

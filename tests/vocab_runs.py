@@ -52,6 +52,10 @@ CASES: dict[str, tuple[tuple[tuple[int, int], ...], str, str, Case]] = {
     "triton peaked": (SMALL, "triton", "float32", Case(3, 16, 257, "peaked", bias=True)),
     "no rows": (HALVES, "cpu", "float32", Case(0, 16, 1003)),
 }  # fmt: skip
+# Those of them that `linear_logprob_entropy` runs too, under "NAME entropy".
+WITH_ENTROPY = ("torch float32", "torch bfloat16", "cpu float32", "cpu bfloat16", "torch offset", "cpu offset",
+                "cpu rising", "torch peaked", "cpu peaked", "torch float64", "torch float16", "cpu empty",
+                "torch turned", "triton float32", "triton float16", "triton peaked", "no rows")  # fmt: skip
 
 
 class Counts(contextlib.AbstractContextManager):
@@ -77,18 +81,22 @@ class Counts(contextlib.AbstractContextManager):
             setattr(dist, name, call)
 
 
-def sliced_case(group: dist.ProcessGroup, slices, backend: str, dtype: torch.dtype, case: Case) -> dict[str, Any]:
-    """Errors against fp64 of every regime; whether ranks agree and a second run is the same; collectives."""
+def sliced_case(
+    group: dist.ProcessGroup, slices, backend: str, dtype: torch.dtype, case: Case, entropy: bool = False
+) -> dict[str, Any]:
+    """Errors against fp64 of every regime; whether ranks agree and a second run is the same; collectives. `entropy`:
+    of the op whose entropies have a gradient."""
+    outputs = functools.partial(check.head_outputs, entropy_grad=entropy)
     split = fastpo.VocabParallel.of_slice(group, *slices[group.rank()])
     tensors = case.tensors(dtype, "cpu")
-    rule: dict[str, Any] = {"softcap": case.softcap, "logit_scale": case.logit_scale, "return_entropy": True}
+    rule: dict[str, Any] = {"softcap": case.softcap, "logit_scale": case.logit_scale}
+    op, plain = ops.linear_logprob_entropy, functools.partial(reference.linear_logprob_entropy, **rule)
+    if not entropy:
+        rule["return_entropy"] = True
+        op, plain = ops.linear_logprob, functools.partial(reference.linear_logprob, **rule)
     mine = slice(split.start, split.stop)
-
-    def plain(*args: Tensor) -> Any:
-        return reference.linear_logprob(*args, **rule)
-
-    exact = check.head_outputs(plain, tensors, "kept", torch.float64)
-    naive = check.head_outputs(plain, tensors, "kept")
+    exact = outputs(plain, tensors, "kept", torch.float64)
+    naive = outputs(plain, tensors, "kept")
     magnitude = check._largest_logit(case, tensors) if case.n else 0.0
     operands = {"dhidden": check._rms(tensors["weight"].double()) * check._rms(tensors["upstream"].double())}
     out: dict[str, Any] = {}
@@ -97,11 +105,11 @@ def sliced_case(group: dist.ProcessGroup, slices, backend: str, dtype: torch.dty
         def fused(hidden, weight, target, bias, budget=budget) -> Any:
             options = {**rule, "memory_budget": budget, "backend": backend, "vocab_parallel": split}
             bias = None if bias is None else bias[mine]
-            return ops.linear_logprob(hidden, weight[mine], target, bias, **options)
+            return op(hidden, weight[mine], target, bias, **options)
 
         with Counts() as calls:
-            ours = check.head_outputs(fused, tensors, regime)
-        again = check.head_outputs(fused, tensors, regime)
+            ours = outputs(fused, tensors, regime)
+        again = outputs(fused, tensors, regime)
         agree = True
         for name in ("logp", "entropy", "dhidden"):
             if name in ours:
@@ -246,6 +254,13 @@ def head_loss(model: Model, x: Tensor, target: Tensor, **options: Any) -> Tensor
     return -fastpo.linear_logprob(hidden, model.lm_head.weight, target, model.lm_head.bias, **options).mean()
 
 
+def entropy_loss(model: Model, x: Tensor, target: Tensor, **options: Any) -> Tensor:
+    """The same of log-probabilities and entropies."""
+    head = model.lm_head
+    logp, entropy = ops.linear_logprob_entropy(model.trunk(x), head.weight, target, head.bias, **options)
+    return (entropy - logp).mean()
+
+
 def largest_difference(model: nn.Module, expected: nn.Module) -> float:
     """Of all gradients; both of the same names."""
     theirs = dict(expected.named_parameters())
@@ -279,8 +294,20 @@ def dtensor_weights(rank: int) -> dict[str, Any]:
             (-logp.mean()).backward()
             out["replicated DTensors"] = largest_difference(model, alone), type(logp) is Tensor
 
+        alone_too = Model()
+        entropy_loss(alone_too, x, target).backward()
+        model.zero_grad()
+        entropy_loss(model, x, target, vocab_parallel=mesh).backward()
+        out[f"entropy, tp {ranks}"] = largest_difference(model, alone_too)
+
     mesh = init_device_mesh("cpu", (4,), mesh_dim_names=("dp",))
     mine = slice(3 * rank, 3 * rank + 3)
+    model, alone_too = Model(), Model()
+    fully_shard(model.trunk, mesh=mesh)
+    fully_shard(model.lm_head, mesh=mesh)
+    entropy_loss(model, x[mine], target[mine]).backward()
+    entropy_loss(alone_too, x, target).backward()
+    out["entropy, fsdp"] = largest_difference(model, alone_too)
     for autocast in (False, True):
         model = Model()
         fully_shard(model.trunk, mesh=mesh)
@@ -321,10 +348,14 @@ def compiled(group: dist.ProcessGroup) -> dict[str, Any]:
 
     split = fastpo.VocabParallel.of_slice(group, *((0, 100), (100, 301))[group.rank()])
     mine, out = slice(split.start, split.stop), {}
-    for regime in ("frozen", "kept", "sliced"):
+    for regime in ("frozen", "kept", "sliced", "entropy"):
 
         def fn(hidden, weight, target, bias, regime=regime) -> Any:
-            options = {"memory_budget": BUDGETS[regime], "return_entropy": True, "vocab_parallel": split}
+            options = {"memory_budget": BUDGETS.get(regime), "vocab_parallel": split}
+            if regime == "entropy":
+                logp, entropy = ops.linear_logprob_entropy(hidden, weight[mine], target, bias[mine], **options)
+                return logp + entropy, entropy.detach()
+            options["return_entropy"] = True
             return fastpo.linear_logprob(hidden, weight[mine], target, bias[mine], **options)
 
         torch.compiler.reset()
@@ -383,6 +414,23 @@ def opcheck(group: dist.ProcessGroup) -> None:
             args = (x["upstream"], *(t.detach() for t in inputs), saved, stats, *rule, split.group_name, split.start)
             need = [name in trained for name in ("hidden", "weight", "bias")]
             torch.library.opcheck(torch.ops.fastpo.vocab_parallel_backward.default, (*args, need))
+        if regime == "frozen":
+            continue
+        torch.library.opcheck(torch.ops.fastpo.vocab_parallel_entropy.default, (*inputs, *rule, *where))
+        if trained:
+            with torch.no_grad():
+                _, _, saved, stats = torch.ops.fastpo.vocab_parallel_entropy(*inputs, *rule, *where)
+            args = (
+                None,
+                x["upstream"],
+                *(t.detach() for t in inputs),
+                saved,
+                stats,
+                *rule,
+                split.group_name,
+                split.start,
+            )
+            torch.library.opcheck(torch.ops.fastpo.vocab_parallel_entropy_backward.default, (*args, need))
 
 
 def bad_input(rank: int, two: dist.ProcessGroup, three: dist.ProcessGroup) -> dict[str, str]:
@@ -424,6 +472,8 @@ def bad_input(rank: int, two: dist.ProcessGroup, three: dist.ProcessGroup) -> di
     attempt("rows", op(hidden, weight, target, vocab_parallel=split))
     attempt("bias", op(hidden, part, target, torch.zeros(4), vocab_parallel=split))
     attempt("top1", op(hidden, part, target, vocab_parallel=split, return_top1=True))
+    attempt("top1 of the entropy's", lambda: ops.linear_logprob_entropy(hidden, part, target, vocab_parallel=split,
+                                                                        return_top1=True))  # fmt: skip
     attempt("dtypes", op(hidden, part.bfloat16(), target, vocab_parallel=split))
     attempt("devices", op(hidden, part.to("meta"), target, vocab_parallel=split))
     attempt("target", op(hidden, part, torch.tensor([0, 9, 10]), vocab_parallel=split))
@@ -476,6 +526,9 @@ def work(rank: int, port: int, folder: str) -> None:
     for name, (slices, backend, dtype, case) in CASES.items():
         if rank < len(slices) and (backend != "cpu" or backends.compiled is not None):
             out[name] = sliced_case(groups[len(slices)], slices, backend, DTYPES[dtype], case)
+            if name in WITH_ENTROPY:
+                entropies = sliced_case(groups[len(slices)], slices, backend, DTYPES[dtype], case, entropy=True)
+                out[f"{name} entropy"] = entropies
     torch.save(out, Path(folder) / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()

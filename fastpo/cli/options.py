@@ -26,10 +26,19 @@ INPUTS = {
     "eval_dataset": (None, 'rows to evaluate on; as above, or several sets as JSON: \'{"a": PATH, "b": PATH}\''),
     "ref_model": ("ref_model_name_or_path", "reference model (default: the model as it is before training)"),
     "prev_model": (None, "previous policy of inpo and dno_reg (default: the model as it is before training)"),
+    "reward_funcs": (
+        "reward_model_name_or_path",
+        "what judges the responses of an online loss, such as grpo: FILE.py:NAME, "
+        "MODULE:NAME, a reward model's folder or hub name, a scorer as JSON; several are summed",
+    ),
     "peft_config": (None, "train an adapter: arguments of peft.LoraConfig, such as '{\"r\": 16}'"),
     "quantization_config": (None, "load quantised: arguments of transformers' BitsAndBytesConfig"),
 }
 JSON_INPUTS = ("peft_config", "quantization_config")
+# Names that `trl grpo` knows: what they are here.
+_TRL_REWARDS = {name: f"write trl.rewards:{name}" for name in
+                ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward")}  # fmt: skip
+_TRL_REWARDS["get_soft_overlong_punishment"] = "set overlong_buffer"
 ALIASES = {alias: name for name, (alias, _) in INPUTS.items() if alias}
 
 
@@ -52,7 +61,7 @@ def _parse_value(text: str, kinds: tuple[Any, ...]) -> Any:
             return words[text.lower()]
         if str not in kinds:
             raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-    if dict in kinds:
+    if dict in kinds and (str not in kinds or text.lstrip().startswith("{")):
         return _parse_json_object(text)
     if list in kinds:
         if text.lstrip().startswith("["):
@@ -108,6 +117,11 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
     inputs.add_argument("--config", metavar="YAML", help="file of options; those given on the command line win")
     for name, (alias, text) in INPUTS.items():
         names = ["--" + n.replace("_", "-") for n in (name, alias) if n]
+        if name == "reward_funcs":  # each time further ones
+            inputs.add_argument(
+                *names, dest=name, nargs="+", action="extend", metavar="NAME", default=argparse.SUPPRESS, help=text
+            )
+            continue
         is_json = name in JSON_INPUTS
         kind = _parse_json_object if is_json else str
         metavar = "JSON" if is_json else "PATH"
@@ -242,7 +256,9 @@ def _merge_train_options(namespace: argparse.Namespace, extras: Sequence[str]) -
         except json.JSONDecodeError as error:
             raise ConfigError(f"eval_dataset is not JSON: {error}") from None
     inputs["train_dataset"] = _mixture(merged.pop("datasets", None), inputs.get("train_dataset"))
-    for name in set(inputs) - set(JSON_INPUTS) - {"train_dataset"}:
+    if inputs.get("reward_funcs") is not None:
+        inputs["reward_funcs"] = _reward_funcs(inputs["reward_funcs"])
+    for name in set(inputs) - set(JSON_INPUTS) - {"train_dataset", "reward_funcs"}:
         if name == "eval_dataset" and isinstance(sets, dict) and all(isinstance(v, str) for v in sets.values()):
             continue
         if inputs[name] is not None and not isinstance(inputs[name], str):
@@ -253,6 +269,26 @@ def _merge_train_options(namespace: argparse.Namespace, extras: Sequence[str]) -
     if args.eval_strategy != "no" and not inputs.get("eval_dataset") and by_name:
         inputs["eval_dataset"] = data  # its dataset_test_split, as `trl dpo`
     return inputs, args
+
+
+def _reward_funcs(given: Any) -> list[Any]:
+    """Reward functions as `fastpo.train` takes them: names and paths, and mappings, which may stand as JSON."""
+    given = [given] if isinstance(given, str | dict) else given
+    if not isinstance(given, list) or not given:
+        raise ConfigError(f"reward_funcs must be a name, a mapping or a list of them, not {shown(given)}")
+    out = []
+    for entry in given:
+        if isinstance(entry, str) and entry.lstrip().startswith("{"):
+            try:
+                entry = _parse_json_object(entry)
+            except argparse.ArgumentTypeError as error:
+                raise ConfigError(f"reward_funcs: {error}") from None
+        if not isinstance(entry, str | dict) or not entry:
+            raise ConfigError(f"reward_funcs must hold names and mappings, not {shown(entry)}")
+        if isinstance(entry, str) and entry in _TRL_REWARDS and not os.path.exists(entry):
+            raise ConfigError(f"reward_funcs: {entry} is a name of `trl grpo`: {_TRL_REWARDS[entry]}")
+        out.append(entry)
+    return out
 
 
 def _set_environment(variables: Any, source: str) -> None:

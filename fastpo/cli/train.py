@@ -10,7 +10,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Train a model on preference data. Every option is a key of the YAML file too, spelt with underscores. "
         "Defaults are in brackets; lists are separated by commas, mappings are JSON; --OPTION and --no-OPTION turn a "
-        "BOOL on and off. Options of `trl dpo`, such as --use-peft --lora-r 16 or --load-in-4bit, work too."
+        "BOOL on and off. Options of `trl dpo` and `trl grpo`, such as --use-peft --lora-r 16, work too."
     )
     parser.usage = "fastpo train [--config run.yaml] [--model PATH] [--train-dataset PATH] [--OPTION VALUE ...]"
     add_train_options(parser)

@@ -5,8 +5,8 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from fastpo.config import options
-from fastpo.config.options import HONOURED, NO_EFFECT, REFUSED, RENAMED, Option
+from fastpo.config import online_options, options
+from fastpo.config.option import HONOURED, NO_EFFECT, REFUSED, RENAMED, Option
 from fastpo.config.train_config import TrainConfig
 from fastpo.config.trl_configs import CLASSES
 
@@ -20,7 +20,8 @@ honoured, renamed, refused by an error that says what to do instead, or accepted
 
 **A Python script.** Replace the import, and `DPOTrainer(...)` with its `.train()` by one `fastpo.train(...)` of the
 same arguments; `DPOConfig` stays, or becomes a dict, a `TrainConfig` or keyword arguments. So it is with `KTOTrainer`,
-`CPOTrainer`, `ORPOTrainer` and `RewardTrainer`: the class of `args` says the loss. A script that goes on with its trainer (evaluates
+`CPOTrainer`, `ORPOTrainer`, `RewardTrainer`, `GRPOTrainer`, `RLOOTrainer` and `OnlineDPOTrainer`: the class of `args`
+says the loss. A script that goes on with its trainer (evaluates
 other rows, saves elsewhere) takes the class `fastpo.Trainer(...)`, with the same arguments too.
 
 ```python
@@ -60,6 +61,8 @@ output_dir="out", beta=0.2)`. `tests/migration/` holds three scripts of TRL's do
 | `tokenizer=` | `processing_class=` |
 | `compute_metrics=` | the same, called with `fastpo.Evaluated`: the responses' log-probabilities and the reference's. What reads logits (`predictions`) is refused: nothing keeps them, and TRL deprecates them |
 | `data_collator=` | refused: fastpo packs the rows |
+| `reward_funcs=`, `reward_processing_classes=` of the online trainers | the same |
+| `tools=`, `rollout_func=`, `environment_factory=` of `GRPOTrainer` | not built: a response is what the sampler says to a prompt |
 
 **The command line.** `trl dpo` becomes `fastpo train`, with the same options and the same YAML files:
 
@@ -114,6 +117,18 @@ line{more}. Names that the project shares with transformers (`learning_rate`, `o
 """
 
 
+_ONLINE = """\
+`reward_funcs` and `reward_processing_classes` are arguments of `fastpo.train`, as in TRL: functions of TRL's signature,
+names of reward models, or mappings as the scorers of docs/loop.md. On the command line `--reward_funcs` takes several of
+`FILE.py:NAME`, `MODULE:NAME`, a model's name or folder, and a mapping as JSON.
+
+Ours alone: `loss_type` reinforce, gspo and gmpo, `kl_estimator`, `dynamic_sampling`, `overlong_buffer` with
+`overlong_penalty`, `missing_eos_penalty` with every online loss, `sampler`, `judge`, `mixture_coef`.
+
+An option of an online loss with another `loss_type` is refused by its name, unless it stands at its default.
+"""
+
+
 def _cell(text: str) -> str:
     return text.replace("|", "\\|")
 
@@ -158,12 +173,24 @@ def _options_table(table: Mapping[str, Option]) -> str:
 def _classes() -> list[str]:
     """The sections on the arguments of TRL's other trainers, given as `args`."""
     parts = []
+    seen: dict[str, Option] = {}  # of GRPOConfig, which the other online trainers share most with
     for name, (_, table) in CLASSES.items():
-        if table:
+        own = {n: option for n, option in table.items() if seen.get(n) != option}
+        shared = "`DPOConfig` is in the first table" + (", with `GRPOConfig` in the table above" if seen else "")
+        if own:
             parts += [
-                f"## TRL's `{name}`\n\nGiven as `args`. What it shares with `DPOConfig` is in the first table.\n",
-                _options_table(table),
+                f"## TRL's `{name}`\n\nGiven as `args`. What it shares with {shared}.\n",
+                _options_table(own),
             ]
+        if name == "GRPOConfig":
+            parts += [_ONLINE]
+            seen = table
+    earlier = {**online_options.NASH_MD, **online_options.XPO}
+    parts += [
+        "## TRL's `NashMDConfig` and `XPOConfig`\n\nOf versions before 1.16, which has them no more. Beyond "
+        "`OnlineDPOConfig`; their losses are `nash_md` and `xpo`.\n",
+        _options_table(earlier),
+    ]
     return parts
 
 

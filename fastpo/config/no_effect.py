@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from fastpo.config.options import OPTIONS, differ
+from fastpo.config.option import differ
+from fastpo.config.options import OPTIONS
 from fastpo.config.train_config import TrainConfig
 
 
@@ -95,6 +96,23 @@ _TABLE: tuple[tuple[tuple[str, ...], _Without, str], ...] = (
     ),
     (("num_train_epochs",), lambda c, f: c.max_steps > 0, "max_steps is set"),
     (("truncation_mode",), lambda c, f: c.max_length is None, "max_length is None"),
+    (("num_generations_eval",), lambda c, f: c.eval_strategy == "no" and not c.eval_on_start, "eval_strategy=no"),
+    (
+        ("entropy_coef_min", "entropy_coef_max", "entropy_coef_delta", "entropy_target"),
+        lambda c, f: not c.use_adaptive_entropy,
+        "use_adaptive_entropy is off",
+    ),
+    (
+        ("importance_sampling_mode", "importance_sampling_clip_max", "importance_sampling_clip_min"),
+        lambda c, f: not c.importance_sampling_correction,
+        "importance_sampling_correction is off",
+    ),
+    (("overlong_penalty",), lambda c, f: c.overlong_buffer is None, "overlong_buffer is not set"),
+    (
+        ("num_completions_to_print", "log_unique_prompts"),
+        lambda c, f: not c.log_completions,
+        "log_completions is off",
+    ),
     (("data_seed",), lambda c, f: c.train_sampling_strategy == "sequential", "the order is sequential"),
 )
 

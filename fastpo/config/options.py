@@ -9,60 +9,16 @@ import difflib
 import functools
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastpo.config.bounds import plain
+from fastpo.config import online_options
+from fastpo.config.option import NO_EFFECT, REFUSED, RENAMED, Option, differ
+from fastpo.config.option import no as _no
+from fastpo.config.option import nothing as _any
+from fastpo.config.option import same as _same
+from fastpo.config.option import to as _to
 from fastpo.errors import ConfigError, shown
-
-HONOURED, RENAMED, REFUSED, NO_EFFECT = "honoured", "renamed", "refused", "without meaning"
-
-
-@dataclass(frozen=True)
-class Option:
-    """One option: its status, TRL's default, a note or the reason, its name here."""
-
-    status: str
-    default: Any = None
-    note: str = ""
-    to: str | None = None
-    off: tuple = (False, "", [], {})  # values of a refused option that ask for nothing, beside None and its default
-
-    def harmless(self, value: Any) -> bool:
-        """Whether a refused option's value leaves the training as it is."""
-        value = plain(value)
-        return any(
-            not differ(value, other) and isinstance(value, bool) == isinstance(other, bool)
-            for other in (None, self.default, *self.off)
-        )
-
-
-def differ(value: Any, other: Any) -> bool:
-    """Whether two values are not equal; arrays, and what cannot be compared, differ from all but themselves."""
-    if value is other:
-        return False
-    try:
-        return not bool(value == other)
-    except Exception:  # an array's truth, a user's class
-        return True
-
-
-def _same(default: Any = None, note: str = "") -> Option:
-    return Option(HONOURED, default, note)
-
-
-def _to(name: str, default: Any = None, note: str = "") -> Option:
-    return Option(RENAMED, default, note, to=name)
-
-
-def _no(reason: str, default: Any = None, off: tuple = (False, "", [], {})) -> Option:
-    return Option(REFUSED, default, reason, off=off)
-
-
-def _any(reason: str, default: Any = None) -> Option:
-    return Option(NO_EFFECT, default, reason)
-
 
 _IN_MEMORY = "batches are packed from token ids in memory; there is no loader process"
 _NO_PREDICTIONS = "evaluation keeps no predictions: its metrics are sums on the device"
@@ -234,7 +190,6 @@ EARLIER: dict[str, Option] = {
     "use_logits_to_keep": _any("only the rows of completion tokens ever reach the head", False),
     "is_encoder_decoder": _no("causal language models only"),
     "max_prompt_length": _no("TRL removed it too: max_length counts prompt plus response"),
-    "max_completion_length": _no("TRL removed it too: max_length counts prompt plus response"),
     "rpo_alpha": _no(_SFT_TERM.format("dpo", "rpo_alpha")),
     "reference_free": _no("use simpo, or give ref_chosen_logps and ref_rejected_logps of zero"),
     "generate_during_eval": _no("set sample_generations to the number of prompts to answer"),
@@ -248,6 +203,8 @@ EARLIER: dict[str, Option] = {
     "compute_metrics": _no("an argument of fastpo.train and Trainer, no option: it is given each response's log-probabilities and its reference's, fastpo.Evaluated; what reads logits is refused"),
     "preprocess_logits_for_metrics": _no("no logits are kept"),
     "model_init": _no("pass the model"),
+    "reward_funcs": _no("an argument of fastpo.train and Trainer, no option"),
+    "reward_model_name_or_path": _no("pass it in reward_funcs, an argument of fastpo.train"),
     "optimizer_cls_and_kwargs": _no("pass optimizers=(optimizer, scheduler), or set optim and optim_args"),
 }
 
@@ -255,8 +212,7 @@ EARLIER: dict[str, Option] = {
 CPO: dict[str, Option] = {
     "cpo_alpha": _no("with loss_type=cpo, cpo_hinge, cpo_ipo or cpo_simpo set loss_kwargs={cpo_alpha: ...} (TRL's default is 1.0, the SimPO paper's 0)", None, (False, 0)),
     "simpo_gamma": _no(_GAMMA),
-    "alpha": _no("set loss_type=alphapo with loss_kwargs={alpha: ...}", 0.0),
-    "max_completion_length": EARLIER["max_completion_length"],
+    "alpha": _no("with loss_type=alphapo or xpo set loss_kwargs={alpha: ...}", 0.0),
     "generate_during_eval": EARLIER["generate_during_eval"],
     "is_encoder_decoder": EARLIER["is_encoder_decoder"],
 }
@@ -396,20 +352,18 @@ TRL_LOSSES: dict[str, str | None] = {
     "apo_zero": "apo_zero", "apo_down": "apo_down", "discopop": "discopop", "sigmoid_norm": "sigmoid_norm",
 }
 # fmt: on
+_TABLES = (OPTIONS, EARLIER, CPO, KTO, REWARD, SCRIPT, *online_options.TABLES)
 
 
 def lookup(name: str) -> Option | None:
     """The option of that name in TRL's configs, `trl dpo`, or earlier versions; None where nobody has it."""
-    return next((table[name] for table in (OPTIONS, EARLIER, CPO, KTO, REWARD, SCRIPT) if name in table), None)
+    return next((table[name] for table in _TABLES if name in table), None)
 
 
 def all_names() -> list[str]:
     """Every name that is known in some way, for the nearest to a misspelt one."""
-    return list(
-        dict.fromkeys(
-            [*OPTIONS, *EARLIER, *CPO, *KTO, *REWARD, *SCRIPT, *(n for names in FOREIGN.values() for n in names)]
-        )
-    )
+    names = [n for table in _TABLES for n in table]
+    return list(dict.fromkeys([*names, *(n for foreign in FOREIGN.values() for n in foreign)]))
 
 
 def check_options(values: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
@@ -427,7 +381,15 @@ def check_options(values: Mapping[str, Any], known: Collection[str]) -> dict[str
         option = lookup(given)
         name = option.to if option is not None and option.status == RENAMED and option.to in known else given
         assert name is not None
-        if given == "fsdp_config" or (name != given and value is None):
+        if given == "fsdp_config" or given in online_options.SAMPLER_NAMES:
+            continue
+        if option is not None and option.values and name != given:
+            if not isinstance(value, bool):
+                if value is not None:
+                    wrong.append(f"{given} must be true or false, not {shown(value)}")
+                continue
+            value = option.values[value]
+        if name != given and value is None and (option is None or option.default is None or option.values):
             continue
         if name in known:
             if name in out and out[name] is not None and value is not None and differ(out[name], value):
@@ -443,6 +405,7 @@ def check_options(values: Mapping[str, Any], known: Collection[str]) -> dict[str
             wrong.append(f"{given} belongs to the command line; fastpo.train takes {option.to}")
     if wrong:  # all at once: a file of another project has many
         raise ConfigError("; ".join(wrong))
+    online_options.apply_vllm(out, values)
     nothing: tuple[Any, ...] = (None, "", False, {})
     if all(differ(values.get("fsdp_config"), off) for off in nothing):
         _apply_fsdp_config(out, values["fsdp_config"])

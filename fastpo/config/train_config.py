@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastpo.config import bounds, options, trl_configs
+from fastpo.config import bounds, online, options, trl_configs
 from fastpo.errors import ConfigError, shown
 
 
@@ -39,6 +39,9 @@ _CHOICE_HINTS = {
     ("torch_compile_mode", "max-autotune"): "use max-autotune-no-cudagraphs",
     ("lr_scheduler_type", "reduce_lr_on_plateau"): "pass optimizers=(optimizer, scheduler) and step it in a callback",
 }
+
+
+_SECRETS = ("api_key", "headers")  # of a server
 
 
 @dataclass
@@ -75,7 +78,7 @@ class TrainConfig:
     dataset_config: str | None = _opt(None, "data", "configuration of a hub dataset")
     dataset_train_split: str = _opt("train", "data", "split to train on, for a hub dataset")
     dataset_test_split: str = _opt("test", "data", "split to evaluate on, for a hub dataset")
-    max_length: int | None = _opt(1024, "data", "tokens of prompt plus response that are kept (None: all); loss_type=reward leaves out longer responses")
+    max_length: int | None = _opt(1024, "data", "tokens of prompt plus response that are kept (None: all); loss_type=reward leaves out longer responses; online losses leave out prompts without room for max_completion_length, and not given it is None for them")
     truncation_mode: str = _opt("keep_start", "data", "which end of a sequence over max_length is kept", ("keep_start", "keep_end"))
     invalid_rows: str = _opt("raise", "data", "rows with NaN scores, empty or identical responses: raise, or drop with a count", ("raise", "drop"))
     recognise_layouts: bool = _opt(True, "data", "convert rows of other projects' and popular data sets' layouts (docs/data.md), and say so; false: only fastpo's own columns")
@@ -88,7 +91,7 @@ class TrainConfig:
 
     loss_type: str | list[str] = _opt("dpo", "loss", "dpo (sigmoid), ipo, simpo, sppo, cpo, sft, ... (`fastpo losses` lists them); a list is a weighted sum")
     loss_weights: list[float] | None = _opt(None, "loss", "weight of each loss of a list (None: 1)")
-    beta: float | None = _opt(None, "loss", "the loss's own beta (None: dpo, hinge, robust 0.1; simpo 2.0; sppo 0.001; ipo's tau 0.1; others by `fastpo losses`)")
+    beta: float | None = _opt(None, "loss", "the loss's own beta (None: dpo, hinge, robust 0.1; simpo 2.0; sppo 0.001; ipo's tau 0.1; grpo 0; others by `fastpo losses`); 0 of a loss per token: no reference")
     label_smoothing: float = _opt(0.0, "loss", "dpo, cpo, simpo: smoothed labels (cDPO); robust: the probability that a label is flipped; exo_pair: its epsilon")
     gamma_beta_ratio: float | None = _opt(None, "loss", "simpo, cpo_simpo, alphapo: target margin over beta (None: simpo's 0.5)")
     ipo_reduce: str = _opt("mean", "loss", "ipo: log-ratios per token (mean, as TRL) or per response (sum, as the paper)", ("mean", "sum"))
@@ -103,7 +106,7 @@ class TrainConfig:
     ref_model_mixup_alpha: float = _opt(0.6, "loss", "sync_ref_model: reference <- alpha policy + (1 - alpha) reference")
     ref_model_sync_steps: int = _opt(512, "loss", "sync_ref_model: steps between two moves")
 
-    per_device_train_batch_size: int = _opt(8, "batch", "pairs per device and accumulation step")
+    per_device_train_batch_size: int = _opt(8, "batch", "pairs per device and accumulation step; of an online loss per token responses, of an online preference loss prompts")
     gradient_accumulation_steps: int = _opt(1, "batch", "an optimiser step takes this many times per_device_train_batch_size pairs")
     per_device_eval_batch_size: int = _opt(8, "batch", "has no effect on the numbers; evaluation is packed like training")
     share_prompts: str = _opt("auto", "batch", "one copy of a prompt in the trunk for all its responses, those of other rows of the step too; auto: where it is estimated faster (on a GPU by arithmetic, not measured)", ("auto", "always", "never"))
@@ -173,17 +176,75 @@ class TrainConfig:
     hub_private_repo: bool | None = _opt(None, "saving", "make the repository private")
     hub_revision: str | None = _opt(None, "saving", "branch to push to")
     save_final: bool = _opt(True, "saving", "save the model in output_dir at the end")
+
+    num_generations: int | None = _opt(None, "online: responses", "responses of each prompt, 2 or more (None: 8; rloo and the online preference losses 2)")
+    num_generations_eval: int | None = _opt(None, "online: responses", "the same in an evaluation (None: num_generations)")
+    max_completion_length: int = _opt(512, "online: responses", "tokens of the longest response")
+    steps_per_generation: int | None = _opt(None, "online: responses", "micro-batches that one generation feeds, as TRL counts: over gradient_accumulation_steps it is optimiser steps (None: one step)")
+    generation_batch_size: int | None = _opt(None, "online: responses", "the same in responses (of the preference losses prompts) over all processes; not with steps_per_generation")
+    num_iterations: int = _opt(1, "online: responses", "times that the steps of a generation are done before the next is drawn")
+    temperature: float | None = _opt(None, "online: responses", "of the distribution that responses are drawn from (None: 1.0; the preference losses 0.9)")
+    top_p: float = _opt(1.0, "online: responses", "draw from the most likely tokens of this probability in all; 1: from all")
+    top_k: int = _opt(0, "online: responses", "draw from so many of the most likely tokens; 0: from all")
+    min_p: float | None = _opt(None, "online: responses", "draw from tokens that are at least so likely, as a share of the likeliest's probability")
+    repetition_penalty: float = _opt(1.0, "online: responses", "factor on the logits of tokens that are there already; 1: none")
+    chat_template_kwargs: dict | None = _opt(None, "online: responses", "arguments of the chat template for prompts of turns, such as {enable_thinking: false}")
+    sampler: dict | None = _opt(None, "online: responses", "who answers, as the section sample of docs/loop.md: {engine: openai, base_url: ...} is a server (None: the policy in this process)", secret=True)
+    mixture_coef: float | None = _opt(None, "online: responses", "nash_md, ipo_md: the reference's share where the opponent's responses are drawn (None: 0.5)")
+    dynamic_sampling: int = _opt(0, "online: responses", "rounds of new prompts for those whose responses all have one reward (0: none)")
+
+    judge: dict | str | None = _opt(None, "online: rewards", "who compares two responses for the online preference losses: a section of a judge as in docs/loop.md, or a name", secret=True)
+    reward_weights: list[float] | None = _opt(None, "online: rewards", "weight of each of reward_funcs (None: 1)")
+    multi_objective_aggregation: str = _opt("sum_then_normalize", "online: rewards", "several rewards: summed and then scaled, or each scaled and then summed", ("sum_then_normalize", "normalize_then_sum"))
+    scale_rewards: str | None = _opt(None, "online: rewards", "advantages over the standard deviation of the prompt's rewards (group, or true), of the generation's (batch), or as they are (none, or false) (None: group; reinforce, rloo, dr_grpo none)", online.SCALES)
+    missing_eos_penalty: float | None = _opt(None, "online: rewards", "taken from the reward of a response that does not end")
+    overlong_buffer: int | None = _opt(None, "online: rewards", "DAPO's soft punishment: over the last so many tokens before max_completion_length the reward falls by overlong_penalty")
+    overlong_penalty: float = _opt(1.0, "online: rewards", "overlong_buffer: what a response of the greatest length loses")
+
+    epsilon: float | None = _opt(None, "online: loss", "ratios are clipped below at 1 - epsilon (None: the loss's own, 0.2; gspo 0.0003, gmpo 0.4 of log-ratios)")
+    epsilon_high: float | None = _opt(None, "online: loss", "ratios are clipped above at 1 + epsilon_high (None: the loss's own, dapo 0.28, cispo 5, gspo 0.0004, or epsilon)")
+    delta: float | None = _opt(None, "online: loss", "upper bound of a ratio where the advantage is negative (None: none)")
+    sapo_temperature_neg: float | None = _opt(None, "online: loss", "sapo: temperature of the gate where the advantage is not positive (None: 1.05)")
+    sapo_temperature_pos: float | None = _opt(None, "online: loss", "sapo: where it is positive (None: 1.0)")
+    vespo_k_pos: float | None = _opt(None, "online: loss", "vespo: power of the weight where the advantage is positive (None: 2.0)")
+    vespo_lambda_pos: float | None = _opt(None, "online: loss", "vespo: its decay there (None: 3.0)")
+    vespo_k_neg: float | None = _opt(None, "online: loss", "vespo: power of the weight where the advantage is negative (None: 3.0)")
+    vespo_lambda_neg: float | None = _opt(None, "online: loss", "vespo: its decay there (None: 2.0)")
+    importance_sampling_level: str | None = _opt(None, "online: loss", "ratios of tokens or of whole responses (None: token; gspo, luspo sequence)", ("token", "sequence"))
+    kl_estimator: str | None = _opt(None, "online: loss", "what beta weighs: the log-ratio (k1), half its square (k2), or r - 1 - log r (k3) (None: k3)", ("k1", "k2", "k3"))
+    use_bias_correction_kl: bool | None = _opt(None, "online: loss", "multiply the KL term by the ratio, which makes its gradient the reverse KL's (None: on; gmpo off)")
+    off_policy_mask_threshold: float | None = _opt(None, "online: loss", "leave out responses of negative advantage whose mean log-ratio to the sampler's policy is over it (None: none)")
+    mask_truncated_completions: bool = _opt(False, "online: loss", "leave out responses that max_completion_length ended")
+    top_entropy_quantile: float = _opt(1.0, "online: loss", "this share of the tokens counts, those of the highest entropy; 1: all")
+    entropy_coef: float = _opt(0.0, "online: loss", "weight of the mean entropy of the tokens, which is raised")
+    use_adaptive_entropy: bool = _opt(False, "online: loss", "entropy_coef goes up by entropy_coef_delta at a step whose entropy is under entropy_target, else down")
+    entropy_coef_min: float = _opt(0.0, "online: loss", "use_adaptive_entropy: the least entropy_coef")
+    entropy_coef_max: float = _opt(1.0, "online: loss", "use_adaptive_entropy: the greatest")
+    entropy_coef_delta: float = _opt(0.005, "online: loss", "use_adaptive_entropy: its step")
+    entropy_target: float = _opt(0.2, "online: loss", "use_adaptive_entropy: nats of a token; above it the term is left out")
+    importance_sampling_correction: bool = _opt(True, "online: loss", "weigh by our probability of a token over the sampler's own, where it says it")
+    importance_sampling_mode: str | None = _opt(None, "online: loss", "weights of tokens or responses, those out of bounds cut to them or left out (None: sequence_mask; vespo token_truncate)", online.MODES)
+    importance_sampling_clip_max: float | None = _opt(3.0, "online: loss", "upper bound of these weights (None: none)")
+    importance_sampling_clip_min: float | None = _opt(None, "online: loss", "lower bound of these weights (None: none)")
+
+    log_completions: bool = _opt(False, "online: logging", "write every generation's prompts, responses, rewards and advantages into output_dir/completions")
+    num_completions_to_print: int | None = _opt(None, "online: logging", "log_completions: so many of a generation, the first ones (None: all)")
+    log_unique_prompts: bool = _opt(False, "online: logging", "log_completions: one response of each prompt, the first")
     # fmt: on
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
             choices = f.metadata["choices"]
             value = getattr(self, f.name)
+            if f.name == "scale_rewards" and str(value).lower() in ("true", "false"):
+                value = str(value).lower() == "true"
             if isinstance(value, bool) and choices and bool not in bounds.kinds_of(f.type):  # to YAML, no is false
                 meant = ("always",) if value else ("no", "never")
+                if f.name == "scale_rewards":  # which TRL takes as true and false too
+                    meant = ("group",) if value else ("none",)
                 value = next((c for c in choices if c in meant), value)
             value = bounds.coerce(f.name, value, f.type)
-            if f.name in bounds.RANGES:
+            if f.name in bounds.RANGES and not (f.name == "beta" and value == 0 and online.takes_no_beta(self.losses)):
                 bounds.check_range(f.name, value)
             bounds.check_content(f.name, value if f.name != "hub_token" else None)
             setattr(self, f.name, value)
@@ -216,6 +277,7 @@ class TrainConfig:
             raise ConfigError("loss_type names no loss")
         if self.loss_weights is not None and len(self.loss_weights) != len(self.losses):
             raise ConfigError(f"loss_weights has {len(self.loss_weights)} entries for {len(self.losses)} losses")
+        online.check(self)
 
     def _check_fsdp(self) -> None:
         self.fsdp, offload = options.fsdp_mode(self.fsdp)
@@ -258,6 +320,11 @@ class TrainConfig:
         return [self.loss_type] if isinstance(self.loss_type, str) else list(self.loss_type)
 
     @property
+    def is_online(self) -> bool:
+        """Whether the loss is trained on responses that the policy gives as it trains."""
+        return online.loss_of(self.losses) is not None
+
+    @property
     def scalar_head(self) -> bool:
         """Whether a reward model is trained, which has a scalar head in place of a language model's."""
         return "reward" in self.losses
@@ -274,8 +341,12 @@ class TrainConfig:
         return [name for name in names if name != "none"]
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as a plain dict, in order; without the hub's token."""
-        return {k: v for k, v in dataclasses.asdict(self).items() if k != "hub_token"}
+        """The fields as a plain dict, in order; without the hub's token, and a server's key and headers."""
+        out = {k: v for k, v in dataclasses.asdict(self).items() if k != "hub_token"}
+        for name in ("sampler", "judge"):
+            if isinstance(out[name], dict):
+                out[name] = {k: v for k, v in out[name].items() if k not in _SECRETS}
+        return out
 
     @classmethod
     def build(cls, args: Any = None, **overrides: Any) -> "TrainConfig":
@@ -311,6 +382,10 @@ class TrainConfig:
             values["save_strategy"] = "steps"
         if values.get("eval_steps") is not None and "eval_strategy" not in values:
             values["eval_strategy"] = "steps"
+        names = values.get("loss_type")
+        names = [names] if isinstance(names, str) else names if isinstance(names, list) else []
+        if "max_length" not in values and any(name in online.ONLINE for name in names):
+            values["max_length"] = None  # as in TRL, max_completion_length is what bounds an online run's rows
         config = cls(**values)
         config.without_meaning = list(dict.fromkeys(ignored))  # type: ignore[attr-defined]  # said at the start of a run
         return config

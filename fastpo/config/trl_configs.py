@@ -1,4 +1,5 @@
-"""TRL's arguments objects to fastpo's options: DPO-, KTO-, CPO-, ORPO- and RewardConfig, plain TrainingArguments.
+"""TRL's arguments objects to fastpo's options: DPO-, KTO-, CPO-, ORPO- and RewardConfig, GRPO-, RLOO-, GMPO- and
+OnlineDPOConfig (with the Nash-MD and XPO of earlier versions), plain TrainingArguments.
 
 Each trainer of TRL has a class of its own whose defaults mean its loss; here the loss is an option. The tables say what
 becomes of the fields that a class has beyond DPOConfig's, which are in fastpo/config/options.py.
@@ -7,16 +8,20 @@ becomes of the fields that a class has beyond DPOConfig's, which are in fastpo/c
 # ruff: noqa: E501  # one option a line: it reads as the table it is
 
 import enum
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from fastpo.config import options
-from fastpo.config.options import EARLIER, Option, _any, _no, _same
-from fastpo.errors import ConfigError
+from fastpo.config import online, online_options, options
+from fastpo.config.option import Option, differ
+from fastpo.config.option import no as _no
+from fastpo.config.option import nothing as _any
+from fastpo.config.option import same as _same
+from fastpo.errors import ConfigError, shown
 
+_ONE_LENGTH = "TRL removed it too: max_length counts prompt plus response"
 _KWARGS = "in loss_kwargs here"
 _ENCODER_DECODER = {
-    "max_completion_length": EARLIER["max_completion_length"],
+    "max_completion_length": _no(_ONE_LENGTH),
     "generate_during_eval": _no("set sample_generations to the number of prompts to answer", False),
     "is_encoder_decoder": _no("causal language models only"),
 }
@@ -49,7 +54,12 @@ CLASSES: dict[str, tuple[str, dict[str, Option]]] = {
         "chat_template_path": _no("set the tokenizer's chat_template, and pass it as processing_class"),
         "eos_token": _no("set the tokenizer's eos_token, and pass it as processing_class"),
     }),
+    "GRPOConfig": ("dapo", online_options.GRPO),
+    "RLOOConfig": ("rloo", online_options.RLOO),
+    "GMPOConfig": ("gmpo", online_options.GMPO),
+    "OnlineDPOConfig": ("online_dpo", online_options.ONLINE_DPO),
 }  # fmt: skip
+_EARLIER = ("NashMDConfig", "XPOConfig")  # kinds of OnlineDPOConfig that TRL 1.16 has no more
 _CPO_LOSSES = {"sigmoid": "cpo", "hinge": "cpo_hinge", "ipo": "cpo_ipo", "simpo": "cpo_simpo"}
 
 
@@ -59,7 +69,7 @@ def class_of(args: Any) -> str | None:
     names = [c.__name__ for c in type(args).__mro__]
     if "TrainingArguments" not in names:
         return None
-    found = next((name for name in names if name in CLASSES), None)
+    found = next((name for name in names if name in CLASSES or name in _EARLIER), None)
     if found is None and names[0] != "TrainingArguments":
         raise ConfigError(
             f"args is a {names[0]}, whose defaults mean another loss; pass a {', a '.join(CLASSES)}, a dict or a "
@@ -93,8 +103,7 @@ def values_of(args: Any, known: Collection[str]) -> dict[str, Any]:
         changed["loss_type"] = fields["loss_type"]
     changed = {name: value.value if isinstance(value, enum.Enum) else value for name, value in changed.items()}
     if kind in _OWN:
-        of_class = {name: fields[name] for name in CLASSES[kind][1] if name in fields}
-        return changed | _OWN[kind](changed, of_class)
+        return changed | _OWN[kind](changed, fields)
     names = [changed["loss_type"]] if isinstance(changed.get("loss_type"), str) else changed.get("loss_type", [])
     trl_beta = set(names) <= set(options.TRL_LOSSES) and set(names) != {"sft"}
     if changed.get("beta") == getattr(untouched, "beta", None) and not trl_beta:
@@ -109,6 +118,7 @@ def _kto(changed: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _cpo(changed: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
+    _one_length(changed)
     loss, alpha, nll = fields["loss_type"], fields["alpha"], fields["cpo_alpha"]
     _take(changed, ("cpo_alpha", "simpo_gamma", "alpha"))
     if loss not in _CPO_LOSSES:
@@ -127,7 +137,15 @@ def _cpo(changed: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _orpo(changed: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
+    _one_length(changed)
     return {"loss_type": "orpo"}
+
+
+def _one_length(changed: dict[str, Any]) -> None:
+    """CPO's and ORPO's max_completion_length is not that of an online run."""
+    value = changed.pop("max_completion_length", None)
+    if value is not None:
+        raise ConfigError(f"max_completion_length={shown(value)} is not honoured by fastpo: {_ONE_LENGTH}")
 
 
 def _reward(changed: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
@@ -137,6 +155,79 @@ def _reward(changed: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
     return {"loss_type": "reward", **kwargs}
 
 
+def _grpo(changed: dict[str, Any], fields: dict[str, Any], loss: str | None = None) -> dict[str, Any]:
+    loss = fields["loss_type"] if loss is None else loss
+    if loss not in (*online_options.LOSSES, "gmpo"):
+        raise ConfigError(
+            f"GRPOConfig: loss_type must be one of {', '.join(online_options.LOSSES)}, not {shown(loss)}; for a loss of "
+            "fastpo's alone give its options without GRPOConfig"
+        )
+    _own_defaults(changed, online_options.GMPO if loss == "gmpo" else online_options.GRPO)
+    if loss in ("dapo", "cispo") and fields["epsilon_high"] is None:  # to these losses themselves None is their paper's
+        changed["epsilon_high"] = fields["epsilon"]
+    if loss == "luspo":  # which has another default than TRL's config
+        changed["importance_sampling_level"] = fields["importance_sampling_level"]
+    return {"loss_type": loss, **_drawn(changed, fields)}
+
+
+def _gmpo(changed: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
+    return _grpo(changed, fields, "gmpo")
+
+
+def _rloo(changed: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
+    _own_defaults(changed, online_options.RLOO)
+    return {"loss_type": "rloo", **_drawn(changed, fields)}
+
+
+def _own_defaults(changed: dict[str, Any], table: Mapping[str, Option]) -> None:
+    """Leaves out what a loss itself reads and what stands at TRL's default: a config carries those of every loss."""
+    _take(changed, [n for n in online.HYPER if n in changed and not differ(changed[n], table[n].default)])
+
+
+def _drawn(changed: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
+    """What GRPO and RLOO say of their generations. A config fills in both of the two names of a generation's size."""
+    _take(changed, ("generation_batch_size", "shuffle_dataset"))
+    micro = fields["steps_per_generation"]
+    in_order = not fields["shuffle_dataset"] or changed.get("train_sampling_strategy") == "sequential"
+    return {
+        "steps_per_generation": None if micro == fields["gradient_accumulation_steps"] else micro,
+        "train_sampling_strategy": "sequential" if in_order else "random",
+        "max_length": None,  # neither has one
+    }
+
+
+def _online_dpo(changed: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
+    loss = fields["loss_type"]
+    if loss not in online_options.ONLINE_DPO_LOSSES:
+        names = ", ".join(online_options.ONLINE_DPO_LOSSES)
+        raise ConfigError(f"OnlineDPOConfig: loss_type must be one of {names}, not {shown(loss)}")
+    _take(changed, ("max_new_tokens",))
+    out = {"loss_type": online_options.ONLINE_DPO_LOSSES[loss], "max_completion_length": fields["max_new_tokens"]}
+    return {**out, "beta": _one("beta", fields["beta"])}
+
+
+def _nash_md(changed: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
+    share = _one("mixture_coef", fields["mixture_coef"])
+    return {**_online_dpo(changed, fields), "loss_type": "nash_md", "mixture_coef": share}
+
+
+def _xpo(changed: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
+    if fields["loss_type"] != "sigmoid":
+        raise ConfigError(f"XPOConfig: loss_type={shown(fields['loss_type'])} is not built: leave it at sigmoid")
+    _take(changed, ("alpha",))
+    alpha = _one("alpha", fields["alpha"])
+    return {**_online_dpo(changed, fields), "loss_type": "xpo", "loss_kwargs": {"alpha": alpha}}
+
+
+def _one(name: str, value: Any) -> Any:
+    """A number that earlier TRL takes as a list too, one for each epoch."""
+    if isinstance(value, list | tuple):
+        if len(value) != 1:
+            raise ConfigError(f"{name}={shown(value)}, one for each epoch, is not honoured by fastpo: give one number")
+        return value[0]
+    return value
+
+
 def _take(changed: dict[str, Any], names: Collection[str]) -> None:
     for name in names:
         changed.pop(name, None)
@@ -144,5 +235,6 @@ def _take(changed: dict[str, Any], names: Collection[str]) -> None:
 
 _OWN: dict[str, Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]]] = {
     "KTOConfig": _kto, "CPOConfig": _cpo, "ORPOConfig": _orpo,
-    "RewardConfig": _reward,
+    "RewardConfig": _reward, "GRPOConfig": _grpo, "RLOOConfig": _rloo, "GMPOConfig": _gmpo,
+    "OnlineDPOConfig": _online_dpo, "NashMDConfig": _nash_md, "XPOConfig": _xpo,
 }  # fmt: skip

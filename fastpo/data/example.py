@@ -5,6 +5,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+# Of responses that the policy gave as it trains: a response column, and a token column beside others that losses name;
+# of pairs whose one response the reference gave, whether it is the chosen one.
+ADVANTAGE, REF_LOGP, OF_REFERENCE = "advantage", "ref_logp", "chosen_of_reference"
+
 
 @dataclass(slots=True)
 class Example:
@@ -19,6 +23,8 @@ class Example:
     # then the shortest of them.
     response_prompts: list[np.ndarray] | None = None
     token_weights: list[np.ndarray] | None = None  # K arrays [len_k] fp32, where the data have them
+    # Of responses that the policy gave as it trains: K arrays [len_k] fp32 by name (training/token_metrics.py).
+    token_columns: dict[str, list[np.ndarray]] = field(default_factory=dict)
     share: bool = False  # the responses share one copy of the prompt in the trunk
     # Rows of a step with the same prompt have one copy of it in the trunk from this many responses on; 0: each its own.
     share_from: int = 0

@@ -18,20 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastpo.data.example import Example
+from fastpo.data.example import ADVANTAGE, OF_REFERENCE, REF_LOGP, Example
 from fastpo.data.packer import pack_all, pack_step
 from fastpo.data.prefetch import to_device
 from fastpo.data.rows import DEGREE_OF
+from fastpo.data.trunk_row import Branch, TrunkRow
 from fastpo.data.win_probs import take_win_probs
-
-
-class Branch(NamedTuple):
-    """Whole chains [start, stop) that continue the first tokens of another chain, [prompt, prompt_stop)."""
-
-    start: int
-    stop: int
-    prompt: int
-    prompt_stop: int
 
 
 class Prompts(NamedTuple):
@@ -76,6 +68,7 @@ class PackedBatch:
     label: Tensor | None  # [S] bool: desirable; of unpaired rows
     score: Tensor | None  # [S] fp32
     scored_rows: Tensor | None  # [S] int64: the position at which a scalar head scores each response
+    of_reference: Tensor | None  # [P] fp32: 1 where the preferred response is the reference's own
     greedy: Tensor | None  # [P] int32: the reference's greedy response of each pair's row
     # Where rows name their loss: the pairs of each that is named in the batch, and which of these is each token's.
     losses: dict[str, tuple[int, ...]] | None  # host
@@ -93,6 +86,8 @@ class PackedBatch:
     prompts: Prompts | None = None  # where a loss reads them
     uses: Tensor | None = None  # [T] fp32: how many responses a token of the trunk is part of; where all of it is there
     drawn_rows: Tensor | None = None  # [K] int64: SamPO's draw, row_statistics.draw_rows
+    advantage: Tensor | None = None  # [S] fp32, of responses that the policy gave as it trains
+    tokens: dict[str, Tensor] = field(default_factory=dict)  # of these, numbers that came with each token: [N] fp32
     rows: dict[str, Tensor] = field(default_factory=dict)  # further numbers per head row [N], from the forward pass
 
     def to(self, device: torch.device) -> Self:
@@ -100,10 +95,12 @@ class PackedBatch:
         if device.type == "cpu":
             return self
         named = {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
-        moved = to_device([*named.values(), *(self.prompts or ())], device)
+        moved = to_device([*named.values(), *self.tokens.values(), *(self.prompts or ())], device)
         changes: dict[str, Any] = dict(zip(named, moved, strict=False))
+        moved = moved[len(named) :]
+        changes["tokens"] = dict(zip(self.tokens, moved, strict=False))
         if self.prompts is not None:
-            changes["prompts"] = Prompts(*moved[len(named) :])
+            changes["prompts"] = Prompts(*moved[len(self.tokens) :])
         return replace(self, **changes)
 
 
@@ -357,7 +354,7 @@ def collate(
     too, for a loss that reads their log-probabilities; where rows name their loss, the names of those that do.
     `token_bucket`: the trunk's row is padded to a multiple of it.
     """
-    trunk, prompts = _Trunk(), _PromptRows()
+    trunk, prompts = TrunkRow(), _PromptRows()
     rows: list[np.ndarray] = []  # of each response, as the next four
     targets: list[np.ndarray] = []
     ref: list[np.ndarray] = []
@@ -365,11 +362,12 @@ def collate(
     token_weights: list[np.ndarray] = []
     pairs: list[tuple[int, int]] = []
     pair_weight: list[float] = []
-    margins: list[float] = []
+    margins, of_reference = list[float](), list[float]()
     win_chosen: list[float | None] = []
     win_rejected: list[float | None] = []
     ref_sums: list[float] = []
-    labels, scores = list[float](), list[float]()
+    labels, scores, advantages = list[float](), list[float](), list[float]()
+    columns: dict[str, list[np.ndarray]] = {}
     scored_rows: list[int] = []
     losses: dict[str, list[int]] = {}  # name -> places in `pairs`
     of_rows: list[np.ndarray] = []  # of each response, which of `losses` its row names
@@ -392,6 +390,7 @@ def collate(
             pair_weight.append(weight)
             preferred.setdefault(winner, weight)
         margins += example.pair_columns.get("margin", [])
+        of_reference += example.pair_columns.get(OF_REFERENCE, [])
         take_win_probs(example, win_chosen, win_rejected)
         trunk.begin_row(opens)
         for k, response in enumerate(example.responses):
@@ -422,12 +421,16 @@ def collate(
             trunk.end_shared_row(opens, len(example.prompt_ids))
         ref_sums += example.response_columns.get("ref_logps", [])
         scores += example.response_columns.get("score", [])
+        advantages += example.response_columns.get(ADVANTAGE, [])
+        for name, values in example.token_columns.items():
+            columns.setdefault(name, []).extend(values)
         if example.greedy is not None:
             greedy += [first_response + example.greedy] * len(example.pairs)
         elif example.loss is not None:  # which reads none
             greedy += [first_response + winner for winner, _ in example.pairs]
     padding = trunk.pad(token_bucket) if token_bucket else 0
     n_responses, n_pairs = len(targets), len(pairs)
+    ref += columns.pop(REF_LOGP, [])
     return PackedBatch(
         input_ids=_int64(trunk.ids),
         position_ids=_int64(trunk.positions),
@@ -443,6 +446,7 @@ def collate(
         nll_weight=torch.from_numpy(np.concatenate(nll)),
         token_weight=torch.from_numpy(np.concatenate(token_weights)) if token_weights else None,
         margin=_float32(margins, n_pairs),
+        of_reference=_float32(of_reference, n_pairs) if of_reference else None,
         win_prob_chosen=_float32(win_chosen, n_pairs),
         win_prob_rejected=_float32(win_rejected, n_pairs),
         label=torch.tensor(labels).bool() if labels else None,
@@ -463,95 +467,9 @@ def collate(
         padding=padding,
         prompts=prompts.packed(pairs) if with_prompts else None,
         uses=trunk.uses() if all(examples[i].whole for i in indices) else None,
+        advantage=_float32(advantages, n_responses) if advantages else None,
+        tokens={name: torch.from_numpy(np.concatenate(of_each)) for name, of_each in columns.items()},
     )
-
-
-class _Trunk:
-    """Lays out the trunk's row: what stands at each of its positions, and which part attends to which."""
-
-    def __init__(self) -> None:
-        self.ids: list[np.ndarray] = []  # one a segment
-        self.positions: list[np.ndarray] = []  # one a call of `_chain`
-        self.seg_lengths: list[int] = []
-        self.seg_parents: list[int] = []
-        self.chain_lengths: list[int] = []
-        self.branches: list[Branch] = []
-        self.size = 0  # tokens so far
-        self.root = self.root_segment = self.after_first = 0  # of the tree's prompt; where its first response ends
-        # By response of a shared prompt: what predicts its tokens, and where it begins.
-        self.placed: dict[bytes, tuple[np.ndarray, int]] = {}
-        self.parts: list[tuple[int, int]] = []  # of the trunk: each prompt and each response of each row
-
-    def begin_row(self, opens: bool) -> None:
-        """A row of data; `opens`: it begins a tree."""
-        if opens:
-            self.root, self.root_segment = self.size, len(self.seg_parents)
-            self.placed.clear()
-
-    def add(self, prompt: np.ndarray, response: np.ndarray, share: bool, whole: bool = False) -> np.ndarray:
-        """A response, with its prompt unless that is shared and stands there; returns the positions that predict it.
-        `whole`: with its last token, which predicts nothing."""
-        key = response.tobytes() if share else b""
-        tokens = response if whole else response[:-1]
-        if not (share and key in self.placed):
-            start = self.size
-            if share and self.placed:
-                self._chain([tokens], [self.root_segment], len(prompt))
-                last, first = self.root + len(prompt) - 1, start
-            else:
-                self._chain([prompt, tokens], [-1, len(self.seg_parents)], 0)
-                self.after_first = self.size
-                first = start + len(prompt)
-                last = first - 1
-            rows = np.concatenate([[last], np.arange(first, first + len(response) - 1)])
-            if share:
-                self.placed[key] = rows, first
-        else:
-            rows, first = self.placed[key]
-        prompt_stop = int(rows[0]) + 1
-        self.parts += [(prompt_stop - len(prompt), prompt_stop), (first, first + len(tokens))]
-        return rows
-
-    def position(self, token: int) -> int:
-        """Where that token of the last response's prompt and itself is."""
-        (prompt, prompt_stop), (first, _) = self.parts[-2:]
-        length = prompt_stop - prompt
-        return prompt + token if token < length else first + token - length
-
-    def uses(self) -> Tensor:
-        """How many responses each token is part of; 0 for padding. -> [T] fp32"""
-        counts = np.zeros(self.size, np.float32)
-        for start, stop in self.parts:
-            counts[start:stop] += 1
-        return torch.from_numpy(counts)
-
-    def _chain(self, segments: list[np.ndarray], parents: list[int], first_position: int) -> None:
-        """Segments whose positions count on; one without tokens is none of attention's chains."""
-        length = sum(map(len, segments))
-        self.ids += segments
-        self.positions.append(np.arange(first_position, first_position + length))
-        self.seg_parents += parents
-        self.seg_lengths += map(len, segments)
-        if length:
-            self.chain_lengths.append(length)
-        self.size += length
-
-    def end_shared_row(self, opens: bool, prompt_length: int) -> None:
-        """What came after the tree's first response branches off its prompt."""
-        if self.size == self.after_first:
-            return
-        if not opens and self.branches and self.branches[-1].prompt == self.root:
-            self.branches.pop()  # of the same tree, one row ago
-        self.branches.append(Branch(self.after_first, self.size, self.root, self.root + prompt_length))
-
-    def pad(self, bucket: int) -> int:
-        """Fills the row up to a multiple of `bucket`; returns by how much."""
-        padding = -self.size % bucket
-        # No longer than the rows' own chains: padding has no position, and asks for no window, that they do not.
-        longest = max(self.chain_lengths, default=1)
-        for first in range(0, padding, longest):
-            self._chain([np.zeros(min(longest, padding - first), np.int64)], [-1], 0)
-        return padding
 
 
 class _PromptRows:

@@ -86,7 +86,9 @@ class DataReport:
             parts.append(f"{cut} ({self.truncated_eos} lost their end of sequence)")
         if self.truncated_prompts:
             parts.append(f"{self.truncated_prompts} prompts truncated")
-        if self.kept:
+        if self.kept and not self.responses:  # prompts alone, whose responses are drawn
+            parts.append(f"mean prompt {self.prompt_tokens / self.kept:.0f} tokens")
+        elif self.kept:
             prompt, response = self.prompt_tokens / self.kept, self.response_tokens / self.responses
             parts.append(f"mean prompt {prompt:.0f} tokens, response {response:.0f}, longest {self.longest_sequence}")
         return "; ".join(parts)

@@ -105,6 +105,10 @@ def _check_losses(config: LoopConfig, losses: Sequence[str], scorer: Scorer | No
         loss = LOSSES.get(name)
         if loss is None:  # sft, reward: they have no pair function
             continue
+        if loss.shape == "tokens":
+            raise ConfigError(
+                f"loss_type={name} samples while it trains, and a loop trains on rows: take a loss of pairs"
+            )
         if loss.shape == "lists":
             if scorer is None or scorer.unit == "pair":
                 what = "nothing is scored" if scorer is None else f"{scorer.name!r} compares pairs"

@@ -3,9 +3,11 @@
 
 import inspect
 import textwrap
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from fastpo.losses.table import ALIASES, LOSSES, SFT, Loss, canonical_name
+from fastpo.losses.tokens import TokenLoss
 
 
 class Note(NamedTuple):
@@ -95,7 +97,31 @@ NOTES: dict[str, Note] = {
     "degree_aux": Note("a term beside a loss of pairs that has the hidden states tell a whole response from one that lacks key phrases (docs/recipes/spo_degree.md)",
                        "Not in TRL or Liger. A linear head of the run's own, in fp32, from the seed, stepped at the same rate; after training it lies beside the model as degree_head.safetensors, and is no part of it. The authors' repository was empty. Not with fsdp or an optimiser that is passed in.",
                        "The number of degrees, the weight and which token's hidden state is read were not read in a primary source; 4 degrees are ours."),
-    "xpo": Note("exploration while sampling: the reference's samples are pushed down", "As TRL's XPO trainer (gone from 1.16); SELM subtracts the reference's term and scales by beta."),
+    "xpo": Note("exploration while sampling: the reference's samples are pushed down", "One response of a pair is sampled from the policy, the other from the reference; `chosen_of_reference` says which. As TRL's XPO trainer (gone from 1.16); SELM subtracts the reference's term and scales by beta."),
+    "reinforce": Note("the plain policy gradient, one update a batch", "TRL has no loss of that name; its RLOO trainer is this with a clipped ratio."),
+    "rloo": Note("few responses a prompt, each compared with the mean of the others (`baseline` leave_one_out)",
+                 "As TRL's RLOO trainer at beta 0, which takes the KL to the reference from the reward instead (`advantages(penalty=)`, `response_kl`, beta 0.05 there); here beta adds it to the loss. The paper has no ratio and no clip."),
+    "grpo": Note("verifiable rewards or a reward model, G responses a prompt; the start from which the others differ",
+                 "As TRL's `loss_type` grpo. TRL's default loss is dapo, its KL corrected by the ratio (`use_bias_correction_kl`), as DeepSeek-V3.2's.",
+                 "That the paper's KL is not corrected and its beta 0.04 is from knowledge of it."),
+    "dr_grpo": Note("responses that grow long because they are wrong: no length and no group's deviation scales them", "As TRL's; the paper's advantages are not scaled, which is `scale_rewards` none, not part of the loss."),
+    "dapo": Note("long responses: each token counts the same, and rare tokens have more room upwards",
+                 "`epsilon_high` is the paper's 0.28, where TRL's default is `epsilon`. The mean is over all tokens of the step; TRL's too, by its count of the batch that was generated."),
+    "bnpo": Note("scripts of TRL", "TRL's mean is over a micro-batch's tokens, and depends on its size; here it is over the step's, so that bnpo is dapo with a symmetric clip."),
+    "gspo": Note("mixtures of experts, and several updates a batch: one ratio a response",
+                 "TRL's `loss_type` grpo with `importance_sampling_level` sequence. The defaults of `epsilon` and `epsilon_high` are the paper's, two hundredths of grpo's: a mean of log-ratios moves little."),
+    "cispo": Note("several updates a batch, without losing the gradient of rare tokens",
+                  "`epsilon_high` 5 is ScaleRL's, which TRL recommends; TRL's own default would bound the ratio at `epsilon`, 0.2.",
+                  "The paper's own bounds, 1 - e and 1 + E of which only the upper is in use, are from knowledge of it."),
+    "sapo": Note("several updates a batch, without the edge of a clip", "As TRL's, temperatures included."),
+    "luspo": Note("gspo that prefers short responses", "As TRL's, with `importance_sampling_level` sequence and the paper's clip range, section 5.1 of it as TRL's documentation quotes it, as defaults; TRL's are token and 0.2.",
+                  "The formula and the clip range were read in TRL's code and documentation, not in the paper."),
+    "vespo": Note("responses of an older policy or another engine: a smooth weight of the whole response's ratio",
+                  "As TRL's, but that a masked token has no part in the ratio's correction; f is a constant to the gradient."),
+    "gmpo": Note("ratios of single tokens that are far off: the geometric mean of a response hardly moves", "As TRL's experimental GMPO trainer. `epsilon` is of the logarithm. A response without tokens that count is 0 here and -A there, without a gradient in both."),
+    "nash_md": Note("self-play with a judge, on samples of the policy against the geometric mixture with the reference",
+                    "TRL's Nash-MD trainer (gone from 1.16) has each token's own log-ratio in the KL (kl_level token), which leaves out what a token does to the KL of those after it, and beta 0.1.",
+                    "The formula and tau 0.008 are from knowledge of the paper, not read in a primary source."),
 }
 # fmt: on
 
@@ -105,6 +131,8 @@ def _doc(function) -> str:
 
 
 def _value(value: object) -> str:
+    if value is None:
+        return "unset"
     return f"{value:.3g}" if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)
 
 
@@ -119,7 +147,7 @@ _WORDS = {
     "prev_chosen_logps": "previous policy", "prev_rejected_logps": "previous policy", "prompt_logps": "prompt",
     "prompt_len": "prompt", "chosen_log_sum_sq": "sums of squares", "rejected_log_sum_sq": "sums of squares",
     "chosen_kl": "token KL", "rejected_kl": "token KL", "greedy_logps": "greedy response",
-    "ref_greedy_logps": "greedy response", "ref_sample_logps": "reference's sample", "label": "unpaired rows",
+    "ref_greedy_logps": "greedy response", "chosen_of_reference": "reference's sample", "label": "unpaired rows",
     "scores": "K scored responses", "degree": "rows with a degree", **{name: "tail sums" for name in LOSSES["ld_dpo"].needs},
 }  # fmt: skip
 _OF_THE_DATA = {"sampo": "drawn tokens", "aot": "whole step", "aot_unpaired": "whole step", "online_ipo": "own samples",
@@ -128,20 +156,32 @@ _OF_THE_DATA = {"sampo": "drawn tokens", "aot": "whole step", "aot_unpaired": "w
 
 def _arguments(loss: Loss) -> list[str]:
     """Arguments of the function beside the log-probabilities, with the default hyper-parameters."""
+    if isinstance(loss, TokenLoss):
+        return loss.needed(loss.defaults)
     names = [name for name in loss.needed(loss.defaults) if name != "rejected_logps"]
     return [*names, "win_prob"] if loss.pair_prob else names
 
 
 def needs(loss: Loss) -> str:
     """The same in a few words."""
+    if isinstance(loss, TokenLoss):
+        return "own samples, advantages" + ", reference" * ("ref_logp" in _arguments(loss))
     words = [_WORDS.get(name, name) for name in _arguments(loss)]
     words += [_OF_THE_DATA[loss.name]] if loss.name in _OF_THE_DATA else []
     return ", ".join(dict.fromkeys(words)) or "-"
 
 
+_REDUCTIONS = {
+    "seq_mean": "mean over each response's tokens, then over the step's responses",
+    "token_mean": "sum over the step's tokens, divided by their number",
+    "constant": "sum over the step's tokens, divided by its responses times max_completion_length",
+    "seq_sum": "sum over each response's tokens, mean over the step's responses",
+}
+
+
 def _trains(loss: Loss) -> str:
-    if loss.lacks:
-        return f"not in fastpo.train yet, which does not carry {loss.lacks}"
+    if loss.online:
+        return "online: the responses are drawn as it trains, from rows of prompts (docs/online.md)"
     if loss.previous:
         read = "; win_prob, or win_prob_chosen and win_prob_rejected, are read where the data have them"
         return (
@@ -170,8 +210,11 @@ def _trains(loss: Loss) -> str:
 def entry(loss: Loss) -> dict[str, str]:
     """What there is to say of a loss, in order."""
     note = NOTES[loss.name]
+    of_tokens = isinstance(loss, TokenLoss)
     out = {
-        "loss of a pair": _doc(loss.fn), "coefficients": _doc(loss.gradient),
+        "loss of a token" if of_tokens else "loss of a pair": _doc(loss.fn),
+        "gradient" if of_tokens else "coefficients": _doc(loss.gradient),
+        "reduction": f"{loss.reduction}: {_REDUCTIONS[loss.reduction]}" if isinstance(loss, TokenLoss) else "",
         "paper": f"https://arxiv.org/abs/{loss.paper}", "defaults": _defaults(loss),
         "needs": ", ".join(_arguments(loss)),
         "trains": _trains(loss), "use": note.use, "differences": note.differs, "unverified": note.unverified,
@@ -253,18 +296,59 @@ pass more where a step has several micro-batches, `kto` one over its mismatched 
 """
 
 
+_TOP_TOKENS = """\
+# Losses per token
+
+Of responses that the policy itself sampled, each with an advantage. They stand alone: none can be added to another loss.
+Formulas and defaults were read in TRL 1.16's code and documentation, which name the papers; what was not is marked.
+
+```python
+from fastpo.losses import LOSSES
+from fastpo.losses.advantages import advantages, correction
+from fastpo.losses.tokens import Totals
+
+a = advantages(rewards, groups).values  # [S] of rewards [S, F] and the prompt of each response [S]
+totals = Totals(tokens, responses, max_completion_length)  # of the whole step, over all micro-batches and ranks
+loss = LOSSES["grpo"](logp, a, offsets, totals=totals, old_logp=old_logp, ref_logp=ref_logp, beta=0.04)  # []
+d_logp = LOSSES["grpo"].coefficients(logp, a, offsets, totals=totals, old_logp=old_logp)  # [N]
+```
+
+Notation: p the policy's probability of a token, q that of the policy that sampled, as our own pass has it (`old_logp`;
+without it q is p, and the ratio is 1 with a gradient); A the advantage of its response, n the response's tokens; r = p/q,
+or with `importance_sampling_level` sequence the geometric mean of p/q over the response, a number of which each token has
+1/n; e `epsilon`, E `epsilon_high` (e where unset); sg() is constant. The gradient is dl/dlog p of a token, of the level
+sequence that of the response's n tokens together, of which each has an equal share.
+
+The step's loss is the sum over tokens of a share times l. The share is what `reduction` says of the whole step, so that
+the losses of micro-batches and ranks add up to the step's, whatever their cut and packing. l is the term of the table;
+where it is given it is multiplied by `correction` (weights against the sampler's own log-probabilities; `correction` of
+fastpo.losses.advantages makes them as TRL's `vllm_importance_sampling_*` do), by `policy_mask` (tokens of high entropy),
+and by 0 for a response of negative advantage whose tokens are on average `off_policy_mask_threshold` nats likelier to the
+policy that sampled. With `beta` above 0, beta KL is added, estimated from the token as `kl_estimator` says with
+d = log p_reference - log p: `k1` -d, `k2` d^2/2, `k3` e^d - d - 1; with `use_bias_correction_kl` times r (of `rloo`,
+`reinforce` and `gmpo` the token's p/q), which is differentiated too. `mask` leaves tokens out of everything, lengths and
+totals included; a response that is masked out whole still counts among the responses. A clipped ratio has no gradient; at
+the bound itself it has. Exponents end at 40.
+"""
+
+
 def _cell(text: str) -> str:
     return text.replace("|", "\\|")
 
 
 def page() -> str:
     """docs/losses.md."""
+    of_tokens = [x for x in LOSSES.values() if isinstance(x, TokenLoss)]
+    of_pairs = [x for x in LOSSES.values() if not isinstance(x, TokenLoss)]
+    return "\n".join([*_section(_TOP, of_pairs), *_section(_TOP_TOKENS, of_tokens)])
+
+
+def _section(top: str, losses: Sequence[Loss]) -> list[str]:
     rows = [
-        f"| [`{x.name}`](#{x.name}) | {_defaults(x)} | {needs(x)} | {'no' if x.lacks else 'yes'} |"
-        for x in LOSSES.values()
+        f"| [`{x.name}`](#{x.name}) | {_defaults(x)} | {needs(x)} | {'online' if x.online else 'yes'} |" for x in losses
     ]
-    parts = [_TOP, "| name | defaults | needs | fastpo.train |\n| --- | --- | --- | --- |\n" + "\n".join(rows) + "\n"]
-    for loss in LOSSES.values():
+    parts = [top, "| name | defaults | needs | fastpo.train |\n| --- | --- | --- | --- |\n" + "\n".join(rows) + "\n"]
+    for loss in losses:
         alias = ", ".join(f"`{a}`" for a, name in ALIASES.items() if name == loss.name)
         lines = []
         for key, text in entry(loss).items():
@@ -272,7 +356,7 @@ def page() -> str:
             lines.append(f"| {key} | {text} |")
         parts.append(f"## {loss.name}\n\n" + (f"Also {alias}.\n\n" if alias else "") + "| | |\n| --- | --- |\n"
                      + "\n".join(lines) + "\n")  # fmt: skip
-    return "\n".join(parts)
+    return parts
 
 
 _SFT_TEXT = (
@@ -285,7 +369,7 @@ def text(name: str | None = None) -> str:
     """What `fastpo losses [NAME]` prints. ConfigError naming the nearest for an unknown name."""
     if name is None:
         rows = [("NAME", "TRAINS", "NEEDS", "DEFAULTS")]
-        rows += [(x.name, "no" if x.lacks else "yes", needs(x), _defaults(x)) for x in LOSSES.values()]
+        rows += [(x.name, "online" if x.online else "yes", needs(x), _defaults(x)) for x in LOSSES.values()]
         widths = [max(len(row[i]) for row in rows) for i in range(3)]
         lines = ["  ".join([*(cell.ljust(w) for cell, w in zip(row, widths)), row[3]]) for row in rows]
         return "\n".join([*lines, _SFT_TEXT, "`fastpo losses NAME` tells more of one."])

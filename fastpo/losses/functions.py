@@ -43,7 +43,7 @@ class Pairs(NamedTuple):
     prompt_len: Tensor | None = None
     greedy_logps: Tensor | None = None  # of the reference's greedy response, under the policy
     ref_greedy_logps: Tensor | None = None
-    ref_sample_logps: Tensor | None = None  # of a response sampled from the reference, under the policy
+    chosen_of_reference: Tensor | None = None  # bool: the chosen response is the reference's sample, not the policy's
     scores: Tensor | None = None  # [P, K]
     label: Tensor | None = None  # [S] bool: desirable
     kl: Tensor | None = None  # []: mean log-ratio of mismatched prompts and responses over the whole step

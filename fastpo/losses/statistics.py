@@ -85,13 +85,18 @@ def d_selm(x: Pairs, *, beta: float, alpha: float) -> Gradient:
 
 
 def xpo(x: Pairs, *, beta: float, alpha: float) -> Tensor:
-    """-log s(beta delta) + alpha log pi(y), y a response sampled from the reference. XPO, 2405.21046."""
-    return dpo(x, beta=beta) + alpha * x.ref_sample_logps
+    """-log s(beta delta) + alpha log pi(y), y the response of the pair that was sampled from the reference,
+    which is pushed down. XPO, 2405.21046.
+    """
+    return dpo(x, beta=beta) + alpha * torch.where(x.chosen_of_reference, x.chosen_logps, x.rejected_logps)
 
 
 def d_xpo(x: Pairs, *, beta: float, alpha: float) -> Gradient:
-    """dpo's; and alpha of the reference's sample."""
-    return d_dpo(x, beta=beta)
+    """dpo's, with alpha added to that of the reference's sample."""
+    chosen, rejected = d_dpo(x, beta=beta)
+    assert rejected is not None
+    of_reference = x.chosen_of_reference.to(chosen.dtype)
+    return chosen + alpha * of_reference, rejected + alpha * (1 - of_reference)
 
 
 # ------------------------------------------------------------------------------------- DPO on other sums, or weighted

@@ -1,218 +1,34 @@
-"""The table of preference losses: one name, one pure function of response log-probabilities, its paper's defaults.
+"""The table of losses: one name, one pure function of log-probabilities, its paper's defaults.
 
 Log-probabilities are sums over a response's tokens, [P], one entry a pair; any float dtype, fp64 included. Every
 function returns one loss a pair, [P], without weights or reduction, and is differentiable; `coefficients` gives its
 gradient in closed form. `LOSSES["simpo"](chosen, rejected, ...)` works without the trainer; arguments that a loss does
 not read are ignored, those that it needs and lacks are an error.
 
-The functions are in fastpo/losses/functions.py, losses/cpo.py, losses/statistics.py and losses/scalar.py;
+The functions are in fastpo/losses/functions.py, losses/cpo.py, losses/statistics.py and losses/scalar.py. The losses
+per token, of responses that the policy sampled, are in it too (losses/token_table.py), with arguments of their own.
 docs/losses.md is made from them and this table by `python -m fastpo.losses.docs > docs/losses.md`.
 """
 
 import difflib
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from fastpo.errors import ConfigError
 from fastpo.losses import cpo as c
 from fastpo.losses import functions as f
 from fastpo.losses import scalar
 from fastpo.losses import statistics as g
-from fastpo.losses.functions import F_DIVERGENCES, Gradient, Pairs
+from fastpo.losses.entry import DOMAINS, KL, ORDER, REWARD_MEAN, STATISTICS, Loss
+from fastpo.losses.functions import Pairs
+from fastpo.losses.segments import segment_sum
+from fastpo.losses.token_table import TOKEN_LOSSES
 
-__all__ = ["ALIASES", "LOSSES", "SFT", "Loss", "Pairs", "Term", "canonical_name", "resolve_terms", "segment_sum"]
-
-# What `fastpo.train` does not carry yet, by the losses that need it.
-NO_LACK = ""
-# What a loss may read of a whole step, beside a pair's own numbers (fastpo/training/stepwide.py).
-KL, REWARD_MEAN, ORDER = "kl", "reward_mean", "order"
-STATISTICS = Pairs._fields[2:]  # arguments of a loss by name, beside its hyper-parameters
-NLL_REDUCTIONS = ("token_mean", "seq_mean", "seq_sum")
-
-
-@dataclass(frozen=True)
-class Loss:
-    """One entry of the table: the functions, its defaults and what it needs of the data."""
-
-    name: str
-    fn: Callable[..., Tensor]
-    gradient: Callable[..., Gradient]
-    paper: str  # arXiv number
-    defaults: Mapping[str, Any]
-    reference: bool = True  # needs reference log-probabilities
-    length: bool = False  # reads the lengths, always or by option
-    win_prob: bool = False  # needs win probabilities against the previous policy
-    pair_prob: bool = False  # needs P(chosen beats rejected), the column win_prob
-    nll: str | None = None  # the hyper-parameter that weighs its NLL of the chosen response
-    needs: tuple[str, ...] = ()  # further fields of Pairs
-    may_read: tuple[str, ...] = ()  # columns of the data that it reads where they are there
-    drawn: bool = False  # its log-probabilities are sums over tokens drawn, as many of each response of a pair
-    lacks: str = NO_LACK  # what of its needs fastpo.train does not carry; empty where the loss can be trained
-    of_step: str = ""  # what it reads of the whole step: KL, REWARD_MEAN or ORDER
-    # Or "unpaired" [S], or "lists" [P, K]: then only the first and the third argument are given. Or "scores": pairs, of
-    # which the numbers are rewards of a scalar head. Or "degrees": logits [E, degrees] of a head as the first argument.
-    shape: str = "pairs"
-
-    def __call__(
-        self,
-        policy_chosen_logps: Tensor,
-        policy_rejected_logps: Tensor | None = None,
-        ref_chosen_logps: Tensor | None = None,
-        ref_rejected_logps: Tensor | None = None,
-        *,
-        chosen_len: Tensor | None = None,
-        rejected_len: Tensor | None = None,
-        prev_chosen_logps: Tensor | None = None,
-        prev_rejected_logps: Tensor | None = None,
-        win_prob: Tensor | None = None,
-        **more: Any,
-    ) -> Tensor:
-        """Losses [P] of P pairs; hyper-parameters not given take the loss's own default.
-
-        `win_prob` is P(chosen beats rejected); it stands in for `win_prob_chosen` and, as one minus it, for
-        `win_prob_rejected` (SPPO's single form). `more` are further fields of `Pairs` (`chosen_kl`, `scores`, ...) and
-        hyper-parameters. Raises ConfigError naming what is missing.
-        """
-        x, hyper = self._arguments(
-            policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, chosen_len=chosen_len,
-            rejected_len=rejected_len, prev_chosen_logps=prev_chosen_logps, prev_rejected_logps=prev_rejected_logps,
-            win_prob=win_prob, **more,
-        )  # fmt: skip
-        return self.fn(x, **hyper)
-
-    def coefficients(self, *args: Any, **kwargs: Any) -> Gradient:
-        """(dL/d chosen_logps, dL/d rejected_logps) of the summed losses in closed form; arguments as of the call."""
-        with torch.no_grad():
-            x, hyper = self._arguments(*args, **kwargs)
-            return self.gradient(x, **hyper)
-
-    def _arguments(
-        self, policy_chosen_logps: Tensor, policy_rejected_logps: Tensor | None = None,
-        ref_chosen_logps: Tensor | None = None, ref_rejected_logps: Tensor | None = None, *,
-        win_prob: Tensor | None = None, **more: Any,
-    ) -> tuple[Pairs, dict[str, Any]]:  # fmt: skip
-        statistics = {name: more.pop(name) for name in STATISTICS if name in more}
-        if win_prob is not None and (self.pair_prob or statistics.get("win_prob_chosen") is None):
-            statistics |= {"win_prob_chosen": win_prob, "win_prob_rejected": 1 - win_prob}
-        elif self.pair_prob:
-            raise ConfigError(f"{self.name} needs win_prob")
-        x = Pairs(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, **statistics)
-        hyper = self.hyper(**more)
-        missing = [name for name in self.needed(hyper) if getattr(x, name) is None]
-        if missing:
-            missing = ["policy_rejected_logps" if name == "rejected_logps" else name for name in missing]
-            raise ConfigError(f"{self.name} needs {' and '.join(missing)}")
-        for name, value in x._asdict().items():
-            shape = list(x.chosen_logps.shape[:1] if name == "degree" else x.chosen_logps.shape)
-            if isinstance(value, Tensor) and value.dim() and list(value.shape) != shape:
-                raise ConfigError(f"{self.name}: {name} {list(value.shape)} must have the shape {shape}")
-        return x, hyper
-
-    def needed(self, hyper: Mapping[str, Any]) -> list[str]:
-        """Fields of Pairs that the loss reads with these hyper-parameters."""
-        pairs = self.shape in ("pairs", "scores")
-        names = ["rejected_logps"] if pairs else []
-        if self.reference:
-            names += ["ref_chosen_logps", "ref_rejected_logps"] if pairs else ["ref_chosen_logps"]
-        if self.length and hyper.get("ipo_reduce") != "sum":
-            names += ["chosen_len", "rejected_len"]
-        if self.nll and hyper.get(self.nll):
-            if hyper["nll_reduction"] != "seq_sum" and not self.length:
-                names += ["chosen_len"]
-            if not hyper.get("disable_prompt_loss", True):
-                names += ["prompt_logps", "prompt_len"]
-        if self.win_prob:
-            names += ["win_prob_chosen", "win_prob_rejected"]
-        return [*names, *self.needs]
-
-    @property
-    def columns(self) -> list[tuple[str, ...]]:
-        """Columns of the data beside the responses; of each tuple any one."""
-        if self.pair_prob:
-            return [("win_prob",)]
-        if self.shape == "lists":
-            return [("chosen_score",), ("rejected_score",)]
-        if "greedy_logps" in self.needs:
-            return [("greedy",)]
-        return [("win_prob", "win_prob_chosen"), ("win_prob", "win_prob_rejected")] if self.win_prob else []
-
-    @property
-    def previous(self) -> bool:
-        """Whether it mixes the reference with the previous policy, (1 - kappa) t + kappa r."""
-        return "prev_chosen_logps" in self.needs
-
-    @property
-    def trainable(self) -> bool:
-        return not self.lacks
-
-    def hyper(self, **given: Any) -> dict[str, Any]:
-        """The loss's hyper-parameters: its defaults, overridden by those given that are not None."""
-        out = dict(self.defaults)
-        for name, value in given.items():
-            if name not in out:
-                near = difflib.get_close_matches(name, [*out, *STATISTICS], n=1, cutoff=0.6)
-                hint = f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(out)}"
-                raise ConfigError(f"{self.name} has no {name!r}{hint}")
-            if value is not None:
-                out[name] = value
-        self.check(out)
-        return out
-
-    def check(self, hyper: Mapping[str, Any]) -> None:
-        for name, value in hyper.items():
-            domain = _DOMAINS.get((self.name, name)) or _DOMAINS.get(name) or _FINITE
-            if not domain.holds(value):
-                raise ConfigError(f"{self.name}: {name} must be {domain.text}, not {value!r}")
-
-
-@dataclass(frozen=True)
-class _Domain:
-    """Where a hyper-parameter may lie: an interval, or some values."""
-
-    text: str
-    low: float = -math.inf
-    high: float = math.inf
-    closed: bool = True  # whether `low` is in it; `high` never is
-    choices: tuple[Any, ...] = ()
-    whole: bool = False  # no fraction
-
-    def holds(self, value: Any) -> bool:
-        if self.choices:
-            return any(value == choice and type(value) is type(choice) for choice in self.choices)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            return False
-        if self.whole and value != int(value):
-            return False
-        return (self.low <= value if self.closed else self.low < value) and value < self.high
-
-
-_FINITE = _Domain("a finite number")
-_POSITIVE = _Domain("positive", low=0.0, closed=False)
-_NOT_NEGATIVE = _Domain("zero or more", low=0.0)
-_SHARE = _Domain("in [0, 1]", low=0.0, high=math.nextafter(1.0, 2.0))
-_FLAG = _Domain("true or false", choices=(True, False))
-_DOMAINS: dict[Any, _Domain] = {
-    **dict.fromkeys(("beta", "eta", "discopop_tau", "temperature", "beta_r", "score_scale"), _POSITIVE),
-    **dict.fromkeys(("desirable_weight", "undesirable_weight"), _POSITIVE),
-    **dict.fromkeys(("alpha", "cpo_alpha", "rpo_alpha", "lambda_coef", "nll_coef", "dpop_lambda"), _NOT_NEGATIVE),
-    "center_rewards_coefficient": _NOT_NEGATIVE,
-    **dict.fromkeys(("kappa", "ld_alpha"), _SHARE),
-    **dict.fromkeys(("disable_prompt_loss", "clamp_weight"), _FLAG),
-    "label_smoothing": _Domain("in [0, 1)", low=0.0, high=1.0),
-    ("robust", "label_smoothing"): _Domain("in [0, 0.5)", low=0.0, high=0.5),
-    ("exo_pair", "label_smoothing"): _Domain("in (0, 0.5)", low=0.0, high=0.5, closed=False),
-    ("alphapo", "alpha"): _FINITE,
-    ("slic", "delta"): _NOT_NEGATIVE,
-    "degrees": _Domain("a whole number from 2 to 64", low=2, high=65, whole=True),
-    "ipo_reduce": _Domain("mean or sum", choices=("mean", "sum")),
-    "nll_reduction": _Domain(f"one of {', '.join(NLL_REDUCTIONS)}", choices=NLL_REDUCTIONS),
-    "f_divergence_type": _Domain(f"one of {', '.join(F_DIVERGENCES)}", choices=F_DIVERGENCES),
-}
+__all__ = [
+    "ALIASES", "DEGREE", "KL", "LOSSES", "ORDER", "REWARD_MEAN", "SFT", "STATISTICS", "Loss", "Pairs",
+    "Term", "canonical_name", "resolve_terms", "segment_sum",
+]  # fmt: skip
 
 _GPO = "2402.05749"
 _SIMPO = {"beta": 2.0, "gamma_beta_ratio": 0.5, "label_smoothing": 0.0}
@@ -290,14 +106,12 @@ _TABLE = (
     Loss("dno_reg", g.dno_reg, g.d_dno_reg, "2404.03715", {"beta": 0.1, "kappa": 1 / 3, "score_scale": 1.0},
          needs=_PREV, may_read=("win_prob", "win_prob_chosen", "win_prob_rejected")),
     Loss("inpo", g.inpo, g.d_inpo, "2407.00617", {"eta": 0.005, "kappa": 1 / 3}, needs=_PREV),
-    Loss("online_ipo", f.online_ipo, f.d_online_ipo, "2403.08635", {"beta": 0.1},
-         lacks="pairs sampled from the policy as it trains (with ipo_reduce=sum, ipo is the same on pairs given)"),
-    Loss("ipo_md", f.ipo_md, f.d_online_ipo, "2403.08635", {"beta": 0.1},
-         lacks="pairs sampled from the mixture of policy and reference"),
+    Loss("online_ipo", f.online_ipo, f.d_online_ipo, "2403.08635", {"beta": 0.1}, online=True),
+    Loss("ipo_md", f.ipo_md, f.d_online_ipo, "2403.08635", {"beta": 0.1}, online=True),
     Loss("selm", g.selm, g.d_selm, "2405.19332", {"beta": 0.01, "alpha": 1e-3},
          needs=("greedy_logps", "ref_greedy_logps")),
-    Loss("xpo", g.xpo, g.d_xpo, "2405.21046", {"beta": 0.1, "alpha": 1e-5}, needs=("ref_sample_logps",),
-         lacks="pairs sampled from the policy and the reference as it trains"),
+    Loss("xpo", g.xpo, g.d_xpo, "2405.21046", {"beta": 0.1, "alpha": 1e-5}, needs=("chosen_of_reference",),
+         online=True),
     Loss("reward", scalar.reward, scalar.d_reward, "2203.02155", {"center_rewards_coefficient": 0.0}, reference=False,
          may_read=("margin",), shape="scores"),
     Loss("degree_aux", scalar.degree_aux, scalar.d_degree_aux, "2409.17791", {"degrees": 4}, reference=False,
@@ -314,7 +128,7 @@ class _Table(dict[str, Loss]):
         return self[own]
 
 
-LOSSES: dict[str, Loss] = _Table({loss.name: loss for loss in _TABLE})
+LOSSES: dict[str, Loss] = _Table({loss.name: loss for loss in (*_TABLE, *TOKEN_LOSSES)})
 ALIASES = {"sigmoid": "dpo"}  # TRL's names
 DEGREE = "degree_aux"  # of rows that name it, beside a loss of pairs
 SFT = "sft"  # negative log-likelihood of the chosen responses, reduced over the step as `nll_reduction` says
@@ -362,8 +176,20 @@ class Term:
 
     @property
     def of_pairs(self) -> bool:
-        """Whether it is a loss of pairs, of lists of responses or of unpaired ones: no NLL, and not of degrees."""
-        return self.loss is not None and self.name != DEGREE
+        """Whether it is a loss of pairs, of lists of responses or of unpaired ones: no NLL, nor of degrees, tokens."""
+        return self.loss is not None and self.name != DEGREE and not self.of_tokens
+
+    @property
+    def of_tokens(self) -> bool:
+        """Whether it is a loss per token of responses that the policy samples as it trains."""
+        return self.loss is not None and self.loss.shape == "tokens"
+
+    @property
+    def reads_reference(self) -> bool:
+        """Whether it reads a reference with these hyper-parameters: those per token, where their KL has a weight."""
+        if self.loss is None:
+            return False
+        return "ref_logp" in self.loss.needed(self.hyper) if self.of_tokens else self.loss.reference
 
     @property
     def reads_prompt(self) -> bool:
@@ -401,8 +227,8 @@ def resolve_terms(
         weight = 1.0 if weights is None else float(weights[i])
         if name == SFT:
             reduction = options.get("nll_reduction") or "token_mean"
-            if not _DOMAINS["nll_reduction"].holds(reduction):
-                raise ConfigError(f"sft: nll_reduction must be {_DOMAINS['nll_reduction'].text}, not {reduction!r}")
+            if not DOMAINS["nll_reduction"].holds(reduction):
+                raise ConfigError(f"sft: nll_reduction must be {DOMAINS['nll_reduction'].text}, not {reduction!r}")
             unread -= {"nll_reduction"}
             terms.append(Term(SFT, weight, None, {"nll_reduction": reduction}, SFT))
             continue
@@ -415,6 +241,13 @@ def resolve_terms(
         terms += _terms(loss, weight, loss.hyper(**reads), name)
     if not terms:
         raise ConfigError("loss_type names no loss")
+    of_tokens = [t.name for t in terms if t.of_tokens]
+    if of_tokens and len(terms) > 1:
+        other = next((t.name for t in terms if not t.of_tokens), of_tokens[-1])
+        raise ConfigError(
+            f"{of_tokens[0]} is a loss per token of responses that are sampled, which {other} cannot be added to: give "
+            f"loss_type={of_tokens[0]} alone"
+        )
     if any(t.name == DEGREE for t in terms) and not any(t.loss and t.loss.shape == "pairs" for t in terms):
         raise ConfigError(
             f"{DEGREE} is added to a loss of pairs: loss_type=[dpo, {DEGREE}] with loss_weights=[1, its weight]"
@@ -473,10 +306,7 @@ def _of_dpo(options: Mapping[str, Any], weighted: bool) -> str:
 
 
 def _terms(loss: Loss, weight: float, hyper: dict[str, Any], of: str) -> list[Term]:
-    """A loss as the trainer sums it: its NLL by tokens apart. ConfigError where the trainer cannot feed it."""
-    if loss.lacks:
-        advice = f"call fastpo.losses.LOSSES[{loss.name!r}] yourself"
-        raise ConfigError(f"{loss.name} needs {loss.lacks}, which fastpo.train does not carry yet; {advice}")
+    """A loss as the trainer sums it: its NLL by tokens apart."""
     if not loss.nll or hyper["nll_reduction"] != "token_mean":
         return [Term(loss.name, weight, loss, hyper, of)]
     apart = (loss.nll, "nll_reduction", "disable_prompt_loss")
@@ -485,11 +315,3 @@ def _terms(loss: Loss, weight: float, hyper: dict[str, Any], of: str) -> list[Te
         return terms
     nll = _TOKEN_NLL if hyper.get("disable_prompt_loss", True) else _TOKEN_NLL | {"disable_prompt_loss": False}
     return [*terms, Term(SFT, weight * hyper[loss.nll], None, nll, of)]
-
-
-def segment_sum(values: Tensor, offsets: Tensor) -> Tensor:
-    """Sums of `values` [N] between consecutive `offsets` [S + 1]; deterministic and differentiable. -> [S]
-
-    A segment is summed in order, one value after another: hence in fp64.
-    """
-    return torch.segment_reduce(values.double(), "sum", offsets=offsets.long(), initial=0).to(values.dtype)

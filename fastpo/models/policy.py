@@ -37,7 +37,7 @@ log = logging.getLogger("fastpo")
 
 # Names in PackedBatch.rows.
 DROPPED_MASS = "dropped_mass"
-ENTROPY, TOP1 = "entropy", "top1"  # of the head rows [N], where a log line asks for them
+ENTROPY, TOP1 = "entropy", "top1"  # of the head rows [N], where a log line or a loss asks for them
 
 # Layers in which tokens meet in plain attention; the others (recurrent, convolutional, sparse) would mix the chains.
 _PACKABLE_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
@@ -174,37 +174,49 @@ class Policy:
         prompts: bool = False,
         grad_filter: float = 0.0,
         token_metrics: bool = False,
+        entropy_grad: bool = False,
+        temperature: float = 1.0,
     ) -> Any:
         """Token log-probabilities [N] fp32 of the targets; with `return_entropy`, a pair with the entropies [N].
 
         `observe` is called with what `head_rows` returns, for other numbers of the same rows. With `prompts`, [N + M]:
         the batch's prompt tokens follow, from the same pass of the head. With a `grad_filter`, the probability that the
         backward leaves out, of the same rows, is put into `batch.rows`; with `token_metrics`, the entropies and whether
-        the target is the likeliest token (0 or 1), each [N], of the targets alone.
+        the target is the likeliest token (0 or 1), each [N], of the targets alone. With `entropy_grad` the entropies
+        have a gradient, and are put there too; ConfigError beside a `grad_filter`, which knows only that of `logp`.
+        `temperature` divides the logits; ConfigError where these have a soft cap, which comes before that.
         """
+        if entropy_grad and grad_filter:
+            raise ConfigError("the gradient of the entropy is not built for grad_filter: leave grad_filter at 0")
+        if temperature != 1 and self.softcap is not None:
+            raise ConfigError(
+                f"temperature={temperature:g} divides logits behind their soft cap, and the head has it before: set "
+                "temperature=1 for this model"
+            )
         hidden, head = self.head_rows(batch, prompts)
         if observe is not None:
             observe(hidden[: batch.target.numel()], head)
         target = torch.cat([batch.target, batch.prompts.target]) if prompts and batch.prompts else batch.target
-        out = ops.linear_logprob(
-            hidden,
-            head.weight,
-            target,
-            head.bias,
-            softcap=head.softcap,
-            logit_scale=head.logit_scale,
-            return_entropy=return_entropy or token_metrics,
-            return_top1=token_metrics,
-            memory_budget=memory_budget,
-            grad_filter=grad_filter,
-            return_dropped=grad_filter > 0,
-        )
+        args = (hidden, head.weight, target, head.bias)
+        options: dict[str, Any] = {
+            "softcap": head.softcap, "logit_scale": head.logit_scale / temperature,
+            "memory_budget": memory_budget,
+            "return_top1": token_metrics,
+        }  # fmt: skip
+        out: Tensor | tuple[Tensor, ...]
+        if entropy_grad:
+            out = ops.linear_logprob_entropy(*args, **options)
+        else:
+            options |= {"return_entropy": return_entropy or token_metrics, "grad_filter": grad_filter}
+            out = ops.linear_logprob(*args, **options, return_dropped=grad_filter > 0)
         logp, *further = out if isinstance(out, tuple) else (out,)
         if grad_filter:
             batch.rows[DROPPED_MASS] = further[-1]
+        n = batch.target.numel()
+        if token_metrics or entropy_grad:
+            batch.rows[ENTROPY] = further[0][:n]
         if token_metrics:
-            n = batch.target.numel()
-            batch.rows[ENTROPY], batch.rows[TOP1] = further[0][:n], further[1][:n]
+            batch.rows[TOP1] = further[1][:n]
         return (logp, further[0]) if return_entropy else logp
 
     @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """Operators on hidden states: log-probabilities and losses without the logits, differentiable; tensors in, tensors
 out."""
 
-from fastpo.ops.dispatch import linear_logprob
+from fastpo.ops.dispatch import linear_logprob, linear_logprob_entropy
 from fastpo.ops.head import (
     FUSED_LOSSES,
     PreferenceInputs,
@@ -26,6 +26,7 @@ __all__ = [
     "default_memory_budget",
     "has_kernel",
     "linear_logprob",
+    "linear_logprob_entropy",
     "log_sum_sq",
     "plain_preference_loss",
     "preference_loss",

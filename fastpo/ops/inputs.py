@@ -58,7 +58,10 @@ def check_inputs(
 ) -> str:
     """Refuse what the ops cannot take; the backend to use."""
     if any(hasattr(t, "device_mesh") for t in (hidden, weight, target, bias)):
-        raise OpError("only linear_logprob takes DTensors: pass weight.full_tensor(), and the rows of this rank")
+        raise OpError(
+            "only linear_logprob and linear_logprob_entropy take DTensors: pass weight.full_tensor(), and the rows of "
+            "this rank"
+        )
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise OpError(f"hidden {list(hidden.shape)} and weight {list(weight.shape)} must be [N, D] and [V, D]")
     if weight.shape[0] == 0:

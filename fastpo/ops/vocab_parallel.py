@@ -103,6 +103,26 @@ def linear_logprob(
     if any(rest.values()):
         asked = ", ".join(name for name, value in rest.items() if value)
         raise OpError(f"{asked} is not built for vocab_parallel; leave it out")
+    hidden, weight, bias, backend = settled(hidden, weight, target, bias, split, softcap, memory_budget, backend)
+    regime = regime_of(hidden, weight, bias, memory_budget)
+    logp, entropy, _, _ = _vocab_parallel_logprob(
+        hidden, weight, target.long(), bias, softcap, logit_scale, regime, backend, return_entropy,
+        split.group_name, split.rank, list(split.starts), list(split.stops),
+    )  # fmt: skip
+    return (logp, entropy) if return_entropy else logp
+
+
+def settled(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    split: VocabParallel,
+    softcap: float | None,
+    memory_budget: int | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor | None, str]:
+    """(hidden, weight, bias in the dtype to compute in, backend); OpError for what an op over a split cannot take."""
     hidden, weight, bias = autocast(hidden, weight, bias)
     check_softcap(softcap)
     rows = split.stop - split.start
@@ -115,12 +135,7 @@ def linear_logprob(
     backend = check_inputs(hidden, checked[0], target, checked[1], memory_budget, backend)
     if parts.CHECK_INPUTS and not torch.compiler.is_compiling():
         _check_replicated(hidden, target, split)
-    regime = regime_of(hidden, weight, bias, memory_budget)
-    logp, entropy, _, _ = _vocab_parallel_logprob(
-        hidden, weight, target.long(), bias, softcap, logit_scale, regime, backend, return_entropy,
-        split.group_name, split.rank, list(split.starts), list(split.stops),
-    )  # fmt: skip
-    return (logp, entropy) if return_entropy else logp
+    return hidden, weight, bias, backend
 
 
 def _process_group(group: dist.ProcessGroup | DeviceMesh) -> dist.ProcessGroup:
@@ -267,6 +282,27 @@ def _merge(gathered: Tensor, rank: int, live: Tensor) -> Rows:
     return Rows(logp, entropy, shift, total, (-gap).sigmoid(), gap.sigmoid())
 
 
+def whole_rows(
+    head: Head, regime: str, backend: str, entropy: bool, group_name: str, rank: int
+) -> tuple[Rows | None, Tensor | None]:
+    """(what the slices of all ranks make of the rows, None where there are none; what this rank's backend saved of its
+    own, None where it has nothing). `head`: of the slice, with its own columns as targets."""
+    n, v_size, acc = head.hidden.shape[0], head.weight.shape[0], acc_dtype(head.hidden.dtype)
+    if n == 0:
+        return None, None
+    mine = head.hidden.new_zeros(4, n, dtype=acc)  # shift, total, logp, entropy
+    mine[0], mine[2] = -torch.inf, torch.inf
+    saved = None
+    if v_size:
+        kept = backends.FORWARD[backend](head, regime, entropy)
+        saved = kept.saved
+        mine[0], mine[1] = kept.shift, kept.total
+        mine[2] = kept.logp.where(head.target >= 0, torch.inf)
+        if entropy:
+            mine[3] = kept.entropy
+    return _merge(_gather(mine, _group(group_name)), rank, head.target != IGNORE_INDEX), saved
+
+
 @torch.library.custom_op("fastpo::vocab_parallel_logprob", mutates_args=())
 def _vocab_parallel_logprob(
     hidden: Tensor,
@@ -284,26 +320,17 @@ def _vocab_parallel_logprob(
     stops: list[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `head._linear_logprob`, for this rank's slice; what it saves gives the gradients of whole rows."""
-    n, v_size, acc = hidden.shape[0], weight.shape[0], acc_dtype(hidden.dtype)
     parts.check_targets(target, max(stops))
-    head = Head(hidden, weight, _local(target, starts[rank], v_size), bias, softcap, logit_scale)
-    mine = hidden.new_zeros(4, n, dtype=acc)  # shift, total, logp, entropy
-    mine[0], mine[2] = -torch.inf, torch.inf
+    head = Head(hidden, weight, _local(target, starts[rank], weight.shape[0]), bias, softcap, logit_scale)
     with torch.autocast(hidden.device.type, enabled=False):
-        if n == 0 or v_size == 0:
+        rows, kept = whole_rows(head, "logits" if regime == "kept" else regime, backend, entropy, group_name, rank)
+        if rows is None or kept is None:
             saved, stats = _nothing_saved(head, regime, backend)
         else:
-            kept = backends.FORWARD[backend](head, "logits" if regime == "kept" else regime, entropy)
-            saved = kept.saved
-            mine[0], mine[1] = kept.shift, kept.total
-            mine[2] = kept.logp.where(head.target >= 0, torch.inf)
-            if entropy:
-                mine[3] = kept.entropy
-        if n == 0:
-            return mine.new_empty(0), mine.new_empty(0), saved, stats
-        rows = _merge(_gather(mine, _group(group_name)), rank, target != IGNORE_INDEX)
-        if v_size:
-            stats = _finish(head, rows, saved, regime, backend)
+            saved, stats = kept, _finish(head, rows, kept, regime, backend)
+    if rows is None:
+        logp, of_rows = (hidden.new_empty(0, dtype=acc_dtype(hidden.dtype)) for _ in range(2))
+        return logp, of_rows, saved, stats
     return rows.logp, rows.entropy if entropy else rows.logp.new_empty(0), saved, stats
 
 

@@ -82,9 +82,14 @@ def _name(model: Any) -> str:
     return type(model.get_base_model() if hasattr(model, "get_base_model") else model).__name__
 
 
+def is_classifier(model: Any) -> bool:
+    """Whether it is a sequence classifier of transformers or PEFT, which `rewards` takes."""
+    return _name(model).endswith("ForSequenceClassification") or has_scalar_head(model)
+
+
 def _check(model: Any) -> None:
     labels = getattr(getattr(model, "config", None), "num_labels", 1)
-    if not _name(model).endswith("ForSequenceClassification") and not has_scalar_head(model):
+    if not is_classifier(model):
         raise ConfigError(
             f"{_name(model)} is no sequence classifier: load a reward model with AutoModelForSequenceClassification"
         )

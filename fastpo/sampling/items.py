@@ -5,10 +5,12 @@ A failed judgement is None everywhere, never a number. Everything here can be wr
 
 import hashlib
 import json
+import math
+import os
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 Turn = Mapping[str, str]
 Prompt = str | Sequence[Turn]  # a text, or turns with role and content
@@ -26,17 +28,24 @@ class Response:
     source: str = POLICY  # "greedy", "refined-2", "gold", "negative", "iterate-1"
     count: int = 1  # how often it was given
     meta: Mapping[str, Any] = field(default_factory=dict)  # JSON: what a sampler notes of it; `parent` of a refinement
+    # Of each of token_ids, the sampler's own, untempered; NaN where a server gave none for it; None: not known. `logp`
+    # is their sum. Not compared: NaN is not equal to itself, and files of samples leave them out.
+    token_logps: Sequence[float] | None = field(default=None, compare=False)
 
     def to_json(self) -> dict[str, Any]:
         given = {"text": self.text, "token_ids": None if self.token_ids is None else list(self.token_ids),
                  "finished": self.finished, "logp": self.logp, "source": self.source}  # fmt: skip
-        return given | ({"count": self.count} if self.count > 1 else {}) | ({"meta": self.meta} if self.meta else {})
+        given |= ({"count": self.count} if self.count > 1 else {}) | ({"meta": self.meta} if self.meta else {})
+        if self.token_logps is not None:  # JSON has no NaN
+            given["token_logps"] = [None if math.isnan(x) else x for x in self.token_logps]
+        return given
 
     @classmethod
     def from_json(cls, line: Mapping[str, Any]) -> "Response":
-        ids = line.get("token_ids")
+        ids, logps = line.get("token_ids"), line.get("token_logps")
         return cls(line["text"], None if ids is None else _compact(ids), line.get("finished", True), line.get("logp"),
-                   line.get("source", POLICY), line.get("count", 1), line.get("meta", {}))  # fmt: skip
+                   line.get("source", POLICY), line.get("count", 1), line.get("meta", {}),
+                   None if logps is None else array("d", [math.nan if x is None else x for x in logps]))  # fmt: skip
 
 
 def _compact(ids: Sequence[int]) -> Sequence[int]:
@@ -78,6 +87,8 @@ class Request:
     stop: tuple[str, ...] = ()
     contrast_ids: tuple[int, ...] | None = None  # logits are mixed with those after this other prompt:
     contrast: float = 0.0  # (1 - contrast) logits(prompt_ids) + contrast logits(contrast_ids)
+    min_p: float = 0.0  # tokens below this share of the likeliest one's probability are left out; 0: none
+    repetition_penalty: float = 1.0  # of tokens of the prompt and the response: a logit l is l / it, or l * it below 0
 
     @property
     def unit(self) -> tuple[str, str, int]:
@@ -108,6 +119,14 @@ class Sampler(Protocol):
 
     def close(self) -> None:
         """Let go of the model, of the connection, of the server that it started."""
+
+
+@runtime_checkable
+class Refresh(Protocol):
+    """A sampler that is given new weights while it runs."""
+
+    def update(self, folder: str | os.PathLike[str]) -> str:
+        """From the next request on it has the weights in the folder; says how it came to them in a few words."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,22 +4,24 @@ The same requests give the same bytes, in whichever order and process: the batch
 a batch is asked whole, even where some of its responses are there already.
 """
 
+import contextlib
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from fastpo.data.encoding import Encoder
 from fastpo.errors import ConfigError
 from fastpo.models.loading import load_model, load_tokenizer
 from fastpo.models.modes import eval_mode
 from fastpo.reference.cache import model_fingerprint
-from fastpo.sampling.drawing import Draw, Ended, before_stop
+from fastpo.sampling.decoding import Mixture, decode
+from fastpo.sampling.drawing import Draw, before_stop
 from fastpo.sampling.items import Failure, Request, Response, digest
 from fastpo.training.memory import is_out_of_memory
 from fastpo.training.samples import end_ids, plain_generation
@@ -44,22 +46,36 @@ class LocalSampler:
 
     * `batch_size`: prompts of a batch; a request with a contrast has two rows.
     * `batch_tokens`: a bound on rows times (longest prompt + max_tokens) of a batch, in the place of memory's.
+    * `mixture`: tokens are drawn from softmax((1 - mixture) logits of the policy + mixture logits of `reference`), as
+      IPO-MD and Nash-MD have it; the reference is another model in memory, or a function without arguments whose
+      context manager makes of the policy its reference, entered for every forward pass of it. 1: of the reference
+      alone, the policy is not run; 0: of the policy alone. `logp` and `token_logps` are the policy's, but at 1, where
+      they are the reference's.
+    * `live`: the model is trained between calls: `key` does not say which weights it has. Nothing else of a model in
+      memory is kept from one call to the next, live or not.
     * `loading`: what `load_model` takes (LOADING).
 
     The model is loaded when it is first asked. Its modes, settings and attention, and the random state, are as before
-    after every batch.
+    after every batch. A policy that is attached for training is sampled from inside `policy.detached()`, and in the
+    precision of an autocast that was entered.
     """
 
     exact = True
 
     def __init__(
         self, model: Any, tokenizer: Any = None, *, batch_size: int = BATCH_SIZE, batch_tokens: int | None = None,
-        **loading: Any,
+        mixture: float = 0.0, reference: nn.Module | Callable[[], AbstractContextManager[Any]] | None = None,
+        live: bool = False, **loading: Any,
     ):  # fmt: skip
         for name, value in (("batch_size", batch_size), ("batch_tokens", batch_tokens or 1)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"sample.{name} must be a whole number from 1 on, not {value!r}")
-        self.batch_size, self.batch_tokens = batch_size, batch_tokens
+        if isinstance(mixture, bool) or not isinstance(mixture, int | float) or not 0 <= mixture <= 1:
+            raise ConfigError(f"mixture must be from 0 (the policy) to 1 (the reference), not {mixture!r}")
+        if mixture and reference is None:
+            raise ConfigError(f"mixture={mixture:g} needs a reference: a model in memory, or what makes the policy it")
+        self.batch_size, self.batch_tokens, self.mixture, self.live = batch_size, batch_tokens, float(mixture), live
+        self._reference = reference
         self._given, self._loading = model, loading
         self._model: nn.Module | None = model if isinstance(model, nn.Module) else None
         self._tokenizer = tokenizer
@@ -75,13 +91,15 @@ class LocalSampler:
 
     @cached_property
     def key(self) -> Mapping[str, Any]:
-        in_memory = isinstance(self._given, nn.Module)
-        name = f"in memory: {model_fingerprint(self._given)}" if in_memory else os.fspath(self._given)
+        if not isinstance(self._given, nn.Module):
+            name = os.fspath(self._given)
+        else:
+            name = "in memory, trained" if self.live else f"in memory: {model_fingerprint(self._given)}"
         return {
             "engine": "transformers", "model": name, "tokens": "ids", "batch_size": self.batch_size,
             "batch_tokens": self.batch_tokens, "loading": {k: str(v) for k, v in sorted(self._loading.items())},
             "template": digest(getattr(self.tokenizer, "chat_template", None)),
-        }  # fmt: skip
+        } | ({"mixture": self.mixture} if self.mixture else {})  # fmt: skip
 
     def batches(self, requests: Sequence[Request]) -> list[list[Request]]:
         """By length, the longest first: where memory is too small, that is known at once. Those of a prompt are beside
@@ -103,6 +121,9 @@ class LocalSampler:
 
     def sample(self, requests: Sequence[Request]) -> Iterator[tuple[Request, Response | Failure]]:
         """In the order of the plan. TrainingError where the policy's logits are not finite."""
+        contrasted = next((r for r in requests if r.contrast_ids is not None), None) if self.mixture else None
+        if contrasted is not None:
+            raise ConfigError(f"source {contrasted.source!r} mixes the logits of two prompts, which a mixture cannot")
         for batch in self.batches(requests):
             yield from self._batch(batch)
 
@@ -164,29 +185,35 @@ class LocalSampler:
         return [response for part in parts for response in self._within_memory(part, limit)]
 
     def _generate(self, batch: Sequence[Request], limit: int | None) -> list[Response]:
-        model, tokenizer = self.model, self.tokenizer
+        model, tokenizer, reference = self.model, self.tokenizer, self._reference
+        within: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
+        if isinstance(reference, nn.Module):
+            of_it: Any = reference
+        else:
+            of_it, within = model, reference or within
         device = model.get_input_embeddings().weight.device
         own = end_ids(getattr(model, "generation_config", None), tokenizer)
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (own or [0])[0]
         rooms = [r.max_tokens if limit is None else min(r.max_tokens, limit - _length(r)) for r in batch]
         ends = [{*own} if isinstance(r.prompt, str) else {*own, *self._turn_ends} for r in batch]
-        draw = Draw(batch, rooms, ends, pad, lambda ids: tokenizer.decode(ids), device)
-        width = max(map(len, draw.rows))
-        ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in draw.rows], device=device)
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in draw.rows], device=device)
-        # use_cache: the model's configuration has it off where layers are recomputed in training.
-        settings = GenerationConfig(do_sample=False, use_cache=True, max_new_tokens=max(rooms), pad_token_id=pad)
-        with eval_mode(model), plain_generation(model), torch.no_grad():
-            model.generate(
-                input_ids=ids, attention_mask=mask, generation_config=settings,
-                logits_processor=LogitsProcessorList([draw]), stopping_criteria=StoppingCriteriaList([Ended(draw)]),
-            )  # fmt: skip
+        mix = Mixture(of_it, within, self.mixture) if 0 < self.mixture < 1 else None
+        draw = Draw(batch, rooms, ends, pad, lambda ids: tokenizer.decode(ids), device, mix)
+        with torch.no_grad(), contextlib.ExitStack() as stack:
+            if self.mixture == 1:
+                model = of_it
+                stack.enter_context(within())
+            for one in {id(m): m for m in (model, of_it)}.values():
+                stack.enter_context(eval_mode(one))
+            stack.enter_context(plain_generation(model))
+            decode(model, draw, device)
         return [self._response(draw, i) for i in range(len(batch))]
 
     def _response(self, draw: Draw, i: int) -> Response:
-        request, tokens = draw.requests[i], draw.tokens[i]
+        request, tokens, logps = draw.requests[i], draw.tokens[i], draw.logps[i]
         text = before_stop(self.tokenizer.decode(tokens, skip_special_tokens=True), request.stop)
-        return Response(text, tuple(tokens), draw.finished[i], draw.logps[i], request.source)
+        return Response(
+            text, tuple(tokens), draw.finished[i], sum(logps, 0.0), request.source, token_logps=logps
+        )  # fmt: skip
 
     # ---- the model
 

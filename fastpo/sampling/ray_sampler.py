@@ -4,7 +4,9 @@ Prompts go in as token ids and ids come out. The result of a row says nothing of
 ids. The part that runs vLLM itself has not been run by this project: it needs a GPU.
 """
 
+import math
 import os
+from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -111,8 +113,8 @@ class RaySampler:
         """vLLM's SamplingParams, the neutral ones too: what is left out is the checkpoint's own."""
         ends = sorted(self._ends)
         given = {"n": 1, "temperature": request.temperature, "top_p": request.top_p, "top_k": request.top_k or -1,
-                 "min_p": 0.0, "repetition_penalty": 1.0, "seed": request.seed, "max_tokens": request.max_tokens,
-                 "logprobs": 0}  # fmt: skip
+                 "min_p": request.min_p, "repetition_penalty": request.repetition_penalty, "seed": request.seed,
+                 "max_tokens": request.max_tokens, "logprobs": 0}  # fmt: skip
         return (
             given | ({"stop": list(request.stop)} if request.stop else {}) | ({"stop_token_ids": ends} if ends else {})
         )
@@ -124,9 +126,10 @@ class RaySampler:
         if not ids or not isinstance(text, str):
             return Failure("unparsed", f"{len(ids)} tokens, text {text!r}"[:500])
         stopped = bool(request.stop) and any(s in self.tokenizer.decode(ids) for s in request.stop)
-        logp = row.get("logp")
+        logp, logps = row.get("logp"), row.get("logps")
+        logps = None if logps is None or len(logps) != len(ids) else array("d", map(float, logps))
         return Response(before_stop(text, request.stop), tuple(ids), ids[-1] in self._ends or stopped,
-                        None if logp is None else float(logp), request.source)  # fmt: skip
+                        None if logp is None else float(logp), request.source, token_logps=logps)  # fmt: skip
 
     @cached_property
     def _ends(self) -> set[int]:
@@ -145,12 +148,15 @@ def _as_it_is(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _kept(row: dict[str, Any]) -> dict[str, Any]:
-    """Of vLLM's columns what a response is made of, on the machine where they are; of log-probabilities the sum."""
+    """Of vLLM's columns what a response is made of, on the machine where they are; of log-probabilities those of the
+    tokens that were drawn."""
     ids, steps = list(row.get("generated_tokens", ())), row.get("logprobs")
     values = []
     for token, step in zip(ids, () if steps is None else steps, strict=False):
         found = dict(step).get(int(token), dict(step).get(str(token)))
         values.append(None if found is None else found["logprob"])
     whole = len(values) == len(ids) > 0 and all(value is not None for value in values)
+    logps = [math.nan if value is None else float(value) for value in values] if len(values) == len(ids) else []
     return {"number": row["number"], "generated_tokens": ids, "generated_text": row.get("generated_text", ""),
-            "logp": float(sum(values)) if whole else None, _ERROR: str(row.get(_ERROR) or "")}  # fmt: skip
+            "logp": float(sum(values)) if whole else None, "logps": logps,
+            _ERROR: str(row.get(_ERROR) or "")}  # fmt: skip

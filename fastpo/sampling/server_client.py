@@ -118,12 +118,34 @@ class Client:
         )  # fmt: skip
         return await retrying(self._once, path, body)
 
+    async def tell(self, path: str, body: Mapping[str, Any]) -> list[Any]:
+        """Posts to a path beside /v1 of every address, once; their JSON, None where an answer is none."""
+        return list(await asyncio.gather(*(self._tell(address, path, body) for address in self._addresses)))
+
+    async def _tell(self, address: _Address, path: str, body: Mapping[str, Any]) -> Any:
+        text = await self._asked(address, root_of(address.url) + path, body)
+        try:
+            return json.loads(text)
+        except ValueError:
+            return None
+
     async def _once(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
         now = time.monotonic()
         address = min(self._addresses, key=lambda a: (a.down_until > now, a.busy, a.down_until))
+        text = await self._asked(address, path, body)
+        try:
+            answer = json.loads(text)
+        except ValueError:
+            answer = None
+        if not isinstance(answer, dict):
+            raise Unanswered("unparsed", f"no JSON object: {text[:500]}")
+        return answer
+
+    async def _asked(self, address: _Address, path: str, body: Mapping[str, Any]) -> str:
+        """What one address says; Unanswered else. path: of the address, or whole."""
         address.busy += 1
         try:
-            text = await address.client.post(path, cast_to=str, body=dict(body))
+            return str(await address.client.post(path, cast_to=str, body=dict(body)))
         except self._openai.APITimeoutError as error:
             raise Unanswered("timeout", _said(error)) from error
         except self._openai.APIConnectionError as error:
@@ -135,13 +157,6 @@ class Client:
             raise Unanswered("error" if busy else "refused", _said(error), error.status_code) from error
         finally:
             address.busy -= 1
-        try:
-            answer = json.loads(text)
-        except ValueError:
-            answer = None
-        if not isinstance(answer, dict):
-            raise Unanswered("unparsed", f"no JSON object: {text[:500]}")
-        return answer
 
     def _pause(self, state: Any) -> float:
         """Seconds before the next attempt: what the server says, else by the rule."""

@@ -7,6 +7,8 @@ the choice's `token_ids` (vLLM, SGLang, of `return_token_ids`), the log-probabil
 """
 
 import json
+import math
+from array import array
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +19,7 @@ from fastpo.sampling.items import Failure, Request, Response
 
 _ID = "token_id:"
 # What they add to OpenAI's fields; servers that know none of them ignore them, or refuse the request.
-_NEUTRAL = {"min_p": 0.0, "repetition_penalty": 1.0, "return_token_ids": True, "return_tokens_as_token_ids": True}
+_IDS = {"return_token_ids": True, "return_tokens_as_token_ids": True}
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,10 @@ class Form:
 
     def body(self, request: Request, n: int, model: str, text: str, stop_ids: Sequence[int] = ()) -> dict[str, Any]:
         """The JSON of n samples of a request. `text`: its prompt as a text. `stop_ids`: ends unknown to the server."""
-        if request.top_k and self.dialect == "plain":
-            raise ConfigError("sample.top_k: this server takes OpenAI's fields alone, which have none; leave it out")
+        if self.dialect == "plain" and (further := _further(request)):
+            raise ConfigError(
+                f"sample.{further[0]}: this server takes OpenAI's fields alone, which have none; leave it out"
+            )
         body: dict[str, Any] = {
             "model": model, "n": n, "max_tokens": request.max_tokens, "temperature": request.temperature,
             "top_p": request.top_p, "seed": request.seed,
@@ -52,17 +56,21 @@ class Form:
         else:
             body |= {"prompt": list(request.prompt_ids) if self.ids else text, "logprobs": 1}
         if self.dialect == "extended":
-            body |= {"top_k": request.top_k or -1, **_NEUTRAL}
+            body |= {"top_k": request.top_k or -1, "min_p": request.min_p,
+                     "repetition_penalty": request.repetition_penalty, **_IDS}  # fmt: skip
+            if self.chat:  # SGLang's, which has the ids of its log-probabilities there
+                body["return_meta_info"] = True
             if stop_ids:
                 body["stop_token_ids"] = list(stop_ids)
             if not (self.ids or self.chat):
                 body["add_special_tokens"] = False
         elif self.dialect == "transformers":
             # Its temperature alone does not make it sample, and it has no top_k; logprobs and n it ignores.
-            settings: dict[str, Any] = {"do_sample": request.temperature > 0, "top_k": request.top_k, "min_p": None,
-                                        "repetition_penalty": 1.0}  # fmt: skip
+            settings: dict[str, Any] = {"do_sample": request.temperature > 0, "top_k": request.top_k,
+                                        "min_p": request.min_p or None,
+                                        "repetition_penalty": request.repetition_penalty}  # fmt: skip
             if request.temperature == 0:  # with which it would be refused
-                del body["temperature"], body["top_p"], settings["top_k"]
+                del body["temperature"], body["top_p"], settings["top_k"], settings["min_p"]
             body["generation_config"] = json.dumps(settings)
             for name in ("logprobs", "n"):
                 del body[name]
@@ -78,13 +86,20 @@ class Form:
 
 def forms(tokens: str, request: Request) -> list[Form]:
     """Those of a mode ("auto", "ids", "text", "chat") that can ask for a request, the best first."""
-    dialects = ("extended", *(() if request.top_k else ("plain",)), "transformers")
+    dialects = ("extended", *(() if _further(request) else ("plain",)), "transformers")
     ids = [Form(ids=True, dialect=dialect) for dialect in dialects[:-1]]
     text = [Form(dialect=dialect) for dialect in dialects]
     chat = [Form(chat=True, dialect=dialect) for dialect in dialects]
     if tokens == "auto" and (isinstance(request.prompt, str) or request.prompt[-1]["role"] == "assistant"):
         chat = []
     return {"ids": ids, "text": text, "chat": chat, "auto": [*ids, *text, *chat]}[tokens]
+
+
+def _further(request: Request) -> list[str]:
+    """The settings of a request that OpenAI's fields do not have."""
+    asked = {"top_k": request.top_k > 0, "min_p": request.min_p > 0,
+             "repetition_penalty": request.repetition_penalty != 1}  # fmt: skip
+    return [name for name, is_so in asked.items() if is_so]
 
 
 @dataclass(frozen=True)
@@ -113,15 +128,17 @@ class Reader:
         # The end was sampled and is not among the ids: so they are not all that was sampled.
         if ids and finished and ids[-1] not in self.ends and not _by_stop_string(choice, request, text):
             ids, logps = None, None
-        neutral = request.temperature == 1 and request.top_p == 1 and not request.top_k
-        logp = sum(logps) if logps and ids and (self.raw_logps or neutral) else None
-        return Response(
-            before_stop(text, request.stop), None if ids is None else tuple(ids), finished, logp, request.source
-        )
+        neutral = request.temperature == 1 and request.top_p == 1 and not _further(request)
+        if not (ids and (self.raw_logps or neutral)):
+            logps = None
+        logp = None if logps is None or any(map(math.isnan, logps)) else sum(logps)
+        return Response(before_stop(text, request.stop), None if ids is None else tuple(ids), finished, logp,
+                        request.source, token_logps=None if logps is None else array("d", logps))  # fmt: skip
 
 
 def sampled_tokens(choice: Mapping[str, Any]) -> tuple[list[int] | None, list[float] | None]:
-    """(ids, log-probability of each) as far as a choice has them; both of one length, or None."""
+    """(ids, log-probability of each) as far as a choice has them; both of one length, or None. NaN where a server that
+    gives log-probabilities gives none for a token."""
     ids = choice.get("token_ids")
     if ids is None and isinstance(choice.get("message"), Mapping):
         ids = choice["message"].get("token_ids")
@@ -137,10 +154,15 @@ def sampled_tokens(choice: Mapping[str, Any]) -> tuple[list[int] | None, list[fl
         logps = (found.get("token_logprobs") if isinstance(found, Mapping) else None) or []
     if ids is None and tokens and all(isinstance(t, str) and t[len(_ID) :].isdecimal() for t in tokens):
         ids = [int(t.removeprefix(_ID)) for t in tokens] if all(t.startswith(_ID) for t in tokens) else None
+    meta = choice.get("meta_info")
+    triples = meta.get("output_token_logprobs") if isinstance(meta, Mapping) else None
+    if isinstance(triples, Sequence) and triples and all(isinstance(t, Sequence) and len(t) >= 2 for t in triples):
+        logps = [t[0] for t in triples]  # SGLang's: (log-probability, id, text)
+        ids = [t[1] for t in triples] if ids is None else ids
     if not (isinstance(ids, list) and ids and all(type(i) is int for i in ids)):
         return None, None
-    right = len(logps) == len(ids) and all(isinstance(x, int | float) for x in logps)
-    return ids, [float(x) for x in logps] if right else None
+    numbers = [float(x) if isinstance(x, int | float) and not isinstance(x, bool) else math.nan for x in logps]
+    return ids, numbers if len(numbers) == len(ids) and not all(map(math.isnan, numbers)) else None
 
 
 def _by_stop_string(choice: Mapping[str, Any], request: Request, text: str) -> bool:

@@ -25,6 +25,7 @@ from fastpo.sampling.items import Failure, Request, Response, digest
 from fastpo.sampling.server_client import Client, Unanswered, packages
 from fastpo.sampling.server_forms import Form, Reader, forms, sampled_tokens
 from fastpo.sampling.server_process import START_TIMEOUT, ServerProcess, root_of
+from fastpo.sampling.server_refresh import Reload, reloads
 from fastpo.training.samples import end_ids
 
 log = logging.getLogger("fastpo")
@@ -48,8 +49,8 @@ class ServerSampler:
     * `concurrency`: requests under way. `timeout`, `attempts`, `wait`, `api_key` (default: OPENAI_API_KEY), `headers`:
       as Client's.
 
-    `found` says, once it was asked, which engine, model and way it is. ConfigError where openai or tenacity is not
-    installed, nobody answers, or no way of asking is taken.
+    `found` says, once it was asked, which engine, model and way it is. `update` gives it new weights. ConfigError where
+    openai or tenacity is not installed, nobody answers, or no way of asking is taken.
     """
 
     exact = False
@@ -73,6 +74,8 @@ class ServerSampler:
                 raise ConfigError(f"sample.{name} must be a whole number from 1 on, not {shown(value)}")
         packages()
         self.policy, self.model, self.tokens = os.fspath(policy), model, tokens
+        self._first, self._named = self.policy, model  # whose tokenizer and ends are meant, and what the user said
+        self._reloads: tuple[Reload, ...] | None = None  # None: not known yet
         self.command, self.log_path, self.start_timeout = command, Path(log_path), start_timeout
         self.concurrency = concurrency
         self._of_client = dict(timeout=timeout, attempts=attempts, wait=wait, api_key=api_key, headers=headers)
@@ -88,13 +91,14 @@ class ServerSampler:
 
     @cached_property
     def tokenizer(self) -> Any:
-        return load_tokenizer(self.policy) if self._tokenizer is None else self._tokenizer
+        return load_tokenizer(self._first) if self._tokenizer is None else self._tokenizer
 
-    @cached_property
+    @property
     def key(self) -> Mapping[str, Any]:
         """What is asked for. Where the server is does not count, and what it turned out to be is in `found`."""
         return {"engine": "openai", "model": self.model or self.policy, "tokens": self.tokens,
-                "template": digest(getattr(self.tokenizer, "chat_template", None))}  # fmt: skip
+                "template": digest(getattr(self.tokenizer, "chat_template", None)),
+                **({} if self.policy == self._first else {"weights": self.policy})}  # fmt: skip
 
     def batches(self, requests: Sequence[Request]) -> list[list[Request]]:
         """All that differ in the seed and in k alone: one request to the server, for as many choices."""
@@ -124,6 +128,51 @@ class ServerSampler:
         finally:
             future.cancel()
 
+    def update(self, folder: str | os.PathLike[str]) -> str:
+        """From the next request on the server has the weights in the folder, a whole checkpoint that it sees.
+
+        Loaded by what its engine has for that (server_refresh.py); else a server of `command` is started anew with the
+        folder. Says which of both it was. That it serves the new weights is seen from its log-probabilities alone:
+        `check_sampler`. ConfigError for a server that can do neither, TrainingError where nobody answers. Not while it
+        is asked.
+        """
+        folder = os.path.abspath(folder)
+        if not os.path.exists(os.path.join(folder, "config.json")):
+            raise ConfigError(f"{folder} has no config.json: a server is given a whole checkpoint, an adapter merged")
+        if self._client is None and self.command is not None:  # the server is started when it is first asked
+            self.policy = folder
+            return "started with it"
+        client = self._started()
+        if self._reloads is None:
+            self._reloads = reloads(self.found.get("engine") or client.submit(self._listed()).result()[0])
+        said = []
+        for way in self._reloads:
+            try:
+                client.submit(way.tell(client, folder)).result()
+            except Unanswered as error:
+                if error.nobody or error.status == "timeout":
+                    raise TrainingError(f"no server answers at {', '.join(self.urls)}: {error.said}") from None
+                said.append(f"{way.path}: {error.raw[:200]}")
+                continue
+            self.policy, self._reloads = folder, (way,)
+            return f"loaded by {way.path}"
+        why = "; ".join(said) or "it has no way of loading weights that fastpo knows"
+        if self.command is None or len(self.urls) > 1:
+            raise ConfigError(
+                f"the server at {', '.join(self.urls)} cannot be given new weights ({why}): start vLLM with "
+                "VLLM_SERVER_DEV_MODE=1, or SGLang, or give sample.command with one address"
+            )
+        self._say("restart", "sample: the server is started anew for new weights, because it loads none (%s)", why)
+        self._reloads = ()
+        process, self._process = self._process, None
+        if process is not None:
+            process.close()
+        self.policy = folder
+        self._process = self._start_process()
+        if self._form is not None:
+            self.model = self.found["model"] = self._named or folder
+        return "started anew"
+
     def close(self) -> None:
         """Closes connections, and ends the server that it started."""
         client, self._client = self._client, None
@@ -140,11 +189,13 @@ class ServerSampler:
     def _started(self) -> Client:
         if self._client is None:
             if self.command is not None:
-                self._process = ServerProcess(
-                    self.command, self.policy, self.urls[0], self.log_path, timeout=self.start_timeout
-                )
+                self._process = self._start_process()
             self._client = Client(self.urls, lost=self._check_process, **self._of_client)  # type: ignore[arg-type]
         return self._client
+
+    def _start_process(self) -> ServerProcess:
+        assert self.command is not None
+        return ServerProcess(self.command, self.policy, self.urls[0], self.log_path, timeout=self.start_timeout)
 
     async def _probe(self, request: Request) -> None:
         """Finds with one request, of two tokens, how this server is asked: the first way that it takes."""
@@ -197,7 +248,7 @@ class ServerSampler:
     @cached_property
     def _own_ends(self) -> list[int]:
         try:
-            settings = GenerationConfig.from_pretrained(self.policy)
+            settings = GenerationConfig.from_pretrained(self._first)
         except (OSError, ValueError):  # a policy without such a file
             settings = None
         return end_ids(settings, self.tokenizer)

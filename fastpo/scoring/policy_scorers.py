@@ -19,6 +19,7 @@ from fastpo.data.encoding import Encoder
 from fastpo.errors import ConfigError, DataError, did_you_mean, one_line, quoted
 from fastpo.models.adapters import saved_adapter
 from fastpo.models.loading import load_model, load_tokenizer, loading_dtype, resolve_device
+from fastpo.reference.rewards import is_classifier
 from fastpo.reference.rewards import rewards as packed_rewards
 from fastpo.reference.sequence_logps import sequence_logps
 from fastpo.sampling.items import Failure, Item, Response, Scores, Unit, Verdict, digest
@@ -136,30 +137,50 @@ class RewardModelScorer(BaseScorer):
     * `path`: name or folder. `label`: which of several labels' logits is the reward, by number or name.
     * `max_length`: tokens of prompt and response; what is longer is failed ("too_long"), never cut.
     * `batch_size`: of the model's own padded forward, of several labels.
+    * `model`: in memory, in place of the one at `path`: any module whose output has `logits`; it stays on its device
+      where none is given. `tokenizer`: in place of the one that lies at `path`.
     """
 
     cached = True
 
     def __init__(
         self, name: str, path: str, *, batch_size: int = 16, max_length: int | None = None,
-        label: int | str | None = None, dtype: str | None = None, device: str | None = None,
+        label: int | str | None = None, dtype: str | None = None, device: str | None = None, model: Any = None,
+        tokenizer: Any = None,
     ):  # fmt: skip
         self.name, self.path, self.batch_size, self.max_length = name, str(path), batch_size, max_length
         self.label: Any = label
         self.dtype, self.device = dtype, device
+        self.given, self.tokenizer = model, tokenizer
+        self.cached = model is None  # nobody knows another model in memory from this one
         self._loaded: tuple[Any, _Reader] | None = None
 
     @property
     def key(self) -> Mapping[str, Any]:
-        return {"reward_model": weights_key(self.path), "label": self.label, "dtype": self.dtype,
+        model = weights_key(self.path) if self.given is None else {"in_memory": type(self.given).__name__}
+        return {"reward_model": model, "label": self.label, "dtype": self.dtype,
                 "max_length": self.max_length}  # fmt: skip
 
     def content(self, unit: Unit) -> Any:
         return {k: v for k, v in super().content(unit).items() if k != "meta"}
 
-    def _model(self) -> tuple[Any, _Reader]:
+    def load(self) -> tuple[Any, _Reader]:
+        """The model and how it reads; loaded once. ConfigError for what is no reward model."""
         if self._loaded is not None:
             return self._loaded
+        model = self._from_path() if self.given is None else getattr(self.given, "_orig_mod", self.given)
+        if getattr(model, "config", None) is None:
+            raise ConfigError(f"scorer {self.name!r}: {type(model).__name__} has no config: it is no reward model")
+        self._check_label(model)
+        if not self.path and self.tokenizer is None:
+            raise ConfigError(f"scorer {self.name!r}: the model in memory does not say where its tokenizer is: pass it")
+        tokenizer = self.tokenizer or load_tokenizer(self.path)
+        if self.given is None or self.device is not None:
+            model = model.to(resolve_device(self.device))
+        self._loaded = model.eval(), _Reader(tokenizer, f"the reward model {self.path or self.name!r}")
+        return self._loaded
+
+    def _from_path(self) -> Any:
         from transformers import AutoModelForSequenceClassification
 
         try:
@@ -173,6 +194,11 @@ class RewardModelScorer(BaseScorer):
                 f"scorer {self.name!r}: {self.path!r} is no reward model: it has no weights for "
                 f"{quoted(sorted(info['missing_keys'])[:3])}, which would be random"
             )
+        return model
+
+    def _check_label(self, model: Any) -> None:
+        if not hasattr(model.config, "id2label"):
+            return
         labels = {str(v): k for k, v in model.config.id2label.items()}
         if isinstance(self.label, str):
             if self.label not in labels:
@@ -185,12 +211,9 @@ class RewardModelScorer(BaseScorer):
             )
         if self.label is not None and not 0 <= self.label < model.config.num_labels:
             raise ConfigError(f"scorer {self.name!r}: label={self.label} of {model.config.num_labels} labels")
-        model = model.to(resolve_device(self.device)).eval()
-        self._loaded = model, _Reader(load_tokenizer(self.path), f"the reward model {self.path!r}")
-        return self._loaded
 
     def score(self, units: Sequence[Unit]) -> Iterator[tuple[Unit, Verdict]]:
-        model, reader = self._model()
+        model, reader = self.load()
         rows = [as_row(u.item.prompt, u.responses[0].text, reader.chat) for u in units]
         limit = self.max_length or getattr(model.config, "max_position_embeddings", None)
         ids: list[Ids] = []
@@ -211,7 +234,7 @@ class RewardModelScorer(BaseScorer):
     def _rewards(self, model: Any, tokenizer: Any, ids: Sequence[Ids]) -> list[float]:
         if not ids:
             return []
-        if model.config.num_labels == 1:
+        if model.config.num_labels == 1 and is_classifier(model):
             rows = [{"prompt": prompt, "completion": response} for prompt, response in ids]
             return [float(values[0]) for values in packed_rewards(model, rows, processing_class=tokenizer)]
         return self._padded(model, tokenizer, [prompt + response for prompt, response in ids])
@@ -237,7 +260,7 @@ class RewardModelScorer(BaseScorer):
         return out
 
     def close(self) -> None:
-        self._loaded = None
+        self._loaded = None  # a model in memory is its owner's
 
 
 # ---- log-probabilities of policies

@@ -108,7 +108,7 @@ def _verifier(making: _Making, options: dict[str, Any]) -> FunctionScorer:
 
 
 def _reward_model(making: _Making, options: dict[str, Any]) -> RewardModelScorer:
-    making.check(options, ["model", *_parameters(RewardModelScorer, "path")], ("model",))
+    making.check(options, ["model", *_parameters(RewardModelScorer, "path", "model", "tokenizer")], ("model",))
     _, path = making.policy("model", options.pop("model"))
     return making.call(RewardModelScorer, making.name, path, **options)
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from fastpo.data.packing import PackedBatch, loss_count, trunk_tokens
 from fastpo.data.prepare import Example
 from fastpo.errors import TrainingError
+from fastpo.losses.tokens import Totals
 from fastpo.models.degree_head import LOGITS
 from fastpo.models.policy import DROPPED_MASS
 from fastpo.training.degree_metrics import DEGREE_SUMS, degree_sums
@@ -17,6 +18,7 @@ from fastpo.training.metrics import PAIR_METRICS, TOKEN_SUMS, token_sums
 from fastpo.training.objective import Objective
 from fastpo.training.optim import Gradients
 from fastpo.training.passes import Passes
+from fastpo.training.policy_terms import entropy_bonus, token_inputs
 from fastpo.training.reward_metrics import no_range, reward_range
 from fastpo.training.row_statistics import TRAIN
 from fastpo.training.start_guard import StartGuard
@@ -33,6 +35,9 @@ class StepSums:
     tokens: Tensor  # [TOKEN_SUMS], where the log watches them
     range: Tensor  # [RANGE], of a reward model's rewards
     degrees: Tensor  # [DEGREE_SUMS]
+    policy: Tensor  # of PolicyMetrics, of responses that the policy gave
+    entropy: Tensor  # [], summed over tokens
+    totals: Totals | None = None  # of the whole step, of the same
     batches: list[PackedBatch] = field(default_factory=list)
     dropped: list[Tensor] = field(default_factory=list)  # by grad_filter: of each micro-batch's rows
     wrong_start: str | None = None
@@ -52,7 +57,6 @@ class Accumulation:
     ):
         self.objective, self.stepwide, self.passes, self.gradients = objective, stepwide, passes, gradients
         self.examples, self.on_substep_end = examples, on_substep_end
-        self.sizes = [trunk_tokens(e) for e in examples]
 
     def __call__(
         self, rows: Sequence[int], ref: RefOf, step: int, warn: Callable[[Warning_], object],
@@ -65,7 +69,7 @@ class Accumulation:
         """
         passes, world = self.passes, self.passes.world
         self._begin(rows, step)
-        idle = [min(rows, key=lambda i: self.sizes[i])]
+        idle = [min(rows, key=lambda i: trunk_tokens(self.examples[i]))]
         stats = self.stepwide.statistics("train", rows, passes, ref)
         if world.several:  # here the ranks meet, and a rank that begins its part anew does so alone
             self._look_ahead(stats, ref, idle)
@@ -74,6 +78,8 @@ class Accumulation:
                 lambda: self._run(rows, stats, ref, idle, step, start_guard),
                 drop=lambda: self._drop(step), restart=lambda: self._begin(rows, step), step=step, warn=warn,
             )  # fmt: skip
+        if stats.watches_entropy and stats.totals is not None:
+            self.stepwide.entropy = float(world.sum_(sums.entropy)) / max(stats.totals.tokens, 1.0)
         if start_guard is not None and any(world.gather(sums.wrong_start)):
             raise TrainingError(sums.wrong_start or "another process does not start at the reference")
         return sums
@@ -106,10 +112,12 @@ class Accumulation:
         # Where the loss is normalised: by what the whole step has of pairs, and of each sft term's tokens or rows.
         pair_count = sum(loss_count(self.examples[i]) for i in rows)
         nlls = self.objective.nll_counts(self.examples[i] for i in rows)
-        device = world.device
+        device, watched = world.device, self.objective.policy_metrics
         sums = StepSums(
             torch.zeros((), device=device), torch.zeros(len(PAIR_METRICS), device=device),
             torch.zeros(TOKEN_SUMS, device=device), no_range(device), torch.zeros(DEGREE_SUMS, device=device),
+            torch.zeros(0) if watched is None else watched.nothing(device), torch.zeros((), device=device),
+            stats.totals,
         )  # fmt: skip
         if forward.router is not None:
             forward.router.begin()
@@ -134,6 +142,10 @@ class Accumulation:
             if start_guard is not None:
                 sums.wrong_start = sums.wrong_start or start_guard(logp.detach(), batch)
             loss.backward()
+            if watched is not None:
+                sums.policy = watched.joined(sums.policy, watched.sums(token_inputs(logp.detach(), batch)))
+            if stats.watches_entropy and stats.totals is not None:
+                sums.entropy += entropy_bonus(batch, stats.totals).detach() * max(stats.totals.tokens, 1.0)
             if DROPPED_MASS in batch.rows:
                 sums.dropped.append(batch.rows[DROPPED_MASS])
             if batch.scored_rows is not None:

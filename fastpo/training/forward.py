@@ -34,6 +34,8 @@ class Forward:
         self.router: RouterLoss | None = None
         self.live: LiveRows | None = None
         self.watches = False  # whether passes look at their tokens' distributions, for the log
+        self.temperature = 1.0  # of the distribution that an online run draws from
+        self.wants_entropy = False  # whether passes with statistics give entropies with a gradient, for a loss
 
     @property
     def policy(self) -> Policy:
@@ -91,6 +93,9 @@ class Forward:
         config = self.config
         options: dict[str, Any] = {"memory_budget": config.logits_memory_budget, "grad_filter": config.grad_filter}
         options["token_metrics"] = statistics and self.watches
+        options["entropy_grad"] = statistics and self.wants_entropy
+        if self.temperature != 1:
+            options["temperature"] = self.temperature
         router = self.router if engine is self.engine else None
         with self.autocast(), router.collecting(batch) if router is not None else contextlib.nullcontext():
             logp = engine(lambda: engine.policy.read(batch, observe=observe, prompts=prompts, **options))

@@ -19,7 +19,11 @@ from fastpo.losses.table import LOSSES, SFT, Term
 _DPO_RATE = (1e-6, "DPO's own code takes 5e-7, its tuned runs 3e-7 to 7e-7, TRL 1e-6")
 _SPPO_RATE = (5e-7, "SPPO's scripts take 5e-7")
 PUBLISHED_RATES = {
-    **{name: _DPO_RATE for name, loss in LOSSES.items() if loss.trainable and loss.shape not in ("scores", "degrees")},
+    **{
+        name: _DPO_RATE
+        for name, loss in LOSSES.items()
+        if not loss.online and loss.shape not in ("scores", "degrees", "tokens")
+    },
     "simpo": (1e-6, "SimPO's recipes take 3e-7 to 1e-6"),
     "orpo": (5e-6, "ORPO's code takes 5e-6"),
     "sppo": _SPPO_RATE,

@@ -20,6 +20,7 @@ from fastpo.models.flops import Flops
 from fastpo.models.policy import ENTROPY, TOP1
 from fastpo.ops.inputs import choose_backend
 from fastpo.training.degree_metrics import DEGREE_SUMS, degree_means
+from fastpo.training.policy_terms import policy_metrics
 from fastpo.training.reward_metrics import RANGE, range_means, reward_means
 
 # Names in PackedBatch.rows: of the head rows [N], and of the prompts' tokens [M].
@@ -58,6 +59,7 @@ def pair_inputs(logp: Tensor, batch: PackedBatch) -> Pairs:
         of_response[chosen], of_response[rejected], rw, rl, lengths[chosen], lengths[rejected],
         batch.win_prob_chosen, batch.win_prob_rejected, prev_chosen_logps=rw, prev_rejected_logps=rl,
         greedy_logps=greedy[0], ref_greedy_logps=greedy[1],
+        chosen_of_reference=None if batch.of_reference is None else batch.of_reference > 0,
     )  # fmt: skip
 
 
@@ -155,7 +157,7 @@ def pair_metrics(x: Pairs, term: Term) -> Tensor:
 def token_sums(batch: PackedBatch) -> Tensor:
     """Sums [TOKEN_SUMS] fp32 over the batch's response tokens, from what the forward pass left in `batch.rows`; the
     chosen ones are those of every response that some pair prefers, of sft's rows all, of unpaired rows none."""
-    entropy, top1 = batch.rows[ENTROPY], batch.rows[TOP1]
+    entropy, top1 = batch.rows[ENTROPY].detach(), batch.rows[TOP1]
     lengths, n = batch.response_offsets.diff(), entropy.numel()
     chosen = torch.zeros(len(lengths), device=entropy.device)
     if batch.losses is not None:
@@ -216,6 +218,7 @@ class Window:
         self.device, self.max_tokens, self.max_nonfinite = device, max_tokens, max_nonfinite
         self.pair_terms = [t for t in terms if t.of_pairs]
         self.has_degrees = any(t.name == DEGREE for t in terms)
+        self.policy_metrics = policy_metrics(terms)
         self.has_range = any(t.loss.shape == "scores" for t in self.pair_terms)
         self.flops = Flops(policy, device)
         # steps that counted, loss, skipped in a row now and at most, skipped in all
@@ -232,6 +235,8 @@ class Window:
         self.dropped = torch.zeros(3, device=self.device)  # by grad_filter: rows, sum of their mass, the largest
         self.range = torch.zeros(RANGE, device=self.device)  # of a reward model's rewards, summed over steps
         self.degrees = torch.zeros(DEGREE_SUMS, device=self.device)
+        of_policy = [] if self.policy_metrics is None else self.policy_metrics.names
+        self.policy = torch.zeros(len(of_policy), device=self.device)  # of responses that it gave, over steps
         self.trunk_tokens = self.alone_tokens = self.micro_batches = 0
         self.flops.reset()
         self.started = time.monotonic()
@@ -286,6 +291,9 @@ class Window:
             self.range += torch.where(finite, world.max_(sums.range), 0.0)
         if self.has_degrees:
             self.degrees += torch.where(finite, world.sum_(sums.degrees), 0.0)
+        if self.policy_metrics is not None:
+            of_step = self.policy_metrics.of_step(sums.policy, sums.totals, world)
+            self.policy += torch.where(finite, of_step, 0.0)
 
     def add_dropped(self, parts: Sequence[Tensor], world: Any) -> None:
         """One step's probability mass left out by `grad_filter`, of this process's rows. Every rank calls it."""
@@ -310,15 +318,26 @@ class Window:
             setattr(self, name, value.to(self.device) if isinstance(value, Tensor) else value)
         self.started = time.monotonic() - state["seconds"]
 
-    _STATE = ("run", "sums", "norm", "aux", "dropped", "range", "degrees", "tokens", "tokens_at_flush", "trunk_tokens",
-              "alone_tokens", "micro_batches")  # fmt: skip
+    _STATE = ("run", "sums", "norm", "aux", "dropped", "range", "degrees", "policy", "tokens", "tokens_at_flush",
+              "trunk_tokens", "alone_tokens", "micro_batches")  # fmt: skip
 
     def flush(self, learning_rate: float, num_tokens: int) -> dict[str, float]:
         """The log line: one host read, then a new window. Raises TrainingError after too many non-finite steps."""
         norm = self.norm.reshape(1).to(self.device)
-        numbers = [norm, self.aux[None], self.dropped, self.range, self.degrees, self.tokens, self.run, self.sums]
+        numbers = [
+            norm,
+            self.aux[None],
+            self.dropped,
+            self.range,
+            self.degrees,
+            self.policy,
+            self.tokens,
+            self.run,
+            self.sums,
+        ]
         norm, aux, rows, dropped, largest, low, high, *values = torch.cat(numbers).tolist()
         of_degrees, values = values[:DEGREE_SUMS], values[DEGREE_SUMS:]
+        of_policy, values = values[: len(self.policy)], values[len(self.policy) :]
         of_tokens, values = values[:TOKEN_SUMS], values[TOKEN_SUMS:]
         self.run[3] = self.run[2]
         self._check(values[3])
@@ -335,6 +354,7 @@ class Window:
         if self.has_aux and steps:
             out["aux_loss"] = aux / steps
         out |= degree_means(of_degrees) | token_means(of_tokens)
+        out |= self._of_policy(of_policy, steps)
         out["num_tokens"] = num_tokens
         out["tokens_per_second"] = (num_tokens - self.tokens_at_flush) / seconds
         out["packing_efficiency"] = self.trunk_tokens / max(1, self.micro_batches * self.max_tokens())
@@ -349,6 +369,11 @@ class Window:
         self.tokens_at_flush = num_tokens
         self._reset()
         return out
+
+    def _of_policy(self, sums: Sequence[float], steps: float) -> dict[str, float]:
+        if self.policy_metrics is None or not steps:
+            return {}
+        return {name: value / steps for name, value in zip(self.policy_metrics.names, sums, strict=True)}
 
     def _check(self, in_a_row: float) -> None:
         if in_a_row >= self.max_nonfinite:
@@ -378,6 +403,7 @@ class Window:
         return {
             **unlogged,
             **degree_means(self.degrees.tolist()),
+            **self._of_policy(self.policy.tolist(), open_steps),
             **token_means(self.tokens.tolist()),
             "train_loss": loss / counted if counted else float("nan"),
             "train_runtime": seconds,

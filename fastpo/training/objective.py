@@ -6,6 +6,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from fastpo.config import online
 from fastpo.config.train_config import TrainConfig
 from fastpo.data.kway import Forming
 from fastpo.data.packing import PackedBatch, nll_count
@@ -13,10 +14,12 @@ from fastpo.data.prefetch import to_device
 from fastpo.data.prepare import Example
 from fastpo.data.rows import DEGREE_OF
 from fastpo.errors import ConfigError
+from fastpo.losses.online import ONLINE, is_online
 from fastpo.losses.table import DEGREE, ORDER, SFT, Term, resolve_terms
 from fastpo.models.degree_head import LOGITS
 from fastpo.training.degree_metrics import degree_sum
 from fastpo.training.metrics import PAIR_METRICS, fused_pair_loss, has_kernel, nll_sum, pair_inputs, pair_metrics
+from fastpo.training.policy_terms import entropy_bonus, policy_loss, policy_metrics, token_inputs
 from fastpo.training.row_statistics import needs_reference_tokens, row_statistics
 from fastpo.training.step_statistics import Statistics
 
@@ -30,7 +33,9 @@ class Objective:
         self.sft_terms = [t for t in terms if t.name == SFT]
         self.degree_term = next((t for t in terms if t.name == DEGREE), None)
         self.degrees = 0 if self.degree_term is None else int(self.degree_term.hyper["degrees"])
-        self.uses_reference = any(t.loss.reference for t in self.pair_terms)
+        self.token_terms = [t for t in terms if t.of_tokens]  # of responses that the policy gives as it trains
+        self.policy_metrics = policy_metrics(terms)
+        self.uses_reference = any(t.loss.reference for t in self.pair_terms) or any(t.beta for t in self.token_terms)
         self.reads_prompts = frozenset(t.of for t in self.terms if t.reads_prompt)  # entries of loss_type
         self.draws = any(t.loss.drawn for t in self.pair_terms)  # tokens of each response
         self.unpaired = any(t.loss.shape == "unpaired" for t in self.pair_terms)
@@ -46,13 +51,19 @@ class Objective:
         """The losses of `loss_type`, with their weights and hyper-parameters; ConfigError as `resolve_terms` raises."""
         if DEGREE in config.losses and config.fsdp != "no":
             raise ConfigError(f"{DEGREE} has a head beside the model, which fsdp does not split: leave fsdp out")
+        names, beta = config.losses, config.beta
+        if is_online(names):
+            way = ONLINE[names[0]]
+            # rloo takes its KL from the reward (online/rollouts.py), the others from the loss.
+            names, beta = [way.loss], None if way.loss == "rloo" else beta
         return cls(
             resolve_terms(
-                config.losses, config.loss_weights, loss_kwargs=config.loss_kwargs, beta=config.beta,
+                names, config.loss_weights, loss_kwargs=config.loss_kwargs, beta=beta,
                 label_smoothing=config.label_smoothing, gamma_beta_ratio=config.gamma_beta_ratio,
                 ipo_reduce=config.ipo_reduce, discopop_tau=config.discopop_tau,
                 f_divergence_type=config.f_divergence_type, ld_alpha=config.ld_alpha,
                 f_alpha_divergence_coef=config.f_alpha_divergence_coef, use_weighting=config.use_weighting,
+                **online.hyper(config),
             )
         )  # fmt: skip
 
@@ -105,6 +116,11 @@ class Objective:
                 continue
             nll = nll_sum(logp, batch, term.hyper["nll_reduction"], term.reads_prompt, term.of)
             total = total + term.weight / (count or 1) * nll
+        for term in self.token_terms:
+            assert stats.totals is not None
+            total = total + term.weight * policy_loss(term, token_inputs(logp, batch), stats.totals)
+        if stats.entropy_coef and stats.totals is not None:
+            total = total - stats.entropy_coef * entropy_bonus(batch, stats.totals)
         if self.pair_terms:
             share, metrics = self.of_pairs(logp, batch, stats)
             total = total + share / (pair_count or 1)

@@ -88,9 +88,17 @@ class DataSets:
         self.reports[name] = report
         log.info("%s data: %s", name, report.summary())
         if name == "train":
-            shown = describe_example(examples[0], self.tokenizer, prompt_loss=bool(self.objective.reads_prompts))
-            log.info("an example, as it is trained on:\n%s", shown)
+            self.show(examples[0])
         return examples
+
+    def show(self, example: Example) -> None:
+        """An example of the training data, in the log."""
+        shown = describe_example(example, self.tokenizer, prompt_loss=bool(self.objective.reads_prompts))
+        log.info("an example, as it is trained on:\n%s", shown)
+
+    def probe(self, places: Sequence[int]) -> list[Example]:
+        """Of these training rows what the guard looks at."""
+        return [self.train[i] for i in places]
 
     def _examples(self, dataset: Any, split: str, name: str) -> tuple[list[Example], DataReport]:
         """The examples of one data set, or of a mixture of several; what is wrong with an evaluation set names it."""

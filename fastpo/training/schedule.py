@@ -11,10 +11,9 @@ from fastpo.models.modes import interval
 class Schedule:
     """Reads `state` for the step and the epoch, which the trainer counts, and the intervals that it keeps there."""
 
-    def __init__(self, config: TrainConfig, rows: int, processes: int, steps: int):
-        """rows: of an epoch. steps: of the run."""
-        self.config, self.rows, self.steps = config, rows, steps
-        self.batch = config.per_device_train_batch_size * processes
+    def __init__(self, config: TrainConfig, rows: int, batch: int, steps: int):
+        """rows: of an epoch, in batches of so many, over all processes. steps: of the run."""
+        self.config, self.rows, self.batch, self.steps = config, rows, batch, steps
 
     def begin(self, state: TrainerState) -> None:
         """Writes the run's length and intervals into the state."""

@@ -23,7 +23,7 @@ class StepPlan(Sequence[tuple[int, list[int]]]):
     """
 
     def __init__(self, config: TrainConfig, rows: int, processes: int = 1):
-        self.config, self.n = config, rows
+        self.config, self.n, self.rows = config, rows, rows
         self.seed = config.seed if config.data_seed is None else config.data_seed
         self.batch = config.per_device_train_batch_size * processes
         used = rows // self.batch * self.batch if config.dataloader_drop_last else rows

@@ -8,6 +8,7 @@ from torch import Tensor
 from fastpo.data.packing import PackedBatch
 from fastpo.data.prefetch import to_device
 from fastpo.losses.table import Pairs, Term
+from fastpo.losses.tokens import Totals
 from fastpo.training.metrics import list_loss
 from fastpo.training.row_statistics import term_inputs
 
@@ -21,6 +22,9 @@ class Statistics:
     pair_at: dict[int, int] = field(default_factory=dict)  # row -> place of its first pair in what follows
     coefficients: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # term -> dL/dlw, dL/dll, each [P]
     means: dict[str, Tensor] = field(default_factory=dict)  # term -> mean loss of the step's pairs, []
+    totals: Totals | None = None  # of responses that the policy gave as it trains
+    entropy_coef: float = 0.0  # of the bonus for their entropy
+    watches_entropy: bool = False  # whether the coefficient follows the entropy
     router: Tensor | None = None  # [2 E + 1]: training/router_loss.py's sums, where the step is several micro-batches
 
     def of_term(self, x: Pairs, term: Term) -> Pairs:

@@ -39,6 +39,8 @@ class StepWide:
         self.reads_rows = bool(self.ordered) or self.reads_mean
         self.ratio_sum, self.ratio_count = 0.0, 0
         self.pending = (0.0, 0)  # of the step that is under way
+        self.of_rollouts: dict[str, Any] = {}  # fields of the next step's statistics, of an online run
+        self.entropy: float | None = None  # of the last step's tokens, where a coefficient follows it
         self.mismatched: dict[str, list[Example]] = {}
         if self.reads_rows and not config.disable_dropout:
             names = ", ".join(t.name for t in wide if t.loss.of_step != KL)
@@ -80,7 +82,7 @@ class StepWide:
     def statistics(self, name: str, rows: Sequence[int], passes: Passes, ref: RefOf) -> Statistics:
         """What is known before the rows' own pass; `of_rows` adds the rest. Every rank calls it."""
         if not self.reads_kl:
-            return Statistics()
+            return Statistics(**self.of_rollouts)
         examples, world = self.mismatched[name], passes.world
         tokens = {i: trunk_tokens(examples[i]) for i in rows}
         shares = pack_step(rows, tokens, passes.budget.max_tokens, world.size)

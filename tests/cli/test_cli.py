@@ -119,6 +119,45 @@ def test_evaluation_sets_that_are_none(trained, capsys, value, words):
     assert words in fail(capsys, "train", *INPUTS, "--eval-dataset", value)
 
 
+def test_reward_functions(trained, tmp_path):
+    """Names and mappings, as often as there are; the trainer finds out what they are."""
+    run_train(trained, "--loss_type", "grpo", "--reward_funcs", "mine.py:length", "org/rm")
+    assert trained[-1]["reward_funcs"] == ["mine.py:length", "org/rm"]
+    scorer = {"kind": "verifier", "verifier": "number"}
+    run_train(trained, "--loss-type", "grpo", "--reward-model-name-or-path", "rm", "--reward-funcs", json.dumps(scorer))
+    assert trained[-1]["reward_funcs"] == ["rm", scorer]
+    path = tmp_path / "run.yaml"
+    for given, found in ((["a:b", scorer], ["a:b", scorer]), ("a.py:b", ["a.py:b"]), (scorer, [scorer])):
+        path.write_text(yaml.safe_dump({"loss_type": "grpo", "reward_funcs": given}))
+        run_train(trained, "--config", str(path))
+        assert trained[-1]["reward_funcs"] == found
+    run_train(trained, "--config", str(path), "--reward-funcs", "c:d")
+    assert trained[-1]["reward_funcs"] == ["c:d"]  # the command line wins
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        ("think_format_reward", "think_format_reward is a name of `trl grpo`: write trl.rewards:think_format_reward"),
+        ("get_soft_overlong_punishment", "set overlong_buffer"),
+        ("{a", "reward_funcs: '{a' is not JSON"),
+        ("", "reward_funcs must hold names and mappings, not ''"),
+    ],
+)
+def test_reward_functions_that_are_none(trained, capsys, given, words):
+    assert words in fail(capsys, "train", *INPUTS, "--loss-type", "grpo", "--reward-funcs", given)
+
+
+def test_a_sampler_and_a_judge(trained):
+    sampler = {"engine": "openai", "base_url": "http://localhost:8000/v1"}
+    assert run_train(trained, "--loss-type", "grpo", "--sampler", json.dumps(sampler)).sampler == sampler
+    loss = ("--loss-type", "online_dpo", "--judge")
+    assert run_train(trained, *loss, "{kind: judge, model: m}").judge == {"kind": "judge", "model": "m"}
+    assert run_train(trained, *loss, "judges.py:mine").judge == "judges.py:mine"
+    args = run_train(trained, "--loss-type", "grpo", "--use-vllm", "--vllm-mode", "server", "--no-shuffle-dataset")
+    assert args.sampler == sampler and args.train_sampling_strategy == "sequential"
+
+
 def test_none_and_negative_numbers(trained):
     args = run_train(trained, "--max-length", "none", "--max-steps", "-1")
     assert args.max_length is None and args.max_steps == -1
@@ -133,6 +172,7 @@ def _other_value(field):
     special = {
         "loss_type": ("simpo", "simpo"),
         "loss_weights": ("2", [2.0]),
+        "reward_weights": ("2", [2.0]),
         "report_to": ("tensorboard", "tensorboard"),
         "fsdp": ("shard_grad_op", "shard_grad_op"),
         "resume_from_checkpoint": ("out/checkpoint-3", "out/checkpoint-3"),
@@ -158,20 +198,28 @@ NEEDS = {
     "load_best_model_at_end": {"save_strategy": "epoch", "eval_strategy": "epoch"},
     "sample_generations": {"eval_strategy": "epoch"},
     "pair_margin": {"pair_policy": "margin"},
+    "judge": {"loss_type": "online_dpo"},
+    "mixture_coef": {"loss_type": "nash_md"},
 }
+
+
+def _needs(field):
+    online = {"loss_type": "grpo"} if field.metadata["group"].startswith("online") else {}
+    return NEEDS.get(field.name, online)
 
 
 @pytest.mark.parametrize("field", dataclasses.fields(TrainConfig), ids=lambda f: f.name)
 def test_every_field_is_an_option_and_a_yaml_key(trained, tmp_path, field):
     text, value = _other_value(field)
-    needs = NEEDS.get(field.name, {})
+    needs = _needs(field)
     also = [part for name, other in needs.items() for part in ("--" + name, other)]
     args = run_train(trained, *also, "--" + field.name.replace("_", "-"), text)
     assert getattr(args, field.name) == value
     implied = {"eval_steps": "eval_strategy", "save_steps": "save_strategy", "save_total_limit": "save_strategy",
                "torch_compile_backend": "torch_compile", "torch_compile_mode": "torch_compile"}  # fmt: skip
+    unbounded = {"max_length"} if "loss_type" in needs else set()  # of an online loss: max_completion_length bounds it
     for other in dataclasses.fields(TrainConfig):
-        if other.name not in (field.name, implied.get(field.name), *needs):
+        if other.name not in (field.name, implied.get(field.name), *needs, *unbounded):
             assert getattr(args, other.name) == getattr(TrainConfig(), other.name)
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump({"model": "m", "train_dataset": "d.jsonl", **needs, field.name: value}))

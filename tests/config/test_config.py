@@ -139,9 +139,12 @@ def test_no_and_yes_of_yaml(tmp_path):
         TrainConfig(eval_strategy=True)
 
 
+LISTS = ("loss_weights", "reward_weights")
+
+
 def number_fields():
     kinds = {f.name: bounds.kinds_of(f.type) for f in dataclasses.fields(TrainConfig)}
-    return [name for name, of in kinds.items() if int in of or float in of] + ["loss_weights"]
+    return [name for name, of in kinds.items() if int in of or float in of] + [*LISTS]
 
 
 def test_every_number_has_a_range():
@@ -155,7 +158,7 @@ def test_every_number_has_a_range():
 def test_numbers_out_of_range(name):
     """NaN, infinities, and numbers as large as they come: one line that names the option."""
     for number in (float("nan"), float("inf"), -float("inf"), 1e308, -1e308, 10**400, -(10**400), "nan", "1e400"):
-        value = [number] if name == "loss_weights" else number
+        value = [number] if name in LISTS else number
         with pytest.raises(ConfigError, match=f"{name} must be ") as caught:
             TrainConfig.build({name: value})
         assert "\n" not in str(caught.value) and len(str(caught.value)) < 300

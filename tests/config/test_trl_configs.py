@@ -15,10 +15,13 @@ trl = pytest.importorskip("trl")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from trl.experimental.cpo import CPOConfig
+    from trl.experimental.gmpo import GMPOConfig
+    from trl.experimental.online_dpo import OnlineDPOConfig
     from trl.experimental.orpo import ORPOConfig
 
 CLASS = {"DPOConfig": trl.DPOConfig, "KTOConfig": trl.KTOConfig, "CPOConfig": CPOConfig, "ORPOConfig": ORPOConfig,
-         "RewardConfig": trl.RewardConfig}  # fmt: skip
+         "RewardConfig": trl.RewardConfig, "GRPOConfig": trl.GRPOConfig, "RLOOConfig": trl.RLOOConfig,
+         "GMPOConfig": GMPOConfig, "OnlineDPOConfig": OnlineDPOConfig}  # fmt: skip
 
 
 def made(name, **given):
@@ -35,7 +38,10 @@ def test_every_field_is_accounted_for(name):
     fields = {f.name: f for f in dataclasses.fields(CLASS[name])}
     assert set(own) <= set(fields)
     for field, option in own.items():
-        assert fields[field].default == option.default, field
+        default = fields[field].default
+        if default is dataclasses.MISSING:
+            default = fields[field].default_factory()
+        assert default == option.default, field
     assert not [f for f in fields if f not in own and f not in options.OPTIONS]
     for option in own:
         assert f"| `{option}` |" in migration.page()

@@ -10,10 +10,12 @@ import torch
 
 from fastpo import cli
 from fastpo.errors import ConfigError
-from fastpo.losses import docs
-from fastpo.losses.table import LOSSES, STATISTICS, Pairs, canonical_name, resolve_terms
+from fastpo.losses import docs, table
+from fastpo.losses.table import STATISTICS, Pairs, canonical_name, resolve_terms
 
 P, K = 9, 4
+# The losses per token are in test_tokens.py.
+LOSSES = table._Table({name: loss for name, loss in table.LOSSES.items() if loss.shape != "tokens"})
 
 # Hyper-parameters beside the defaults with which each loss is tried too.
 VARIANTS = {
@@ -50,8 +52,8 @@ def inputs(name: str, seed: int = 0, scale: float = 1.0, dtype=torch.float64) ->
         x[k.replace("_logps", "_tail_logps")] = x[k] * rand()
     x |= {f"{side}_log_sum_sq": x[f"{side}_logps"] * (0.8 + 0.4 * rand()) for side in ("chosen", "rejected")}
     x |= {f"{side}_kl": 5 * rand() for side in ("chosen", "rejected")}
-    x |= {k: logps(x["prompt_len"]) for k in ("prompt_logps", "greedy_logps", "ref_greedy_logps", "ref_sample_logps")}
-    x |= {"win_prob": rand(), "scores": rand(*shape), "label": rand() > 0.4}
+    x |= {k: logps(x["prompt_len"]) for k in ("prompt_logps", "greedy_logps", "ref_greedy_logps")}
+    x |= {"win_prob": rand(), "scores": rand(*shape), "label": rand() > 0.4, "chosen_of_reference": rand() > 0.5}
     x |= {"kl": torch.tensor(0.7), "reward_mean": torch.tensor(-0.2), "margin": 3 * rand()}
     if LOSSES[name].win_prob or name == "dno_reg":
         x |= {"win_prob_chosen": x.pop("win_prob"), "win_prob_rejected": rand()}
@@ -282,7 +284,7 @@ FORMULAS = {
     "online_ipo": lambda v: (v.d - 5) ** 2,
     "ipo_md": lambda v: (v.d - 5) ** 2,
     "selm": lambda v: -ls(0.01 * v.d) + 1e-5 * (v.greedy_logps - v.ref_greedy_logps),
-    "xpo": lambda v: -ls(0.1 * v.d) + 1e-5 * v.ref_sample_logps,
+    "xpo": lambda v: -ls(0.1 * v.d) + 1e-5 * (v.chosen_of_reference * v.lw + ~v.chosen_of_reference * v.ll),
     "reward": lambda v: -ls(v.lw - v.ll - v.margin),
     "degree_aux": lambda v: v.lw.logsumexp(1) - v.lw[torch.arange(P), v.degree],
 }  # fmt: skip
@@ -428,10 +430,12 @@ def test_other_arguments_get_the_gradients_that_are_documented():
     tail = x["chosen_tail_logps"].clone().requires_grad_()
     (grad,) = torch.autograd.grad(call("ld_dpo", x | {"chosen_tail_logps": tail}).sum(), tail)
     same(grad, (0.5 - 1) * coefficients("ld_dpo", x)[0])  # with the sum's own: alpha times it
-    for name, key, expected in (("selm", "greedy_logps", 1e-5), ("xpo", "ref_sample_logps", 1e-5)):
-        leaf = x[key].clone().requires_grad_()
-        (grad,) = torch.autograd.grad(call(name, x | {key: leaf}).sum(), leaf)
-        same(grad, torch.full_like(grad, expected))
+    leaf = x["greedy_logps"].clone().requires_grad_()
+    (grad,) = torch.autograd.grad(call("selm", x | {"greedy_logps": leaf}).sum(), leaf)
+    same(grad, torch.full_like(grad, 1e-5))
+    added = [c - other for c, other in zip(coefficients("xpo", x, alpha=0.5), coefficients("dpo", x), strict=True)]
+    same(added[0], 0.5 * x["chosen_of_reference"].double())
+    same(added[1], 0.5 * (~x["chosen_of_reference"]).double())
 
 
 # -------------------------------------------------------------------------------------------------- mistakes
@@ -481,13 +485,6 @@ def test_hyper_parameters_outside_their_domain(name, hyper, message):
 def test_shapes_that_do_not_fit():
     with pytest.raises(ConfigError, match=r"dpo: ref_chosen_logps \[3\] must have the shape \[4\]"):
         LOSSES["dpo"](torch.zeros(4), torch.zeros(4), torch.zeros(3), torch.zeros(4))
-
-
-@pytest.mark.parametrize("name", [n for n, loss in LOSSES.items() if loss.lacks])
-def test_what_cannot_be_trained_yet_says_why(name):
-    with pytest.raises(ConfigError, match=f"{name} needs .*, which fastpo.train does not carry yet; call ") as caught:
-        resolve_terms([name])
-    assert "\n" not in str(caught.value) and f"LOSSES['{name}']" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -548,7 +545,7 @@ def test_terms():
 def test_the_page(repo_root):
     page = (repo_root / "docs" / "losses.md").read_text()
     assert page == docs.page(), "run python -m fastpo.losses.docs > docs/losses.md"
-    for name, loss in LOSSES.items():
+    for name, loss in table.LOSSES.items():
         assert f"\n## {name}\n" in page and loss.paper in page
     done = subprocess.run(
         [sys.executable, "-m", "fastpo.losses.docs"], capture_output=True, text=True, timeout=60, cwd=repo_root
@@ -568,8 +565,17 @@ def test_what_is_unverified_says_so():
     """Section 6 of ALGORITHMS.md."""
     marked = {name for name, note in docs.NOTES.items() if note.unverified}
     gpo = {name for name in LOSSES if name.startswith("gpo_")}
-    assert marked == gpo | {"online_ipo", "ipo_md", "sigmoid_norm", "kto", "rpo", "dno", "dno_prct", "degree_aux"}
-    assert set(docs.NOTES) == set(LOSSES)
+    assert marked == gpo | {"grpo", "cispo", "luspo", "nash_md"} | {
+        "online_ipo",
+        "ipo_md",
+        "sigmoid_norm",
+        "kto",
+        "rpo",
+        "dno",
+        "dno_prct",
+        "degree_aux",
+    }
+    assert set(docs.NOTES) == set(table.LOSSES)
 
 
 def test_the_command(capsys):

@@ -255,6 +255,44 @@ def test_head_rows_only() -> None:
     torch.testing.assert_close(entropy[:3], -(log_probs.exp() * log_probs).sum(-1), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_entropies_with_a_gradient(family: str) -> None:
+    """The values are those of `token_metrics`; gradients of every parameter are those of the model's own logits in
+    fp64, of a loss of both."""
+    model, examples = make_model(family, torch.float64), make_examples()
+    policy = Policy(model)
+    batch = collate(examples, range(len(examples)))
+    upstream = torch.randn(2, len(batch.target), dtype=torch.float64)
+    with policy.attach():
+        with torch.no_grad():
+            detached = policy.logp(batch, token_metrics=True)
+        entropy, top1 = batch.rows["entropy"], batch.rows["top1"]
+        batch.rows.clear()
+        logp = policy.logp(batch, entropy_grad=True)
+        assert set(batch.rows) == {"entropy"} and batch.rows["entropy"].requires_grad
+        again, pair = policy.logp(batch, entropy_grad=True, token_metrics=True, return_entropy=True)
+        assert batch.rows["top1"].equal(top1) and again.equal(logp) and pair.equal(batch.rows["entropy"])
+        assert logp.equal(detached) and batch.rows["entropy"].equal(entropy)
+        (upstream[0] @ logp + upstream[1] @ batch.rows["entropy"]).backward()
+        with pytest.raises(ConfigError, match="not built for grad_filter"):
+            policy.logp(batch, entropy_grad=True, grad_filter=0.1)
+    ours = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    loss, at = torch.zeros((), dtype=torch.float64), 0
+    for example in examples:
+        for response in example.responses:
+            row = torch.tensor([[*example.prompt_ids, *response]])
+            own = model(row[:, :-1]).logits[0, -len(response) :].double().log_softmax(-1)
+            rows = slice(at, at + len(response))
+            loss = loss + upstream[0, rows] @ own.gather(1, row[0, -len(response) :, None]).squeeze(1)
+            loss = loss - upstream[1, rows] @ (own.exp() * own).sum(-1)
+            at += len(response)
+    assert at == len(batch.target)
+    loss.backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(ours[name], p.grad, rtol=1e-6, atol=1e-9 + 1e-6 * p.grad.abs().max().item())
+
+
 def test_no_square_of_the_pack_is_made() -> None:
     """Largest tensor made by a forward and backward over many chains: linear in T, far below T * T."""
     from torch.utils._python_dispatch import TorchDispatchMode

@@ -40,6 +40,7 @@ SUBSET = [
     ("combine-splits-all", "sm_90"),
     ("slice-fwd-bf16-8192-entropy", "sm_90"),
     ("slice-grad-bf16-8192-all", "sm_80"),
+    ("slice-entropy-bf16-128256-all", "sm_90"),
     ("pairs-sppo", "sm_90"),
     ("pairs-ld_dpo-weights", "gfx942"),
     ("dlogp-ld_dpo", "sm_90"),

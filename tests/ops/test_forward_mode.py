@@ -28,6 +28,7 @@ def of_hidden(name):
         "kept": lambda h: ops.linear_logprob(h, trained, y),
         "sliced": lambda h: ops.linear_logprob(h, trained, y, memory_budget=0),
         "filtered": lambda h: ops.linear_logprob(h, w, y, grad_filter=1e-3),
+        "entropy": lambda h: ops.linear_logprob_entropy(h, w, y, b)[1],
         "of the weight": lambda h: ops.linear_logprob(x, h[:, :D], torch.zeros(N, dtype=torch.int64)),
         "of the bias": lambda h: ops.linear_logprob(x, w, y, h.sum(1).repeat(3)[:V]),
         "token_kl": lambda h: ops.token_kl(h, w, x, w),
@@ -36,8 +37,8 @@ def of_hidden(name):
     }[name]
 
 
-NAMES = ["frozen", "kept", "sliced", "filtered", "of the weight", "of the bias", "token_kl", "token_kl's reference",
-         "log_sum_sq"]  # fmt: skip
+NAMES = ["frozen", "kept", "sliced", "filtered", "entropy", "of the weight", "of the bias", "token_kl",
+         "token_kl's reference", "log_sum_sq"]  # fmt: skip
 
 
 def dual(f, x, requires_grad=False):

@@ -572,7 +572,7 @@ K_WAY = [[0, 1], [0, 2], [3, 2], [1, 2], [5, 3]]  # 4 and 6 are in no pair
 POINTWISE = {
     name: loss
     for name, loss in LOSSES.items()
-    if loss.shape == "pairs" and not loss.of_step and not {"greedy_logps", "ref_sample_logps"} & set(loss.needs)
+    if loss.shape == "pairs" and not loss.of_step and not {"greedy_logps", "chosen_of_reference"} & set(loss.needs)
 }
 # Hyper-parameters beside the defaults with which each loss is tried too; those with an NLL have it by sequence here.
 VARIANTS = {
@@ -912,7 +912,7 @@ def test_one_minus_p_of_a_slice_keeps_its_digits():
 
 # ---- the trainer's own path
 
-TRAINED = [name for name, loss in POINTWISE.items() if loss.trainable]
+TRAINED = [name for name, loss in POINTWISE.items() if not loss.online]
 
 
 @pytest.mark.parametrize("layout", ["classic", "k-way"])

@@ -8,7 +8,7 @@ import torch
 from fastpo import ops
 from fastpo.check import SOFTCAPPED, Case, budgeted_error
 from fastpo.kernels import reference
-from fastpo.ops import OpError, backends
+from fastpo.ops import OpError, backends, vocab_ops
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 DTYPES = [pytest.param(getattr(torch, name), id=name) for name in ("float32", "bfloat16", "float16")]
@@ -213,11 +213,15 @@ def test_nothing_of_size_n_by_v(monkeypatch):
                     largest[0] = max(largest[0], t.numel())
             return out
 
+    # The functions inside of the ops: of an op a mode sees the call and nothing else.
     x = problem(Case(n, d, v, bias=True), torch.float32)
+    policy, ref = ([x[f"{s}{k}"] for k in ("hidden", "weight", "bias")] for s in ("", "ref_"))
+    tensors, rule = (*policy, *ref, x["target"]), (None, 1.0, None, 1.0)
     with Watch():
-        of_both(ops.token_kl, x, {})
-        ops.log_sum_sq(x["hidden"], x["weight"], x["bias"])
-    assert 0 < largest[0] <= n * v // 4
+        _, stats = vocab_ops.token_kl_op._init_fn(*tensors, *rule)
+        vocab_ops._token_kl_backward._init_fn(x["upstream"], *tensors, stats, *rule, [True] * 3)
+        vocab_ops.log_sum_sq_op._init_fn(*policy, x["target"], None, 1.0)
+    assert 4 * v < largest[0] <= n * v // 4
 
 
 def test_autocast_and_compile():

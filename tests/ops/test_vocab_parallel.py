@@ -56,7 +56,7 @@ def test_ranks_agree_and_runs_repeat_bit_for_bit(cases):
 
 def test_one_collective_forward_and_one_backward(cases):
     for _, case, regime, result in cases:
-        rows = case != "no rows"
+        rows = not case.startswith("no rows")
         assert result["calls"] == {"all_gather": rows, "all_reduce": rows and regime != "none"}, (case, regime)
 
 
@@ -94,7 +94,7 @@ def test_memory(ranks):
 def test_compiled_is_eager_bit_for_bit(ranks):
     """fullgraph, in every regime with a gradient, and one graph for every N."""
     for result in ranks[:2]:
-        assert result["compiled"] == {"frozen": (True, 1), "kept": (True, 1), "sliced": (True, 1)}
+        assert result["compiled"] == {"frozen": (True, 1), "kept": (True, 1), "sliced": (True, 1), "entropy": (True, 1)}
         assert result["compiled DTensor"]
 
 
@@ -108,6 +108,7 @@ def test_colwise_parallel_head(ranks):
                 assert difference < 1e-6 and calls == {"all_reduce": 1, "all_gather": 1}
         if rank < 2:
             assert dtensor["replicated DTensors"] == (pytest.approx(0, abs=1e-6), True)
+        assert all(dtensor[f"entropy, tp {n}"] < 1e-6 for n in (2, 3) if rank < n) and dtensor["entropy, fsdp"] < 1e-6
         assert dtensor["fsdp and tp outside"] < 1e-6 and dtensor["fsdp and tp inside"] < 1e-6
     assert [result["dtensor"]["local rows"] for result in ranks[:3]] == [101, 101, 99]
 
@@ -139,10 +140,11 @@ BAD = {
     "rows": "weight [10, 4] must have the 5 rows of this rank's slice",
     "bias": "bias [4] must have the 5 rows",
     "top1": "return_top1 is not built for vocab_parallel; leave it out",
+    "top1 of the entropy's": "return_top1 is not built for vocab_parallel; leave it out",
     "dtypes": "must share one floating dtype",
     "devices": "tensors are on several devices",
     "target": "target[2] = 10 is outside the vocabulary of 10",
-    "other op": "only linear_logprob takes DTensors",
+    "other op": "only linear_logprob and linear_logprob_entropy take DTensors",
     "replicated": "nothing",
     "hidden differs": "hidden[1] differs between the ranks",
     "target differs": "target[0] differs between the ranks",

@@ -1,6 +1,10 @@
 """Samples in this process: what is drawn, what is noted of it, and that nothing else changes."""
 
+import contextlib
+import functools
+import json
 import logging
+import math
 from dataclasses import replace
 
 import pytest
@@ -8,10 +12,13 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from fastpo import sequence_logps
+from fastpo import TrainConfig, sequence_logps
 from fastpo.data import prepare_examples
 from fastpo.errors import ConfigError, DataError, TrainingError
 from fastpo.loop.config import Sample
+from fastpo.models.modes import training_mode
+from fastpo.models.policy import Policy, attention_implementations
+from fastpo.reference.live import Exchange, _adapter_off
 from fastpo.sampling.check_sampler import check_sampler
 from fastpo.sampling.items import Failure, Request, Response, seed_of
 from fastpo.sampling.local_sampler import LocalSampler
@@ -364,3 +371,318 @@ def test_a_prompt_that_the_template_refuses(toy):
     tokenizer.chat_template = "{{ raise_exception('no system turn') }}"
     with pytest.raises(DataError, match="refuses a prompt.*no system turn"):
         prompt_ids(tokenizer, [{"role": "user", "content": "w1"}])
+
+
+# ---- log-probabilities of tokens, and a policy that is trained between calls
+
+
+def test_log_probabilities_of_tokens_are_the_policys_own(toy, sampler, model):
+    requests = requests_for(toy, temperature=0.6, top_p=0.8, top_k=30)
+    answers = all_of(sampler, requests)
+    for request in requests:
+        response = answers[request.unit]
+        ids = torch.tensor([[*request.prompt_ids, *response.token_ids]])
+        with torch.no_grad():
+            logps = model(ids).logits[0].double().log_softmax(-1)
+        ours = logps[len(request.prompt_ids) - 1 : -1].gather(-1, ids[0, len(request.prompt_ids) :, None])[:, 0]
+        assert list(response.token_logps) == pytest.approx(ours.tolist(), abs=1e-4)
+        assert response.logp == sum(response.token_logps)
+    line = json.loads(json.dumps(answers[requests[0].unit].to_json()))
+    back = Response.from_json(line)
+    assert list(back.token_logps) == list(answers[requests[0].unit].token_logps)
+    some = replace(back, token_logps=[-1.0, math.nan])
+    assert some.to_json()["token_logps"] == [-1.0, None]
+    read = Response.from_json(some.to_json()).token_logps
+    assert read[0] == -1.0 and math.isnan(read[1])
+    assert "token_logps" not in replace(back, token_logps=None).to_json()
+
+
+def test_the_check_takes_log_probabilities_that_are_there(toy, sampler, model):
+    requests = requests_for(toy, n=4, k=2)
+    answers = all_of(sampler, requests)
+    pairs = [(r, answers[r.unit]) for r in requests]
+    rows = [{"prompt": list(q.prompt_ids), "completion": list(r.token_ids)} for q, r in pairs]
+    own = [logps[0] for logps in sequence_logps(model, rows, processing_class=toy.tokenizer())]
+    found = check_sampler(pairs, own=own)
+    assert found["compared"] == 8 and found["difference"] < 1e-5
+    assert check_sampler(pairs, own=[torch.from_numpy(x) for x in own]) == found
+    gaps = [(q, replace(r, logp=None, token_logps=[math.nan, *list(r.token_logps)[1:]])) for q, r in pairs]
+    left_out = check_sampler(gaps, own=[[99.0, *x[1:]] for x in own])  # the first of each is not looked at
+    assert left_out["compared"] == sum(len(r.token_ids) > 1 for _, r in pairs) and left_out["difference"] < 1e-5
+    sums = [(q, replace(r, token_logps=None)) for q, r in pairs]
+    assert check_sampler(sums, own=own)["compared"] == 8
+    with pytest.raises(TrainingError, match="the sampler is not the policy.*of 8 responses.*other or stale weights"):
+        check_sampler(pairs, own=[x + 0.2 for x in own])
+    with pytest.raises(TrainingError, match="the sampler is not the policy"):
+        check_sampler(pairs, own=[[math.nan] * len(x) for x in own])
+    none = [(q, replace(r, logp=None, token_logps=None)) for q, r in pairs]
+    assert check_sampler(none, own=own)["why"].startswith("the sampler gives no log-probabilities")
+    with pytest.raises(ValueError, match="tokens were sampled"):
+        check_sampler(pairs, own=[x[:-1] for x in own])
+    with pytest.raises(ValueError):
+        check_sampler(pairs, own=own[:-1])
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("attached", [False, True], ids=["", "attached"])
+def test_a_policy_that_is_trained_between_calls(toy, method, attached):
+    """As a trainer has it: attached, in train mode, layers recomputed, half of a step done."""
+    model = policy_of(toy)
+    if method == "lora":
+        peft = pytest.importorskip("peft")
+        model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    requests = requests_for(toy, n=3, k=4)
+    sampler = LocalSampler(model, toy.tokenizer(), live=True)
+    config = TrainConfig(output_dir="", gradient_checkpointing=True)
+    policy = Policy(model)
+    with training_mode(policy, config) if attached else contextlib.nullcontext():
+        first = None
+        for step in range(2):
+            flags = {name: p.requires_grad for name, p in model.named_parameters()}
+            modes = [m.training for m in model.modules()]
+            checkpointed = [getattr(m, "gradient_checkpointing", None) for m in model.modules()]
+            attention, state = attention_implementations(policy.causal_lm), torch.get_rng_state()
+            caches = model.config.use_cache
+            with policy.detached():
+                answers = all_of(sampler, requests)
+            assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
+            assert [m.training for m in model.modules()] == modes
+            assert [getattr(m, "gradient_checkpointing", None) for m in model.modules()] == checkpointed
+            assert [a for _, a in attention_implementations(policy.causal_lm)] == [a for _, a in attention]
+            assert model.config.use_cache == caches and torch.equal(torch.get_rng_state(), state)
+            rows = [{"prompt": list(r.prompt_ids), "completion": list(answers[r.unit].token_ids)} for r in requests]
+            with policy.detached():
+                own = [x[0] for x in sequence_logps(model, rows, processing_class=toy.tokenizer())]
+            assert check_sampler([(r, answers[r.unit]) for r in requests], own=own)["difference"] < 1e-4
+            assert step == 0 or first != answers
+            first = answers
+            with torch.no_grad():
+                for p in model.parameters():
+                    if p.requires_grad:
+                        p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    assert sampler.key["model"] == "in memory, trained"
+
+
+def test_in_the_precision_of_an_autocast(toy, model):
+    requests = requests_for(toy, n=3, k=2)
+    sampler = LocalSampler(model, toy.tokenizer())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        answers = all_of(sampler, requests)
+    found = check_sampler([(r, answers[r.unit]) for r in requests], model, toy.tokenizer(), tolerance=0.02)
+    assert 1e-6 < found["difference"]  # bf16 was used, and is near
+
+
+# ---- prompts that several responses have, and the cache
+
+
+def alone(model, request, tokens):
+    """Logits [tokens, V] in fp64 of a full forward without a cache, before each of the tokens."""
+    ids = torch.tensor([[*request.prompt_ids, *tokens]])
+    with torch.no_grad():
+        return model(ids, use_cache=False).logits[0, len(request.prompt_ids) - 1 : -1].double()
+
+
+def drawn_again(request, logits):
+    """The tokens that the request's random numbers draw from logits [tokens, V] in fp64."""
+    u = torch.rand(request.max_tokens, generator=torch.Generator().manual_seed(request.seed), dtype=torch.float64)
+    sums = (logits / request.temperature).softmax(-1).cumsum(-1)
+    return torch.searchsorted(sums, (u[: len(sums)] * sums[:, -1])[:, None], right=True)[:, 0].tolist()
+
+
+@pytest.mark.parametrize("changes", [{}, {"sliding_window": 8}], ids=["full", "window"])
+def test_a_prompt_of_many_responses_is_computed_once(toy, monkeypatch, changes):
+    model = policy_of(toy)
+    if changes:
+        transformers = pytest.importorskip("transformers")
+        torch.manual_seed(0)
+        config = transformers.MistralConfig(**{**model.config.to_dict(), **changes})
+        model = transformers.MistralForCausalLM(config).eval()
+        model.generation_config.eos_token_id = 0
+    model = model.double()
+    tokenizer = toy.tokenizer()
+    prompts = [tuple(range(3, 3 + size)) for size in (40, 1, 17)]
+    requests = [Request(f"p{i}", k, "policy", "", ids, seed_of(i, k), max_tokens=20)
+                for i, ids in enumerate(prompts) for k in range(6)]  # fmt: skip
+    seen = []
+    handle = model.model.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    answers = all_of(LocalSampler(model, tokenizer, batch_size=18), requests)
+    handle.remove()
+    assert seen[0] == (3, 39) and set(seen[1:]) == {(18, 1)}
+    for request in requests:
+        tokens = answers[request.unit].token_ids
+        logits = alone(model, request, tokens)
+        assert drawn_again(request, logits) == list(tokens)
+        logps = logits.log_softmax(-1).gather(-1, torch.tensor(tokens)[:, None])[:, 0]
+        assert list(answers[request.unit].token_logps) == pytest.approx(logps.tolist(), abs=1e-5)
+
+
+def test_the_memory_of_keys_and_values_grows(toy, monkeypatch):
+    monkeypatch.setattr("fastpo.sampling.decoding.ROOM", 3)
+    model, requests = policy_of(toy), requests_for(toy, n=5, k=3, max_tokens=30)
+    answers = all_of(LocalSampler(model, toy.tokenizer()), requests)
+    pairs = [(r, answers[r.unit]) for r in requests]
+    assert check_sampler(pairs, model, toy.tokenizer(), n=15)["difference"] < 1e-5
+
+
+# ---- min_p and the repetition penalty
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(min_p=0.3),
+        dict(min_p=0.2, top_k=12),
+        dict(min_p=0.25, top_p=0.9, temperature=0.8),
+        dict(repetition_penalty=1.6),
+        dict(repetition_penalty=0.7, min_p=0.1, top_k=20, top_p=0.95, temperature=1.3),
+        dict(top_p=0.97),
+        dict(top_k=7),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("likeliest", [512, 4], ids=["", "few"])
+def test_cuts_and_the_penalty_are_transformers_own(toy, monkeypatch, settings, likeliest):
+    """Which tokens can be drawn and how often, against its own processors."""
+    monkeypatch.setattr("fastpo.sampling.drawing._LIKELIEST", likeliest)
+    model = policy_of(toy, initializer_range=0.4)
+    ids, n = (10, 11, 12, 11), 4000
+    given = GenerationConfig(do_sample=True, **{"top_k": 0, **settings})
+    processors = model._get_logits_processor(given, len(ids), device="cpu", logits_processor=[])
+    with torch.no_grad():
+        scores = processors(torch.tensor([ids]), model(torch.tensor([ids])).logits[:, -1].float())
+    expected = scores[0].double().softmax(-1)
+    plain = [Request("q", k, "policy", "", ids, seed_of(k, 1), max_tokens=1) for k in range(50)]  # beside rows without
+    requests = [Request("p", k, "policy", "", ids, seed_of(k), max_tokens=1, **settings) for k in range(n)]
+    answers = all_of(LocalSampler(model, toy.tokenizer(), batch_size=1000), [*plain, *requests])
+    found = torch.bincount(torch.tensor([answers[r.unit].token_ids[0] for r in requests]), minlength=100).double()
+    assert not found[expected == 0].any()
+    often = expected * n >= 5
+    rest = [(found[~often].sum(), expected[~often].sum() * n)] if (expected[~often] > 0).any() else []
+    cells = [*zip(found[often], expected[often] * n, strict=True), *rest]
+    chi = sum(float((f - e) ** 2 / e) for f, e in cells if e > 0)
+    assert len(cells) > 1 and chi < chi_square_999(len(cells) - 1)
+
+
+def chi_square_999(freedom):
+    """The 0.999 quantile, by Wilson and Hilferty."""
+    return freedom * (1 - 2 / (9 * freedom) + 3.09 * (2 / (9 * freedom)) ** 0.5) ** 3
+
+
+def test_the_penalty_counts_what_was_drawn(toy):
+    """Greedy with a penalty is generate's own, token for token."""
+    model = policy_of(toy, initializer_range=0.4)
+    requests = requests_for(toy, n=5, k=1, temperature=0.0, repetition_penalty=1.5, max_tokens=25)
+    answers = all_of(LocalSampler(model, toy.tokenizer()), requests)
+    for request in requests:
+        ids = torch.tensor([request.prompt_ids])
+        settings = GenerationConfig(do_sample=False, max_new_tokens=25, eos_token_id=0, pad_token_id=2,
+                                    repetition_penalty=1.5)  # fmt: skip
+        expected = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
+        assert answers[request.unit].token_ids == tuple(expected[0, ids.shape[1] :].tolist())
+    for wrong in (dict(min_p=1.5), dict(repetition_penalty=0.0)):
+        with pytest.raises(ConfigError, match="expected a min_p from 0 to 1 and a penalty above 0"):
+            all_of(LocalSampler(model, toy.tokenizer()), requests_for(toy, n=1, **wrong))
+
+
+# ---- a mixture of the policy and its reference
+
+
+def mixtures(toy, kind):
+    """(policy, reference of LocalSampler, how the reference's own logits are had, what is trained)."""
+    model = policy_of(toy, initializer_range=0.3).double()
+    if kind == "other":
+        reference = policy_of(toy, seed=3, initializer_range=0.3).double()
+        return model, reference, reference, contextlib.nullcontext
+    if kind == "exchange":
+        exchange = Exchange(dict(model.named_parameters()))
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+        within = functools.partial(exchange.in_place, model)
+        return model, within, model, within
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    within = functools.partial(_adapter_off, model, Exchange({}))
+    return model, within, model, within
+
+
+@pytest.mark.parametrize("kind", ["other", "exchange", "adapter"])
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "single"])
+def test_a_mixture_is_that_of_full_forwards(toy, kind, shared):
+    """Left padding, stops and ends within a batch; each token is the one that its random number draws in fp64."""
+    model, reference, of_it, within = mixtures(toy, kind)
+    model.train()
+    n, k = (5, 8) if shared else (12, 1)
+    requests = requests_for(toy, n=n, k=k, max_tokens=25, temperature=0.9, stop=("w50 ", "w7"))
+    c, tokenizer = 0.35, toy.tokenizer()
+    flags = [p.requires_grad for p in model.parameters()]
+    before = [p.detach().clone() for p in model.parameters()]
+    answers = all_of(LocalSampler(model, tokenizer, batch_size=20, mixture=c, reference=reference, live=True), requests)
+    assert model.training and [p.requires_grad for p in model.parameters()] == flags
+    assert all(map(torch.equal, before, model.parameters()))
+    model.eval()
+    lengths, differ = set(), 0
+    for request in requests:
+        answer = answers[request.unit]
+        own = alone(model, request, answer.token_ids)
+        with within():
+            other = alone(of_it, request, answer.token_ids)
+        assert drawn_again(request, (1 - c) * own + c * other) == list(answer.token_ids)
+        differ += drawn_again(request, own) != list(answer.token_ids)
+        logps = own.log_softmax(-1).gather(-1, torch.tensor(answer.token_ids)[:, None])[:, 0]
+        assert list(answer.token_logps) == pytest.approx(logps.tolist(), abs=1e-4)  # the policy's
+        lengths.add((len(answer.token_ids), answer.finished))
+    assert len(lengths) > 3 and differ > 2
+
+
+@pytest.mark.parametrize("kind", ["other", "exchange", "adapter"])
+def test_mixtures_of_nothing_and_of_all_are_plain_sampling(toy, kind):
+    model, reference, of_it, within = mixtures(toy, kind)
+    requests, tokenizer = requests_for(toy, n=4, k=3), toy.tokenizer()
+    policy = all_of(LocalSampler(model, tokenizer, mixture=0.0, reference=reference), requests)
+    assert policy == all_of(LocalSampler(model, tokenizer), requests)
+    passes = []
+    if kind == "other":
+        model.register_forward_hook(lambda *_: passes.append(1))
+    there = all_of(LocalSampler(model, tokenizer, mixture=1.0, reference=reference), requests)
+    assert not passes  # the policy is not run
+    with within():
+        assert there == all_of(LocalSampler(of_it, tokenizer), requests)
+    assert there != policy
+    if kind != "other":
+        assert policy == all_of(LocalSampler(model, tokenizer), requests)  # it is the policy again
+
+
+def test_tokens_of_a_mixture_are_drawn_from_its_distribution(toy):
+    model, other = policy_of(toy, initializer_range=0.4), policy_of(toy, seed=5, initializer_range=0.4)
+    ids, n, c = (10, 11, 12), 4000, 0.5
+    requests = [Request("p", k, "policy", "", ids, seed_of(k), max_tokens=1) for k in range(n)]
+    answers = all_of(LocalSampler(model, toy.tokenizer(), batch_size=1000, mixture=c, reference=other), requests)
+    found = torch.bincount(torch.tensor([a.token_ids[0] for a in answers.values()]), minlength=100).double()
+    with torch.no_grad():
+        own, theirs = (m(torch.tensor([ids])).logits[0, -1].double() for m in (model, other))
+    expected = ((1 - c) * own + c * theirs).softmax(-1) * n
+    often = expected >= 5
+    cells = [*zip(found[often], expected[often], strict=True), (found[~often].sum(), expected[~often].sum())]
+    chi = sum(float((f - e) ** 2 / e) for f, e in cells)
+    assert len(cells) > 10 and chi < chi_square_999(len(cells) - 1)
+    wrong = own.softmax(-1) * n  # the policy's alone would be found
+    assert sum(float((f - e) ** 2 / e) for f, e in zip(found[often], wrong[often], strict=True)) > 10 * chi
+
+
+def test_mixtures_that_are_none_are_refused(toy, model):
+    for options, message in (
+        (dict(mixture=1.5, reference=model), "mixture must be from 0"),
+        (dict(mixture=True, reference=model), "mixture must be from 0"),
+        (dict(mixture=0.5), "mixture=0.5 needs a reference"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            LocalSampler(model, toy.tokenizer(), **options)
+    larger = LocalSampler(model, toy.tokenizer(), mixture=0.5, reference=policy_of(toy, vocab_size=128))
+    with pytest.raises(ConfigError, match="the reference has 128 tokens and the policy 100"):
+        all_of(larger, requests_for(toy, n=1))
+    contrasts = [replace(r, contrast_ids=(4,), contrast=0.5) for r in requests_for(toy, n=1)]
+    with pytest.raises(ConfigError, match="two prompts, which a mixture cannot"):
+        all_of(LocalSampler(model, toy.tokenizer(), mixture=0.5, reference=model), contrasts)

@@ -3,6 +3,7 @@
 import http.server
 import json
 import logging
+import math
 import os
 import shlex
 import signal
@@ -19,11 +20,13 @@ import pytest
 pytest.importorskip("openai", reason="needs openai: pip install 'fastpo[loop]'")
 pytest.importorskip("tenacity", reason="needs tenacity: pip install 'fastpo[loop]'")
 
+from fastpo import sequence_logps
 from fastpo.errors import ConfigError, TrainingError
 from fastpo.loop.sample_stage import read_samples, sample_stage
 from fastpo.sampling.check_sampler import check_sampler
-from fastpo.sampling.items import Failure, Request, Response, seed_of
+from fastpo.sampling.items import Failure, Refresh, Request, Response, seed_of
 from fastpo.sampling.local_sampler import LocalSampler
+from fastpo.sampling.server_forms import Form, sampled_tokens
 from fastpo.sampling.server_process import ServerProcess
 from fastpo.sampling.servers import ServerSampler
 
@@ -658,3 +661,173 @@ def test_transformers_serve_as_a_sampler(saved, tmp_path, monkeypatch, caplog):
     local = LocalSampler(str(saved), use_cpu=True)
     own = all_of(local, requests_for(2, 2, max_tokens=12, temperature=0.0))
     assert {u: a.text for u, a in greedy.items()} == {u: a.text for u, a in own.items()}
+
+
+# ---- new weights
+
+
+class Engine:
+    """An imitation of vLLM or SGLang with weights: loads them from a folder, or only says so."""
+
+    def __init__(self, toy, model, keeps_old=False):
+        self.tokenizer, self.model, self.keeps_old = toy.tokenizer(), model, keeps_old
+        self.told = []
+
+    def __call__(self, path, body):
+        if not path.startswith("/v1/"):
+            self.told.append((path, body))
+        if path == "/collective_rpc":
+            self.load(body["kwargs"]["weights_path"])
+            return {"results": [None]}
+        if path == "/reset_prefix_cache":
+            return 200, ""
+        if path == "/update_weights_from_disk":
+            self.load(body["model_path"])
+            return {"success": True, "message": "Succeeded to update model weights.", "num_paused_requests": 0}
+        local = LocalSampler(self.model, self.tokenizer)
+        asked = [Request("x", k, "policy", "", tuple(body["prompt"]), body["seed"] + k, max_tokens=body["max_tokens"])
+                 for k in range(body["n"])]  # fmt: skip
+        choices = [choice(own.text, r.k, list(own.token_ids), "stop" if own.finished else "length",
+                          list(own.token_logps)) for r, own in local.sample(asked)]  # fmt: skip
+        return {"choices": choices, "usage": {"prompt_tokens": len(body["prompt"])}}
+
+    def load(self, folder):
+        from transformers import LlamaForCausalLM
+
+        if not self.keeps_old:
+            self.model = LlamaForCausalLM.from_pretrained(folder)
+
+
+def listed_as(sampler, owner):
+    async def listed():
+        return owner, "served"
+
+    sampler._listed = listed
+    return sampler
+
+
+@pytest.fixture
+def folders(toy, tmp_path):
+    """Two models and the folder of the second."""
+    models = [toy.model(), toy.model(seed=3, initializer_range=0.3)]
+    for model in models:
+        model.generation_config.eos_token_id = EOS
+    models[1].save_pretrained(tmp_path / "new")
+    return models, tmp_path / "new"
+
+
+def own_logps(model, toy, pairs):
+    rows = [{"prompt": list(q.prompt_ids), "completion": list(r.token_ids)} for q, r in pairs]
+    return [logps[0] for logps in sequence_logps(model, rows, processing_class=toy.tokenizer())]
+
+
+@pytest.mark.parametrize(
+    "owner, told",
+    [
+        ("vllm", ["/collective_rpc", "/reset_prefix_cache"]),
+        ("sglang", ["/update_weights_from_disk"]),
+        ("openai", ["/collective_rpc", "/reset_prefix_cache"]),  # one that does not say: the first that it takes
+    ],
+)
+def test_a_server_loads_new_weights(serve, sampler_of, toy, folders, owner, told):
+    (old, new), folder = folders
+    engines = [Engine(toy, old), Engine(toy, old)]
+    sampler = listed_as(sampler_of(*map(serve, engines), concurrency=1), owner)
+    assert isinstance(sampler, Refresh) and not isinstance(LocalSampler(old, toy.tokenizer()), Refresh)
+    requests = requests_for(5, 2, max_tokens=20)
+    before = all_of(sampler, requests)
+    pairs = [(r, before[r.unit]) for r in requests]
+    assert check_sampler(pairs, own=own_logps(old, toy, pairs))["difference"] < 1e-5
+    for number in (1, 2):
+        assert sampler.update(folder) == f"loaded by {told[0]}"
+        assert all([path for path, _ in engine.told] == told * number for engine in engines)  # every address
+    after = all_of(sampler, requests)
+    pairs = [(r, after[r.unit]) for r in requests]
+    assert check_sampler(pairs, own=own_logps(new, toy, pairs))["difference"] < 1e-5
+    assert sampler.key["weights"] == str(folder) and sampler.model == "served"
+
+
+def test_a_server_that_keeps_its_old_weights_is_found(serve, sampler_of, toy, folders):
+    (old, new), folder = folders
+    sampler = sampler_of(serve(Engine(toy, old, keeps_old=True)), concurrency=1)
+    sampler.update(folder)  # before it was asked for anything
+    answers = all_of(sampler, requests_for(5, 2, max_tokens=20))
+    pairs = [(r, answers[r.unit]) for r in requests_for(5, 2, max_tokens=20)]
+    with pytest.raises(TrainingError, match="the sampler is not the policy: .* of 10 .*other or stale weights"):
+        check_sampler(pairs, own=own_logps(new, toy, pairs))
+
+
+def test_a_server_that_loads_no_weights_is_refused(serve, sampler_of, toy, folders, tmp_path):
+    _, folder = folders
+    without = serve(lambda path, body: vllm(path, body) if path.startswith("/v1/") else (404, {"detail": "Not Found"}))
+    with pytest.raises(ConfigError, match="cannot be given new weights .*collective_rpc: 404.*VLLM_SERVER_DEV_MODE=1"):
+        sampler_of(without).update(folder)
+    fails = serve(lambda *_: (400, {"success": False, "message": "no such file"}))
+    with pytest.raises(ConfigError, match="/update_weights_from_disk: 400.*no such file") as found:
+        listed_as(sampler_of(fails), "sglang").update(folder)
+    assert "\n" not in str(found.value)
+    polite = serve(lambda *_: {"success": False, "message": "other shapes"})
+    with pytest.raises(ConfigError, match="other shapes"):
+        listed_as(sampler_of(polite), "sglang").update(folder)
+    with pytest.raises(ConfigError, match="no way of loading weights that fastpo knows"):
+        listed_as(sampler_of(serve(vllm)), "llama.cpp").update(folder)
+    with pytest.raises(ConfigError, match="has no config.json"):
+        sampler_of(without).update(tmp_path / "adapter")
+    gone = serve(vllm)
+    gone.close()
+    with pytest.raises(TrainingError, match="no server answers"):
+        listed_as(sampler_of(gone), "vllm").update(folder)
+
+
+def test_a_server_of_a_command_is_started_anew(command, folders, toy, tmp_path, caplog):
+    text, url = command()
+    _, folder = folders
+    sampler = ServerSampler("policy", toy.tokenizer(), base_url=url, command=text, log_path=tmp_path / "server.log",
+                            attempts=1)  # fmt: skip
+    try:
+        sampler._started()
+        first = sampler._process._process.pid
+        for _ in range(2):
+            assert sampler.update(folder) == "started anew"
+        assert gone_within(first) and alive(sampler._process._process.pid)
+        said = (tmp_path / "server.log").read_text()
+        assert "loading policy" in said and said.count(f"loading {folder}") == 2
+        assert caplog.text.count("is started anew for new weights") == 1
+    finally:
+        sampler.close()
+    waiting = ServerSampler("policy", toy.tokenizer(), base_url=url, command=text, log_path=tmp_path / "later.log")
+    assert waiting.update(folder) == "started with it"
+    try:
+        waiting._started()
+        assert f"loading {folder}" in (tmp_path / "later.log").read_text()
+    finally:
+        waiting.close()
+
+
+# ---- log-probabilities of tokens
+
+
+def test_log_probabilities_of_tokens_as_servers_give_them(serve, sampler_of):
+    triples = [[-1.0, 4, "w1"], [None, 5, "w2"], [-0.25, EOS, None]]
+    chat = {"message": {"content": "w1 w2"}, "finish_reason": "stop", "index": 0,
+            "meta_info": {"output_token_logprobs": triples}}  # fmt: skip
+    assert sampled_tokens(chat) == ([4, 5, EOS], pytest.approx([-1.0, math.nan, -0.25], nan_ok=True))
+    made = iter([choice("w1 w2", ids=[4, 5, EOS], logps=[-1.0, None, -0.25]), choice("w1 w2", ids=[4, 5, EOS]),
+                 choice("w1", ids=[4, EOS], logps=[None, None])])  # fmt: skip
+    sampler = sampler_of(serve(after_probe(lambda *_: {"choices": [next(made)]})), concurrency=1)
+    some, none, nothing = all_of(sampler, requests_for(3, 1)).values()
+    assert some.logp is None and list(some.token_logps) == pytest.approx([-1.0, math.nan, -0.25], nan_ok=True)
+    assert none.logp is None and none.token_logps is None and nothing.token_logps is None
+    whole = all_of(sampler_of(serve(vllm)), requests_for())["p0", "policy", 0]
+    assert list(whole.token_logps) == [-1.0, -2.0, -0.5] and whole.logp == -3.5
+
+
+def test_min_p_and_the_penalty_are_sent(serve, sampler_of):
+    server = serve(vllm)
+    all_of(sampler_of(server), requests_for(min_p=0.1, repetition_penalty=1.2))
+    assert all(b["min_p"] == 0.1 and b["repetition_penalty"] == 1.2 for b in server.bodies)
+    for settings in (dict(min_p=0.1), dict(repetition_penalty=1.2)):
+        with pytest.raises(ConfigError, match="takes no request"):
+            all_of(sampler_of(serve(plain())), requests_for(**settings))
+    body = Form(dialect="transformers").body(requests_for(min_p=0.1, repetition_penalty=1.2)[0], 1, "m", "w1")
+    assert {"min_p": 0.1, "repetition_penalty": 1.2}.items() <= json.loads(body["generation_config"]).items()

@@ -98,8 +98,10 @@ def test_learning_rate_far_above_the_papers(loss_type):
 
 
 def test_every_loss_has_a_published_rate():
-    """But a reward model's, which has no language to unlearn, and a loss that is only added to another."""
-    named = {n for n, loss in losses.LOSSES.items() if loss.trainable and n not in ("reward", "degree_aux")}
+    """But a reward model's, which has no language to unlearn, a loss that is only added to another, and those per
+    token, whose gradients are those of rewards."""
+    others = ("scores", "degrees", "tokens")
+    named = {n for n, loss in losses.LOSSES.items() if not loss.online and loss.shape not in others}
     assert set(PUBLISHED_RATES) == {*named, losses.SFT}
     assert guards("reward", learning_rate=1.0).at_start({"train": report()}) == []
 

@@ -11,7 +11,9 @@ from fastpo.errors import ConfigError, DataError
 from fastpo.losses.table import LOSSES, Term
 
 # Of language models; test_reward_model.py has the other.
-TRAINABLE = [name for name, loss in LOSSES.items() if loss.trainable and loss.shape not in ("scores", "degrees")]
+TRAINABLE = [
+    name for name, loss in LOSSES.items() if not loss.online and loss.shape not in ("scores", "degrees", "tokens")
+]
 LN2 = math.log(2)
 
 

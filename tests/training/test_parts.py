@@ -18,6 +18,7 @@ from fastpo.training.evaluation import Evaluation
 from fastpo.training.forward import Forward
 from fastpo.training.inputs import Origin
 from fastpo.training.memory import Budget, savings
+from fastpo.training.metrics import token_sums
 from fastpo.training.micro_batches import MicroBatches
 from fastpo.training.objective import Objective
 from fastpo.training.optim import Gradients
@@ -121,6 +122,26 @@ def test_a_forward_watches_only_when_asked(toy):
         assert set(batch.rows) == {"entropy", "top1"} and not parts.forward.watches
     entropy = batch.rows["entropy"]
     assert 0 < entropy.min() and entropy.max() <= math.log(toy.words + 3) + 1e-5
+
+
+def test_a_forward_gives_entropies_with_a_gradient_to_a_loss_that_wants_them(toy):
+    """In passes with statistics alone; the log's sums of them have no graph."""
+    parts = Parts(toy, toy.rows(2))
+    batch = parts.batches.batch(parts.data.train, [0, 1], None)
+    parts.forward.wants_entropy = True
+    with parts.policy.attach(), parts.forward.watching():
+        plain = parts.forward(batch, statistics=False)
+        assert not batch.rows
+        logp = parts.forward(batch)
+        entropy = batch.rows["entropy"]
+        assert logp.equal(plain) and entropy.requires_grad and not token_sums(batch).requires_grad
+        assert set(batch.rows) == {"entropy", "top1"}
+        entropy.sum().backward()
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in parts.model.parameters())
+    parts.forward.wants_entropy = False
+    with torch.no_grad(), parts.policy.attach(), parts.forward.watching():
+        parts.forward(batch)
+    assert batch.rows["entropy"].equal(entropy.detach())
 
 
 def test_a_step_is_normalised_over_all_of_its_micro_batches(toy):
@@ -243,7 +264,8 @@ def test_a_schedule_marks_what_is_due():
     config = config_of(
         logging_steps=2, save_strategy="epoch", eval_strategy="steps", eval_steps=3, per_device_train_batch_size=2
     )
-    schedule, state, control = Schedule(config, rows=7, processes=1, steps=8), TrainerState(), TrainerControl()
+    schedule = Schedule(config, rows=7, batch=config.per_device_train_batch_size, steps=8)
+    state, control = TrainerState(), TrainerControl()
     schedule.begin(state)
     assert (state.max_steps, state.logging_steps, state.eval_steps) == (8, 2, 3)
     due = []

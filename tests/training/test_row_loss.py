@@ -13,7 +13,7 @@ from fastpo.errors import ConfigError, DataError, TrainingError
 from fastpo.losses.table import LOSSES
 from fastpo.reference.passes import reference_logps
 
-TRAINED = [name for name, loss in LOSSES.items() if loss.trainable and loss.shape == "pairs" and not loss.of_step]
+TRAINED = [name for name, loss in LOSSES.items() if not loss.online and loss.shape == "pairs" and not loss.of_step]
 
 
 @pytest.fixture

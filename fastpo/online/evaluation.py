@@ -1,0 +1,31 @@
+"""Evaluation of an online run: responses to other prompts, and what they are worth."""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from fastpo.config.train_config import TrainConfig
+from fastpo.data.example import Example
+from fastpo.online.drawing import Drawing
+from fastpo.online.prompts import Asked
+from fastpo.online.rollouts import Judgement
+
+
+class OnlineEvaluation:
+    """Draws `count` responses to each prompt, by the same seeds every time, and judges them as training does."""
+
+    def __init__(self, drawing: Drawing, judgement: Judgement, config: TrainConfig, count: int):
+        self.drawing, self.judgement, self.config, self.count = drawing, judgement, config, count
+
+    def __call__(self, examples: Sequence[Example], ref: Any, name: str, prefix: str | None = None) -> dict[str, float]:
+        """The metrics of rewards and lengths; keys carry `prefix`. Every rank calls it."""
+        started = time.monotonic()
+        prefix = name if prefix is None else prefix
+        asked = {row: e for row, e in enumerate(examples) if isinstance(e, Asked)}
+        drawn = self.drawing(asked, self.count, self.config.seed, "evaluation", name)
+        judged = self.judgement(drawn, asked)
+        seconds = time.monotonic() - started
+        out = {f"{prefix}_{key}": value for key, value in judged.metrics.items() if value == value}
+        if judged.left_out:
+            out[f"{prefix}_left_out"] = float(sum(judged.left_out.values()))
+        return {**out, f"{prefix}_runtime": seconds, f"{prefix}_samples_per_second": len(examples) / seconds}

@@ -1,0 +1,423 @@
+"""What an online run trains on: responses that the policy gives as it trains, judged and made into rows.
+
+A generation: responses are drawn to the prompts of its steps, judged, and become advantages or pairs; the policy's own
+log-probabilities as it is now (`old_logp`) and the reference's are computed where the loss reads them. Then its steps
+train on them. Everything of a generation that its later steps need is in `state_dict`, so that a run goes on inside it.
+
+A response that trains nothing goes through the model no more: one that was left out, that is masked out, or, where
+neither a KL nor an entropy term is on, whose advantage is 0.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from fastpo.config.train_config import TrainConfig
+from fastpo.data.example import ADVANTAGE, OF_REFERENCE, REF_LOGP, Example, even_weights
+from fastpo.data.packing import PackedBatch
+from fastpo.errors import TrainingError
+from fastpo.losses.tokens import Totals
+from fastpo.models.modes import eval_mode
+from fastpo.models.policy import ENTROPY
+from fastpo.online.drawing import Drawing, Drawn
+from fastpo.online.plan import OnlinePlan
+from fastpo.online.prompts import Asked
+from fastpo.sampling.items import Response, seed_of
+from fastpo.sampling.parts import write_lines
+from fastpo.training.distributed import Engine
+from fastpo.training.objective import Objective
+from fastpo.training.passes import Passes
+from fastpo.training.policy_terms import MASK, OLD_LOGP, POLICY_MASK
+from fastpo.training.stepwide import StepWide
+
+log = logging.getLogger("fastpo")
+
+Arrays = list[list[np.ndarray]]  # of each example, of each response: [tokens] fp32
+
+
+@dataclass
+class Group:
+    """A prompt's responses that can be trained on, and what is known of them. K = responses."""
+
+    row: int
+    asked: Asked
+    responses: list[Response]  # K
+    advantage: list[float] = field(default_factory=list)  # [K], of losses per token
+    pairs: list[tuple[int, int]] = field(default_factory=list)
+    pair_columns: dict[str, list[float]] = field(default_factory=dict)
+    masked: list[bool] = field(default_factory=list)  # [K]: counts, and trains nothing
+
+    def example(self) -> Example:
+        """As a row."""
+        columns = {ADVANTAGE: list(self.advantage)} if self.advantage else {}
+        return Example(
+            self.asked.prompt_ids, [np.asarray(r.token_ids, np.int32) for r in self.responses], list(self.pairs),
+            {name: list(values) for name, values in self.pair_columns.items()}, columns,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Groups that were judged, and what the log says of them."""
+
+    groups: list[Group]
+    metrics: dict[str, float]
+    tokens: dict[int, int]  # by row: of its prompt with each response that was drawn
+    left_out: Counter[str] = field(default_factory=Counter)  # responses, by reason
+    lines: list[dict[str, Any]] = field(default_factory=list)  # of `log_completions`
+
+
+class Judgement(Protocol):
+    """What makes groups of what was drawn (online/advantages.py, online/preferences.py). Every rank calls it alike."""
+
+    def __call__(self, drawn: Sequence[Drawn], asked: Mapping[int, Asked]) -> Judged: ...
+
+    def close(self) -> None: ...
+
+
+class EntropyBonus:
+    """The weight of the tokens' entropy in the loss; adaptive, it follows what the entropy was a step before."""
+
+    def __init__(self, config: TrainConfig):
+        self.config, self.value, self.last = config, config.entropy_coef, float("-inf")
+
+    @property
+    def is_on(self) -> bool:
+        return bool(self.config.entropy_coef) or self.config.use_adaptive_entropy
+
+    def coefficient(self) -> float:
+        """Of the step at hand; adaptive, 0 where the entropy is above its target."""
+        return 0.0 if self.config.use_adaptive_entropy and self.last > self.config.entropy_target else self.value
+
+    def update(self, entropy: float | None) -> None:
+        """Mean entropy of the last step's tokens, if it is known."""
+        config = self.config
+        if entropy is not None:
+            step = config.entropy_coef_delta if entropy <= config.entropy_target else -config.entropy_coef_delta
+            self.value = min(config.entropy_coef_max, max(config.entropy_coef_min, self.value + step))
+            self.last = entropy
+
+
+@dataclass
+class Step:
+    """What one step trains."""
+
+    rows: list[int]
+    totals: Totals
+    tokens: int  # prompt and response tokens that it was drawn from, as TRL counts them
+
+
+class Rollouts:
+    """The rows of an online run; `examples` are what the trainer's steps read, by row."""
+
+    def __init__(
+        self, config: TrainConfig, plan: OnlinePlan, asked: Sequence[Example], objective: Objective, passes: Passes,
+        drawing: Drawing, count: int, folder: Path,
+    ):  # fmt: skip
+        """count: responses of a prompt. folder: of the run, for `log_completions`."""
+        self.config, self.plan, self.asked, self.objective = config, plan, list(asked), objective
+        self.passes, self.drawing, self.count, self.folder = passes, drawing, count, folder
+        self.judgement: Any = None  # a Judgement, which may ask for `penalty`
+        self.beta = 0.0  # of the penalty
+        self.examples: list[Example] = list(asked)
+        self.steps: list[Step] = []  # of the generation at hand
+        self.begun = -1  # the step at which it was drawn
+        self.window: list[dict[str, float]] = []  # metrics of the generations since the last log line
+        self.left_out: Counter[str] = Counter()
+        self.entropy = EntropyBonus(config)
+        self.stepwide: StepWide | None = None
+        self._seen_entropy: float | None = None  # by a run that this one goes on from
+        self.reference: tuple[Engine, Callable[[], AbstractContextManager[Any]]] | None = None
+
+    # ---- a step
+
+    def begin_step(self, number: int, stepwide: StepWide) -> tuple[list[int], int]:
+        """(rows that step `number` trains, prompt and response tokens that they are of); `stepwide` gets the rest."""
+        step = self.step(number)
+        self.stepwide = stepwide
+        self.entropy.update(stepwide.entropy if stepwide.entropy is not None else self._seen_entropy)
+        stepwide.entropy = self._seen_entropy = None
+        stepwide.of_rollouts = {"totals": step.totals, "entropy_coef": self.entropy.coefficient(),
+                                "watches_entropy": self.config.use_adaptive_entropy}  # fmt: skip
+        return step.rows, step.tokens
+
+    def step(self, number: int) -> Step:
+        """What step `number` trains, drawn where it begins a generation. Every rank calls it."""
+        begun, place, base = self.plan.generation(number)
+        if begun != self.begun or not self.steps:
+            if begun != number:
+                raise TrainingError(
+                    f"step {number} trains on responses drawn at step {begun}, which the checkpoint does not hold"
+                )
+            self._draw(number, base)
+        return self.steps[place]
+
+    def _draw(self, number: int, base: Sequence[int]) -> None:
+        for row in {row for step in self.steps for row in step.rows}:
+            self.examples[row] = self.asked[row]
+        rows = [self.plan.base(step)[1] for step in base]
+        judged, rows = self._judged(number, rows)
+        self.window.append(judged.metrics)
+        self.left_out += judged.left_out
+        self._say(number, judged)
+        by_row = {group.row: group for group in judged.groups}
+        self.begun, self.steps = number, []
+        kept: dict[int, Group] = {}
+        for step in rows:
+            mine = [row for row in step if row in by_row]
+            totals, tokens = self._totals([by_row[row] for row in mine]), sum(judged.tokens.get(row, 0) for row in step)
+            trained = [row for row in mine if self._keep(by_row[row])]
+            kept |= {row: by_row[row] for row in trained}
+            self.steps.append(Step(trained or [step[0]], totals, tokens))
+        for row in {row for step in self.steps for row in step.rows}:
+            self.examples[row] = kept[row].example() if row in kept else self._idle(row)
+        self._score([self.examples[row] for row in sorted({row for step in self.steps for row in step.rows})], kept)
+
+    def _judged(self, number: int, rows: list[list[int]]) -> tuple[Judged, list[list[int]]]:
+        """Responses to the prompts of all steps; with dynamic sampling prompts that teach nothing are replaced."""
+        config = self.config
+        asked = {row: self.asked[row] for step in rows for row in step}
+        judged = self._ask(number, 0, asked)
+        for round_ in range(1, (config.dynamic_sampling or 0) + 1):
+            idle = {g.row for g in judged.groups if not any(g.advantage)} | (
+                asked.keys() - {g.row for g in judged.groups}
+            )
+            if not idle:
+                break
+            others = self._others(number, round_, set(asked), len(idle))
+            if not others:
+                break
+            more = self._ask(number, round_, {row: self.asked[row] for row in others})
+            good = [g for g in more.groups if any(g.advantage)][: len(idle)]
+            instead = dict(zip(sorted(idle), [g.row for g in good], strict=False))
+            rows = [[instead.get(row, row) for row in step] for step in rows]
+            asked |= {row: self.asked[row] for row in others}
+            groups = [g for g in judged.groups if g.row not in instead] + good
+            judged = replace(judged, groups=groups, left_out=judged.left_out + more.left_out,
+                             tokens=judged.tokens | more.tokens)  # fmt: skip
+        return judged, rows
+
+    def _ask(self, number: int, round_: int, asked: Mapping[int, Example]) -> Judged:
+        prompts: dict[int, Asked] = {row: e for row, e in asked.items() if isinstance(e, Asked)}
+        drawn = self.drawing(prompts, self.count, self.config.seed, "rollout", number, round_)
+        return self.judgement(drawn, prompts)
+
+    def _others(self, number: int, round_: int, without: set[int], count: int) -> list[int]:
+        """Further prompts, in a seeded order, none twice in a generation."""
+        seed = seed_of(self.config.seed, "instead", number, round_)
+        order = torch.randperm(len(self.asked), generator=torch.Generator().manual_seed(seed)).tolist()
+        return [row for row in order if row not in without][:count]
+
+    # ---- what of a group trains
+
+    def _keep(self, group: Group) -> bool:
+        """Leaves those of its responses that train something; whether there are any."""
+        if self.objective.pair_terms:
+            return bool(group.pairs)
+        idle = self._every_token_trains()
+        keep = [not m and (idle or a != 0.0) for a, m in zip(group.advantage, group.masked, strict=True)]
+        if any(keep):
+            for name in ("responses", "advantage", "masked"):
+                setattr(group, name, [v for v, k in zip(getattr(group, name), keep, strict=True) if k])
+        return any(keep)
+
+    def _every_token_trains(self) -> bool:
+        """Whether a response whose advantage is 0 has a gradient: by a KL or by its entropy."""
+        config = self.config
+        return self.objective.uses_reference or bool(config.entropy_coef) or config.use_adaptive_entropy
+
+    def _idle(self, row: int) -> Example:
+        """A prompt with two responses of a token each that weigh nothing: of a step in which nothing trains."""
+        pairs = [(0, 1)] if self.objective.pair_terms else []
+        columns = {"weight": [0.0]} if pairs else {}
+        if any(OF_REFERENCE in t.loss.needs for t in self.objective.pair_terms):
+            columns[OF_REFERENCE] = [0.0]
+        responses = [np.array([k], np.int32) for k in range(2)]
+        return Example(
+            self.asked[row].prompt_ids, responses, pairs, columns,
+            {} if pairs else {ADVANTAGE: [0.0, 0.0]}, token_columns={MASK: [np.zeros(1, np.float32)] * 2},
+        )  # fmt: skip
+
+    def _totals(self, groups: Sequence[Group]) -> Totals:
+        tokens = responses = 0
+        for group in groups:
+            masked = group.masked or [False] * len(group.responses)
+            for response, out in zip(group.responses, masked, strict=True):
+                length = len(response.token_ids or ())
+                tokens += 0 if out else length
+                responses += 1
+        return Totals(float(tokens), float(responses), self.config.max_completion_length)
+
+    # ---- log-probabilities of what is trained
+
+    def _score(self, examples: list[Example], groups: Mapping[int, Group]) -> None:
+        """Fills the rows' token columns."""
+        passes, objective = self.passes, self.objective
+        passes.batches.place("rollouts", examples)
+        even_weights(examples)
+        if any(MASK in e.token_columns for e in examples):
+            for e in examples:
+                e.token_columns.setdefault(MASK, [np.ones(len(r), np.float32) for r in e.responses])
+        if objective.token_terms and self._reads_old():
+            watch = self.config.top_entropy_quantile < 1
+            old, entropies = self.logps(examples, None, watching=watch)
+            _set(examples, OLD_LOGP, old)
+            if watch:
+                self._mask_certain(examples, entropies)
+        if objective.uses_reference:
+            _set(examples, REF_LOGP, self.reference_logps(examples))
+
+    def penalty(self, groups: Sequence[Group]) -> list[list[float]]:
+        """beta times log(pi_old / pi_ref) of each response, which rloo takes from its reward."""
+        examples = [group.example() for group in groups]
+        self.passes.batches.place("rollouts", examples)
+        old, ref = self.logps(examples, None)[0], self.reference_logps(examples)
+        return [[self.beta * float((o.astype(float) - r).sum()) for o, r in zip(*of_row, strict=True)]
+                for of_row in zip(old, ref, strict=True)]  # fmt: skip
+
+    def reference_logps(self, examples: list[Example]) -> Arrays:
+        """The reference's token log-probabilities of all examples."""
+        assert self.reference is not None
+        engine, within = self.reference
+        with within():
+            return self.logps(examples, engine)[0]
+
+    def _reads_old(self) -> bool:
+        """Whether the policy leaves the weights that it sampled by before it has trained on all of its responses."""
+        plan, config = self.plan, self.config
+        return plan.spread * plan.passes > 1 or config.top_entropy_quantile < 1
+
+    def _mask_certain(self, examples: Sequence[Example], entropies: Arrays) -> None:
+        """Only the tokens of the highest entropies of the generation have a policy term."""
+        every = np.concatenate([values for of_row in entropies for values in of_row])
+        least = float(np.quantile(every, 1 - self.config.top_entropy_quantile))
+        for example, of_row in zip(examples, entropies, strict=True):
+            example.token_columns[POLICY_MASK] = [(v >= least).astype(np.float32) for v in of_row]
+
+    @torch.no_grad()
+    def logps(self, examples: list[Example], engine: Engine | None, *, watching: bool = False) -> tuple[Arrays, Arrays]:
+        """Token log-probabilities of all examples by the policy, or by `engine`; with `watching` the entropies of their
+        distributions too. On every rank, which shares the work."""
+        passes, world = self.passes, self.passes.world
+        engine = engine or passes.forward.engine
+        shares = passes.batches.of_step(examples, range(len(examples)), passes.budget.max_tokens)
+        mine: dict[int, tuple[list[np.ndarray], list[np.ndarray]]] = {}
+
+        def run(part: list[int]) -> tuple[PackedBatch, Any]:
+            batch = passes.batches.batch(examples, part, None)
+            return batch, passes.forward(batch, engine, statistics=watching)
+
+        watch = passes.forward.watching() if watching else nullcontext()
+        with eval_mode(engine.policy.model), engine.policy.attach(), passes.forward.keeping_casts(), watch:
+            for batch, logp in passes.budget.passes(shares[world.rank], examples, run):
+                columns = [logp, batch.rows[ENTROPY]] if watching else [logp]
+                parts = [_split(c.float().cpu().numpy(), batch) for c in columns]
+                for row, values in enumerate(zip(*parts, strict=True)):
+                    mine[batch.examples[row]] = (values[0], values[1] if watching else [])
+        everywhere = {i: values for part in world.gather(mine) for i, values in part.items()}
+        order = range(len(examples))
+        return [everywhere[i][0] for i in order], [everywhere[i][1] for i in order]
+
+    # ---- what is said
+
+    def _say(self, number: int, judged: Judged) -> None:
+        if judged.left_out:
+            log.warning("left out: %s", _counts(judged.left_out))
+        if not any(g.pairs or any(g.advantage) for g in judged.groups):
+            log.warning("no gradient from this step's responses: all of every prompt are worth the same, or left out")
+        if judged.lines and self.passes.world.main:
+            lines, most = judged.lines, self.config.num_completions_to_print
+            if self.config.log_unique_prompts:
+                lines = list({repr(line["prompt"]): line for line in reversed(lines)}.values())[
+                    ::-1
+                ]  # the first of each
+            write_lines(self.folder / "completions" / f"{number:06d}.jsonl", lines[:most])
+
+    def flush(self) -> dict[str, float]:
+        """Means of the metrics since the last call, of what is a number."""
+        out: dict[str, list[float]] = {}
+        for line in self.window:
+            for name, value in line.items():
+                if value == value:
+                    out.setdefault(name, []).append(value)
+        self.window = []
+        means = {name: sum(values) / len(values) for name, values in out.items()}
+        if self.left_out:
+            means["left_out"] = float(sum(self.left_out.values()))
+        self.left_out = Counter()
+        return means
+
+    def close(self) -> None:
+        """Lets go of the samplers."""
+        self.drawing.close()
+
+    # ---- of a run that goes on
+
+    def state_dict(self) -> dict[str, Any]:
+        """The generation at hand, where steps of it are left, as types that `torch.load` reads with weights_only."""
+        if self.plan.spread * self.plan.passes == 1:  # the next step draws its own
+            rows, steps = [], []
+        else:
+            rows, steps = sorted({row for step in self.steps for row in step.rows}), self.steps
+        return {
+            "begun": self.begun, "entropy": [self.entropy.value, self.entropy.last],
+            "seen_entropy": None if self.stepwide is None else self.stepwide.entropy,
+            "window": [dict(line) for line in self.window], "left_out": dict(self.left_out),
+            "steps": [(list(s.rows), tuple(map(float, s.totals)), s.tokens) for s in steps],
+            "examples": {row: _kept(self.examples[row]) for row in rows},
+        }  # fmt: skip
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken."""
+        self.begun, (self.entropy.value, self.entropy.last) = state["begun"], state["entropy"]
+        self._seen_entropy = state["seen_entropy"]
+        self.window, self.left_out = [dict(line) for line in state["window"]], Counter(state["left_out"])
+        self.steps = [Step(list(rows), Totals(*totals), tokens) for rows, totals, tokens in state["steps"]]
+        for row, kept in state["examples"].items():
+            self.examples[row] = _restored(self.asked[row], kept)
+        if state["examples"]:
+            self.passes.batches.place("rollouts", [self.examples[row] for row in state["examples"]])
+
+
+def _set(examples: Sequence[Example], name: str, values: Arrays) -> None:
+    for example, of_row in zip(examples, values, strict=True):
+        example.token_columns[name] = of_row
+
+
+def _split(values: np.ndarray, batch: PackedBatch) -> Iterator[list[np.ndarray]]:
+    """Of each row of a batch, of each of its responses."""
+    offsets, at = batch.response_offsets.tolist(), 0
+    for count in batch.row_responses:
+        yield [values[offsets[k] : offsets[k + 1]].copy() for k in range(at, at + count)]
+        at += count
+
+
+def _kept(example: Example) -> dict[str, Any]:
+    """An example as tensors; without its prompt."""
+    lengths = [len(r) for r in example.responses]
+    return {
+        "lengths": lengths, "ids": torch.from_numpy(np.concatenate(example.responses)),
+        "pairs": [list(pair) for pair in example.pairs], "pair_columns": dict(example.pair_columns),
+        "response_columns": dict(example.response_columns),
+        "token_columns": {k: torch.from_numpy(np.concatenate(v)) for k, v in example.token_columns.items()},
+    }  # fmt: skip
+
+
+def _restored(asked: Example, kept: Mapping[str, Any]) -> Example:
+    ends = np.cumsum(kept["lengths"])[:-1]
+    return Example(
+        asked.prompt_ids, np.split(kept["ids"].numpy(), ends), [(i, j) for i, j in kept["pairs"]],
+        dict(kept["pair_columns"]), dict(kept["response_columns"]),
+        token_columns={k: np.split(v.numpy(), ends) for k, v in kept["token_columns"].items()},
+    )  # fmt: skip
+
+
+def _counts(reasons: Counter[str]) -> str:
+    return "; ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))

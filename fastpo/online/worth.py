@@ -1,0 +1,299 @@
+"""What responses are worth: rewards become advantages, comparisons become advantages or pairs. Every rank judges its
+part of the prompts, and has all verdicts afterwards.
+
+G = responses of a prompt, R = of all prompts, F = reward functions.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from fastpo.config.online import Rollouts
+from fastpo.config.train_config import TrainConfig
+from fastpo.data.example import OF_REFERENCE
+from fastpo.data.kway import Forming
+from fastpo.data.packing import sequence_tokens
+from fastpo.errors import TrainingError
+from fastpo.losses import advantages as worth
+from fastpo.losses.online import POLICY, Online
+from fastpo.online.drawing import Drawn
+from fastpo.online.judging import Preferences
+from fastpo.online.prompts import Asked
+from fastpo.online.rewards import Rewards
+from fastpo.online.rollouts import Group, Judged
+from fastpo.sampling.items import Response
+from fastpo.training.distributed import World
+
+UNSAMPLED = "not sampled"
+NAN = float("nan")
+Penalty = Callable[[Sequence[Group]], list[list[float]]]  # of each response of groups: KL to the reference
+
+
+def groups_of(drawn: Sequence[Drawn], asked: Mapping[int, Asked]) -> tuple[list[Group], Counter[str]]:
+    """What there is of each prompt's responses, and how many there are not."""
+    groups, lost = [], Counter[str]()
+    for d in drawn:
+        there = [r for r in d.responses if r is not None]
+        for failure in d.failures:
+            lost[f"{UNSAMPLED}: {failure.status}"] += 1
+        empty = len(d.responses) - len(there) - len(d.failures)
+        if empty:
+            lost[f"{UNSAMPLED}: no token"] += empty
+        if there:
+            groups.append(Group(d.row, asked[d.row], there))
+    return groups, lost
+
+
+class ByRewards:
+    """Advantages of the responses by reward functions, for losses per token."""
+
+    def __init__(
+        self, config: TrainConfig, asks: Rollouts, way: Online, rewards: Rewards, world: World,
+        state: Callable[[], Any],
+    ):  # fmt: skip
+        self.config, self.asks, self.way, self.rewards, self.world = config, asks, way, rewards, world
+        self.state = state
+        self.penalty: Penalty | None = None
+        self.beta = 0.0
+
+    def penalise(self, penalty: Penalty, beta: float) -> None:
+        """From now on take this from the rewards, as rloo does; it is beta times a KL."""
+        self.penalty, self.beta = penalty, beta
+
+    def __call__(self, drawn: Sequence[Drawn], asked: Mapping[int, Asked]) -> Judged:
+        """TrainingError where a reward function never judges anything."""
+        groups, left_out = groups_of(drawn, asked)
+        tokens = {g.row: sequence_tokens(g.example()) for g in groups}
+        values, used, extra, logged = self._judged(groups, left_out)
+        names, weights = list(self.rewards.names), list(map(float, self.rewards.weights))
+        responses = [r for g in groups for r in g.responses]
+        for name, column, weight in self._own(responses):
+            names, weights = [*names, name], [*weights, weight]
+            values = np.column_stack([values, np.where(used, column, NAN)])
+        places = np.repeat(np.arange(len(groups)), [len(g.responses) for g in groups])
+        config = self.config
+        penalty = None
+        if self.penalty is not None and groups:
+            penalty = [v for of_group in self.penalty(groups) for v in of_group]
+        found = worth.advantages(
+            values, places, weights=weights, aggregation=config.multi_objective_aggregation,
+            scale=self.asks.scale_rewards, baseline=_BASELINES.get(self.way.loss, "mean"), penalty=penalty,
+        )  # fmt: skip
+        metrics = _reward_metrics(names, values, used, found) | length_metrics(responses)
+        if penalty:
+            metrics["kl"] = float(np.mean(penalty)) / self.beta
+        lines = []
+        if config.log_completions:
+            lines = _lines(groups, names, values, found.values.tolist(), used, extra)
+        out, at = [], 0
+        for group in groups:
+            place = range(at, at + len(group.responses))
+            at = place.stop
+            keep = [r for r in place if used[r]]
+            if keep:
+                group.responses = [group.responses[r - place.start] for r in keep]
+                group.advantage = [float(found.values[r]) for r in keep]
+                group.masked = [config.mask_truncated_completions and not r.finished for r in group.responses]
+                out.append(group)
+        return Judged(out, metrics | logged, tokens, left_out, lines)
+
+    def _judged(
+        self, groups: Sequence[Group], left_out: Counter[str]
+    ) -> tuple[Any, Any, dict[str, list[Any]], dict[str, float]]:
+        """values [R, F], used [R], columns that functions log, and their metrics, of all ranks' parts together."""
+        world = self.world
+        mine = range(world.rank, len(groups), world.size)
+        rows, given = [groups[n].asked.row for n in mine], [groups[n].responses for n in mine]
+        own = world.all_do(lambda: self.rewards(rows, given, self.state(), stop=False))
+        parts = world.gather(own)
+        total = sum(len(g.responses) for g in groups)
+        values, used = np.full((total, len(self.rewards.names)), NAN), np.zeros(total, bool)
+        starts = np.cumsum([0, *(len(g.responses) for g in groups)])
+        extra: dict[str, list[Any]] = {}
+        logged: dict[str, list[float]] = {}
+        for rank, part in enumerate(parts):
+            at = 0
+            for n in range(rank, len(groups), world.size):
+                count = len(groups[n].responses)
+                here, there = slice(starts[n], starts[n + 1]), slice(at, at + count)
+                values[here], used[here] = part.values[there], part.used[there]
+                for name, column in part.extra.items():
+                    extra.setdefault(name, [None] * total)[here] = column[there]
+                at += count
+            left_out.update(part.left_out)
+            for name, value in part.logged.items():
+                logged.setdefault(name, []).append(value)
+        if not used.any() and (broken := next((p.broken for p in parts if p.broken), None)):
+            raise TrainingError(broken)
+        return values, used, extra, {name: float(np.mean(v)) for name, v in logged.items()}
+
+    def _own(self, responses: Sequence[Response]) -> list[tuple[str, Any, float]]:
+        """Rewards of the options: (name, [R], weight)."""
+        config, out = self.config, []
+        if config.overlong_buffer:
+            lengths = [len(r.token_ids or ()) for r in responses]
+            column = worth.soft_overlong(lengths, config.max_completion_length, config.overlong_buffer)
+            out.append(("overlong", column.numpy(), float(config.overlong_penalty)))
+        if config.missing_eos_penalty:
+            out.append(
+                ("missing_eos", np.array([-float(not r.finished) for r in responses]), config.missing_eos_penalty)
+            )
+        return out
+
+    def close(self) -> None:
+        self.rewards.close()
+
+
+class ByWins:
+    """Advantages or pairs of the responses by who beats whom, for the preference losses."""
+
+    def __init__(
+        self, config: TrainConfig, asks: Rollouts, way: Online, preferences: Preferences, world: World,
+        state: Callable[[], Any],
+    ):  # fmt: skip
+        self.config, self.asks, self.way, self.preferences, self.world, self.state = (
+            config,
+            asks,
+            way,
+            preferences,
+            world,
+            state,
+        )
+
+    def __call__(self, drawn: Sequence[Drawn], asked: Mapping[int, Asked]) -> Judged:
+        groups, left_out = groups_of(drawn, asked)
+        world = self.world
+        mine = range(world.rank, len(groups), world.size)
+        rows, given = [groups[n].asked.row for n in mine], [groups[n].responses for n in mine]
+        own = world.all_do(lambda: self.preferences(rows, given, self.state(), stop=False))
+        parts = world.gather(own)
+        wins: dict[int, Any] = {}
+        logged: dict[str, list[float]] = {}
+        for rank, part in enumerate(parts):
+            wins |= dict(zip(range(rank, len(groups), world.size), part.wins, strict=True))
+            left_out.update(part.left_out)
+            for name, value in (part.judged.logged if part.judged is not None else {}).items():
+                logged.setdefault(name, []).append(value)
+        if groups and all(np.isnan(p).all() for p in wins.values()):
+            if broken := next((p.broken for p in parts if p.broken), None):
+                raise TrainingError(broken)
+        tokens = {g.row: sequence_tokens(g.example()) for g in groups}
+        metrics = length_metrics([r for g in groups for r in g.responses])
+        rewards = np.concatenate([p.rewards for p in parts if p.rewards is not None] or [np.zeros(0)])
+        if len(rewards := rewards[~np.isnan(rewards)]):
+            metrics |= {"reward": _mean(rewards), "reward_std": _std(rewards)}
+        make = self._pairs if self.way.pairs else self._advantages
+        made = [group for n, group in enumerate(groups) if make(group, wins[n])]
+        metrics |= {name: float(np.mean(v)) for name, v in logged.items()}
+        if self.way.pairs:
+            metrics["pairs_formed"] = float(sum(len(g.pairs) for g in made))
+        return Judged(made, metrics, tokens, left_out)
+
+    def _advantages(self, group: Group, p: np.ndarray) -> bool:
+        """Of policy samples alone: how often they win, against each other or, where there are others, against those."""
+        ours = [k for k, r in enumerate(group.responses) if r.source == POLICY]
+        others = [k for k, r in enumerate(group.responses) if r.source != POLICY]
+        rates = np.full(len(ours), NAN)
+        for place, k in enumerate(ours):
+            against = [p[k, j] for j in (others or ours) if j != k and not np.isnan(p[k, j])]
+            rates[place] = np.mean(against) if against else NAN
+        keep = np.flatnonzero(~np.isnan(rates))
+        if not len(keep):
+            return False
+        baseline = 0.5 if others else float(rates[keep].mean())
+        group.responses = [group.responses[ours[n]] for n in keep]
+        group.advantage = [float(rates[n] - baseline) for n in keep]
+        group.masked = [self.config.mask_truncated_completions and not r.finished for r in group.responses]
+        return True
+
+    def _pairs(self, group: Group, p: np.ndarray) -> bool:
+        count = len(group.responses)
+        pairs: list[tuple[int, int]] = []
+        columns: dict[str, list[float]] = {}
+        if self.way.pairs == "soft":
+            weights: list[float] = []
+            for i in range(count):
+                for j in range(i + 1, count):
+                    if not np.isnan(p[i, j]):
+                        pairs += [(i, j), (j, i)]
+                        weights += [2 * float(p[i, j]), 2 * float(1 - p[i, j])]
+            columns["weight"] = weights
+        elif self.way.pairs == "against":
+            ours = [k for k, r in enumerate(group.responses) if r.source == POLICY]
+            theirs = [k for k, r in enumerate(group.responses) if r.source != POLICY]
+            for i, j in zip(ours, theirs, strict=False):
+                if not np.isnan(p[i, j]) and p[i, j] != 0.5:
+                    pairs.append((i, j) if p[i, j] > 0.5 else (j, i))
+            columns[OF_REFERENCE] = [float(i in theirs) for i, _ in pairs]
+        else:
+            off = ~np.eye(count, dtype=bool)
+            rates = [float(np.nanmean(p[k][off[k]])) if not np.isnan(p[k][off[k]]).all() else NAN for k in range(count)]
+            judged = [k for k, rate in enumerate(rates) if rate == rate]
+            if len(judged) > 1:
+                forming = Forming(self.config.pair_policy, self.config.pair_margin)
+                pairs = [(judged[i], judged[j]) for i, j in forming.pairs([rates[k] for k in judged])]
+        used = sorted({k for pair in pairs for k in pair})
+        at = {k: n for n, k in enumerate(used)}
+        group.responses = [group.responses[k] for k in used]
+        group.pairs, group.pair_columns = [(at[i], at[j]) for i, j in pairs], columns if pairs else {}
+        return bool(pairs)
+
+    def close(self) -> None:
+        self.preferences.close()
+
+
+_BASELINES = {"rloo": "leave_one_out", "reinforce": "batch"}
+
+
+# ---- for the log, under TRL's names
+
+
+def length_metrics(responses: Sequence[Response]) -> dict[str, float]:
+    """Tokens of the responses, and of those that ended by themselves."""
+    lengths = np.array([len(r.token_ids or ()) for r in responses], float)
+    if not len(lengths):
+        return {}
+    ended = lengths[np.array([r.finished for r in responses])]
+    clipped = 1 - len(ended) / len(lengths)
+    out = {"completions/mean_length": lengths.mean(), "completions/min_length": lengths.min(),
+           "completions/max_length": lengths.max(), "completions/clipped_ratio": clipped}  # fmt: skip
+    ended = ended if len(ended) else np.zeros(1)
+    out |= {"completions/mean_terminated_length": ended.mean(), "completions/min_terminated_length": ended.min(),
+            "completions/max_terminated_length": ended.max()}  # fmt: skip
+    return {name: float(value) for name, value in out.items()}
+
+
+def _reward_metrics(names: Sequence[str], values: Any, used: Any, found: Any) -> dict[str, float]:
+    out: dict[str, float] = {}
+    for f, name in enumerate(names):
+        column = values[:, f][~np.isnan(values[:, f])]
+        out[f"rewards/{name}/mean"], out[f"rewards/{name}/std"] = _mean(column), _std(column)
+    reward = found.reward.numpy()[used]
+    out["reward"], out["reward_std"] = _mean(reward), _std(reward)
+    out["frac_reward_zero_std"] = _mean(found.zero_std.numpy()[used].astype(float))
+    return out
+
+
+def _mean(values: Any) -> float:
+    return float(values.mean()) if len(values) else NAN
+
+
+def _std(values: Any) -> float:
+    """As TRL: with Bessel's correction, of one value 0."""
+    return float(values.std(ddof=1)) if len(values) > 1 else (0.0 if len(values) else NAN)
+
+
+def _lines(
+    groups: Sequence[Group], names: Sequence[str], values: Any, advantages: Sequence[float], used: Any,
+    extra: Mapping[str, Sequence[Any]],
+) -> list[dict[str, Any]]:  # fmt: skip
+    out = []
+    every = ((g, r) for g in groups for r in g.responses)
+    for n, (group, response) in enumerate(every):
+        rewards = {name: None if np.isnan(values[n, f]) else float(values[n, f]) for f, name in enumerate(names)}
+        out.append({"prompt": group.asked.prompt, "completion": response.text, **rewards,
+                    **{name: column[n] for name, column in extra.items()},
+                    "advantage": advantages[n] if used[n] else None})  # fmt: skip
+    return out

@@ -1,0 +1,305 @@
+"""AlpacaEval 2: the package's figures, what a rate must obey, and input that is refused."""
+
+import gzip
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.append(str(Path(__file__).resolve().parent))
+import alpaca_cases
+
+from fastpo.errors import ConfigError, DataError
+from fastpo.evals import alpaca, glm
+
+FROZEN = json.loads(alpaca_cases.FROZEN.read_text())["cases"]
+
+
+def close(found: alpaca.WinRates, wanted: dict[str, float]) -> None:
+    got = {
+        "win_rate": found.win_rate, "standard_error": found.standard_error, "n_wins": found.wins,
+        "n_wins_base": found.losses, "n_draws": found.ties, "n_total": found.prompts - found.missing_preferences,
+        "discrete_win_rate": found.discrete_win_rate, "length_controlled_winrate": found.length_controlled,
+        "lc_standard_error": found.lc_package_error,
+    }  # fmt: skip
+    assert got.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert got[name] == pytest.approx(value, abs=1e-6), name
+
+
+def case(number: int, folder: Path) -> alpaca.WinRates:
+    calibration = alpaca.load_calibration(alpaca_cases.write_gamed(number, folder / "df_gamed.csv"))
+    form = alpaca_cases.FORMS[alpaca_cases.form(number)]
+    return alpaca.win_rates(
+        alpaca_cases.annotations(number), calibration=calibration, form=form, allow_missing=True, resamples=0
+    )
+
+
+def drawn(count: int, seed: int, apart: float = 0.2, level: float = -0.4) -> alpaca.Annotations:
+    """Preferences of a logistic model with a coefficient of length of -1.5, [count]."""
+    draw = np.random.default_rng(seed)
+    baseline = np.round(np.exp(draw.normal(6.5, 0.5, count)))
+    ours = np.round(baseline * np.exp(draw.normal(apart, 0.4, count)))
+    difference = baseline - ours
+    logits = level - 1.5 * np.tanh(difference / difference.std(ddof=1)) + draw.normal(0, 0.7, count)
+    return alpaca.Annotations(1 / (1 + np.exp(-logits)), ours, baseline)
+
+
+@pytest.mark.parametrize("number", range(alpaca_cases.CASES))
+def test_the_package_s_figures(number, tmp_path):
+    close(case(number, tmp_path), FROZEN[number])
+
+
+def test_the_cases_hold_what_they_say():
+    kinds = {(alpaca_cases.form(n), alpaca_cases.kind(n)) for n in range(alpaca_cases.CASES)}
+    assert {form for form, _ in kinds} == set(alpaca_cases.FORMS) and len(FROZEN) == 50
+    assert {kind for _, kind in kinds} == set(alpaca_cases.KINDS)
+
+
+def test_the_package_itself(tmp_path):
+    pytest.importorskip("alpaca_eval.metrics.glm_winrate", reason="alpaca-eval is not installed")
+    for number in range(alpaca_cases.CASES):
+        close(case(number, tmp_path), alpaca_cases.package_figures(number, tmp_path / "df_gamed.csv"))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_quick_solver_is_the_class_to_the_bit(seed):
+    draw = np.random.default_rng(seed)
+    x, y, weights = draw.normal(size=(500, 3)), draw.random(500) < 0.5, draw.random(500) * (draw.random(500) < 0.9)
+    assert glm.solver() is glm._by_the_solver
+    for c in glm.CS:
+        a, b = np.random.RandomState(seed), np.random.RandomState(seed)
+        for _ in range(2):  # both draw once, so that the second fit begins alike
+            one, other = (fit(x, y.astype(int), weights, c, state) for fit, state in
+                          ((glm._by_the_solver, a), (glm._by_the_class, b)))  # fmt: skip
+            assert np.array_equal(one, other)
+
+
+def test_resamples_are_fitted_to_the_solver_s_solution():
+    rows = drawn(400, 0)
+    design = alpaca._design(rows, None, False, False)
+    coefficients, c = glm.fit(design.x, design.targets, design.weights)
+    [exact] = glm.refit(design.x, design.targets, design.weights[None], c, np.zeros(2))
+    assert exact == pytest.approx(coefficients, abs=0.02)  # liblinear stops early
+    won = 1 / (1 + np.exp(-design.x @ exact))
+    slope = c * design.x.T @ (won - design.targets)
+    assert np.abs(slope + np.sign(exact)).max() < 1e-6 * c * 400  # the optimum's own condition, L1 and all
+
+
+@pytest.mark.parametrize("form", [alpaca.MINIMAL, alpaca.NOREG])
+def test_swapped_models_give_the_rest_to_a_hundred(form):
+    calibration = alpaca.Calibration(np.random.default_rng(5).normal(size=300))
+    for seed in range(5):
+        rows = drawn(300, seed)
+        one, other = (
+            alpaca.win_rates(r, calibration=calibration, form=form, resamples=0) for r in (rows, rows.swapped())
+        )
+        assert one.win_rate + other.win_rate == pytest.approx(100, abs=1e-9)
+        assert one.length_controlled + other.length_controlled == pytest.approx(100, abs=0.05)  # the solver's stop
+        assert (one.wins, one.losses, one.ties) == (other.losses, other.wins, other.ties)
+
+
+@pytest.mark.parametrize("apart", [0, 250, -40])
+def test_a_constant_difference_of_lengths_gives_the_raw_rate(apart):
+    for seed in range(5):
+        rows = drawn(200, seed)
+        rows = alpaca.Annotations(rows.preferences, rows.baseline_lengths + 40 + apart, rows.baseline_lengths + 40)
+        found = alpaca.win_rates(rows, resamples=10)
+        assert found.length_controlled == found.win_rate and found.lc_interval == found.interval
+        assert found.lc_standard_error == found.standard_error
+
+
+def test_length_is_taken_out():
+    """The same preferences of quality, with and without the judge's love of length."""
+    fair = drawn(3000, 1, apart=0.0)
+    longer = drawn(3000, 1, apart=0.5)
+    fair, longer = (alpaca.win_rates(rows, resamples=0) for rows in (fair, longer))
+    assert longer.win_rate > fair.win_rate + 10
+    assert abs(longer.length_controlled - fair.length_controlled) < 5
+
+
+def test_a_model_against_itself():
+    rows = [dict(row, generator_2="baseline") for row in alpaca_cases.annotations(0)]
+    found = alpaca.win_rates(rows)
+    assert (found.length_controlled, found.lc_package_error) == (50.0, 0.0)
+    assert found.lc_standard_error is None and found.inverse_penalty is None
+
+
+def truth(apart: float, level: float) -> float:
+    """Rate at equal lengths of `drawn`: the regression that a hundred thousand instructions give."""
+    return alpaca.win_rates(drawn(100_000, 99, apart, level), resamples=0).length_controlled
+
+
+def test_intervals_cover():
+    """Nominal 95 % in 120 draws of a seed each: 0.88 is three standard deviations below. Everything is seeded."""
+    wanted, raw, inside, inside_raw, package = truth(0.2, -0.4), None, 0, 0, 0
+    raw = 100 * float(drawn(100_000, 99).preferences.mean())
+    for seed in range(120):
+        found = alpaca.win_rates(drawn(200, seed), resamples=200, seed=seed)
+        inside += found.lc_interval[0] <= wanted <= found.lc_interval[1]
+        inside_raw += found.interval[0] <= raw <= found.interval[1]
+        package += abs(found.length_controlled - wanted) <= 1.96 * found.lc_package_error
+    assert 0.88 * 120 <= inside and 0.88 * 120 <= inside_raw
+    assert package == 0  # of the minimal form the package's error is 0: all predictions are one number
+
+
+def test_the_resampled_error_is_that_of_new_instructions():
+    calibration = alpaca.Calibration(np.random.default_rng(3).normal(0, 0.5, 300))
+    rates, errors, package = [], [], []
+    for seed in range(60):
+        found = alpaca.win_rates(
+            drawn(300, seed), calibration=calibration, form=alpaca.NOREG, resamples=100 if seed < 10 else 0
+        )
+        rates.append(found.length_controlled)
+        errors += [found.lc_standard_error] if seed < 10 else []
+        package.append(found.lc_package_error)
+    assert np.mean(errors) == pytest.approx(np.std(rates, ddof=1), rel=0.25)
+    assert np.mean(package) < np.std(rates, ddof=1) / 3
+
+
+def test_the_same_seed_the_same_error():
+    rows = drawn(100, 0)
+    one, same, other = (alpaca.win_rates(rows, resamples=60, seed=seed) for seed in (0, 0, 1))
+    assert one == same and one.lc_standard_error != other.lc_standard_error
+
+
+def test_difficulties_go_by_prompt(tmp_path):
+    rows = alpaca_cases.annotations(1)
+    path = alpaca_cases.write_gamed(1, tmp_path / "df_gamed.csv")
+    prompts = [row["instruction"] for row in rows]
+    calibration = alpaca.load_calibration(path, prompts=prompts)
+    straight = alpaca.win_rates(rows, calibration=alpaca.load_calibration(tmp_path), resamples=0)
+    assert alpaca.win_rates(rows, calibration=calibration, prompts=prompts, resamples=0) == straight
+    turned = alpaca.win_rates(rows[::-1], calibration=calibration, prompts=prompts, resamples=0)
+    assert turned == straight
+    part = [row for number, row in enumerate(rows) if number != 3]
+    with pytest.raises(DataError, match="model: 1 of 120 prompts have no annotation: 'instruction 3'; allow_missing"):
+        alpaca.win_rates(part, calibration=calibration)
+    assert alpaca.win_rates(part, calibration=calibration, allow_missing=True, resamples=0).prompts == 119
+    with pytest.raises(DataError, match="119 annotations and 120 instruction difficulties; without.*by their place"):
+        alpaca.win_rates(part, calibration=alpaca.load_calibration(path))
+
+
+@pytest.mark.parametrize("name", ["annotations.json", "annotations.json.gz", "rows.jsonl", "folder"])
+def test_where_annotations_come_from(name, tmp_path):
+    rows = alpaca_cases.annotations(0)
+    wanted = alpaca.win_rates(rows, resamples=0)
+    path = tmp_path / ("annotations.json" if name == "folder" else name)
+    text = json.dumps(rows) if ".jsonl" not in name else "\n".join(map(json.dumps, rows))
+    path.write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+    assert alpaca.win_rates(tmp_path if name == "folder" else path, resamples=0) == wanted
+
+
+def test_arrays():
+    found = alpaca.win_rates(alpaca.Annotations([1, 0, 0.5, 1, 1, 0.2], [5] * 6, [4, 5, 6, 7, 8, 9]), resamples=0)
+    assert found.win_rate == pytest.approx(100 * 3.7 / 6) and found.form == "length_controlled_minimal"
+    assert set(found.figures()) == {
+        "win_rate", "standard_error", "discrete_win_rate", "length_controlled_minimal", "lc_standard_error"
+    }  # fmt: skip
+
+
+ROW = {"instruction": "a", "output_1": "b", "output_2": "c", "generator_1": "base", "generator_2": "new"}
+
+
+def rows(*preferences, **changes):
+    return [{**ROW, "instruction": f"i{n}", "preference": p, **changes} for n, p in enumerate(preferences)]
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        ([], "annotations: no annotations"),
+        (rows(1, 2, 2.5, -1, 1.5), r"new: 2 of 5 preferences are neither in \[1, 2\] nor 0, a tie: 'row 2: 2.5', 'row"),
+        (rows(1, 2, "2", 1, 1), "new: the preference of row 2 is '2', not a number"),
+        (rows(1, 2, True, 1, 1), "new: the preference of row 2 is True, not a number"),
+        (rows(1, 2, 1, 1, 1, output_2=3), "new: the answer of row 0 is a int, not a text"),
+        (rows(1, 2, 1) + rows(1, 2), "new: 2 of 5 prompts are there more than once: 'i0', 'i1'"),
+        (rows(1, 2, None, 1, None), "new: 2 of 5 preferences are missing: 'i2', 'i4'; allow_missing=True"),
+        (rows(1, 2) + [{**r, "instruction": "x" + str(n), "output_2": None} for n, r in enumerate(rows(1, 1, 1))],
+         "new: 3 of 5 answers are missing: 'x0', 'x1', 'x2'"),
+        (rows(1, 2), "new: 2 whole annotations; the regression's 5 folds need one each"),
+        (rows(1, 2) + rows(1, generator_2="other"), "annotations of 2 models.*choose one with model="),
+        (rows(1, 2) + rows(1, generator_1="other"), "annotations against 2 baselines: 'base', 'other'"),
+        ([{k: v for k, v in r.items() if k != "preference"} for r in rows(1, 2)],
+         "2 of 2 annotations have no 'preference'"),
+        (["text"], "row 0 is a str"),
+        ("nowhere/at/all.json", "all.json"),
+    ],
+)  # fmt: skip
+def test_bad_annotations(given, said):
+    with pytest.raises(DataError, match=said):
+        alpaca.win_rates(given)
+
+
+@pytest.mark.parametrize(
+    "arrays, said",
+    [
+        (([0.5, 1.2], [1, 1], [1, 1]), r"model: 1 of 2 preferences are not in \[0, 1\]: 'row 1: 1.2'"),
+        (([0.5, 1], [1, -1], [1, 1]), "1 of 2 lengths are negative or infinite: 'row 1: -1'"),
+        (([0.5, 1], [1, 1], [1, np.inf]), "1 of 2 baseline_lengths are negative or infinite"),
+        (([0.5, 1], [1], [1, 1]), r"lengths has the shape \(1,\), not that of 2 preferences"),
+        ((["a"], [1], [1]), "preferences must be numbers"),
+        (([], [], []), "no annotations"),
+    ],
+)
+def test_bad_arrays(arrays, said):
+    with pytest.raises(DataError, match=said):
+        alpaca.Annotations(*arrays)
+
+
+def test_annotations_of_other_prompts():
+    with pytest.raises(DataError, match=r"new: 3 of 5 annotations are of other prompts: 'i2', 'i3', 'i4'$"):
+        alpaca.win_rates(rows(1, 2, 1, 1, 1), prompts=["i0", "i1", "other"])
+    with pytest.raises(DataError, match=r"new: 1 of 6 prompts have no annotation: 'other'"):
+        alpaca.win_rates(rows(1, 2, 1, 1, 1), prompts=["i0", "i1", "i2", "i3", "i4", "other"])
+
+
+def test_one_model_of_several():
+    several = rows(1, 2, 1, 1, 1) + rows(2, 2, 2, 2, 1, generator_2="other")
+    assert alpaca.win_rates(alpaca.read_annotations(several, model="other"), resamples=0).win_rate == 80
+    with pytest.raises(DataError, match="no annotations of 'othr'; did you mean 'other'"):
+        alpaca.read_annotations(several, model="othr")
+
+
+def test_calibrations_that_are_not_here(tmp_path, monkeypatch):
+    with pytest.raises(DataError, match="no such file of instruction difficulties and gamed baselines"):
+        alpaca.load_calibration(tmp_path / "df_gamed.csv")
+    import huggingface_hub
+
+    def unreachable(**_):
+        raise OSError("no route")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", unreachable)
+    with pytest.raises(DataError, match=r"\(df_gamed.csv of the data set tatsu-lab/alpaca_eval\) are not here \(OSErr"):
+        alpaca.load_calibration()
+    path = tmp_path / "df_gamed.csv"
+    path.write_text("model,preference,index,std_delta_len\nv,0.5,0,1\n")
+    with pytest.raises(DataError, match="has no column 'instruction_difficulty', only 'model'"):
+        alpaca.load_calibration(path)
+    path.write_text("preference,index,std_delta_len,instruction_difficulty\n0.5,1,1,1\n")
+    with pytest.raises(DataError, match="its 1 instructions are not numbered from 0 to 0"):
+        alpaca.load_calibration(path)
+    path.write_text("preference,index,std_delta_len,instruction_difficulty\n1.5,0,1,1\n")
+    with pytest.raises(DataError, match=r"1 preferences of the gamed baselines are not in \[0, 1\]"):
+        alpaca.load_calibration(path)
+    path.write_text("preference,index,std_delta_len,instruction_difficulty\nx,0,1,1\n")
+    with pytest.raises(DataError, match="could not convert"):
+        alpaca.load_calibration(path)
+
+
+def test_forms_that_cannot_be_had():
+    five = rows(1, 2, 1, 1, 1)
+    with pytest.raises(ConfigError, match="form 'length_controled_noreg' is none of .*did you mean"):
+        alpaca.win_rates(five, form="length_controled_noreg")
+    with pytest.raises(ConfigError, match="length_controlled_winrate needs a calibration: load_calibration"):
+        alpaca.win_rates(five, form=alpaca.FULL)
+    with pytest.raises(ConfigError, match="needs the gamed baselines' annotations.*length_controlled_noreg"):
+        alpaca.win_rates(five, form=alpaca.FULL, calibration=alpaca.Calibration(np.zeros(5)))
+
+
+def test_without_scikit_learn_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.linear_model", None)
+    with pytest.raises(ConfigError, match=r"win rate needs scikit-learn, .*: pip install 'fastpo\[evals\]'$"):
+        alpaca.win_rates(rows(1, 2, 1, 1, 1))
