@@ -103,13 +103,21 @@ class OnlineRun:
         self.rewards: Rewards | None = None
         self.preferences: Preferences | None = None
         if reward_funcs is not None:
-            self.rewards = Rewards(reward_funcs, classes, config.reward_weights, where=Path.cwd())
+            self.rewards = (
+                reward_funcs
+                if isinstance(reward_funcs, Rewards)
+                else Rewards(reward_funcs, classes, config.reward_weights, where=Path.cwd())
+            )
         if self.way.by == "wins":
             both = self.rewards is not None and judge is not None
             if both:
                 raise ConfigError("reward_funcs and a judge are both given: one of them compares the responses")
-            self.preferences = Preferences(
-                self.rewards, judge, missing_eos_penalty=config.missing_eos_penalty or None, where=Path.cwd()
+            self.preferences = (
+                judge
+                if isinstance(judge, Preferences)
+                else Preferences(
+                    self.rewards, judge, missing_eos_penalty=config.missing_eos_penalty or None, where=Path.cwd()
+                )
             )
 
     def reads_reference(self, objective: Objective) -> bool:

@@ -1,6 +1,5 @@
 """RewardBench 1 and 2: the package's own figures, any scorer, bad input."""
 
-import importlib.util
 import json
 import logging
 import math
@@ -51,13 +50,16 @@ def test_best_of_and_ties(seed):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("rewardbench") is None, reason="the package rewardbench is not installed")
 def test_the_installed_package_gives_the_frozen_numbers():
+    """0.1.4, the newest on PyPI, has the sections alone; the rest is in the repository's 0.1.5."""
+    utils = pytest.importorskip("rewardbench.utils", exc_type=ImportError)
     for seed in SEEDS:
         subsets = made.made_subsets(seed, list(rb.WEIGHTS), whole=seed % 2 == 0)
         assert made.their_sections(subsets) == pytest.approx(FROZEN["section_scores"][seed], **NEAR)
-        assert made.their_best_of(made.made_groups(seed)) == pytest.approx(FROZEN["best_of"][seed], **NEAR)
-        assert made.their_ties(made.made_ties(seed)) == pytest.approx(FROZEN["ties"][seed], **NEAR)
+        if hasattr(utils, "reroll_and_score_dataset"):
+            assert made.their_best_of(made.made_groups(seed)) == pytest.approx(FROZEN["best_of"][seed], **NEAR)
+        if hasattr(utils, "process_single_model"):
+            assert made.their_ties(made.made_ties(seed)) == pytest.approx(FROZEN["ties"][seed], **NEAR)
 
 
 def test_equal_scores():
@@ -331,3 +333,8 @@ def test_rows_of_a_file(tmp_path):
     assert rb.load_pairs(path) == rb.load_pairs(pairs())
     with pytest.raises(DataError, match="are not here: no such file"):
         rb.load_choices(tmp_path / "none.jsonl")
+    path.write_text("{no JSON")
+    with pytest.raises(DataError, match="^RewardBench's pairs cannot be read: .*line 1"):
+        rb.load_pairs(path)
+    with pytest.raises(DataError, match="^RewardBench's pairs cannot be read: row 0 is a int"):
+        rb.load_pairs([1])
