@@ -245,6 +245,35 @@ def test_evaluation_and_the_best_by_reward(tmp_path):
     assert torch.equal(runs.weights(result.model), runs.weights(two.model))
 
 
+def test_an_evaluation_is_of_the_policy_alone(tmp_path):
+    """Whoever else gives the responses that are trained on."""
+    lines = {}
+    for loss_type in ("online_ipo", "ipo_md", "nash_md", "xpo"):
+        rest = {"sampler": None, "eval_dataset": runs.prompts(3, 5)}
+        options = {"loss_type": loss_type, "per_device_train_batch_size": 2, "temperature": 1.0, "beta": 0.1}
+        result = runs.train(tmp_path / loss_type, rest=rest, eval_on_start=True, max_steps=1, **options)
+        line = next(line for line in runs.lines(result) if "eval_reward" in line)
+        lines[loss_type] = {k: v for k, v in line.items() if k.startswith(("eval_reward", "eval_completions"))}
+    assert len({json.dumps(line) for line in lines.values()}) == 1
+
+
+def test_an_evaluation_before_training_and_after(tmp_path):
+    """It is the one of eval_on_start, and the run is as without."""
+    options = {"loss_type": "rloo", "temperature": 1.0, "optim": "sgd", "learning_rate": 0.1}
+    rest = {"sampler": None, "eval_dataset": runs.prompts(3, 5)}
+    plain = runs.train(tmp_path / "plain", rest=rest, eval_on_start=True, **options)
+    trainer = fastpo.Trainer(
+        runs.model(), runs.prompts(8), args=runs.options(tmp_path / "trainer", **options), reward_funcs=runs.by_ids,
+        processing_class=Toy.tokenizer(), eval_dataset=runs.prompts(3, 5),
+    )  # fmt: skip
+    before = trainer.evaluate()
+    assert before["eval_reward"] == plain.log_history[0]["eval_reward"]
+    trainer.train()
+    assert torch.equal(runs.weights(trainer.model), runs.weights(plain.model))
+    after = trainer.evaluate()
+    assert math.isfinite(after["eval_reward"]) and after["eval_kl"] != before["eval_kl"]
+
+
 def test_an_evaluation_does_not_change_the_run(tmp_path):
     options = {"temperature": 1.0, "max_steps": 3}
     rest = {"sampler": None}
