@@ -316,7 +316,7 @@ class Face(abc.ABC):
             self.batches.place(name, examples)
         self.stepwide.prepare(sets)
 
-    def start_live(self, sets: Mapping[str, list[Example]]) -> None:
+    def start_live(self, sets: dict[str, list[Example]]) -> None:
         """The reference in memory, with its weights as they are at the start."""
         if self.live is None or self.fixed[REF] is not None:  # else a first call's has them
             self.live = live_reference.start(
@@ -329,7 +329,7 @@ class Face(abc.ABC):
         """What an online run draws, trains on and is evaluated by; of another run nothing."""
         if self.online is None:
             return
-        if self.online.reads_reference(self.objective) and self.moving is None:
+        if self.objective.compares and self.moving is None:
             self.start_live(self.data.all)
         of_run = (self.tokenizer, self.live, self.moving, self.callbacks, self.files.save, self.output_dir)
         self.rollouts = self.online.begin(self.plan, self.data, self.passes, *of_run)

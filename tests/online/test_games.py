@@ -91,7 +91,7 @@ def play(
     """The mean policy of the second half of a run, as a log-policy [n]; with `whole` that of each step, [steps, n]."""
     args = dict(
         output_dir=str(folder), loss_type=loss_type, max_completion_length=1, per_device_train_batch_size=prompts,
-        temperature=1.0, max_steps=120, learning_rate=5e-3, lr_scheduler_type="linear", warmup_steps=0, use_cpu=True,
+        temperature=1.0, max_steps=150, learning_rate=1e-2, lr_scheduler_type="linear", warmup_steps=0, use_cpu=True,
         bf16=False, disable_tqdm=True, report=False, report_to="none", max_grad_norm=0.0, save_strategy="no",
         save_final=False, weight_decay=0.0, adam_beta2=0.99, optim="adamw_torch", gradient_checkpointing=False,
         num_generations=16, guardrails=False, logging_steps=1000,
