@@ -65,7 +65,7 @@ def tokenizer() -> Any:
 
 
 def policy(logits: Sequence[float]) -> torch.nn.Module:
-    """A model whose next letter has these log-odds, and whose end never comes."""
+    """A model whose next letter has these log-odds, and whose end never comes. Its head alone is trained."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=len(LETTERS) + 1, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
@@ -73,6 +73,7 @@ def policy(logits: Sequence[float]) -> torch.nn.Module:
         tie_word_embeddings=False,
     )  # fmt: skip
     model = transformers.LlamaForCausalLM(config).eval()
+    model.model.requires_grad_(False)
     with torch.no_grad():
         hidden = model.model(input_ids=torch.tensor([[0]])).last_hidden_state[0, -1]
         rows = torch.tensor([*logits, -25.0])
@@ -174,8 +175,8 @@ def test_spo_alone_goes_round_its_equilibrium(tmp_path):
                 learning_rate=0.03)  # fmt: skip
     print(path[::10], path.mean(0))
     nash = torch.full((3,), 1 / 3, dtype=torch.float64)
-    assert (path.mean(0) - nash).abs().max() < 0.05
-    assert (path[-60:] - nash).abs().amax(1).min() > 0.1
+    assert (path.mean(0) - nash).abs().max() < 0.05  # of all that it has been
+    assert (path - nash).abs().amax(1).min() > 0.08  # and never there
 
 
 def test_online_dpo_on_a_coin(tmp_path):
