@@ -150,6 +150,11 @@ class Rollouts:
         self.served: Served | None = None  # a sampler beside this process
         self.reference: tuple[Engine, Callable[[], AbstractContextManager[Any]]] | None = None
 
+    @property
+    def _last_entropy(self) -> float | None:
+        """Of the last step's tokens, where that is known; of a run that goes on, before its first step too."""
+        return self._seen_entropy if self.stepwide is None else self.stepwide.entropy
+
     # ---- a step
 
     def begin_step(self, number: int, stepwide: StepWide) -> tuple[list[int], int]:
@@ -432,7 +437,7 @@ class Rollouts:
             means["left_out"] = float(sum(self.left_out.values()))
         self.left_out = Counter()
         if self.entropy.is_on:
-            means["entropy_coef"] = self.entropy.after(None if self.stepwide is None else self.stepwide.entropy)
+            means["entropy_coef"] = self.entropy.after(self._last_entropy)
         return means
 
     def close(self) -> None:
@@ -449,7 +454,7 @@ class Rollouts:
             rows, steps = sorted({row for step in self.steps for row in step.rows}), self.steps
         return {
             "begun": self.begun, "entropy": [self.entropy.value, self.entropy.last],
-            "seen_entropy": None if self.stepwide is None else self.stepwide.entropy,
+            "seen_entropy": self._last_entropy,
             "window": [dict(line) for line in self.window], "left_out": dict(self.left_out),
             "steps": [(list(s.rows), tuple(map(float, s.totals)), s.tokens, s.acting) for s in steps],
             "examples": {row: _kept(self.examples[row]) for row in rows},
