@@ -42,6 +42,7 @@ from fastpo.training.stepwide import StepWide
 
 log = logging.getLogger("fastpo")
 
+TIES = 1e-5  # entropies this near to each other are alike: of one context they differ by rounding, as they are packed
 Arrays = list[list[np.ndarray]]  # of each example, of each response: [tokens] fp32
 
 
@@ -335,7 +336,7 @@ class Rollouts:
                    for values, out in zip(of_row, group.masked, strict=True) if not out]  # fmt: skip
         least = float(np.quantile(np.concatenate(counted), 1 - self.config.top_entropy_quantile)) if counted else 0.0
         for group, of_old, of_row in zip(groups, old, entropies, strict=True):
-            mask = [(values >= least).astype(np.float32) for values in of_row]
+            mask = [(values >= least - TIES * max(1.0, least)).astype(np.float32) for values in of_row]
             group.token_columns |= {OLD_LOGP: of_old, POLICY_MASK: mask}
 
     @staticmethod

@@ -96,8 +96,8 @@ def play(
     """The mean policy of the second half of a run, as a log-policy [n]; with `whole` that of each step, [steps, n]."""
     args = dict(
         output_dir=str(folder), loss_type=loss_type, max_completion_length=1, per_device_train_batch_size=prompts,
-        temperature=1.0, max_steps=150, learning_rate=RATES[loss_type], lr_scheduler_type="linear", warmup_steps=0, use_cpu=True,
-        bf16=False, disable_tqdm=True, report=False, report_to="none", max_grad_norm=0.0, save_strategy="no",
+        temperature=1.0, max_steps=150, learning_rate=RATES[loss_type], lr_scheduler_type="linear", warmup_steps=0,
+        use_cpu=True, bf16=False, disable_tqdm=True, report=False, report_to="none", max_grad_norm=0.0, save_strategy="no",
         save_final=False, weight_decay=0.0, optim="sgd", gradient_checkpointing=False,
         num_generations=16, guardrails=False, logging_steps=1000,
     ) | options  # fmt: skip
