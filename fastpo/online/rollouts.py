@@ -336,8 +336,8 @@ class Rollouts:
     @staticmethod
     def _acting(groups: Sequence[Group]) -> float:
         """Tokens that have a policy term."""
-        return float(sum(values.sum() for group in groups
-                         for values, out in zip(group.token_columns[POLICY_MASK], group.masked) if not out))  # fmt: skip
+        masks = ((group.token_columns[POLICY_MASK], group.masked) for group in groups)
+        return float(sum(v.sum() for of_group, masked in masks for v, out in zip(of_group, masked) if not out))
 
     def _hold_to_its_word(self, served: Served, examples: Sequence[Example], groups: Sequence[Group]) -> None:
         """Compares the sampler's own log-probabilities with ours, and corrects for the difference. They are not

@@ -181,7 +181,9 @@ class OnlineRun:
         return rollouts
 
     def evaluation(self, rollouts: Rollouts) -> OnlineEvaluation:
-        return OnlineEvaluation(rollouts.drawing, rollouts.judgement, self.config, self.asks.num_generations_eval)
+        refresh = rollouts.served.refresh if rollouts.served is not None else lambda: None
+        count = self.asks.num_generations_eval
+        return OnlineEvaluation(rollouts.drawing, rollouts.judgement, self.config, count, refresh)
 
     def _samplers(
         self, model: Any, tokenizer: Any, reference: Reference | None, served: Served | None

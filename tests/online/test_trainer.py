@@ -1,4 +1,4 @@
-"""Online runs through fastpo.train: against TRL's trainers on the same responses, exact under packing, options, faces."""
+"""Online runs through fastpo.train: against TRL's trainers on the same responses, and exact under packing."""
 
 import collections
 import sys
@@ -38,8 +38,9 @@ def of_trl(tmp_path, monkeypatch, *, rloo=False, rows=None, shuffles=False, **op
     runs.model().save_pretrained(start)
 
     defaults = dict(
-        output_dir=str(tmp_path / "trl"), num_generations=4, max_completion_length=runs.LONGEST, per_device_train_batch_size=8,
-        max_steps=3, logging_steps=1, use_cpu=True, bf16=False, disable_tqdm=True, learning_rate=3e-3,
+        output_dir=str(tmp_path / "trl"), num_generations=4, max_completion_length=runs.LONGEST,
+        per_device_train_batch_size=8, max_steps=3, logging_steps=1, use_cpu=True, bf16=False, disable_tqdm=True,
+        learning_rate=3e-3,
         lr_scheduler_type="constant", warmup_steps=0, report_to="none", save_strategy="no", max_grad_norm=0.0,
         gradient_checkpointing=False, shuffle_dataset=False, logging_nan_inf_filter=False, adam_epsilon=1e-3,
     )  # fmt: skip
@@ -133,7 +134,8 @@ def test_a_generation_of_two_steps_equals_trl(tmp_path, monkeypatch):
         {"mask_truncated_completions": True}, {"mask_truncated_completions": True, "loss_type": "dapo"},
         {"multi_objective_aggregation": "normalize_then_sum"}, {"delta": 1.05, "num_iterations": 2},
         {"entropy_coef": 0.1}, {"entropy_coef": 0.1, "use_adaptive_entropy": True, "entropy_target": 3.7},
-        {"top_entropy_quantile": 0.5}, {"top_entropy_quantile": 0.5, "entropy_coef": 0.1, "mask_truncated_completions": True},
+        {"top_entropy_quantile": 0.5},
+        {"top_entropy_quantile": 0.5, "entropy_coef": 0.1, "mask_truncated_completions": True},
         {"off_policy_mask_threshold": 0.01, "num_iterations": 2}, {"use_bias_correction_kl": False, "beta": 0.1},
     ],
     ids=lambda options: " ".join(options),
