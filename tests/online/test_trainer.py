@@ -63,7 +63,7 @@ def compared(tmp_path, monkeypatch, *, rloo=False, rows=None, shuffles=False, **
     options = {"scale_rewards": "group", **options}  # as TRL's, whatever the loss
     if rloo:
         options |= {"loss_type": "rloo", "scale_rewards": None}
-    elif options.get("importance_sampling_level") == "sequence":
+    elif options["loss_type"] == "grpo" and options.get("importance_sampling_level") == "sequence":
         options |= {"loss_type": "gspo", "epsilon": 0.2, "epsilon_high": 0.2}
     elif options.get("loss_type") == "dapo":
         options.setdefault("epsilon_high", 0.2)
@@ -84,6 +84,7 @@ def compared(tmp_path, monkeypatch, *, rloo=False, rows=None, shuffles=False, **
 
 TYPES = {
     "grpo": {}, "dr_grpo": {}, "dapo": {}, "bnpo": {}, "cispo": {"epsilon_high": 1.05}, "sapo": {},
+    "vespo": {}, "luspo": {"importance_sampling_level": "sequence"},
     "gspo": {"loss_type": "grpo", "importance_sampling_level": "sequence"},
 }  # fmt: skip
 
@@ -94,8 +95,8 @@ def test_training_equals_grpo_trainer(tmp_path, monkeypatch, loss_type, beta, it
     options = {"loss_type": loss_type, "beta": beta, "num_iterations": iterations} | TYPES[loss_type]
     apart, differences, expected = compared(tmp_path, monkeypatch, **options)
     assert apart < 1e-5
-    assert max(differences.values()) < 2e-5, differences
-    if iterations == 2 and loss_type not in ("sapo",):  # else there is nothing to compare
+    assert not {name: value for name, value in differences.items() if value > 2e-5}
+    if iterations == 2 and loss_type not in ("sapo", "vespo"):  # else there is nothing to compare
         assert any(line.get("clip_ratio/region_mean", line.get("cispo_clip_ratio")) for line in expected)
     if beta:
         assert expected[-1]["kl"] > 1e-3
