@@ -33,8 +33,9 @@ def numbers(result):
             assert not isinstance(value, float) or math.isfinite(value), name
 
 
-@pytest.mark.parametrize("what", [None, math.nan, math.inf, "text"], ids=str)
-@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "rloo", "online_ipo"])
+@pytest.mark.parametrize(
+    ("what", "loss_type"), [(None, "grpo"), (math.nan, "dapo"), (math.inf, "rloo"), ("text", "online_ipo")]
+)
 def test_responses_without_a_reward_are_as_if_they_had_not_been_drawn(tmp_path, what, loss_type):
     """The first of each prompt's four: the run is one of three responses."""
     batch = {"per_device_train_batch_size": 2 if loss_type == "online_ipo" else 8}

@@ -162,9 +162,8 @@ def close(one, other, tolerance=2e-6):
 
 PACKED = [
     {"loss_type": "grpo", "beta": 0.04, "num_iterations": 2}, {"loss_type": "dapo"}, {"loss_type": "dr_grpo"},
-    {"loss_type": "gspo", "epsilon": 0.2, "num_iterations": 2}, {"loss_type": "cispo", "num_iterations": 2},
-    {"loss_type": "rloo"}, {"loss_type": "vespo", "num_iterations": 2}, {"loss_type": "gmpo", "num_iterations": 2},
-    {"loss_type": "luspo"}, {"loss_type": "reinforce"}, {"loss_type": "sapo", "num_iterations": 2},
+    {"loss_type": "gspo", "epsilon": 0.2, "num_iterations": 2}, {"loss_type": "rloo"},
+    {"loss_type": "vespo", "num_iterations": 2}, {"loss_type": "gmpo", "num_iterations": 2},
     {"loss_type": "grpo", "top_entropy_quantile": 0.4}, {"loss_type": "grpo", "entropy_coef": 0.1},
     {"loss_type": "bnpo", "mask_truncated_completions": True},
 ]  # fmt: skip
