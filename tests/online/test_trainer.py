@@ -84,7 +84,7 @@ def compared(tmp_path, monkeypatch, *, rloo=False, rows=None, shuffles=False, **
 
 TYPES = {
     "grpo": {}, "dr_grpo": {}, "dapo": {}, "bnpo": {}, "cispo": {"epsilon_high": 1.05}, "sapo": {},
-    "vespo": {}, "luspo": {"importance_sampling_level": "sequence"},
+    "vespo": {}, "luspo": {"importance_sampling_level": "sequence", "epsilon": 0.2, "epsilon_high": 0.2},
     "gspo": {"loss_type": "grpo", "importance_sampling_level": "sequence"},
 }  # fmt: skip
 
