@@ -229,6 +229,23 @@ DISTANCES = {
     "length_controlled_winrate, calibration recovered": ("full_by_place", "length_controlled_winrate"),
     "the same, difficulties by prompt and not by place": ("full", "length_controlled_winrate"),
 }
+
+
+def errors(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Of the length-controlled rate: ours, by resampling, against the package's of the same fit and the published."""
+    here = [row for row in rows if row.get("full_error")]
+    known = [row for row in here if row["published"]["lc_standard_error"]]
+    of_fit = [row["full_error"] / row["full_package_error"] for row in here]
+    published = [row["full_error"] / row["published"]["lc_standard_error"] for row in known]
+    return {
+        "models": len(here), "ours": statistics.fmean(row["full_error"] for row in here),
+        "package": statistics.fmean(row["full_package_error"] for row in here),
+        "ratio_median": statistics.median(of_fit), "ratio_least": min(of_fit), "ratio_most": max(of_fit),
+        "models_published": len(known), "published_ratio_median": statistics.median(published),
+        "published_ratio_least": min(published), "published_ratio_most": max(published),
+    }  # fmt: skip
+
+
 SAME = "the same by place, models whose C came out as in the published weights"
 
 
@@ -267,14 +284,17 @@ def markdown(result: dict[str, Any]) -> str:
     for name, d in result["distances"].items():
         lines.append(f"| {name} | {d['models']} | {d['mean']:.4f} | {d['median']:.4f} | {d['worst']:.4f} | "
                      f"{d['worst_model']} | {d['spearman']:.4f} | {d['kendall']:.4f} |")  # fmt: skip
-    raw, errors, gamed = result["distances"]["raw win rate"], result["errors"], result["calibration"]
+    raw, spread, gamed = result["distances"]["raw win rate"], result["errors"], result["calibration"]
     lines += [
         "",
         f"Raw win rates within {LIMIT} of the leaderboard's: {raw['within_limit']} of {raw['models']}.",
         "",
-        f"Standard error of the length-controlled rate: by {result['resamples']} resamples of the instructions "
-        f"{errors['ours']:.2f} in the mean of the models, published {errors['published']:.2f}; the ratio is "
-        f"{errors['ratio_median']:.1f} in the median, {errors['ratio_least']:.1f} to {errors['ratio_most']:.1f}.",
+        f"Standard error of the length-controlled rate, means of {spread['models']} models: {spread['ours']:.2f} by "
+        f"{result['resamples']} resamples of the instructions, {spread['package']:.2f} by the package's rule.",
+        f"The ratio is {spread['ratio_median']:.1f} in the median, {spread['ratio_least']:.1f} to "
+        f"{spread['ratio_most']:.1f}; against the {spread['models_published']} published errors "
+        f"{spread['published_ratio_median']:.1f}, {spread['published_ratio_least']:.1f} to "
+        f"{spread['published_ratio_most']:.1f}. Of the minimal form the package's is 0.",
         "",
         f"The calibration is the repository's own: difficulties from the predictions in the annotations of "
         f"{', '.join(gamed['difficulties_from'])}, the gamed baselines' two sums from the published weights of "
@@ -429,19 +449,12 @@ def main() -> None:
         text, name = speed_markdown(result), "evals_alpaca_speed"
     else:
         rows = model_rows(repository, calibration, args.resamples)
-        ratios = [row["full_error"] / row["published"]["lc_standard_error"] for row in rows
-                  if row.get("full_error") and row["published"]["lc_standard_error"]]  # fmt: skip
-        known = [row for row in rows if row.get("full_error") and row["published"]["lc_standard_error"]]
         result = {
             "machine_info": common.environment(), "prompts": len(calibration.difficulties),
             "resamples": args.resamples, "calibration": said,
             "distances": {name: distance(rows, *columns) for name, columns in DISTANCES.items()}
             | {SAME: distance(list(filter(same_penalty, rows)), "full_by_place", "length_controlled_winrate")},
-            "errors": {
-                "ours": statistics.fmean(row["full_error"] for row in known),
-                "published": statistics.fmean(row["published"]["lc_standard_error"] for row in known),
-                "ratio_median": statistics.median(ratios), "ratio_least": min(ratios), "ratio_most": max(ratios),
-            },
+            "errors": errors(rows),
             "rows": rows,
         }  # fmt: skip
         text, name = markdown(result), "evals_alpaca"

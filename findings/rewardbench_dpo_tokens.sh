@@ -8,10 +8,10 @@ set -e
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"
-# Without its dependencies, which bring trackers, linters and a CUDA library: those that the import needs follow.
+"$folder/venv/bin/pip" install -q --no-compile torch==2.13.0 transformers==4.51.0 trl==0.17.0 datasets==4.0.0 \
+    pandas==2.3.3 accelerate==1.6.0 sentencepiece==0.2.0
+# Their other dependencies are trackers, linters and a web server.
 "$folder/venv/bin/pip" install -q --no-compile --no-deps rewardbench==0.1.4 fschat==0.2.36
-"$folder/venv/bin/pip" install -q --no-compile torch==2.13.0 transformers==4.51.0 datasets==5.2.0 pandas==3.1.1 \
-    accelerate==1.15.0
 HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 HF_HOME="$folder/hf" TRANSFORMERS_VERBOSITY=error \
     "$folder/venv/bin/python" -I - 2>"$folder/log" <<'PY' || { cat "$folder/log" >&2; exit 1; }
 import sys

@@ -58,6 +58,8 @@ def folder(toy, tmp_path_factory) -> Path:
     for name in ("pairs.jsonl", "a.jsonl", "org/name/train.jsonl"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(lines)
+    prompts = [{"prompt": row["prompt"], "answer": row["chosen"]} for row in toy.rows(8)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
     (folder / "run.yaml").write_text("model: path/to/model\ntrain_dataset: pairs.jsonl\noutput_dir: yaml-out\n")
     return folder
 
@@ -76,10 +78,14 @@ def names(toy, folder, monkeypatch):
     logps = {name: -20 * torch.rand(3) for name in ("chosen_logps", "rejected_logps")}
     monkeypatch.setattr(fastpo, "iterate", partial(_small_iterate, fastpo.iterate, small))
     judged = toy.kway_rows(4)
+    tokens = {name: -torch.rand(10) for name in ("logp", "old_logp", "ref_logp")}
+    tokens |= {"rewards": torch.rand(4, 1), "groups": [0, 0, 1, 1], "offsets": torch.tensor([0, 3, 5, 8, 10])}
+    tokens |= {"tokens": 10.0, "responses": 4, "max_completion_length": 8}
     return {
         "fastpo": fastpo, "model": toy.model(), "rows": toy.rows(8), "held_out": toy.rows(4, seed=1),
         "pairs_sampled_from_iterate_2": toy.rows(6, seed=2), "sample_and_judge": lambda policy: judged,
         "n_w": torch.tensor([3.0, 5.0, 7.0]), "n_l": torch.tensor([4.0, 2.0, 9.0]), **logps,
+        **tokens,
     }  # fmt: skip
 
 

@@ -1,7 +1,9 @@
 """What measures share: verdicts gathered, rows refused by name and count, standard errors by resampling."""
 
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,6 +36,8 @@ def rows_of(source: Any, what: str, columns: Iterable[str], **options: Any) -> l
     try:
         rows = load_rows(source, **options)
     except DataError as error:
+        if not isinstance(source, str | os.PathLike) or Path(source).exists():
+            raise DataError(f"{what} cannot be read: {error}") from error
         raise DataError(f"{what} are not here: {error}; give the rows, or the path of a file of them") from error
     rows = list(rows)
     if not rows:

@@ -264,9 +264,10 @@ class Result:
 
 
 def of_pairs(pairs: Sequence[Choice], scores: Mapping[str, Sequence[float | None]], *, tie: float = 0.0) -> Result:
-    """RewardBench's figures of (chosen, rejected) scores by `Choice.name`; those that are missing by name and count.
+    """RewardBench's figures of (chosen, rejected) scores by `Choice.name`.
 
-    Scores that are None have failed: half a point, as the code gives where its judge fails.
+    Missing ones are a DataError with their number and names. A pair with a score that is None has failed: half a point,
+    as the code gives where its judge fails.
     """
     _check_scores(pairs, scores)
     results: dict[str, list[float]] = {}
@@ -281,10 +282,10 @@ def of_pairs(pairs: Sequence[Choice], scores: Mapping[str, Sequence[float | None
 
 
 def of_choices(choices: Sequence[Choice], scores: Mapping[str, Sequence[float | None]], *, seed: int = 0) -> Result:
-    """RewardBench 2's figures of the answers' scores, the right ones' first, by `Choice.name`. DataError for missing
-    ones.
+    """RewardBench 2's figures of the answers' scores, the right ones' first, by `Choice.name`.
 
-    A score that is None has failed, and is below all others; where all of a prompt have, it is one over their number.
+    Missing ones are a DataError with their number and names. A score that is None has failed, and is below all others;
+    where all of a prompt have, it is one over their number.
     """
     _check_scores(choices, scores)
     results: dict[str, list[float]] = {}

@@ -6,6 +6,7 @@ from typing import Any
 
 from fastpo.config.train_config import TrainConfig
 from fastpo.errors import ConfigError
+from fastpo.loop import online
 from fastpo.loop.config import POLICY_NAMES, LoopConfig
 from fastpo.loop.selecting import WITHOUT_SCORES, Selector
 from fastpo.losses import LOSSES, canonical_name
@@ -18,7 +19,8 @@ _OF_THE_LOOP = ("reference", "previous")
 
 def given_options(config: LoopConfig) -> dict[str, Any]:
     """What of `train` is for fastpo.train; degree_aux has as many degrees as there are versions, unless told."""
-    given = {name: value for name, value in config.train.items() if name not in _OF_THE_LOOP}
+    own = (*_OF_THE_LOOP, online.REWARDS) if online.way_of(config.train) else _OF_THE_LOOP
+    given = {name: value for name, value in config.train.items() if name not in own}
     if config.degrade.degrees and DEGREE in (given.get("loss_type") or ()):
         given["loss_kwargs"] = {"degrees": config.degrade.degrees, **(given.get("loss_kwargs") or {})}
     return given
@@ -40,7 +42,10 @@ def losses_of(train: TrainConfig) -> list[str]:
 
 
 def deciding(config: LoopConfig, scorers: Mapping[str, Any]) -> str | None:
-    """The name of the scorer that selection goes by; None where it goes by how responses were sampled."""
+    """The name of the scorer that selection goes by; None where it goes by how responses were sampled, and where there
+    is none: an online loss is trained on what it draws."""
+    if online.way_of(config.train):
+        return None
     if config.select.policy in WITHOUT_SCORES and not config.score.by:
         return None
     if config.score.by:
@@ -60,6 +65,10 @@ def deciding(config: LoopConfig, scorers: Mapping[str, Any]) -> str | None:
 def check(config: LoopConfig, scorer: Scorer | None, kinds: Mapping[str, str]) -> None:
     """ConfigError for what cannot go together. `kinds`: unit of each scorer by name."""
     train = train_options(config)
+    if online.way_of(config.train):
+        online.check(config, train, kinds)
+        _check_policies(config, kinds)
+        return
     select, losses = config.select, losses_of(train)
     Selector(select)  # knows its policies
     _check_losses(config, losses, scorer)
@@ -87,16 +96,20 @@ def check(config: LoopConfig, scorer: Scorer | None, kinds: Mapping[str, str]) -
         raise ConfigError(f"refine.loss={config.refine.loss!r} is none of train.loss_type: {', '.join(losses)}")
     if select.soften and (scorer is None or scorer.unit != "pair"):
         raise ConfigError("select.soften anneals win rates of pairs: it needs a scorer of pairs")
-    if config.eval.scorer and config.eval.scorer not in kinds:
-        raise ConfigError(f"eval.scorer={config.eval.scorer!r} is none of the scorers {', '.join(kinds)}")
-    for name in ("reference", "previous"):
-        policy_name(config.train.get(name, "current"), f"train.{name}")
-    policy_name(config.eval.against, "eval.against")
+    _check_policies(config, kinds)
     for spec in config.sample.sources:
         if "source" not in spec:
             raise ConfigError("an entry of sample.sources needs `source`, the name of these responses")
         if spec["source"] == POLICY:
             raise ConfigError(f"sample.sources: {POLICY!r} is what sample.n asks for; give these another name")
+
+
+def _check_policies(config: LoopConfig, kinds: Mapping[str, str]) -> None:
+    if config.eval.scorer and config.eval.scorer not in kinds:
+        raise ConfigError(f"eval.scorer={config.eval.scorer!r} is none of the scorers {', '.join(kinds)}")
+    for name in ("reference", "previous"):
+        policy_name(config.train.get(name, "current"), f"train.{name}")
+    policy_name(config.eval.against, "eval.against")
 
 
 def _check_losses(config: LoopConfig, losses: Sequence[str], scorer: Scorer | None) -> None:
@@ -105,10 +118,6 @@ def _check_losses(config: LoopConfig, losses: Sequence[str], scorer: Scorer | No
         loss = LOSSES.get(name)
         if loss is None:  # sft, reward: they have no pair function
             continue
-        if loss.shape == "tokens":
-            raise ConfigError(
-                f"loss_type={name} samples while it trains, and a loop trains on rows: take a loss of pairs"
-            )
         if loss.shape == "lists":
             if scorer is None or scorer.unit == "pair":
                 what = "nothing is scored" if scorer is None else f"{scorer.name!r} compares pairs"

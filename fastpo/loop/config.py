@@ -25,6 +25,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 import yaml
 
 from fastpo.errors import ConfigError, did_you_mean, shown
+from fastpo.losses.online import is_online
 from fastpo.selection import GOAL
 
 Options = Mapping[str, Any]
@@ -156,7 +157,7 @@ class LoopConfig:
     select: Select = field(default_factory=Select)  # which pairs are made
     degrade: Degrade = field(default_factory=Degrade)  # rows for a loss of degrees
     replay: Mapping[int, float] = field(default_factory=dict)  # iterations back -> share of the pairs
-    train: Options = field(default_factory=dict)  # of fastpo.train, and reference, previous: names of policies
+    train: Options = field(default_factory=dict)  # of fastpo.train; reference and previous: policies' names
     eval: Eval = field(default_factory=Eval)  # how a policy is measured
     guards: Guards = field(default_factory=Guards)  # what is said of an iteration that goes wrong
     at: Mapping[int, Options] = field(default_factory=dict)  # iteration -> options that differ in it
@@ -214,7 +215,9 @@ def build(options: Options) -> LoopConfig:
         wrong = next((key for key in part if key not in _PER_ITERATION), None)
         if wrong is not None:
             raise ConfigError(f"at.{number}.{wrong}: only {', '.join(_PER_ITERATION)} change between iterations")
-    for name in ("output_dir", "resume_from_checkpoint", "pair_policy", "pair_margin"):
+    losses = config.train.get("loss_type", ())
+    forms = () if is_online([losses] if isinstance(losses, str) else list(losses)) else ("pair_policy", "pair_margin")
+    for name in ("output_dir", "resume_from_checkpoint", *forms):
         if name in config.train:
             raise ConfigError(f"train.{name} is set by the loop: leave it out")
     _check_numbers(config)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fastpo.errors import ConfigError
-from fastpo.loop import checks
+from fastpo.loop import checks, online
 from fastpo.loop import prompts as prompt_files
 from fastpo.loop.config import LoopConfig
 from fastpo.models.loading import load_tokenizer
@@ -40,6 +40,8 @@ class Context:
             made = self.scorers(now, 1)
             by = checks.deciding(now, made)
             checks.check(now, None if by is None else made[by], {name: s.unit for name, s in made.items()})
+            if online.way_of(now.train):
+                online.check_made(now, made)
 
     def policy(self, name: str, t: int) -> str:
         """The folder of a policy by its name in iteration t, in which `current` is what is sampled and trained from."""
@@ -103,6 +105,8 @@ class Context:
         t = max(t, 1)
         config = self.config.in_iteration(t)
         made = self.scorers(config, t)
+        if online.way_of(config.train) and not config.eval.scorer:
+            return online.measure(config, checks.train_options(config), made)
         name = config.eval.scorer or self.scored(t) or next(iter(made), None)
         return None if name is None else made[name]
 
@@ -128,15 +132,20 @@ class Context:
 
     def scorers(self, config: LoopConfig, t: int) -> dict[str, Scorer]:
         """All scorers of an iteration by name: those of the options, and those that the caller gave."""
-        sections = dict(config.scorers)
-        objects = {}
+        given, policies = self.sections(config), self.policies(t)
+        sections = {name: spec for name, spec in given.items() if isinstance(spec, Mapping)}
+        return {
+            name: make_scorer(name, spec, policies, self.folder, others=sections) if name in sections else spec
+            for name, spec in given.items()
+        }
+
+    def sections(self, config: LoopConfig) -> dict[str, Any]:
+        """Of all scorers by name: a section, or what the caller gave."""
+        out: dict[str, Any] = dict(config.scorers)
         for name, given in self.given_scorers.items():
-            if callable(given) and not hasattr(given, "score"):
-                sections[name] = {"kind": "function", "function": given}
-            else:
-                objects[name] = given
-        policies = self.policies(t)
-        return {n: make_scorer(n, s, policies, self.folder, others=sections) for n, s in sections.items()} | objects
+            of_function = callable(given) and not hasattr(given, "score")
+            out[name] = {"kind": "function", "function": given} if of_function else given
+        return out
 
 
 def _digest(items: Sequence[Item]) -> str:

@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from fastpo.config.online import rollouts
 from fastpo.config.train_config import TrainConfig
 from fastpo.loop import config as configs
-from fastpo.loop import recipes
+from fastpo.loop import online, recipes
 from fastpo.loop.config import LoopConfig
 from fastpo.loop.run_files import mapping
 from fastpo.loop.selecting import POLICIES, WITHOUT_SCORES
@@ -32,6 +33,7 @@ _WIDTH = 100
 _OF_THE_LOOP = {
     "reference": "the policy that the loss compares with, by name or path",
     "previous": "the second policy that it compares with, by name or path",
+    "reward_funcs": "scorers that judge what an online loss draws, by name",
 }
 
 
@@ -165,6 +167,8 @@ def steps(options: Mapping[str, Any]) -> list[str]:
     config = configs.build({**GIVEN, **options})
     select, train = config.select, config.train
     out = ["A part of the prompts that no other iteration has."]
+    if online.way_of(train):
+        return [*out, *_online_steps(train)]
     if config.search:
         out.append("A tree of steps for each, grown by the current policy ([tree search](../loop-search.md)).")
         out.append("Pairs: of the children of a node on the way that the search took, the best against the worst.")
@@ -236,6 +240,28 @@ def _training(train: Mapping[str, Any]) -> str:
         roles.append(f"the previous policy is `{train['previous']}`")
     more = f"; {' and '.join(roles)}" if roles else ""
     return f"Training from the current policy with {linked}{more}. The next iteration starts from what comes of it."
+
+
+def _online_steps(train: Mapping[str, Any]) -> list[str]:
+    """Of an iteration whose loss draws its responses as it trains."""
+    way, config = online.way_of(train), _built(train)
+    assert way is not None
+    asks = rollouts(config)
+    names = ", ".join(f"`{name}`" for name in train.get(online.REWARDS, ()))
+    judged = f"Each is worth the weighted sum of {names}" if names else "Your scorers judge them"
+    reads = online.reads_reference(train, config)
+    more = f"; the reference is `{train.get('reference', 'current')}`" if reads else ""
+    return [
+        f"Training from the current policy with [`{way.name}`](../losses.md#{way.loss}), on responses that it gives as "
+        f"it trains ([online training](../online.md)): {_count(asks.num_generations, 'response')} to each prompt, "
+        f"temperature {asks.temperature:g}, at most {asks.max_completion_length:,} tokens{more}. {judged}. The next "
+        "iteration starts from what comes of it."
+    ]
+
+
+def _built(train: Mapping[str, Any]) -> TrainConfig:
+    own = (*_OF_THE_LOOP, online.REWARDS)
+    return TrainConfig.build({k: v for k, v in train.items() if k not in own}, output_dir="run")
 
 
 def _is_loss(name: str) -> bool:
@@ -319,6 +345,9 @@ def index_page() -> str:
     rows = []
     for name in recipes.names():
         config = configs.build({**GIVEN, **recipes.options_of(name)})
+        if way := online.way_of(config.train):
+            rows.append(_online_row(name, way.name, config.train))
+            continue
         sampler = "tree search" if config.search else _samples(config)
         unscored = config.select.policy in WITHOUT_SCORES and not config.score.by
         kind = mapping(config.scorers.get(config.score.by)).get("kind")
@@ -335,6 +364,15 @@ def index_page() -> str:
         rows.append("| " + " | ".join(map(_cell, cells)) + " |")
     head = "| recipe | samples | scorer | selector | loss | reference |\n| --- | --- | --- | --- | --- | --- |\n"
     return _INDEX + "\n" + head + "\n".join(rows) + "\n"
+
+
+def _online_row(name: str, loss: str, train: Mapping[str, Any]) -> str:
+    config = _built(train)
+    reference = f"`{train.get('reference', 'current')}`" if online.reads_reference(train, config) else "-"
+    scorers = ", ".join(f"`{one}`" for one in train.get(online.REWARDS, ())) or _scorers(recipes.example_of(name))
+    count = rollouts(config).num_generations
+    cells = [f"[{name}]({name}.md)", f"{count} as it trains", scorers, "-", f"`{loss}`", reference]
+    return "| " + " | ".join(map(_cell, cells)) + " |"
 
 
 def _samples(config: LoopConfig) -> str:

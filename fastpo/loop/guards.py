@@ -7,6 +7,7 @@ from fastpo.loop.config import Guards
 from fastpo.loop.selecting import distinct_ngrams
 from fastpo.sampling.items import Response
 
+AT_FIRST = " at first"  # behind a figure of training: as it was when that began
 ENOUGH = 2000  # responses of which lengths in characters and repetitions are counted
 
 
@@ -30,12 +31,19 @@ def warnings_of(
     """Sentences for people. `now`, `first`: sample_figures of this and of the first iteration; `rows`: rows.json."""
     found = []
     name = "mean tokens" if now.get("mean tokens") else "mean characters"
-    if first.get(name) and now[name] > guards.max_length_growth * first[name]:
-        found.append(f"responses are {now[name] / first[name]:.1f} times as long as in the first iteration ({name})")
-    if first.get("distinct 3-grams") and now["distinct 3-grams"] < guards.min_distinct * first["distinct 3-grams"]:
+    # An online loss's own first responses: there may be one iteration alone.
+    before, length = first.get(f"{name}{AT_FIRST}") or first.get(name), now.get(name)
+    if before and length and length > guards.max_length_growth * before:
+        where = "when training began" if f"{name}{AT_FIRST}" in first else "in the first iteration"
+        found.append(f"responses are {length / before:.1f} times as long as {where} ({name})")
+    distinct = now.get("distinct 3-grams")
+    if (
+        first.get("distinct 3-grams")
+        and distinct is not None
+        and distinct < guards.min_distinct * first["distinct 3-grams"]
+    ):
         found.append(
-            f"distinct 3-grams fell from {first['distinct 3-grams']:.2f} to {now['distinct 3-grams']:.2f}: the policy "
-            "repeats itself"
+            f"distinct 3-grams fell from {first['distinct 3-grams']:.2f} to {distinct:.2f}: the policy repeats itself"
         )
     if now.get("truncated", 0) > guards.max_truncated:
         found.append(f"{now['truncated']:.0%} of the responses were cut at max_tokens")

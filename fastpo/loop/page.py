@@ -11,6 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from fastpo.loop.guards import AT_FIRST
 from fastpo.loop.page_examples import STYLE, cut, examples_section, held_out_section
 from fastpo.loop.run_files import IterationFiles, RunFiles, in_order, mapping, number, read_run
 from fastpo.report.charts import Point, Series, chart, read_curves
@@ -217,6 +218,9 @@ def _comparison(run: RunFiles) -> str:
     def role(key: str) -> Callable[[IterationFiles], str]:
         return lambda one: run.name_of(path) if (path := one.options("train").get(key)) is not None else ""
 
+    def of_training(label: str) -> Callable[[IterationFiles], str]:
+        return lambda one: _first_and_last(one.counts("train"), label)
+
     def measured(key: str) -> Callable[[IterationFiles], str]:
         return lambda one: _with_error(one.eval, key)
 
@@ -243,7 +247,10 @@ def _comparison(run: RunFiles) -> str:
             ("from a file", of_rows("from a file")),
             ("characters, chosen less rejected", of_rows("length gap, characters")),
         ]),
-        ("Training", [("loss, mean over the run", _train_loss)]),
+        ("Training", [
+            ("loss, mean over the run", _train_loss),
+            *((label, of_training(label)) for label in _of_training(columns)),
+        ]),
         ("Held-out prompts", [
             ("score", measured("score")),
             ("win rate", measured("win rate")), ("tokens, mean", lambda one: _plain(number(one.eval, "mean tokens"))),
@@ -276,6 +283,17 @@ def _kept_of(one: IterationFiles) -> str:
 def _train_loss(one: IterationFiles) -> str:
     found = number(one.counts("train"), "train_loss")
     return "" if found is None else shown_number(found)
+
+
+def _of_training(iterations: Sequence[IterationFiles]) -> list[str]:
+    """Figures of responses that were drawn in training: those that are known of its beginning and its end."""
+    names = dict.fromkeys(name for one in iterations for name in one.counts("train"))
+    return [name.removesuffix(AT_FIRST) for name in names if name.endswith(AT_FIRST)]
+
+
+def _first_and_last(counts: Mapping[str, Any], label: str) -> str:
+    first, last = number(counts, f"{label}{AT_FIRST}"), number(counts, label)
+    return "" if first is None or last is None else f"{shown_number(first)} \N{RIGHTWARDS ARROW} {shown_number(last)}"
 
 
 def _spent(one: IterationFiles) -> str:
@@ -399,9 +417,13 @@ def _time(run: RunFiles) -> str:
 
 
 def _losses(run: RunFiles) -> str:
+    return _curves(run, "reward", "Reward") + _curves(run, "loss", "Loss")
+
+
+def _curves(run: RunFiles, metric: str, title: str) -> str:
     """A chart an iteration, all of the same scales."""
     found = [(one, points) for one in run.trained
-             if (points := read_curves(one.metrics).of.get("loss", {}).get("train"))]  # fmt: skip
+             if (points := read_curves(one.metrics).of.get(metric, {}).get("train"))]  # fmt: skip
     heights = [y for _, points in found for _, y in points if y is not None]
     if not heights:
         return ""
@@ -409,9 +431,9 @@ def _losses(run: RunFiles) -> str:
     ends, extent = (min(steps), max(steps)), (min(heights), max(heights))
     figures = []
     for one, points in found:
-        curve = [Series("loss", 1, 0, False, points)]
+        curve = [Series(metric, 1, 0, False, points)]
         if any(y is not None for _, y in points):
-            figures.append(chart(f"Loss, iteration {one.number}", "", curve, ends, heights=extent))
+            figures.append(chart(f"{title}, iteration {one.number}", "", curve, ends, heights=extent))
     return f'<div class="charts small">{"".join(figures)}</div>'
 
 

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from fastpo.checkpoints.run_lock import RunLock
+from fastpo.config.online import rollouts
 from fastpo.errors import ConfigError, TrainingError, did_you_mean
+from fastpo.loop import checks, guards, online, prepare
 from fastpo.loop import config as configs
-from fastpo.loop import guards, prepare
 from fastpo.loop.config import LoopConfig, Sample
 from fastpo.loop.context import Context
 from fastpo.loop.page import write_page
@@ -206,7 +207,8 @@ class Run:
         folder = self.context.iteration(t)
         of = {name: read_json(folder / "stages" / f"{name}.json") or {} for name in STAGES}
         return {
-            "iteration": t, "policy": str(folder / "train"), "samples": of["sample"].get("counts", {}),
+            "iteration": t, "policy": str(folder / "train"),
+            "samples": of["sample"].get("counts", {}) or online.sample_figures(of["train"].get("counts", {})),
             "rows": read_json(folder / "rows.json") or {}, "eval": read_json(folder / "eval.json") or {},
             "train": of["train"].get("counts", {}), "warnings": read_json(folder / "warnings.json") or [],
             "seconds": {name: found["seconds"] for name, found in of.items() if found},
@@ -253,6 +255,11 @@ class Run:
         total_calls = total_tokens = 0
         for t in range(1, self.config.iterations + 1):
             config, prompts = self.config.in_iteration(t), len(self.context.of_iteration(t))
+            if online.way_of(config.train):
+                line, calls, tokens = self._online_plan(t, config, prompts)
+                total_calls, total_tokens = total_calls + calls, total_tokens + tokens
+                lines.append(line)
+                continue
             made, by = self.context.scorers(config, 1), self.context.scored(t)
             each = config.sample.n + sum(int(s.get("n", 1)) for s in config.sample.sources)
             each += config.refine.rounds * config.sample.n
@@ -282,6 +289,24 @@ class Run:
             "disk beside the checkpoints of training"
         )
         return "\n".join(lines)
+
+    def _online_plan(self, t: int, config: LoopConfig, prompts: int) -> tuple[str, int, int]:
+        """(its line, judgements, tokens at most) of an iteration that draws its responses as it trains."""
+        train, made = checks.train_options(config), self.context.scorers(config, 1)
+        steps, responses = online.steps_of(train, prompts)
+        names = online.named(config, {name: scorer.unit for name, scorer in made.items()})
+        each = rollouts(train).num_generations
+        per_prompt = {"response": each, "list": 1, "pair": each * (each - 1)}
+        calls = sum(responses // each * per_prompt[made[name].unit] for name in names)
+        tokens = responses * train.max_completion_length
+        reference = online.reads_reference(config.train, train)
+        roles = [f"reference {config.train.get('reference', 'current')}"] if reference else []
+        said = ", ".join([f"loss {train.losses[0]}", *roles])
+        return (
+            f"  iteration {t}: {prompts:,} prompts; {steps:,} steps on {responses:,} responses that "
+            f"{self.context.policy('current', t)} gives as it trains, {each} a prompt, at most {tokens:,} tokens; "
+            f"{calls:,} judgements by {', '.join(names)}; {said}", calls, tokens,
+        )  # fmt: skip
 
 
 def _shown(prompts: Any) -> Any:

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fastpo.loop import checks, evaluation, growth, guards, rows
+from fastpo.loop import checks, evaluation, growth, guards, online, rows
 from fastpo.loop import prompts as prompt_files
 from fastpo.loop.config import as_json
 from fastpo.loop.context import Context
@@ -52,6 +52,11 @@ class Work:
             yield self.evaluation()
             return
         yield self.prompts()
+        if online.way_of(self.config.train):
+            yield self.online_training()
+            if self.run.heldout:
+                yield self.evaluation()
+            return
         if self.config.search:
             yield self.searching()
         else:
@@ -175,7 +180,8 @@ class Work:
                    "replay": {str(back): share for back, share in config.replay.items()},
                    "selector": None if run.selector is None else type(run.selector).__qualname__}  # fmt: skip
         options |= {"degrade": as_json(config.degrade)} if config.degrade.degrees else {}
-        earlier = {back: run.iteration(self.t - back) / "rows.jsonl" for back in config.replay if back < self.t}
+        earlier = {back: run.iteration(self.t - back) / "rows.jsonl" for back in config.replay if back < self.t
+                   and not online.way_of(run.config.in_iteration(self.t - back).train)}  # fmt: skip
         inputs = {"samples": self.folder / "samples"} | {f"rows of {k} back": path for k, path in earlier.items()}
         inputs |= {"scores": self.folder / "scores"} if by is not None else {}
         inputs |= _there(extra_rows=config.select.extra_rows)
@@ -216,14 +222,46 @@ class Work:
         inputs = {"rows": self.folder / "rows.jsonl", **_there(policy=policy, **others)}
         return Stage("train", {"train": as_json(given), "policy": policy, **others}, inputs, [folder], work)
 
+    def online_training(self) -> Stage:
+        """Training on responses that the policy gives as it trains: the rows are the prompts."""
+        config, run, folder = self.config, self.run, self.folder / "train"
+        options, policy = checks.train_options(config), run.policy("current", self.t)
+        given, made = checks.given_options(config), run.scorers(config, self.t)
+        others = {}
+        if online.reads_reference(config.train, options):
+            others["ref_model"] = run.policy(config.train.get("reference", "current"), self.t)
+        models: dict[str, Any] = {name: path for name, path in others.items() if path != policy}
+        names = online.named(config, {name: scorer.unit for name, scorer in made.items()})
+        decided = {"train": as_json(given), "policy": policy, **others,
+                   "rewards": [[name, made[name].key] for name in names]}  # fmt: skip
+
+        def work() -> Mapping[str, Any]:
+            for name, path in {"trained from": policy, **others}.items():
+                log.info("%s %s: %s", self.folder.name, name, path)
+            log.info("%s rewards: %s", self.folder.name, ", ".join(names))
+            parts = online.judges(config, options, run.sections(config), made, run.policies(self.t), run.folder)
+            with contextlib.ExitStack() as stack:
+                for part in (*parts.values(), *made.values()):
+                    stack.callback(part.close)
+                result = train(policy, online.rows_of(self._prompts()), **models, **parts, args=dict(given),
+                               output_dir=str(folder), resume_from_checkpoint="auto")  # fmt: skip
+            counts = {name: value for name, value in result.metrics.items() if isinstance(value, int | float)}
+            return counts | online.figures(result.log_history)
+
+        inputs = {"prompts": self.folder / "prompts.jsonl", **_there(policy=policy, **others)}
+        return Stage("train", decided, inputs, [folder], work)
+
     def evaluation(self) -> Stage:
         """Greedy answers of what the iteration has trained, scored, and against another policy's."""
         config, run, folder = self.config, self.run, self.folder / "eval"
         scorer = run.measuring(self.t)
         policy, other = run.policy("current", self.t + 1), run.iteration(run.answers_of(config.eval.against, self.t))
+        longest = config.sample.max_tokens
+        if online.way_of(config.train):
+            longest = checks.train_options(config).max_completion_length
         sample = replace(
             config.sample, n=1, temperature=config.eval.temperature, top_p=1.0, top_k=0, sources=(),
-            max_tokens=config.eval.max_tokens or config.sample.max_tokens,
+            max_tokens=config.eval.max_tokens or longest,
         )  # fmt: skip
         options = {"eval": as_json(config.eval), "sample": as_json(sample), "heldout": run.heldout_digest,
                    "scorer": None if scorer is None else scorer.key, "policy": policy}  # fmt: skip

@@ -120,7 +120,7 @@ class Rewards:
         self.parts.append(part)
         if isinstance(part, RewardModelScorer):
             part.load()
-        _refuse_of_stages(named, part)
+        check_alone(named, part)
 
     def _part(self, name: str | None, entry: Any, tokenizer: Any) -> tuple[str, Any]:
         if isinstance(entry, str | Path):
@@ -130,7 +130,7 @@ class Rewards:
             if entry.get("kind") == "function" and set(entry) <= {"kind", "function", "unit"}:
                 function = entry.get("function")
                 if function is not None and entry.get("unit", "response") == "response":
-                    function, _ = load_function(function, self._where)
+                    function = self._function(function)
                     if is_of_trl(function):
                         return named, RewardFunction(named, function)  # with all that TRL hands out
             return named, make_scorer(named, entry, self._policies, self._where, others=self._sections)
@@ -147,6 +147,13 @@ class Rewards:
             f"reward_funcs has {shown(entry, 60)}: expected a function, a reward model, its path, or a scorer's section"
         )
 
+    def _function(self, given: Any) -> Any:
+        """A function, or one by name; of a file that is found from the working directory, or from `where`."""
+        if isinstance(given, str) and ".py:" in given:
+            path = given.rpartition(":")[0]
+            return load_function(given, Path() if Path(path).exists() else self._where)[0]
+        return load_function(given)[0]
+
     def _of_function(self, name: str, function: Any) -> tuple[str, Any]:
         if is_of_the_loop(function):
             if is_async(function):
@@ -157,8 +164,7 @@ class Rewards:
     def _of_text(self, name: str | None, text: str, tokenizer: Any) -> tuple[str, Any]:
         known = text in self._policies or Path(text).exists() or (self._where / text).exists()
         if not known and (".py:" in text or _FUNCTION.fullmatch(text)):
-            function, _ = load_function(text, self._where)
-            return self._of_function(name or text.rpartition(":")[2], function)
+            return self._of_function(name or text.rpartition(":")[2], self._function(text))
         if not known and "/" not in text:
             near = did_you_mean(text, self._policies)
             raise ConfigError(
@@ -325,8 +331,9 @@ def _of_ensemble(scorer: Ensemble, items: Sequence[Item], found: Found) -> None:
         found.put(place, Verdict.failed("member_failed") if value is None else value)
 
 
-def _refuse_of_stages(name: str, part: Any) -> None:
-    """What is found over a whole stage of the loop would depend here on the step's size and on the processes."""
+def check_alone(name: str, part: Any) -> None:
+    """ConfigError where a scorer reads all judgements of a stage of the loop: here that would depend on the step's size
+    and on the processes."""
     if isinstance(part, Ensemble):
         if part.normalised:
             raise ConfigError(
@@ -334,7 +341,7 @@ def _refuse_of_stages(name: str, part: Any) -> None:
                 "give its members as reward_funcs with multi_objective_aggregation=normalize_then_sum"
             )
         for member in part.members.values():
-            _refuse_of_stages(name, member)
+            check_alone(name, member)
     if getattr(part, "alpha", None) == "auto":
         raise ConfigError(f"scorer {name!r}: alpha: auto is found over a stage, and a run has none: set a number")
 

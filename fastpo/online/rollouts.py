@@ -8,6 +8,7 @@ A response that trains nothing goes through the model no more: one that was left
 neither a KL nor an entropy term is on, whose advantage is 0.
 """
 
+import itertools
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -55,6 +56,7 @@ class Group:
     pairs: list[tuple[int, int]] = field(default_factory=list)
     pair_columns: dict[str, list[float]] = field(default_factory=dict)
     masked: list[bool] = field(default_factory=list)  # [K]: counts, and trains nothing
+    token_columns: dict[str, list[np.ndarray]] = field(default_factory=dict)  # as an example's
 
     def example(self) -> Example:
         """As a row."""
@@ -62,6 +64,7 @@ class Group:
         return Example(
             self.asked.prompt_ids, [np.asarray(r.token_ids, np.int32) for r in self.responses], list(self.pairs),
             {name: list(values) for name, values in self.pair_columns.items()}, columns,
+            token_columns={name: list(values) for name, values in self.token_columns.items()},
         )  # fmt: skip
 
 
@@ -88,7 +91,7 @@ class EntropyBonus:
     """The weight of the tokens' entropy in the loss; adaptive, it follows what the entropy was a step before."""
 
     def __init__(self, config: TrainConfig):
-        self.config, self.value, self.last = config, config.entropy_coef, float("-inf")
+        self.config, self.value, self.last = config, config.entropy_coef, float("inf")
 
     @property
     def is_on(self) -> bool:
@@ -100,11 +103,16 @@ class EntropyBonus:
 
     def update(self, entropy: float | None) -> None:
         """Mean entropy of the last step's tokens, if it is known."""
-        config = self.config
         if entropy is not None:
-            step = config.entropy_coef_delta if entropy <= config.entropy_target else -config.entropy_coef_delta
-            self.value = min(config.entropy_coef_max, max(config.entropy_coef_min, self.value + step))
-            self.last = entropy
+            self.value, self.last = self.after(entropy), entropy
+
+    def after(self, entropy: float | None) -> float:
+        """Its weight after a step of this entropy."""
+        config = self.config
+        if entropy is None:
+            return self.value
+        step = config.entropy_coef_delta if entropy <= config.entropy_target else -config.entropy_coef_delta
+        return min(config.entropy_coef_max, max(config.entropy_coef_min, self.value + step))
 
 
 @dataclass
@@ -114,6 +122,7 @@ class Step:
     rows: list[int]
     totals: Totals
     tokens: int  # prompt and response tokens that it was drawn from, as TRL counts them
+    acting: float  # of its response tokens those that have a policy term, and whose entropy has a bonus
 
 
 class Rollouts:
@@ -150,6 +159,7 @@ class Rollouts:
         self.entropy.update(stepwide.entropy if stepwide.entropy is not None else self._seen_entropy)
         stepwide.entropy = self._seen_entropy = None
         stepwide.of_rollouts = {"totals": step.totals, "entropy_coef": self.entropy.coefficient(),
+                                "entropy_tokens": step.acting,
                                 "watches_entropy": self.config.use_adaptive_entropy}  # fmt: skip
         again = number - self.begun >= len(self.steps)  # num_iterations: these tokens are counted already, as in TRL
         return step.rows, 0 if again else step.tokens
@@ -178,12 +188,16 @@ class Rollouts:
         by_row = {group.row: group for group in judged.groups}
         self.begun, self.steps = number, []
         kept: dict[int, Group] = {}
+        watch = bool(self.objective.token_terms) and self.config.top_entropy_quantile < 1
+        if watch:
+            self._mask_certain([by_row[row] for step in rows for row in step if row in by_row])
         for step in rows:
             mine = [row for row in step if row in by_row]
             totals, tokens = self._totals([by_row[row] for row in mine]), sum(judged.tokens.get(row, 0) for row in step)
+            acting = self._acting([by_row[row] for row in mine]) if watch else totals.tokens
             trained = [row for row in mine if self._keep(by_row[row])]
             kept |= {row: by_row[row] for row in trained}
-            self.steps.append(Step(trained or [step[0]], totals, tokens))
+            self.steps.append(Step(trained or [step[0]], totals, tokens, acting))
         for row in {row for step in self.steps for row in step.rows}:
             self.examples[row] = kept[row].example() if row in kept else self._idle(row)
         self._score([self.examples[row] for row in sorted({row for step in self.steps for row in step.rows})], kept)
@@ -194,9 +208,8 @@ class Rollouts:
         asked = {row: self.asked[row] for step in rows for row in step}
         judged = self._ask(number, 0, asked)
         for round_ in range(1, (config.dynamic_sampling or 0) + 1):
-            idle = {g.row for g in judged.groups if not any(g.advantage)} | (
-                asked.keys() - {g.row for g in judged.groups}
-            )
+            teaching = {g.row for g in judged.groups if any(g.advantage)}
+            idle = [row for step in rows for row in step if row not in teaching]
             if not idle:
                 break
             others = self._others(number, round_, set(asked), len(idle))
@@ -204,7 +217,7 @@ class Rollouts:
                 break
             more = self._ask(number, round_, {row: self.asked[row] for row in others})
             good = [g for g in more.groups if any(g.advantage)][: len(idle)]
-            instead = dict(zip(sorted(idle), [g.row for g in good], strict=False))
+            instead = dict(zip(idle, [g.row for g in good], strict=False))
             rows = [[instead.get(row, row) for row in step] for step in rows]
             asked |= {row: self.asked[row] for row in others}
             groups = [g for g in judged.groups if g.row not in instead] + good
@@ -234,6 +247,8 @@ class Rollouts:
         if any(keep):
             for name in ("responses", "advantage", "masked"):
                 setattr(group, name, [v for v, k in zip(getattr(group, name), keep, strict=True) if k])
+            for name, values in group.token_columns.items():
+                group.token_columns[name] = [v for v, k in zip(values, keep, strict=True) if k]
         return any(keep)
 
     def _every_token_trains(self) -> bool:
@@ -273,12 +288,11 @@ class Rollouts:
         if any(MASK in e.token_columns for e in examples):
             for e in examples:
                 e.token_columns.setdefault(MASK, [np.ones(len(r), np.float32) for r in e.responses])
-        if objective.token_terms and self._reads_old():
-            watch = self.config.top_entropy_quantile < 1
-            old, entropies = self.logps(examples, None, watching=watch)
-            _set(examples, OLD_LOGP, old)
-            if watch:
-                self._mask_certain(examples, entropies)
+        if any(POLICY_MASK in e.token_columns for e in examples):  # those have what follows
+            for e, name in itertools.product(examples, (OLD_LOGP, POLICY_MASK)):
+                e.token_columns.setdefault(name, [np.zeros(len(r), np.float32) for r in e.responses])
+        elif objective.token_terms and self._reads_old():
+            _set(examples, OLD_LOGP, self.logps(examples, None)[0])
         if self.served is not None:
             self._hold_to_its_word(self.served, examples, list(groups.values()))
         if objective.uses_reference:
@@ -301,15 +315,29 @@ class Rollouts:
 
     def _reads_old(self) -> bool:
         """Whether the policy leaves the weights that it sampled by before it has trained on all of its responses."""
-        plan, config = self.plan, self.config
-        return plan.spread * plan.passes > 1 or config.top_entropy_quantile < 1 or self.served is not None
+        plan = self.plan
+        return plan.spread * plan.passes > 1 or self.served is not None
 
-    def _mask_certain(self, examples: Sequence[Example], entropies: Arrays) -> None:
-        """Only the tokens of the highest entropies of the generation have a policy term."""
-        every = np.concatenate([values for of_row in entropies for values in of_row])
-        least = float(np.quantile(every, 1 - self.config.top_entropy_quantile))
-        for example, of_row in zip(examples, entropies, strict=True):
-            example.token_columns[POLICY_MASK] = [(v >= least).astype(np.float32) for v in of_row]
+    def _mask_certain(self, groups: Sequence[Group]) -> None:
+        """Only the tokens of the highest entropies of the generation have a policy term; those of responses that train
+        nothing are among them."""
+        examples = [group.example() for group in groups]
+        if not examples:
+            return
+        self.passes.batches.place("rollouts", examples)
+        old, entropies = self.logps(examples, None, watching=True)
+        counted = [values for group, of_row in zip(groups, entropies, strict=True)
+                   for values, out in zip(of_row, group.masked, strict=True) if not out]  # fmt: skip
+        least = float(np.quantile(np.concatenate(counted), 1 - self.config.top_entropy_quantile)) if counted else 0.0
+        for group, of_old, of_row in zip(groups, old, entropies, strict=True):
+            mask = [(values >= least).astype(np.float32) for values in of_row]
+            group.token_columns |= {OLD_LOGP: of_old, POLICY_MASK: mask}
+
+    @staticmethod
+    def _acting(groups: Sequence[Group]) -> float:
+        """Tokens that have a policy term."""
+        masks = ((group.token_columns[POLICY_MASK], group.masked) for group in groups)
+        return float(sum(v.sum() for of_group, masked in masks for v, out in zip(of_group, masked) if not out))
 
     def _hold_to_its_word(self, served: Served, examples: Sequence[Example], groups: Sequence[Group]) -> None:
         """Compares the sampler's own log-probabilities with ours, and corrects for the difference. They are not
@@ -403,6 +431,8 @@ class Rollouts:
         if self.left_out:
             means["left_out"] = float(sum(self.left_out.values()))
         self.left_out = Counter()
+        if self.entropy.is_on:
+            means["entropy_coef"] = self.entropy.after(None if self.stepwide is None else self.stepwide.entropy)
         return means
 
     def close(self) -> None:
@@ -421,7 +451,7 @@ class Rollouts:
             "begun": self.begun, "entropy": [self.entropy.value, self.entropy.last],
             "seen_entropy": None if self.stepwide is None else self.stepwide.entropy,
             "window": [dict(line) for line in self.window], "left_out": dict(self.left_out),
-            "steps": [(list(s.rows), tuple(map(float, s.totals)), s.tokens) for s in steps],
+            "steps": [(list(s.rows), tuple(map(float, s.totals)), s.tokens, s.acting) for s in steps],
             "examples": {row: _kept(self.examples[row]) for row in rows},
         }  # fmt: skip
 
@@ -430,7 +460,7 @@ class Rollouts:
         self.begun, (self.entropy.value, self.entropy.last) = state["begun"], state["entropy"]
         self._seen_entropy = state["seen_entropy"]
         self.window, self.left_out = [dict(line) for line in state["window"]], Counter(state["left_out"])
-        self.steps = [Step(list(rows), Totals(*totals), tokens) for rows, totals, tokens in state["steps"]]
+        self.steps = [Step(list(rows), Totals(*totals), *rest) for rows, totals, *rest in state["steps"]]
         for row, kept in state["examples"].items():
             self.examples[row] = _restored(self.asked[row], kept)
         if state["examples"]:

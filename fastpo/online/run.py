@@ -1,7 +1,7 @@
 """An online run's own parts, as the trainer makes and asks them."""
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -103,13 +103,21 @@ class OnlineRun:
         self.rewards: Rewards | None = None
         self.preferences: Preferences | None = None
         if reward_funcs is not None:
-            self.rewards = Rewards(reward_funcs, classes, config.reward_weights, where=Path.cwd())
+            self.rewards = (
+                reward_funcs
+                if isinstance(reward_funcs, Rewards)
+                else Rewards(reward_funcs, classes, config.reward_weights, where=Path.cwd())
+            )
         if self.way.by == "wins":
             both = self.rewards is not None and judge is not None
             if both:
                 raise ConfigError("reward_funcs and a judge are both given: one of them compares the responses")
-            self.preferences = Preferences(
-                self.rewards, judge, missing_eos_penalty=config.missing_eos_penalty or None, where=Path.cwd()
+            self.preferences = (
+                judge
+                if isinstance(judge, Preferences)
+                else Preferences(
+                    self.rewards, judge, missing_eos_penalty=config.missing_eos_penalty or None, where=Path.cwd()
+                )
             )
 
     def reads_reference(self, objective: Objective) -> bool:
@@ -144,7 +152,10 @@ class OnlineRun:
 
         @contextmanager
         def within() -> Any:
-            with forward.policy.detached(), forward.autocast():
+            with ExitStack() as stack:
+                for policy in {id(p): p for p in (forward.policy, *([] if live is None else [live.policy]))}.values():
+                    stack.enter_context(policy.detached())
+                stack.enter_context(forward.autocast())
                 yield
 
         served: Served | None = None
@@ -173,7 +184,9 @@ class OnlineRun:
         return rollouts
 
     def evaluation(self, rollouts: Rollouts) -> OnlineEvaluation:
-        return OnlineEvaluation(rollouts.drawing, rollouts.judgement, self.config, self.asks.num_generations_eval)
+        refresh = rollouts.served.refresh if rollouts.served is not None else lambda: None
+        count = self.asks.num_generations_eval
+        return OnlineEvaluation(rollouts.drawing, rollouts.judgement, self.config, count, refresh)
 
     def _samplers(
         self, model: Any, tokenizer: Any, reference: Reference | None, served: Served | None

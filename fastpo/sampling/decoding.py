@@ -18,7 +18,9 @@ from fastpo.errors import ConfigError
 from fastpo.sampling.drawing import Draw, Ended
 
 ROOM = 128  # tokens by which the memory of keys and values grows
-_WORTH = 128  # tokens of prompts that must be spared for the one forward pass more
+# Tokens of prompts that must be spared for the one forward pass more. Of 32 rows of 4 prompts and 12x192 on a CPU: 420
+# spared cost 3%, 868 gained 2%, 7,140 (prompts of 256 tokens, answers of 64) a third of the time.
+_WORTH = 512
 
 
 def decode(model: Any, draw: Draw, device: torch.device) -> None:

@@ -18,7 +18,7 @@ from fastpo.training.metrics import PAIR_METRICS, TOKEN_SUMS, token_sums
 from fastpo.training.objective import Objective
 from fastpo.training.optim import Gradients
 from fastpo.training.passes import Passes
-from fastpo.training.policy_terms import entropy_bonus, token_inputs
+from fastpo.training.policy_terms import entropy_sum, token_inputs
 from fastpo.training.reward_metrics import no_range, reward_range
 from fastpo.training.row_statistics import TRAIN
 from fastpo.training.start_guard import StartGuard
@@ -78,8 +78,8 @@ class Accumulation:
                 lambda: self._run(rows, stats, ref, idle, step, start_guard),
                 drop=lambda: self._drop(step), restart=lambda: self._begin(rows, step), step=step, warn=warn,
             )  # fmt: skip
-        if stats.watches_entropy and stats.totals is not None:
-            self.stepwide.entropy = float(world.sum_(sums.entropy)) / max(stats.totals.tokens, 1.0)
+        if stats.watches_entropy:
+            self.stepwide.entropy = float(world.sum_(sums.entropy)) / max(stats.entropy_tokens, 1.0)
         if start_guard is not None and any(world.gather(sums.wrong_start)):
             raise TrainingError(sums.wrong_start or "another process does not start at the reference")
         return sums
@@ -144,8 +144,8 @@ class Accumulation:
             loss.backward()
             if watched is not None:
                 sums.policy = watched.joined(sums.policy, watched.sums(token_inputs(logp.detach(), batch)))
-            if stats.watches_entropy and stats.totals is not None:
-                sums.entropy += entropy_bonus(batch, stats.totals).detach() * max(stats.totals.tokens, 1.0)
+            if stats.watches_entropy:
+                sums.entropy += entropy_sum(batch).detach()
             if DROPPED_MASS in batch.rows:
                 sums.dropped.append(batch.rows[DROPPED_MASS])
             if batch.scored_rows is not None:

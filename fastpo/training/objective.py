@@ -19,7 +19,7 @@ from fastpo.losses.table import DEGREE, ORDER, SFT, Term, resolve_terms
 from fastpo.models.degree_head import LOGITS
 from fastpo.training.degree_metrics import degree_sum
 from fastpo.training.metrics import PAIR_METRICS, fused_pair_loss, has_kernel, nll_sum, pair_inputs, pair_metrics
-from fastpo.training.policy_terms import entropy_bonus, policy_loss, policy_metrics, token_inputs
+from fastpo.training.policy_terms import entropy_sum, policy_loss, policy_metrics, token_inputs
 from fastpo.training.row_statistics import needs_reference_tokens, row_statistics
 from fastpo.training.step_statistics import Statistics
 
@@ -119,8 +119,8 @@ class Objective:
         for term in self.token_terms:
             assert stats.totals is not None
             total = total + term.weight * policy_loss(term, token_inputs(logp, batch), stats.totals)
-        if stats.entropy_coef and stats.totals is not None:
-            total = total - stats.entropy_coef * entropy_bonus(batch, stats.totals)
+        if stats.entropy_coef:
+            total = total - stats.entropy_coef / max(stats.entropy_tokens, 1.0) * entropy_sum(batch)
         if self.pair_terms:
             share, metrics = self.of_pairs(logp, batch, stats)
             total = total + share / (pair_count or 1)

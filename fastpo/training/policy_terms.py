@@ -35,12 +35,12 @@ def policy_loss(term: Term, x: Tokens, totals: Totals) -> Tensor:
     return term.loss.of(x, totals, **term.hyper)
 
 
-def entropy_bonus(batch: PackedBatch, totals: Totals) -> Tensor:
-    """The batch's share of the mean entropy of the step's tokens, differentiable. -> []"""
+def entropy_sum(batch: PackedBatch) -> Tensor:
+    """Of the batch's tokens that have a policy term, differentiable. -> []"""
     entropy = batch.rows[ENTROPY]
     for mask in (batch.tokens.get(MASK), batch.tokens.get(POLICY_MASK)):
         entropy = entropy if mask is None else entropy * mask
-    return entropy.sum() / max(totals.tokens, 1.0)
+    return entropy.sum()
 
 
 class PolicyMetrics:

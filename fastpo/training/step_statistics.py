@@ -24,6 +24,7 @@ class Statistics:
     means: dict[str, Tensor] = field(default_factory=dict)  # term -> mean loss of the step's pairs, []
     totals: Totals | None = None  # of responses that the policy gave as it trains
     entropy_coef: float = 0.0  # of the bonus for their entropy
+    entropy_tokens: float = 0.0  # of which tokens that is the mean
     watches_entropy: bool = False  # whether the coefficient follows the entropy
     router: Tensor | None = None  # [2 E + 1]: training/router_loss.py's sums, where the step is several micro-batches
 

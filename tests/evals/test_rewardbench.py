@@ -333,3 +333,8 @@ def test_rows_of_a_file(tmp_path):
     assert rb.load_pairs(path) == rb.load_pairs(pairs())
     with pytest.raises(DataError, match="are not here: no such file"):
         rb.load_choices(tmp_path / "none.jsonl")
+    path.write_text("{no JSON")
+    with pytest.raises(DataError, match="^RewardBench's pairs cannot be read: .*line 1"):
+        rb.load_pairs(path)
+    with pytest.raises(DataError, match="^RewardBench's pairs cannot be read: row 0 is a int"):
+        rb.load_pairs([1])

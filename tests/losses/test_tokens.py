@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from fastpo import cli
-from fastpo.config import TrainConfig
 from fastpo.errors import ConfigError
 from fastpo.kernels import reference_tokens
 from fastpo.losses import docs
@@ -15,7 +14,6 @@ from fastpo.losses.table import LOSSES, canonical_name, resolve_terms
 from fastpo.losses.token_metrics import token_metrics
 from fastpo.losses.token_table import TOKEN_LOSSES
 from fastpo.losses.tokens import TokenLoss, Tokens, Totals
-from fastpo.training.objective import Objective
 
 NAMES = [loss.name for loss in TOKEN_LOSSES]
 LENGTHS = (5, 1, 9, 3, 0, 12, 4)
@@ -367,11 +365,6 @@ def test_metrics_add_up(name):
         same(sum(p.means[key][1] for p in parts), count)
     assert whole.lowest == {k: min(p.lowest[k] for p in parts) for k in whole.lowest}
     assert whole.highest == {k: max(p.highest[k] for p in parts) for k in whole.highest}
-
-
-def test_the_trainer_has_no_rollouts_yet():
-    with pytest.raises(ConfigError, match="grpo needs responses sampled from the policy .* does not carry yet; call"):
-        Objective.of_options(TrainConfig(loss_type="grpo"))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -610,8 +610,9 @@ def mixtures(toy, kind):
 
 @pytest.mark.parametrize("kind", ["other", "exchange", "adapter"])
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "single"])
-def test_a_mixture_is_that_of_full_forwards(toy, kind, shared):
+def test_a_mixture_is_that_of_full_forwards(toy, monkeypatch, kind, shared):
     """Left padding, stops and ends within a batch; each token is the one that its random number draws in fp64."""
+    monkeypatch.setattr("fastpo.sampling.decoding._WORTH", 1)  # such prompts are too short else
     model, reference, of_it, within = mixtures(toy, kind)
     model.train()
     n, k = (5, 8) if shared else (12, 1)
