@@ -565,7 +565,12 @@ def test_help_groups_the_fields_and_gives_defaults(capsys):
 
 @pytest.mark.parametrize(
     "argv",
-    [["--help"], ["--version"], [], *([name, "--help"] for name in ("train", "plan", "check", "losses", "env"))],
+    [
+        ["--help"],
+        ["--version"],
+        [],
+        *([name, "--help"] for name in ("train", "plan", "check", "evaluate", "losses", "env")),
+    ],
     ids=str,
 )
 def test_help_and_version_do_not_import_torch(argv):
