@@ -197,7 +197,7 @@ def figures(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
             continue
         known = [v for line in history if _is_finite(v := line.get(name))]
         if known:
-            label = own.get(name) or f"reward {name.removeprefix('rewards/').removesuffix('/mean')}"
+            label = own.get(name) or f"reward of {name.removeprefix('rewards/').removesuffix('/mean')}"
             out |= {f"{label}{AT_FIRST}": float(known[0]), label: float(known[-1])}
     return out
 

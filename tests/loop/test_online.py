@@ -88,7 +88,7 @@ def test_prompts_are_the_rows_and_scorers_the_rewards(options, tmp_path):
             assert line["reward"] == pytest.approx(parts[0] + 0.5 * parts[1])
         counts = stage(run, "train", t)["counts"]
         assert counts["reward at first"] == lines[0]["reward"] and counts["reward"] == lines[-1]["reward"]
-        assert counts["reward known"] == lines[-1]["rewards/known/mean"]
+        assert counts["reward of known"] == lines[-1]["rewards/known/mean"]
         assert result.iterations[t - 1]["samples"]["mean tokens"] == lines[-1]["completions/mean_length"]
         measured = json.loads((folder / "eval.json").read_text())
         [scores] = [list(read_lines(p)) for p in (folder / "eval/scores/known").glob("*.jsonl")]
