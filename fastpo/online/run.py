@@ -120,10 +120,6 @@ class OnlineRun:
                 )
             )
 
-    def reads_reference(self, objective: Objective) -> bool:
-        """Whether the run needs its reference at every generation."""
-        return objective.uses_reference or self.way.draws != POLICY or self._penalised
-
     @property
     def _penalised(self) -> bool:
         """rloo takes its KL from the reward."""
