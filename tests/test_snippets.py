@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import fastpo
-from fastpo import cli
+from fastpo import cli, quickstart
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "examples/README.md")]
@@ -54,6 +54,9 @@ def folder(toy, tmp_path_factory) -> Path:
     for name in ("path/to/model", "sft", "iterate-2"):
         toy.model().save_pretrained(folder / name)
         toy.tokenizer().save_pretrained(folder / name)
+    tokenizer = quickstart.build_tokenizer()
+    for part in (quickstart.build_model(tokenizer, 0), tokenizer):
+        part.save_pretrained(folder / "fastpo-quickstart" / "supervised")
     lines = "".join(json.dumps(row) + "\n" for row in toy.rows(8))
     for name in ("pairs.jsonl", "a.jsonl", "org/name/train.jsonl"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
