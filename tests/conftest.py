@@ -2,8 +2,10 @@
 
 import os
 import random
+import shutil
 import sys
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -75,6 +77,32 @@ def preloaded(_own_cache: None, tmp_path_factory: pytest.TempPathFactory):
     server = Preloaded(tmp_path_factory.mktemp("preloaded"))
     yield server
     server.close()
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory: pytest.TempPathFactory):
+    """`once(name, make)`: the folder that `make(folder)` has filled, in whichever process of the session asked first.
+
+    pytest-xdist makes a fixture again in every process, and again where a process returns to a module. Processes that
+    ask for what another is making wait for it."""
+    import fcntl
+
+    base = tmp_path_factory.getbasetemp()
+    home = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "once"
+
+    def get(name: str, make: Callable[[Path], object]) -> Path:
+        folder, made = home / name.replace("/", "-"), home / f"{name.replace('/', '-')}.made"
+        home.mkdir(exist_ok=True)
+        with open(made.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not made.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # of one that failed
+                folder.mkdir()
+                make(folder)
+                made.touch()
+        return folder
+
+    return get
 
 
 @pytest.fixture(scope="session")

@@ -108,10 +108,18 @@ def _run(args: Sequence[str]) -> None:
 
 def main() -> None:
     import peft  # noqa: F401
+    import pytest  # noqa: F401  # for conftest, which most scripts beside this one import
     import transformers.models.llama.modeling_llama  # noqa: F401
 
     import fastpo.cli.command_line
     import fastpo.trainer  # noqa: F401
+
+    try:  # a thousand regular expressions, which a process that saves a model compiles: a third of a tiny run's time
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+        get_checkpoint_conversion_mapping("llama")
+    except ImportError:  # an older transformers has none
+        pass
 
     if (job := _answer(Path(sys.argv[1]))) is not None:
         args, environment, folder = job

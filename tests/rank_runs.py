@@ -1,13 +1,13 @@
 """The same training by one process and by several, replicated and sharded: what training/test_distributed.py compares.
 
-    python tests/rank_runs.py results.pt
+    python tests/rank_runs.py FOLDER CASE LAYOUT
 
-Runs are forked from this process, which has everything imported and nothing computed (see kill_runs.py).
+leaves the results of one run in FOLDER/run.pt. Its ranks are forked from this process, which has everything imported
+and nothing computed (see kill_runs.py). RUNS has the names.
 """
 
 import os
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -54,15 +54,46 @@ LAYOUTS: dict[str, tuple[int, dict]] = {
     "ddp": (2, {"per_device_train_batch_size": 4}),
     "fsdp": (2, {"per_device_train_batch_size": 4, "fsdp": "full_shard"}),
 }
-MORE = [  # (case, layout's name, ranks, options)
-    ("dpo", "ddp accumulating", 2, {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}),
-    ("dpo", "fsdp on four", 4, {"per_device_train_batch_size": 2, "fsdp": "full_shard"}),
-    ("dpo", "shard_grad_op", 2, {"per_device_train_batch_size": 4, "fsdp": "shard_grad_op"}),
-    ("dpo", "offload", 2, {"per_device_train_batch_size": 4, "fsdp": "full_shard", "fsdp_cpu_offload": True}),
-]
-
 STOPS = [("ddp", "on_train_begin", 0), ("ddp", "on_evaluate", 0), ("ddp", "on_log", 2), ("fsdp", "on_log", 2),
          ("ddp", "on_evaluate", 2), ("ddp", "on_save", 2)]  # fmt: skip
+# A checkpoint of some ranks, taken up by others.
+CHANGES = [("fsdp", "one"), ("one", "fsdp"), ("fsdp", "ddp"), ("ddp", "shard_grad_op")]
+ADAM = {"optim": "adamw_torch", "learning_rate": 0.01, "save_steps": 3}
+
+
+def _runs() -> dict[tuple[str, str], tuple[int, dict, dict]]:
+    """(case, layout's name) -> (ranks, options, further arguments of `run`): everything that can be asked for."""
+    runs: dict[tuple[str, str], tuple[int, dict, dict]] = {
+        (case, name): (ranks, options, {})
+        for case in CASES
+        for name, (ranks, options) in LAYOUTS.items()
+        if not (case.startswith(("tdpo", "degrees")) and name == "fsdp")  # refused
+    }
+    fsdp = LAYOUTS["fsdp"][1]
+    grad_op = {**fsdp, "fsdp": "shard_grad_op"}
+    accumulating = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    runs |= {
+        ("dpo", "ddp accumulating"): (2, accumulating, {}),
+        ("dpo", "fsdp on four"): (4, {**fsdp, "per_device_train_batch_size": 2}, {}),
+        ("dpo", "shard_grad_op"): (2, grad_op, {}),
+        ("dpo", "offload"): (2, {**fsdp, "fsdp_cpu_offload": True}, {}),
+        ("dpo", "micro_batch"): (2, {**fsdp, "fsdp_gradients": "micro_batch", "max_tokens": 40}, {}),
+        ("dpo", "counted"): (2, {**fsdp, "max_tokens": 40}, {"counts": True}),
+        # Layers that stay gathered must not outlive what is written into the shards: a resume, and a moving reference.
+        ("tr-dpo", "shard_grad_op"): (2, grad_op, {}),
+    }
+    # What a callback decides on one rank; ranks that part wait for each other until the time-out.
+    for layout, event, step in STOPS:
+        options = {**LAYOUTS[layout][1], "eval_steps": 1, "save_steps": 1, "ddp_timeout": 30, "eval_on_start": True}
+        runs["dpo", f"{layout} stopped in {event} at {step}"] = (2, options, {"stops": (event, step)})
+    # An optimiser with moments, half of the steps on each number of ranks.
+    layouts = {**LAYOUTS, "shard_grad_op": (2, grad_op)}
+    runs["dpo", "adam"] = (1, {**LAYOUTS["one"][1], **ADAM}, {})
+    for before, after in CHANGES:
+        ranks, options = layouts[after]
+        first = (layouts[before][0], {**layouts[before][1], **ADAM, "max_steps": 3})
+        runs["dpo", f"{before} to {after}"] = (ranks, {**options, **ADAM}, {"first": first})
+    return runs
 
 
 class StopsOne:
@@ -162,46 +193,16 @@ def _count_collectives() -> dict[str, int]:
     return calls
 
 
-def main() -> None:
-    results: dict[str, dict[str, Any]] = {}
-    home = Path(tempfile.mkdtemp(prefix="fastpo-ranks-"))
+RUNS = _runs()
 
-    def one(case: str, name: str, ranks: int, options: dict, **kwargs: Any) -> Path:
-        folder = home / f"{case}-{name}".replace(" ", "-")
-        folder.mkdir()
-        out = folder / "run.pt"
-        wait(fork(ranks, folder, lambda: run(case, ranks, options, out, **kwargs)), folder)
-        results.setdefault(case, {})[name] = torch.load(out, weights_only=True)
-        return folder / "run"
 
-    for case in CASES:
-        for name, (ranks, options) in LAYOUTS.items():
-            if not (case.startswith(("tdpo", "degrees")) and name == "fsdp"):  # refused
-                one(case, name, ranks, options)
-    for case, name, ranks, options in MORE:
-        one(case, name, ranks, options)
-    # Layers that stay gathered must not outlive what is written into the shards: a resume, and a moving reference.
-    grad_op = {**LAYOUTS["fsdp"][1], "fsdp": "shard_grad_op"}
-    one("tr-dpo", "shard_grad_op", 2, grad_op)
-    one("dpo", "micro_batch", 2, {**LAYOUTS["fsdp"][1], "fsdp_gradients": "micro_batch", "max_tokens": 40})
-    one("dpo", "counted", 2, {**LAYOUTS["fsdp"][1], "max_tokens": 40}, counts=True)
-    # What a callback decides on one rank; ranks that part wait for each other until the time-out.
-    for layout, event, step in STOPS:
-        options = {**LAYOUTS[layout][1], "eval_steps": 1, "save_steps": 1, "ddp_timeout": 30, "eval_on_start": True}
-        one("dpo", f"{layout} stopped in {event} at {step}", 2, options, stops=(event, step))
-    # A checkpoint of some ranks, taken up by others: optimiser with moments, half of the steps each.
-    adam = {"optim": "adamw_torch", "learning_rate": 0.01, "save_steps": 3}
-    layouts = {**LAYOUTS, "shard_grad_op": (2, grad_op)}
-    whole = {name: {**options, **adam} for name, (_, options) in layouts.items()}
-    one("dpo", "adam", 1, whole["one"])
-    for before, after in (("fsdp", "one"), ("one", "fsdp"), ("fsdp", "ddp"), ("ddp", "shard_grad_op")):
-        folder = one("dpo", f"{before} until 3", layouts[before][0], {**whole[before], "max_steps": 3})
-        results["dpo"].pop(f"{before} until 3")
-        resumed = {**whole[after], "resume_from_checkpoint": str(folder / "checkpoint-3")}
-        one("dpo", f"{before} to {after}", layouts[after][0], resumed)
-        folder.parent.rename(folder.parent.with_name(f"{before}-{after}"))
-    torch.save(results, sys.argv[1])
+def main(folder: Path, case: str, layout: str) -> None:
+    ranks, options, rest = RUNS[case, layout]
+    if first := rest.pop("first", None):  # a run until step 3, whose checkpoint the other takes up
+        wait(fork(first[0], folder, lambda: run(case, *first, folder / "first.pt")), folder)
+        options = {**options, "resume_from_checkpoint": str(folder / "first" / "checkpoint-3")}
+    wait(fork(ranks, folder, lambda: run(case, ranks, options, folder / "run.pt", **rest)), folder)
 
 
 if __name__ == "__main__":
-    main()
+    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3])

@@ -34,7 +34,6 @@ def weights(result):
 
 CASES = {
     "plain": {"gradient_checkpointing": False},
-    "checkpointed": {"gradient_checkpointing": True},
     "bucket": {"gradient_checkpointing": True, "token_bucket": 60, "gradient_checkpointing_layers": 1},
     "adapter": {"gradient_checkpointing": True, "adapter": True},
 }

@@ -96,15 +96,22 @@ POSITIONS = {
 }
 
 
+@pytest.mark.parametrize("fault", POSITIONS)
+@pytest.mark.parametrize("share", [False, True], ids=["", "branches"])
+def test_wrong_positions_are_found_in_the_batch(fault: str, share: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its own check, which compares whole numbers: in any precision, and of any model."""
+    monkeypatch.setattr(module, "collate", in_responses(POSITIONS[fault]))
+    with pytest.raises(UnsupportedModelError, match="order or positions.*packed wrongly"):
+        verify_policy(Policy(peaked_model("llama")), make_examples(share=share))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("fault", POSITIONS)
 @pytest.mark.parametrize("share", [False, True], ids=["", "branches"])
 def test_wrong_positions_are_found(family: str, fault: str, share: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the batch's own check in any precision; without it, by the numbers."""
+    """By the numbers, without the batch's own check."""
     policy = Policy(peaked_model(family))
     monkeypatch.setattr(module, "collate", in_responses(POSITIONS[fault]))
-    with pytest.raises(UnsupportedModelError, match="order or positions.*packed wrongly"):
-        verify_policy(policy, make_examples(share=share))
     monkeypatch.setattr(module, "check_batch", lambda *args: None)
     with pytest.raises(UnsupportedModelError, match="own logits.*(attention or positions|packed together)"):
         verify_policy(policy, make_examples(share=share)[:4])

@@ -10,15 +10,15 @@ from fastpo.ops import backends
 
 
 @pytest.fixture(scope="module")
-def ranks(repo_root, tmp_path_factory):
+def ranks(repo_root, once):
     """Results by rank, of four."""
-    out = tmp_path_factory.mktemp("vocab") / "results.pt"
-    done = subprocess.run(
-        [sys.executable, str(repo_root / "tests" / "vocab_runs.py"), str(out)],
-        capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-    return torch.load(out, weights_only=False)
+
+    def run(folder):
+        command = [sys.executable, str(repo_root / "tests" / "vocab_runs.py"), str(folder / "results.pt")]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+
+    return torch.load(once("vocab_runs.py", run) / "results.pt", weights_only=False)
 
 
 @pytest.fixture(scope="module")

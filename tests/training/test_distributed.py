@@ -7,20 +7,40 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from rank_runs import RUNS, STOPS  # noqa: E402
 
 LAYOUTS = ["ddp", "fsdp"]
 
 
 @pytest.fixture(scope="module")
-def results(repo_root, preloaded, tmp_path_factory):
-    """Everything that tests/rank_runs.py ran: results[case][layout]."""
-    out = tmp_path_factory.mktemp("ranks") / "results.pt"
-    done = preloaded.run(repo_root / "tests" / "rank_runs.py", out)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-    return torch.load(out, weights_only=True)
+def results(repo_root, preloaded, once):
+    """results[case][layout]: what a run of tests/rank_runs.py left, which begins when a test first asks for it."""
+
+    class Layouts(dict):
+        def __init__(self, case):
+            self.case = case
+
+        def __missing__(self, layout):
+            def run(folder):
+                done = preloaded.run(repo_root / "tests" / "rank_runs.py", folder, self.case, layout)
+                assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+
+            name = f"rank runs, {self.case}, {layout}"
+            self[layout] = torch.load(once(name, run) / "run.pt", weights_only=True)
+            return self[layout]
+
+    class Cases(dict):
+        def __missing__(self, case):
+            return self.setdefault(case, Layouts(case))
+
+    return Cases()
 
 
 def distance(a, b) -> float:
@@ -40,8 +60,8 @@ def assert_same_log(a, b, rel):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
     "case",
-    ["dpo", "tied", "idle", "tr-dpo", "orpo", "rows", "all pairs", "lists", "kto", "bco", "aot", "checkpointing",
-     "few prompts", "named", "reward"],
+    ["dpo", "tied", "idle", "tr-dpo", "inpo", "orpo", "rows", "all pairs", "lists", "kto", "bco", "aot",
+     "checkpointing", "few prompts", "named", "reward"],
 )  # fmt: skip
 def test_ranks_change_nothing(results, case, layout):
     """SGD in fp32: every logged number, evaluations included, and the final weights."""
@@ -86,9 +106,10 @@ def test_every_evaluation_counts_every_pair_once(results):
         assert len(x) == 2 and x == pytest.approx(y, rel=1e-5)
 
 
-def test_what_is_saved_is_the_model(results):
+@pytest.mark.parametrize("case, layout", RUNS, ids=map(", ".join, RUNS))
+def test_what_is_saved_is_the_model(results, case, layout):
     """Gathered from shards, tied, adapter or in 16 bits: `from_pretrained` reads what training ended with."""
-    assert all(run["saved"] for case in results.values() for run in case.values())
+    assert results[case][layout]["saved"]
 
 
 def test_a_rank_holds_its_share(results):
@@ -107,10 +128,7 @@ def test_one_gather_of_the_head_a_micro_batch_and_one_reduction_a_step(results):
     assert distance(results["dpo"]["one"], counted) < 1e-6
 
 
-@pytest.mark.parametrize("layout, event, step", [
-    ("ddp", "on_train_begin", 0), ("ddp", "on_evaluate", 0), ("ddp", "on_log", 2), ("fsdp", "on_log", 2),
-    ("ddp", "on_evaluate", 2), ("ddp", "on_save", 2),
-])  # fmt: skip
+@pytest.mark.parametrize("layout, event, step", STOPS)
 def test_a_callback_that_stops_one_rank_stops_all(results, layout, event, step):
     """In whatever event it decides: ranks that part would wait for each other until the time-out."""
     logs = results["dpo"][f"{layout} stopped in {event} at {step}"]["logs"]

@@ -215,13 +215,16 @@ def test_what_is_no_lack_of_memory_is_raised(toy, run):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(once):
     """The folder of what oom_runs.py ran, and the exit codes of its processes."""
-    folder = tmp_path_factory.mktemp("oom")
-    command = [sys.executable, str(Path(__file__).parents[1] / "oom_runs.py"), str(folder)]
-    env = {**os.environ, "MALLOC_ARENA_MAX": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=env)
-    assert done.returncode == 0, done.stderr[-2000:]
+
+    def run(folder):
+        command = [sys.executable, str(Path(__file__).parents[1] / "oom_runs.py"), str(folder)]
+        env = {**os.environ, "MALLOC_ARENA_MAX": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=env)
+        assert done.returncode == 0, done.stderr[-2000:]
+
+    folder = once("oom_runs.py", run)
     return folder, json.loads((folder / "codes.json").read_text())
 
 

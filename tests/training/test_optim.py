@@ -569,11 +569,13 @@ def ranks_worker(rank: int, folder: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def ranks(preloaded, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    processes = [preloaded.start(__file__, rank, folder) for rank in range(2)]
-    errors = [p.communicate(timeout=120)[1] for p in processes]
-    assert [p.returncode for p in processes] == [0, 0], "\n".join(errors)
+def ranks(preloaded, once):
+    def run(folder):
+        processes = [preloaded.start(__file__, rank, folder) for rank in range(2)]
+        errors = [p.communicate(timeout=120)[1] for p in processes]
+        assert [p.returncode for p in processes] == [0, 0], "\n".join(errors)
+
+    folder = once("ranks of the optimisers", run)
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

@@ -135,7 +135,7 @@ CUTS = [
 def test_neither_packing_nor_sharing_changes_anything(toy, run, reduction, names):
     """Training and evaluation; another NLL beside it is that of the response alone."""
     rows = kway(toy, 16)
-    options = {"loss_type": names, "loss_kwargs": {"nll_reduction": reduction}, "pair_policy": "all", "max_steps": 3,
+    options = {"loss_type": names, "loss_kwargs": {"nll_reduction": reduction}, "pair_policy": "all", "max_steps": 2,
                "per_device_train_batch_size": 8, "learning_rate": 0.02, "eval_strategy": "steps", "eval_steps": 2,
                "rest": {"eval_dataset": kway(toy, 5)}}  # fmt: skip
     first, *others = [run(rows, **{**options, **cut, "share_prompts": share})

@@ -121,6 +121,9 @@ def test_packing_changes_nothing(toy, run):
 # ------------------------------------------------------------------------------------------------ against single losses
 
 
+ALONE: dict[str, object] = {}  # the run of `sft`, which is beside every loss below
+
+
 @pytest.mark.parametrize("loss", TRAINED)
 def test_a_loss_beside_sft_is_the_sum_of_both_apart(toy, run, loss):
     """Of every loss that rows may name: the loss of the first step and its gradient."""
@@ -136,7 +139,9 @@ def test_a_loss_beside_sft_is_the_sum_of_both_apart(toy, run, loss):
     rows = named(pairs, loss) + named(singles, "sft")  # sampo draws by the number of a row
     both = run(rows, loss_type=[loss, "sft"], loss_weights=[0.5, 2.0], max_tokens=70, **options)
     first = run(pairs, loss_type=loss, loss_weights=[0.5], **options)
-    second = run(singles, loss_type="sft", loss_weights=[2.0], max_steps=1, beta=None)
+    if "sft" not in ALONE:
+        ALONE["sft"] = run(singles, loss_type="sft", loss_weights=[2.0], max_steps=1, beta=None)
+    second = ALONE["sft"]
     start = torch.cat([p.detach().flatten() for p in toy.model().parameters()]).double()
     assert logged(both)[0] == pytest.approx(logged(first)[0] + logged(second)[0], rel=2e-5)
     for key in ("rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected"):
