@@ -14,7 +14,7 @@ from fastpo.data.prefetch import to_device
 from fastpo.data.prepare import Example
 from fastpo.data.rows import DEGREE_OF
 from fastpo.errors import ConfigError
-from fastpo.losses.online import ONLINE, is_online
+from fastpo.losses.online import ONLINE, compares, is_online
 from fastpo.losses.table import DEGREE, ORDER, SFT, Term, resolve_terms
 from fastpo.models.degree_head import LOGITS
 from fastpo.training.degree_metrics import degree_sum
@@ -89,12 +89,18 @@ class Objective:
     def check_reference(self, config: TrainConfig, ref_model: object, prev_model: object = None) -> None:
         """ConfigError where a reference or a previous policy is given, or to be moved, that no loss reads so."""
         names = "+".join(config.losses)
-        if config.sync_ref_model and not self.uses_reference:
+        reads = self.uses_reference or compares(config.losses, config.beta)
+        if not reads and is_online(config.losses):
+            names += ", whose beta is 0,"
+        if config.sync_ref_model and not reads:
             raise ConfigError(f"sync_ref_model moves a reference, and {names} has none")
         if config.sync_ref_model and ref_model is not None:
             raise ConfigError("sync_ref_model starts from the policy: leave ref_model out, or sync_ref_model")
-        if ref_model is not None and not self.uses_reference:
-            raise ConfigError(f"ref_model is given, and {names} has no reference: leave it out")
+        if ref_model is not None and not reads:
+            raise ConfigError(
+                f"ref_model is given, and {names} has no reference: leave it out"
+                + (", or set beta" if is_online(config.losses) else "")
+            )
         if prev_model is not None and self.kappa is None:
             hint = "pass it as ref_model, its only reference" if self.uses_reference else "leave it out"
             raise ConfigError(f"prev_model is given, and {names} mixes no previous policy with the reference: {hint}")
