@@ -316,7 +316,7 @@ class Face(abc.ABC):
             self.batches.place(name, examples)
         self.stepwide.prepare(sets)
 
-    def start_live(self, sets: Mapping[str, list[Example]]) -> None:
+    def start_live(self, sets: dict[str, list[Example]]) -> None:
         """The reference in memory, with its weights as they are at the start."""
         if self.live is None or self.fixed[REF] is not None:  # else a first call's has them
             self.live = live_reference.start(

@@ -1,7 +1,7 @@
 """An online run's own parts, as the trainer makes and asks them."""
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +143,10 @@ class OnlineRun:
 
         @contextmanager
         def within() -> Any:
-            with forward.policy.detached(), forward.autocast():
+            with ExitStack() as stack:
+                for policy in {id(p): p for p in (forward.policy, *([] if live is None else [live.policy]))}.values():
+                    stack.enter_context(policy.detached())
+                stack.enter_context(forward.autocast())
                 yield
 
         served: Served | None = None
