@@ -50,7 +50,7 @@ class PromptSets(DataSets):
         if "prompt" not in found:
             close = nearest("prompt", found, 0.4)
             hint = f"; did you mean {close!r}?" if close else f", only {quoted(found)}"
-            raise DataError(f"the {name} data have no column 'prompt'{hint}, which {config.losses[0]} answers itself")
+            raise DataError(f"{config.losses[0]} answers prompts, and the {name} data have no column 'prompt'{hint}")
         for check in self.checks:
             check(list(found))
         report = DataReport(columns=list(found))

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import online_runs as runs  # noqa: E402
 from conftest import Toy  # noqa: E402
 from fastpo.checkpoints import checkpoint, endings, weights  # noqa: E402
-from fastpo.errors import ConfigError, TrainingError  # noqa: E402
+from fastpo.errors import ConfigError, DataError, TrainingError  # noqa: E402
 from fastpo.losses.table import resolve_terms  # noqa: E402
 from fastpo.losses.tokens import Tokens, Totals  # noqa: E402
 from fastpo.online import rollouts as online_rollouts  # noqa: E402
@@ -253,3 +253,21 @@ def test_prompts_beyond_the_positions(tmp_path):
 def test_options_that_the_sampler_in_this_process_has_not(tmp_path, sampler, said):
     with pytest.raises(ConfigError, match=said):
         runs.train(tmp_path, rest={"sampler": sampler})
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [([{"question": "w1", "answer": "1"}], "grpo answers prompts, and the train data have no column 'prompt', only"),
+     ([{"prompt": [{"role": "user", "content": "w1"}]}], "give texts in the place of turns")],
+)  # fmt: skip
+def test_rows_that_are_no_prompts(tmp_path, rows, said):
+    with pytest.raises(DataError, match=said):
+        runs.train(tmp_path, rows)
+
+
+def test_a_column_that_is_not_there_is_not_likened_to_what_is_no_column(tmp_path):
+    def right(completions, solution):
+        return [1.0] * len(completions)
+
+    with pytest.raises(ConfigError, match="needs a column 'solution', and the rows have, beside the prompt, number$"):
+        runs.train(tmp_path, rest={"reward_funcs": right})
