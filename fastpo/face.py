@@ -329,7 +329,7 @@ class Face(abc.ABC):
         """What an online run draws, trains on and is evaluated by; of another run nothing."""
         if self.online is None:
             return
-        if self.online.reads_reference(self.objective) and self.moving is None:
+        if self.objective.compares and self.moving is None:
             self.start_live(self.data.all)
         of_run = (self.tokenizer, self.live, self.moving, self.callbacks, self.files.save, self.output_dir)
         self.rollouts = self.online.begin(self.plan, self.data, self.passes, *of_run)

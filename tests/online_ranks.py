@@ -84,7 +84,7 @@ def stopped(out: Path) -> None:
     try:
         runs.train(out.parent / out.stem, rest={"reward_funcs": broken}, per_device_train_batch_size=4)
     except TrainingError as error:
-        out.with_suffix(f".{os.environ['RANK']}").write_text(str(error)[:46])
+        out.with_suffix(f".{os.environ['RANK']}").write_text(str(error)[:44])
 
 
 def main() -> None:

@@ -113,7 +113,7 @@ class WildBench(Measure):
             return plus_minus(mixed.value, error) | {"task_macro": mixed.task_macro, "missing": missing} | more
         raise ConfigError(f"several baselines of WildBench are its own: {quoted(wildbench.BASELINES)}")
 
-    def of_annotations(self, source: Any, prompts: Any, seed: int) -> dict[str, dict[str, Any]]:
+    def of_annotations(self, source: Any, prompts: Any, seed: int, baseline: Any = None) -> dict[str, dict[str, Any]]:
         """A file of ratings, or files of comparisons by the baseline's name."""
         groups = None if prompts is None else wildbench.groups_of(wildbench.load_tasks(prompts))
         if not isinstance(source, Mapping):
@@ -197,7 +197,7 @@ class RewardBench(Measure):
     def figures(self, asked: Asked, folder: Path) -> dict[str, dict[str, Any]]:
         return {asked.scorer.name: _bench(self._judged(asked, folder)[0])}
 
-    def of_annotations(self, source: Any, prompts: Any, seed: int) -> dict[str, dict[str, Any]]:
+    def of_annotations(self, source: Any, prompts: Any, seed: int, baseline: Any = None) -> dict[str, dict[str, Any]]:
         """Rows of `id`, `subset` and `scores`, the right answers' first; and the rows as `prompts`."""
         if prompts is None:
             raise ConfigError("rewardbench's annotations are scores of the answers in prompts: give prompts too")

@@ -160,7 +160,7 @@ class AlpacaEval(_Stage):
         return {"value": found.length_controlled, "error": found.lc_standard_error, "interval": found.lc_interval,
                 **more, "raw_interval": found.interval}  # fmt: skip
 
-    def of_annotations(self, source: Any, prompts: Any, seed: int) -> dict[str, dict[str, Any]]:
+    def of_annotations(self, source: Any, prompts: Any, seed: int, baseline: Any = None) -> dict[str, dict[str, Any]]:
         glm.need_scikit_learn("AlpacaEval's length-controlled win rate")
         rows = alpaca.read_annotations(source)
         known = None if prompts is None else [prompt_text(item.prompt) for item in prompts_of(prompts)]
@@ -212,20 +212,18 @@ class Arena(_Stage):
             for one in found.standings if one.model != baseline
         }  # fmt: skip
 
-    def of_annotations(self, source: Any, prompts: Any, seed: int) -> dict[str, dict[str, Any]]:
-        """Rows of `prompt` (or `id`), `a`, `b`, `verdict`; the baseline is the option `baseline` of the measure's file:
-        the model that is in every row."""
+    def of_annotations(self, source: Any, prompts: Any, seed: int, baseline: Any = None) -> dict[str, dict[str, Any]]:
+        """Rows of `prompt` (or `id`), `a`, `b`, `verdict`. The baseline is given, or it is in every game."""
         rows = rows_of(source, "the games", ("a", "b"))
         games = [pairwise.Game(str(r.get("prompt", r.get("id"))), str(r["a"]), str(r["b"]), r.get("verdict"))
                  for r in rows]  # fmt: skip
         everywhere = set.intersection(*({game.a, game.b} for game in games))
-        if len(everywhere) != 1:
-            raise DataError(
-                f"the games have no one model that is in all of them: {quoted(sorted(everywhere)) or 'none'}"
-            )
+        if baseline is None and len(everywhere) != 1:
+            found = quoted(sorted(everywhere)) or "none"
+            raise DataError(f"the games have no one model that is in all of them ({found}): give baseline, by name")
         if self.given["control"]:
             raise ConfigError("control needs answers, which annotations of the arena do not have")
-        return self._figure(games, everywhere.pop(), None, seed)
+        return self._figure(games, str(baseline) if baseline is not None else everywhere.pop(), None, seed)
 
 
 def verdict_of(p: float) -> str:

@@ -108,13 +108,13 @@ def _whole(name: str) -> bool:
 
 
 def _of_annotations(measure: Measure, options: EvalConfig, dry_run: bool) -> EvalResult | None:
-    for name in ("judge", "verdicts", "model", "baseline"):
+    for name in ("judge", "verdicts", "model", *(() if measure.name == "arena" else ("baseline",))):
         if getattr(options, name) is not None:
             raise ConfigError(f"annotations hold answers and verdicts: leave {name} out")
     if dry_run:
         print(f"{measure.name}: nothing is asked, the annotations are there")
         return None
-    figures = measure.of_annotations(options.annotations, options.prompts, options.seed)
+    figures = measure.of_annotations(options.annotations, options.prompts, options.seed, options.baseline)
     folder = Path(options.output_dir)
     result = {"name": measure.name, "figure": measure.figure, "figures": figures, "counts": {},
               "options": _plain({**measure.given}), "annotations": _shown(options.annotations),

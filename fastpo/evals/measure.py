@@ -116,8 +116,8 @@ class Measure:
         """By model: value, error, interval, and what belongs to them."""
         raise NotImplementedError
 
-    def of_annotations(self, source: Any, prompts: Any, seed: int) -> dict[str, dict[str, Any]]:
-        """The same of a file in the measure's own format."""
+    def of_annotations(self, source: Any, prompts: Any, seed: int, baseline: Any = None) -> dict[str, dict[str, Any]]:
+        """The same of a file in the measure's own format; `baseline` is the arena's, by name."""
         raise ConfigError(f"{self.name} has no annotations of its own: give verdicts, in the form of verdicts.jsonl")
 
 

@@ -14,6 +14,7 @@ from fastpo.report.pieces import document, flat, grid, save, section, table
 from fastpo.sampling.items import seed_of
 
 EXAMPLES = 12  # prompts to read
+_COUNTS = {"units": "judgements", "asked": "asked by the run that ended", "from_cache": "kept from other runs"}
 _OF_THE_HEAD = ("value", "error", "interval", "answers", "best")
 
 
@@ -39,7 +40,7 @@ def write_page(
 
 def _head(result: Mapping[str, Any]) -> str:
     tiles = "".join(
-        f"<div><b>{escape(_value(found))}</b><span>{escape(name)}{_best(found)}</span></div>"
+        f"<div><b>{escape(_value(found))}</b><span>{escape(name)}{_best(found)}; {_interval(found)}</span></div>"
         for name, found in list(result["figures"].items())[:8]
     )
     against = ", ".join(result.get("baselines", {}))
@@ -99,7 +100,7 @@ def _number(value: Any) -> str:
 
 def _counts(result: Mapping[str, Any]) -> str:
     counts = result["counts"].get("verdicts", {})
-    rows = [(k, v) for k, v in counts.items() if isinstance(v, int)]
+    rows = [(_COUNTS.get(k, k), v) for k, v in counts.items() if isinstance(v, int)]
     rows += [(f"failed: {status}", n) for status, n in counts.get("statuses", {}).items()]
     orders = counts.get("orders") or {}
     rows += [(f"in both orders: {name.replace('_', ' ')}", value) for name, value in orders.items()]

@@ -41,18 +41,3 @@ ONLINE |= {way.name: way for way in _PREFERENCES}
 def is_online(names: Sequence[str]) -> bool:
     """Whether a run with these entries of loss_type draws its responses as it trains."""
     return len(names) == 1 and names[0] in ONLINE
-
-
-RLOO_BETA = 0.05  # as TRL's RLOOConfig; rloo takes its KL from the reward, and the loss has none
-
-
-def penalty_beta(names: Sequence[str], beta: float | None) -> float:
-    """What the reward's KL to the reference is multiplied by; 0 of losses that have theirs in the loss."""
-    if not is_online(names) or ONLINE[names[0]].loss != "rloo":
-        return 0.0
-    return RLOO_BETA if beta is None else float(beta)
-
-
-def compares(names: Sequence[str], beta: float | None) -> bool:
-    """Whether a run of these losses reads its reference outside of the loss: draws from it, or penalises by it."""
-    return is_online(names) and (ONLINE[names[0]].draws != POLICY or penalty_beta(names, beta) > 0)

@@ -42,6 +42,7 @@ from fastpo.training.stepwide import StepWide
 
 log = logging.getLogger("fastpo")
 
+TIES = 1e-5  # entropies this near to each other are alike: of one context they differ by rounding, as they are packed
 Arrays = list[list[np.ndarray]]  # of each example, of each response: [tokens] fp32
 
 
@@ -159,6 +160,11 @@ class Rollouts:
         self._seen_entropy: float | None = None  # by a run that this one goes on from
         self.served: Served | None = None  # a sampler beside this process
         self.reference: tuple[Engine, Callable[[], AbstractContextManager[Any]]] | None = None
+
+    @property
+    def _last_entropy(self) -> float | None:
+        """Of the last step's tokens, where that is known; of a run that goes on, before its first step too."""
+        return self._seen_entropy if self.stepwide is None else self.stepwide.entropy
 
     # ---- a step
 
@@ -367,7 +373,7 @@ class Rollouts:
                    for values, out in zip(of_row, group.masked, strict=True) if not out]  # fmt: skip
         least = float(np.quantile(np.concatenate(counted), 1 - self.config.top_entropy_quantile)) if counted else 0.0
         for group, of_old, of_row in zip(groups, old, entropies, strict=True):
-            mask = [(values >= least).astype(np.float32) for values in of_row]
+            mask = [(values >= least - TIES * max(1.0, least)).astype(np.float32) for values in of_row]
             group.token_columns |= {OLD_LOGP: of_old, POLICY_MASK: mask}
 
     @staticmethod
@@ -474,7 +480,7 @@ class Rollouts:
         if left_out:
             means["left_out"] = float(left_out)
         if self.entropy.is_on:
-            means["entropy_coef"] = self.entropy.after(None if self.stepwide is None else self.stepwide.entropy)
+            means["entropy_coef"] = self.entropy.after(self._last_entropy)
         return means
 
     def close(self) -> None:
@@ -491,7 +497,7 @@ class Rollouts:
             rows, steps = sorted({row for step in self.steps for row in step.rows}), self.steps
         return {
             "begun": self.begun, "entered": self.entered, "entropy": [self.entropy.value, self.entropy.last],
-            "seen_entropy": None if self.stepwide is None else self.stepwide.entropy,
+            "seen_entropy": self._last_entropy,
             "window": [(w.begun, dict(w.metrics), dict(w.left_out)) for w in self.window],
             "steps": [(list(s.rows), tuple(map(float, s.totals)), s.tokens, s.acting) for s in steps],
             "examples": {row: _kept(self.examples[row]) for row in rows},

@@ -8,7 +8,7 @@ from typing import Any
 from fastpo.config import online as config_online
 from fastpo.config.train_config import TrainConfig
 from fastpo.errors import ConfigError
-from fastpo.losses.online import AGAINST_MIXTURE, MIXTURE, ONLINE, POLICY, compares, is_online, penalty_beta
+from fastpo.losses.online import AGAINST_MIXTURE, MIXTURE, ONLINE, POLICY, is_online
 from fastpo.online.drawing import REFERENCE, Drawing
 from fastpo.online.evaluation import OnlineEvaluation
 from fastpo.online.judging import Preferences
@@ -121,9 +121,15 @@ class OnlineRun:
                 )
             )
 
-    def reads_reference(self, objective: Objective) -> bool:
-        """Whether the run needs its reference at every generation."""
-        return objective.uses_reference or compares(self.config.losses, self.config.beta)
+    @property
+    def _penalised(self) -> bool:
+        """rloo takes its KL from the reward."""
+        return self.way.loss == "rloo" and bool(self.beta)
+
+    @property
+    def beta(self) -> float:
+        beta = self.config.beta
+        return (0.05 if self.way.loss == "rloo" else 0.0) if beta is None else float(beta)
 
     def begin(
         self, plan: Any, sets: Any, passes: Passes, tokenizer: Any, live: LiveReference | None,
@@ -166,10 +172,9 @@ class OnlineRun:
         if self.way.by == "rewards":
             assert self.rewards is not None
             rollouts.judgement = ByRewards(*parts, self.rewards, world, lambda: callbacks.state)
-            beta = penalty_beta(config.losses, config.beta)
-            if beta:
-                rollouts.beta = beta
-                rollouts.judgement.penalise(rollouts.penalty, beta)
+            if self._penalised:
+                rollouts.beta = self.beta
+                rollouts.judgement.penalise(rollouts.penalty, self.beta)
         else:
             assert self.preferences is not None
             rollouts.judgement = ByWins(*parts, self.preferences, world, lambda: callbacks.state)

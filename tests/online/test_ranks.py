@@ -32,7 +32,7 @@ def test_two_ranks_equal_one(results, case):
     for mine, theirs in zip(one["logs"], two["logs"]):
         assert mine.keys() == theirs.keys()
         for name in mine.keys() - OF_PACKING:
-            assert mine[name] == pytest.approx(theirs[name], abs=1e-5), name
+            assert mine[name] == pytest.approx(theirs[name], rel=1e-5, abs=1e-5), name
 
 
 def test_a_reward_function_that_fails_on_one_rank_ends_both(results):

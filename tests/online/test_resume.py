@@ -20,7 +20,7 @@ OPTIONS = {
 CASES = {
     "reference, entropy": {"beta": 0.05, "use_adaptive_entropy": True, "entropy_target": 3.6, "entropy_coef": 0.1},
     "dynamic sampling": {"dynamic_sampling": 2, "loss_type": "dapo"},
-    "certain tokens": {"top_entropy_quantile": 0.5, "mask_truncated_completions": True},
+    "certain tokens": {"top_entropy_quantile": 0.5, "loss_type": "bnpo"},
     "moving reference": {"beta": 0.1, "sync_ref_model": True, "ref_model_sync_steps": 2},
     "rloo": {"loss_type": "rloo"},
     "online_ipo": {"loss_type": "online_ipo", "per_device_train_batch_size": 2},

@@ -63,7 +63,7 @@ def compared(tmp_path, monkeypatch, *, rloo=False, rows=None, shuffles=False, **
     options = {"scale_rewards": "group", **options}  # as TRL's, whatever the loss
     if rloo:
         options |= {"loss_type": "rloo", "scale_rewards": None}
-    elif options.get("importance_sampling_level") == "sequence":
+    elif options["loss_type"] == "grpo" and options.get("importance_sampling_level") == "sequence":
         options |= {"loss_type": "gspo", "epsilon": 0.2, "epsilon_high": 0.2}
     elif options.get("loss_type") == "dapo":
         options.setdefault("epsilon_high", 0.2)
@@ -84,6 +84,7 @@ def compared(tmp_path, monkeypatch, *, rloo=False, rows=None, shuffles=False, **
 
 TYPES = {
     "grpo": {}, "dr_grpo": {}, "dapo": {}, "bnpo": {}, "cispo": {"epsilon_high": 1.05}, "sapo": {},
+    "vespo": {}, "luspo": {"importance_sampling_level": "sequence"},
     "gspo": {"loss_type": "grpo", "importance_sampling_level": "sequence"},
 }  # fmt: skip
 
@@ -94,8 +95,8 @@ def test_training_equals_grpo_trainer(tmp_path, monkeypatch, loss_type, beta, it
     options = {"loss_type": loss_type, "beta": beta, "num_iterations": iterations} | TYPES[loss_type]
     apart, differences, expected = compared(tmp_path, monkeypatch, **options)
     assert apart < 1e-5
-    assert max(differences.values()) < 2e-5, differences
-    if iterations == 2 and loss_type not in ("sapo",):  # else there is nothing to compare
+    assert not {name: value for name, value in differences.items() if value > 2e-5}
+    if iterations == 2 and loss_type not in ("sapo", "vespo"):  # else there is nothing to compare
         assert any(line.get("clip_ratio/region_mean", line.get("cispo_clip_ratio")) for line in expected)
     if beta:
         assert expected[-1]["kl"] > 1e-3
@@ -161,9 +162,8 @@ def close(one, other, tolerance=2e-6):
 
 PACKED = [
     {"loss_type": "grpo", "beta": 0.04, "num_iterations": 2}, {"loss_type": "dapo"}, {"loss_type": "dr_grpo"},
-    {"loss_type": "gspo", "epsilon": 0.2, "num_iterations": 2}, {"loss_type": "cispo", "num_iterations": 2},
-    {"loss_type": "rloo"}, {"loss_type": "vespo", "num_iterations": 2}, {"loss_type": "gmpo", "num_iterations": 2},
-    {"loss_type": "luspo"}, {"loss_type": "reinforce"}, {"loss_type": "sapo", "num_iterations": 2},
+    {"loss_type": "gspo", "epsilon": 0.2, "num_iterations": 2}, {"loss_type": "rloo"},
+    {"loss_type": "vespo", "num_iterations": 2}, {"loss_type": "gmpo", "num_iterations": 2},
     {"loss_type": "grpo", "top_entropy_quantile": 0.4}, {"loss_type": "grpo", "entropy_coef": 0.1},
     {"loss_type": "bnpo", "mask_truncated_completions": True},
 ]  # fmt: skip
