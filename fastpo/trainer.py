@@ -19,6 +19,7 @@ reference/sources.py, `attach`. An online loss's responses? online/rollouts.py. 
 """
 
 import functools
+import heapq
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -213,7 +214,7 @@ class Trainer(face.Face):
             self.batches.place(name, examples)
         self.optimizers = check_optimizers(optimizers, config)
         self.settled = settled = settle(
-            self.model, config, world, self.data.train, objective, ref_model=self.fixed[roles.REF],
+            self.model, config, world, self.data.sized(), objective, ref_model=self.fixed[roles.REF],
             autocast=uses_bf16(config, self.device), own_optimizer=self.optimizers[0] is None, resume=self.resume,
         )  # fmt: skip
         self.forward = Forward(self.engine, settled.config, self.device, objective.row_statistics)
@@ -264,10 +265,13 @@ class Trainer(face.Face):
             return
         config, world = self.config, self.world
         self.data.say_sharing(self.budget.max_tokens)
-        saving.prepare(self.model, self.tokenizer, self.data.train, trainable(self.model), config, world)
+        drawn = self.online is not None  # then the data say nothing of how responses end
+        saving.prepare(
+            self.model, self.tokenizer, [] if drawn else self.data.train, trainable(self.model), config, world
+        )
         self.identity = identity.identify(
-            self.model, self.data.train, config, world, name=self.origin.model_name, of_base=self.reference_is_base,
-            settled=self.settled.record(self.device.type),
+            self.model, self.data.identified(), config, world, name=self.origin.model_name,
+            of_base=self.reference_is_base, settled=self.settled.record(self.device.type),
         )  # fmt: skip
         fingerprint = self.identity["model"]
         if self.resume is not None:
@@ -350,7 +354,9 @@ class Trainer(face.Face):
         state = run_state.RunState(self.weights, update.gradients, update.optimizer, self.progress, parts, self.moving)
         run = self.identity | self.references.kept.keys
         self.checkpoints = saving.Checkpoints(config, run, self.files, state, self.callbacks, self.hub)
-        check = weights.WeightCheck(self.weights, sorted(self.data.train, key=trunk_tokens)[:4], self.forward.autocast)
+        rows = self.data.sized()
+        short = self.data.probe(heapq.nsmallest(4, range(len(rows)), key=lambda row: trunk_tokens(rows[row])))
+        check = weights.WeightCheck(self.weights, short, self.forward.autocast)
         self.saver = saving.Saver(self.checkpoints, check, self.callbacks, self.progress, self.signals, self.window)
         if self.resume is not None:
             self.checkpoints.restore(self.resume)

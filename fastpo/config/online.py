@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastpo.config.option import differ
-from fastpo.errors import ConfigError, shown
+from fastpo.errors import ConfigError, did_you_mean, shown
 
 TOKENS = ("reinforce", "rloo", "grpo", "dr_grpo", "dapo", "bnpo", "gspo", "cispo", "sapo", "luspo", "vespo", "gmpo")
 PREFERENCES = ("online_dpo", "online_ipo", "ipo_md", "nash_md", "xpo", "spo")
@@ -28,6 +28,7 @@ UNSCALED = ("reinforce", "rloo", "dr_grpo")  # rewards that their papers do not 
 SCALES = ("group", "batch", "none")
 # How the importance of what the sampler said is kept within bounds; VESPO weighs whole responses itself.
 MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
+LOCAL = ("engine", "batch_size", "batch_tokens")  # what `sampler` may say of the in-process sampler
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_completion_length")
 _CORRECTION = ("importance_sampling_correction", "importance_sampling_mode", "importance_sampling_clip_max",
                "importance_sampling_clip_min")  # fmt: skip
@@ -234,6 +235,11 @@ def _check_parts(config: Any, loss: str) -> None:
     engine = sampler.get("engine", "local")
     if not isinstance(engine, str):
         raise ConfigError(f"sampler: engine must be a name, not {shown(engine)}")
+    if engine == "local" and (unknown := next((name for name in sampler if name not in LOCAL), None)) is not None:
+        raise ConfigError(
+            f"sampler: the policy answers in this process, with the options {', '.join(LOCAL[1:])}, not {unknown!r}"
+            f"{did_you_mean(str(unknown), LOCAL)}; a server is sampler={{engine: openai, base_url: ...}}"
+        )
     if engine == "local" and config.fsdp != "no":
         raise ConfigError(
             f"fsdp={config.fsdp} splits the model that the in-process sampler answers with: set "

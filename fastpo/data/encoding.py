@@ -57,7 +57,7 @@ class Encoder:
         if conversational and not getattr(tokenizer, "chat_template", None) and _renders_as_text(tokenizer):
             raise DataError(
                 "the rows are conversations and the tokenizer has no chat template: set tokenizer.chat_template, or "
-                "give prompt, chosen and rejected as texts"
+                "give texts in the place of turns"
             )
         eos, eos_id = tokenizer.eos_token, tokenizer.eos_token_id
         if not conversational:

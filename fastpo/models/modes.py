@@ -208,7 +208,9 @@ def on_device(model: nn.Module, device: torch.device) -> Iterator[None]:
 def check_ids(policy: Policy, examples: Sequence[Example], name: str) -> None:
     """Token ids and positions must exist in the model: on a GPU the look-up of one that does not is a lost context."""
     rows = policy.causal_lm.get_input_embeddings().weight.shape[0]
-    largest = max(int(ids.max()) for e in examples for ids in (e.prompt_ids, *e.responses))
+    # By their identity: what stands in for responses that are not drawn yet is the same in all rows.
+    arrays = {id(ids): ids for e in examples for ids in (e.prompt_ids, *e.responses)}
+    largest = max(int(ids.max()) for ids in arrays.values())
     if largest >= rows:
         raise DataError(
             f"the {name} data hold token id {largest}, but the model has {rows} embeddings: "

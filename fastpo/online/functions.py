@@ -166,7 +166,7 @@ class RewardFunction:
             own = [c for c in there if c not in (*GIVEN, *NOT_COLUMNS)]
             raise ConfigError(
                 f"reward function {self.name!r} needs a column {lacking!r}, and the rows have, beside the prompt, "
-                f"{', '.join(own) or 'none'}{did_you_mean(lacking, there)}"
+                f"{', '.join(own) or 'none'}{did_you_mean(lacking, own)}"
             )
 
     async def ask(self, batch: Batch, wait: Wait) -> Found:

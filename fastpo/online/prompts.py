@@ -13,6 +13,7 @@ import numpy as np
 
 from fastpo.data import mixing, sources
 from fastpo.data.example import Example
+from fastpo.data.packing import trunk_tokens
 from fastpo.data.report import DataReport
 from fastpo.errors import DataError, nearest, quoted
 from fastpo.sampling import make
@@ -37,6 +38,7 @@ class PromptSets(DataSets):
 
     count = 2  # responses of a prompt
     longest: int | None = None  # tokens of a prompt
+    apart = False  # whether each response may go through the model alone
     checks: Sequence[Callable[[list[str]], object]] = ()  # of the names of the columns
 
     def _of_one(self, part: mixing.Part, split: str, name: str) -> tuple[list[Example], DataReport]:
@@ -48,7 +50,7 @@ class PromptSets(DataSets):
         if "prompt" not in found:
             close = nearest("prompt", found, 0.4)
             hint = f"; did you mean {close!r}?" if close else f", only {quoted(found)}"
-            raise DataError(f"the {name} data have no column 'prompt'{hint}, which {config.losses[0]} answers itself")
+            raise DataError(f"{config.losses[0]} answers prompts, and the {name} data have no column 'prompt'{hint}")
         for check in self.checks:
             check(list(found))
         report = DataReport(columns=list(found))
@@ -92,6 +94,20 @@ class PromptSets(DataSets):
     def show(self, example: Example) -> None:
         text = self.tokenizer.decode(example.prompt_ids.tolist(), skip_special_tokens=False)
         log.info("a prompt, as it is answered: %r", text if len(text) <= 600 else f"{text[:400]} [...] {text[-200:]}")
+
+    def identified(self) -> list[Example]:
+        """The rows by which a run that goes on is known: a prompt as often as it is answered, whatever the length."""
+        return [replace(e, responses=[r[:1] for r in e.responses]) for e in self.train]
+
+    def sized(self) -> list[Example]:
+        return [replace(e, responses=e.responses[:1], share=False) for e in self.train] if self.apart else self.train
+
+    def say_sharing(self, max_tokens: int) -> None:
+        longest = max(map(trunk_tokens, self.sized()), default=0)
+        if longest > max_tokens:
+            log.warning("a prompt with %s may have %d tokens, more than max_tokens=%d: then they are a micro-batch of "
+                        "their own, and take the memory of one", "a response" if self.apart else "its responses",
+                        longest, max_tokens)  # fmt: skip
 
     def probe(self, places: Sequence[int]) -> list[Example]:
         """The rows for the guard: with few short responses."""

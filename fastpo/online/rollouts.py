@@ -22,7 +22,7 @@ import torch
 
 from fastpo.config.train_config import TrainConfig
 from fastpo.data.example import ADVANTAGE, OF_REFERENCE, REF_LOGP, Example, even_weights
-from fastpo.data.packing import PackedBatch
+from fastpo.data.packing import PackedBatch, trunk_tokens
 from fastpo.errors import TrainingError
 from fastpo.losses.advantages import correction
 from fastpo.losses.tokens import Totals
@@ -126,6 +126,15 @@ class Step:
     acting: float  # of its response tokens those that have a policy term, and whose entropy has a bonus
 
 
+@dataclass
+class Logged:
+    """What the log says of one generation."""
+
+    begun: int
+    metrics: dict[str, float]
+    left_out: Counter[str]
+
+
 class Rollouts:
     """The rows of an online run; `examples` are what the trainer's steps read, by row."""
 
@@ -142,11 +151,12 @@ class Rollouts:
         self.beta = 0.0  # of the penalty
         self.examples: list[Example] = list(asked)
         self.steps: list[Step] = []  # of the generation at hand
+        self.parts: dict[int, int] = {}  # of rows behind those of the data, whose prompt each has
         self.begun = -1  # the step at which it was drawn
-        self.window: list[dict[str, float]] = []  # metrics of the generations since the last log line
-        self.left_out: Counter[str] = Counter()
+        self.window: list[Logged] = []  # of the generations since the last log line
         self.entropy = EntropyBonus(config)
         self.stepwide: StepWide | None = None
+        self.entered = -1  # the last step that was begun
         self._seen_entropy: float | None = None  # by a run that this one goes on from
         self.served: Served | None = None  # a sampler beside this process
         self.reference: tuple[Engine, Callable[[], AbstractContextManager[Any]]] | None = None
@@ -162,8 +172,9 @@ class Rollouts:
         """(rows that step `number` trains, prompt and response tokens that they are of); `stepwide` gets the rest."""
         step = self.step(number)
         self.stepwide = stepwide
-        self.entropy.update(stepwide.entropy if stepwide.entropy is not None else self._seen_entropy)
-        stepwide.entropy = self._seen_entropy = None
+        if number != self.entered:  # else it was cut short, and is done again
+            self.entropy.update(stepwide.entropy if stepwide.entropy is not None else self._seen_entropy)
+        stepwide.entropy, self._seen_entropy, self.entered = None, None, number
         stepwide.of_rollouts = {"totals": step.totals, "entropy_coef": self.entropy.coefficient(),
                                 "entropy_tokens": step.acting,
                                 "watches_entropy": self.config.use_adaptive_entropy}  # fmt: skip
@@ -182,17 +193,22 @@ class Rollouts:
         return self.steps[place]
 
     def _draw(self, number: int, base: Sequence[int]) -> None:
+        """The generation of step `number`. Until all of it is there none is: a run that is stopped in here draws it
+        again when it goes on, and logs it once."""
         for row in {row for step in self.steps for row in step.rows}:
-            self.examples[row] = self.asked[row]
+            if row < len(self.asked):
+                self.examples[row] = self.asked[row]
+        del self.examples[len(self.asked) :]
+        self.begun, self.steps, self.parts = -1, [], {}
+        self.window = [logged for logged in self.window if logged.begun < number]
         if self.served is not None:
             self.served.refresh()
         rows = [self.plan.base(step)[1] for step in base]
         judged, rows = self._judged(number, rows)
-        self.window.append(judged.metrics)
-        self.left_out += judged.left_out
+        self.window.append(Logged(number, dict(judged.metrics), judged.left_out))
         self._say(number, judged)
         by_row = {group.row: group for group in judged.groups}
-        self.begun, self.steps = number, []
+        steps: list[Step] = []
         kept: dict[int, Group] = {}
         watch = bool(self.objective.token_terms) and self.config.top_entropy_quantile < 1
         if watch:
@@ -203,10 +219,31 @@ class Rollouts:
             acting = self._acting([by_row[row] for row in mine]) if watch else totals.tokens
             trained = [row for row in mine if self._keep(by_row[row])]
             kept |= {row: by_row[row] for row in trained}
-            self.steps.append(Step(trained or [step[0]], totals, tokens, acting))
-        for row in {row for step in self.steps for row in step.rows}:
-            self.examples[row] = kept[row].example() if row in kept else self._idle(row)
-        self._score([self.examples[row] for row in sorted({row for step in self.steps for row in step.rows})], kept)
+            steps.append(Step(trained or [step[0]], totals, tokens, acting))
+        rows_of_all = sorted({row for step in steps for row in step.rows})
+        found = {row: kept[row].example() if row in kept else self._idle(row) for row in rows_of_all}
+        self._score(list(found.values()), kept)
+        for step in steps:
+            self._put(step, found)
+        self.begun, self.steps = number, steps
+
+    def _put(self, step: Step, found: Mapping[int, Example]) -> None:
+        """The rows of a step among the examples. Nothing couples the responses of a loss per token: where those of a
+        prompt are more than a micro-batch holds, or there are fewer prompts than processes, each is a row of its own.
+        They share their prompt where packing finds that cheaper, as other rows do."""
+        budget, world = self.passes.budget, self.passes.world
+        most = budget.max_tokens if world.several else budget.tokens  # which other processes do not know
+        few = len(step.rows) < world.size
+        for row in list(step.rows):
+            example = found[row]
+            cut = bool(self.objective.token_terms) and (few or trunk_tokens(example) > most)
+            self.examples[row], *others = _singles(example) if cut else [example]
+            for other in others:
+                self.parts[len(self.examples)] = row
+                step.rows.append(len(self.examples))
+                self.examples.append(other)
+            if cut:
+                self.passes.batches.place("rollouts", [self.examples[row], *others])
 
     def _judged(self, number: int, rows: list[list[int]]) -> tuple[Judged, list[list[int]]]:
         """Responses to the prompts of all steps; with dynamic sampling prompts that teach nothing are replaced."""
@@ -228,7 +265,7 @@ class Rollouts:
             asked |= {row: self.asked[row] for row in others}
             groups = [g for g in judged.groups if g.row not in instead] + good
             judged = replace(judged, groups=groups, left_out=judged.left_out + more.left_out,
-                             tokens=judged.tokens | more.tokens)  # fmt: skip
+                             tokens=judged.tokens | more.tokens, lines=judged.lines + more.lines)  # fmt: skip
         return judged, rows
 
     def _ask(self, number: int, round_: int, asked: Mapping[int, Example]) -> Judged:
@@ -351,14 +388,17 @@ class Rollouts:
         config, forward = self.config, self.passes.forward
         by_prompt = {id(g.asked.prompt_ids): g for g in groups}
         mine = [(e, by_prompt[id(e.prompt_ids)]) for e in examples if id(e.prompt_ids) in by_prompt]
-        temperature, forward.temperature = forward.temperature, 1.0
-        try:
-            own, _ = self.logps([e for e, _ in mine], None) if mine else ([], [])
-        finally:
-            forward.temperature = temperature
+        if forward.temperature == 1 and all(OLD_LOGP in e.token_columns for e, _ in mine):
+            own = [e.token_columns[OLD_LOGP] for e, _ in mine]
+        else:
+            temperature, forward.temperature = forward.temperature, 1.0
+            try:
+                own = self.logps([e for e, _ in mine], None)[0] if mine else []
+            finally:
+                forward.temperature = temperature
         answers = [(g.row, r, o) for (_, g), of_row in zip(mine, own, strict=True)
                    for r, o in zip(g.responses, of_row, strict=True)]  # fmt: skip
-        self.window[-1] |= served.check(answers)
+        self.window[-1].metrics |= served.check(answers)
         if not self.objective.token_terms:
             return
         for e in examples:
@@ -380,7 +420,7 @@ class Rollouts:
                     e.token_columns[CORRECTION][k] = weights.astype(np.float32)
                     ratios += weights.tolist()
         if ratios:
-            self.window[-1] |= {
+            self.window[-1].metrics |= {
                 "sampling/importance_sampling_ratio/min": min(ratios),
                 "sampling/importance_sampling_ratio/mean": float(np.mean(ratios)),
                 "sampling/importance_sampling_ratio/max": max(ratios),
@@ -415,7 +455,8 @@ class Rollouts:
     def _say(self, number: int, judged: Judged) -> None:
         if judged.left_out:
             log.warning("left out: %s", _counts(judged.left_out))
-        if not any(g.pairs or any(g.advantage) for g in judged.groups):
+        teaches = any(g.pairs or any(g.advantage) for g in judged.groups)
+        if not teaches and not (judged.groups and self._every_token_trains()):
             log.warning("no gradient from this step's responses: all of every prompt are worth the same, or left out")
         if judged.lines and self.passes.world.main:
             lines, most = judged.lines, self.config.num_completions_to_print
@@ -428,15 +469,16 @@ class Rollouts:
     def flush(self) -> dict[str, float]:
         """Means of the metrics since the last call, of what is a number."""
         out: dict[str, list[float]] = {}
-        for line in self.window:
-            for name, value in line.items():
+        left_out = 0
+        for logged in self.window:
+            left_out += sum(logged.left_out.values())
+            for name, value in logged.metrics.items():
                 if value == value:
                     out.setdefault(name, []).append(value)
         self.window = []
         means = {name: sum(values) / len(values) for name, values in out.items()}
-        if self.left_out:
-            means["left_out"] = float(sum(self.left_out.values()))
-        self.left_out = Counter()
+        if left_out:
+            means["left_out"] = float(left_out)
         if self.entropy.is_on:
             means["entropy_coef"] = self.entropy.after(self._last_entropy)
         return means
@@ -454,21 +496,24 @@ class Rollouts:
         else:
             rows, steps = sorted({row for step in self.steps for row in step.rows}), self.steps
         return {
-            "begun": self.begun, "entropy": [self.entropy.value, self.entropy.last],
+            "begun": self.begun, "entered": self.entered, "entropy": [self.entropy.value, self.entropy.last],
             "seen_entropy": self._last_entropy,
-            "window": [dict(line) for line in self.window], "left_out": dict(self.left_out),
+            "window": [(w.begun, dict(w.metrics), dict(w.left_out)) for w in self.window],
             "steps": [(list(s.rows), tuple(map(float, s.totals)), s.tokens, s.acting) for s in steps],
             "examples": {row: _kept(self.examples[row]) for row in rows},
+            "parts": {row: self.parts[row] for row in rows if row in self.parts},
         }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken."""
         self.begun, (self.entropy.value, self.entropy.last) = state["begun"], state["entropy"]
-        self._seen_entropy = state["seen_entropy"]
-        self.window, self.left_out = [dict(line) for line in state["window"]], Counter(state["left_out"])
+        self._seen_entropy, self.entered = state["seen_entropy"], state["entered"]
+        self.window = [Logged(at, dict(metrics), Counter(out)) for at, metrics, out in state["window"]]
         self.steps = [Step(list(rows), Totals(*totals), *rest) for rows, totals, *rest in state["steps"]]
+        self.parts = dict(state["parts"])
+        self.examples[len(self.asked) :] = [self.asked[self.parts[row]] for row in sorted(self.parts)]
         for row, kept in state["examples"].items():
-            self.examples[row] = _restored(self.asked[row], kept)
+            self.examples[row] = _restored(self.asked[self.parts.get(row, row)], kept)
         if state["examples"]:
             self.passes.batches.place("rollouts", [self.examples[row] for row in state["examples"]])
 
@@ -484,6 +529,17 @@ def _split(values: np.ndarray, batch: PackedBatch) -> Iterator[list[np.ndarray]]
     for count in batch.row_responses:
         yield [values[offsets[k] : offsets[k + 1]].copy() for k in range(at, at + count)]
         at += count
+
+
+def _singles(example: Example) -> list[Example]:
+    """Each response of a row without pairs as a row."""
+    return [
+        Example(
+            example.prompt_ids, [response], [], {}, {name: [v[k]] for name, v in example.response_columns.items()},
+            token_columns={name: [v[k]] for name, v in example.token_columns.items()},
+        )
+        for k, response in enumerate(example.responses)
+    ]  # fmt: skip
 
 
 def _kept(example: Example) -> dict[str, Any]:

@@ -64,6 +64,7 @@ def sets(
         return DataSets(config, world, tokenizer, objective, given)
     found = PromptSets(config, world, tokenizer, objective, given)
     found.count, found.longest = online.asks.num_generations, online.asks.max_prompt_length
+    found.apart = online.asks.of_tokens
     found.checks = [] if online.rewards is None else [online.rewards.check]
     return found
 

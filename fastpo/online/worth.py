@@ -4,6 +4,7 @@ part of the prompts, and has all verdicts afterwards.
 G = responses of a prompt, R = of all prompts, F = reward functions.
 """
 
+import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -18,6 +19,7 @@ from fastpo.data.packing import sequence_tokens
 from fastpo.errors import TrainingError
 from fastpo.losses import advantages as worth
 from fastpo.losses.online import POLICY, Online
+from fastpo.online.asking import Wins
 from fastpo.online.drawing import Drawn
 from fastpo.online.judging import Preferences
 from fastpo.online.prompts import Asked
@@ -199,12 +201,15 @@ class ByWins:
             found = found[np.array(ours) & ~np.isnan(found)]
         if len(found):
             metrics |= {"reward": _mean(found), "reward_std": _std(found)}
+        lines = []
+        if self.config.log_completions:
+            lines = [line for n, g in enumerate(groups) for line in _compared_lines(g, wins[n], rewards[n])]
         make = self._pairs if self.way.pairs else self._advantages
         made = [group for n, group in enumerate(groups) if make(group, wins[n])]
         metrics |= {name: float(np.mean(v)) for name, v in logged.items()}
         if self.way.pairs:
             metrics["pairs_formed"] = float(sum(len(g.pairs) for g in made))
-        return Judged(made, metrics, tokens, left_out)
+        return Judged(made, metrics, tokens, left_out, lines)
 
     def _advantages(self, group: Group, p: np.ndarray) -> bool:
         """Of policy samples alone: how often they win, against each other or, where there are others, against those."""
@@ -311,6 +316,27 @@ def _lines(
     for n, (group, response) in enumerate(every):
         rewards = {name: None if np.isnan(values[n, f]) else float(values[n, f]) for f, name in enumerate(names)}
         out.append({"prompt": group.asked.prompt, "completion": response.text, **rewards,
-                    **{name: column[n] for name, column in extra.items()},
+                    **{name: _plain(column[n]) for name, column in extra.items()},
                     "advantage": advantages[n] if used[n] else None})  # fmt: skip
     return out
+
+
+def _compared_lines(group: Group, p: np.ndarray, rewards: np.ndarray) -> list[dict[str, Any]]:
+    """Of a prompt's responses [G]: who gave each, its reward where there are any, and how often it wins (p [G, G])."""
+    rates = Wins(p).rates()
+    worths = [None if np.isnan(r) else float(r) for r in rewards] if len(rewards) else None
+    return [
+        {"prompt": group.asked.prompt, "completion": response.text, "source": response.source,
+         **({} if worths is None else {"reward": worths[k]}), "win_rate": rates[k]}
+        for k, response in enumerate(group.responses)
+    ]  # fmt: skip
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can hold of what a reward function logs; of the rest its text."""
+    if hasattr(value, "tolist"):  # an array, a tensor, a number of NumPy
+        value = value.tolist()
+    try:
+        return json.loads(json.dumps(value, default=str))
+    except (TypeError, ValueError):
+        return str(value)

@@ -93,12 +93,15 @@ class Objective:
     def check_reference(self, config: TrainConfig, ref_model: object, prev_model: object = None) -> None:
         """ConfigError where a reference or a previous policy is given, or to be moved, that no loss reads so."""
         names = "+".join(config.losses)
+        if not self.compares and is_online(config.losses):
+            names += ", whose beta is 0,"
         if config.sync_ref_model and not self.compares:
             raise ConfigError(f"sync_ref_model moves a reference, and {names} has none")
         if config.sync_ref_model and ref_model is not None:
             raise ConfigError("sync_ref_model starts from the policy: leave ref_model out, or sync_ref_model")
         if ref_model is not None and not self.compares:
-            raise ConfigError(f"ref_model is given, and {names} has no reference: leave it out")
+            hint = ", or set beta" if is_online(config.losses) else ""
+            raise ConfigError(f"ref_model is given, and {names} has no reference: leave it out{hint}")
         if prev_model is not None and self.kappa is None:
             hint = "pass it as ref_model, its only reference" if self.uses_reference else "leave it out"
             raise ConfigError(f"prev_model is given, and {names} mixes no previous policy with the reference: {hint}")

@@ -96,6 +96,14 @@ class DataSets:
         shown = describe_example(example, self.tokenizer, prompt_loss=bool(self.objective.reads_prompts))
         log.info("an example, as it is trained on:\n%s", shown)
 
+    def identified(self) -> list[Example]:
+        """The training rows by which a run that goes on is known as the same."""
+        return self.train
+
+    def sized(self) -> list[Example]:
+        """Rows as large as those that the step's micro-batches are made of."""
+        return self.train
+
     def probe(self, places: Sequence[int]) -> list[Example]:
         """Of these training rows what the guard looks at."""
         return [self.train[i] for i in places]
