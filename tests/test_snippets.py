@@ -63,6 +63,7 @@ def folder(toy, tmp_path_factory) -> Path:
         (folder / name).write_text(lines)
     prompts = [{"prompt": row["prompt"], "answer": row["chosen"]} for row in toy.rows(8)]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
+    (folder / "rewards.yaml").write_text("short: {kind: verifier, verifier: max_words, n: 100}\n")
     (folder / "run.yaml").write_text("model: path/to/model\ntrain_dataset: pairs.jsonl\noutput_dir: yaml-out\n")
     return folder
 
