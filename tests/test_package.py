@@ -95,31 +95,33 @@ def copy_sources(folder):
 
 
 @pytest.fixture(scope="module")
-def checkout(tmp_path_factory):
-    return copy_sources(tmp_path_factory.mktemp("checkout"))
+def checkout(once):
+    return once("checkout", copy_sources)
 
 
 @pytest.fixture(scope="module")
-def sdist(tmp_path_factory):
-    return call_backend("build_sdist", copy_sources(tmp_path_factory.mktemp("sdist")), tmp_path_factory.mktemp("dist"))
+def unpacked(once, tmp_path_factory):
+    """The sources that the source archive holds."""
+
+    def build(folder):
+        sdist = call_backend("build_sdist", copy_sources(tmp_path_factory.mktemp("sources")), folder)
+        with tarfile.open(sdist) as archive:
+            archive.extractall(folder / "unpacked", filter="data")
+
+    (sources,) = (once("sdist", build) / "unpacked").iterdir()
+    return sources
 
 
 @pytest.fixture(scope="module")
-def unpacked(sdist, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("unpacked")
-    with tarfile.open(sdist) as archive:
-        archive.extractall(folder, filter="data")
-    return next(folder.iterdir())
+def wheel(unpacked, once):
+    (path,) = once("wheel", lambda folder: call_backend("build_wheel", unpacked, folder)).glob("*.whl")
+    return path
 
 
 @pytest.fixture(scope="module")
-def wheel(unpacked, tmp_path_factory):
-    return call_backend("build_wheel", unpacked, tmp_path_factory.mktemp("wheel"))
-
-
-@pytest.fixture(scope="module")
-def editable_wheel(checkout, tmp_path_factory):
-    return call_backend("build_editable", checkout, tmp_path_factory.mktemp("editable"))
+def editable_wheel(checkout, once):
+    (path,) = once("editable", lambda folder: call_backend("build_editable", checkout, folder)).glob("*.whl")
+    return path
 
 
 class CleanEnvironment:
@@ -220,9 +222,19 @@ def test_ci_runs_what_the_readme_names():
     script = (ROOT / ".ci" / "run").read_text()
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
     readme = (ROOT / "README.md").read_text()
-    for command in ("make quickstart", "make test"):
-        assert command in readme and command in script
-    assert "make lint" in script
+    run_by_it = {word for line in script.splitlines() if line.startswith("make ") for word in line.split()}
+    for target in ("quickstart", "test"):
+        assert f"make {target}" in readme and target in run_by_it
+    assert {"lint", "docs", "real"} <= run_by_it
+
+
+def test_what_triton_interprets_is_run_in_its_interpreter():
+    for script in ("Makefile", "tests/versions.sh"):
+        text = (ROOT / script).read_text()
+        assert '-k "_interpreter or triton-interpreted"' in text and "tests/*/test_*_interpreter.py" in text
+        for path in (ROOT / "tests").glob("*/test_*.py"):
+            name = path.relative_to(ROOT).as_posix()
+            assert 'id="triton-interpreted"' not in path.read_text() or name in text, f"{script} does not name {name}"
 
 
 # --- import

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import pickle
 import random
 
 import pytest
@@ -23,14 +24,18 @@ def model(tokenizer):
 
 
 @pytest.fixture(scope="module")
-def fast_run(tmp_path_factory):
+def fast_run(once):
     """(folder, summary, what it printed) of a short run with its control."""
-    folder = tmp_path_factory.mktemp("quickstart") / "out"
-    threads, printed = torch.get_num_threads(), io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        summary = quickstart.run_quickstart(folder, control=True, fast=True)
-    assert torch.get_num_threads() == threads
-    return folder, summary, printed.getvalue()
+
+    def run(folder):
+        threads, printed = torch.get_num_threads(), io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            summary = quickstart.run_quickstart(folder / "out", control=True, fast=True)
+        assert torch.get_num_threads() == threads
+        (folder / "said.pickle").write_bytes(pickle.dumps((summary, printed.getvalue())))
+
+    folder = once("quickstart", run)
+    return folder / "out", *pickle.loads((folder / "said.pickle").read_bytes())
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,8 @@ HERE = Path(__file__).resolve()
 BUILT = backends.compiled is not None
 GPU = pytest.mark.gpu
 
-# In Triton's interpreter the small ones run on CPU tensors too, in a process of their own (the last test).
+# In Triton's interpreter the small ones run on CPU tensors too, in a process of their own, as `make test` has it:
+# TRITON_INTERPRET=1 pytest tests/ops/test_head.py -k triton-interpreted
 ON_CPU = [
     pytest.param(("torch", "cpu"), id="torch"),
     pytest.param(("cpu", "cpu"), id="cpu", marks=pytest.mark.skipif(not BUILT, reason="csrc/ was not built")),
@@ -1138,7 +1139,7 @@ def test_preference_loss_bad_input(changes, message):
     assert "\n" not in str(caught.value)
 
 
-# ---- fastpo check, and Triton in its interpreter
+# ---- fastpo check
 
 
 @pytest.mark.parametrize("broken", [False, True], ids=["passes", "fails"])
@@ -1149,13 +1150,3 @@ def test_run_check(broken, monkeypatch, capsys):
     assert check.run_check(device="cpu") == int(broken)
     out = capsys.readouterr().out
     assert ("FAILED" in out) == broken and "linear_logprob" in out and "preference dpo" in out
-
-
-@pytest.mark.skipif(inputs.INTERPRETED or not inputs.HAS_TRITON, reason="runs itself in the interpreter, once")
-def test_triton_in_the_interpreter():
-    """Every test of this file with the parameter `triton-interpreted`, in a process where Triton interprets."""
-    output = python(
-        "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(HERE), "-k", "triton-interpreted",
-        "-W", "ignore::RuntimeWarning", TRITON_INTERPRET="1",
-    )  # fmt: skip
-    assert " passed" in output
