@@ -223,8 +223,8 @@ class Rollouts:
         rows_of_all = sorted({row for step in steps for row in step.rows})
         found = {row: kept[row].example() if row in kept else self._idle(row) for row in rows_of_all}
         self._score(list(found.values()), kept)
-        for step in steps:
-            self._put(step, found)
+        for of_step in steps:
+            self._put(of_step, found)
         self.begun, self.steps = number, steps
 
     def _put(self, step: Step, found: Mapping[int, Example]) -> None:
