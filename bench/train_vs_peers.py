@@ -48,7 +48,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH leaves it out
 
 PROVIDERS = ("fastpo", "fastpo_unshared", "trl", "trl_precompute", "trl_liger")
 VOCAB = 32_000
-LOSS_TOLERANCE = {"cpu": 1e-3, "cuda": 5e-2}  # fp32; bf16
+LOSS_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
 CPU_SHAPES = {  # layers x hidden size; untied heads, random weights
     "12x192": {"hidden": 192, "intermediate": 512, "layers": 12, "heads": 3},
     "4x256": {"hidden": 256, "intermediate": 688, "layers": 4, "heads": 4},
@@ -67,6 +67,7 @@ class Scenario:
     device: str = "cpu"
     shape: str = CPU_SHAPE  # of CPU_SHAPES or GPU_SHAPES
     method: str = "full"  # or lora
+    dtype: str = "float32"  # of the CPU's weights
     lengths: tuple[int, int] = (0, 0)  # tokens of a prompt and of a response, of random rows
     accumulation: int = 1  # of TRL, whose logits of a whole step may not fit
 
@@ -102,11 +103,11 @@ TARGETS = {
 }
 
 
-def with_shape(shape: str) -> None:
-    """The CPU's scenarios on another small model."""
+def on_model(shape: str, dtype: str) -> None:
+    """The CPU's scenarios on another small model, or in another dtype."""
     for name, scenario in SCENARIOS.items():
         if scenario.device == "cpu":
-            SCENARIOS[name] = dataclasses.replace(scenario, shape=shape)
+            SCENARIOS[name] = dataclasses.replace(scenario, shape=shape, dtype=dtype)
 
 
 def load_rows(name: str, steps: int) -> tuple[list[dict], list[dict], object]:
@@ -238,7 +239,7 @@ def make_model(scenario: Scenario):
     import torch
 
     if scenario.device == "cpu":
-        return common.llama(VOCAB, **CPU_SHAPES[scenario.shape])
+        return common.llama(VOCAB, **CPU_SHAPES[scenario.shape]).to(getattr(torch, scenario.dtype))
     shape = dict(GPU_SHAPES[scenario.shape])
     tied, kv_heads = shape.pop("tied"), shape.pop("kv_heads")
     with torch.device("cuda"):
@@ -351,12 +352,12 @@ def count(name: str, steps: int) -> dict:
         }
 
 
-def gemm_rate(device: str, threads: int) -> float:
+def gemm_rate(device: str, threads: int, dtype_name: str) -> float:
     """FLOP/s of a large square GEMM, in the dtype of the runs; the median of ten."""
     import roofline
     import torch
 
-    size, dtype = (8192, torch.bfloat16) if device == "cuda" else (2048, torch.float32)
+    size, dtype = (8192, torch.bfloat16) if device == "cuda" else (2048, getattr(torch, dtype_name))
     torch.set_num_threads(threads)
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     times = [roofline.seconds(lambda: a @ b, device) for _ in range(12)]
@@ -383,7 +384,7 @@ def spawn(provider: str, name: str, steps: int, threads: int) -> dict:
             }  # fmt: skip
         command = [sys.executable, __file__, "--worker", provider, name, "--steps", str(steps), "--result", str(path)]
         if SCENARIOS[name].device == "cpu":
-            command += ["--shape", SCENARIOS[name].shape]
+            command += ["--shape", SCENARIOS[name].shape, "--dtype", SCENARIOS[name].dtype]
         run = subprocess.run(command, env=environment, capture_output=True, text=True)
         if run.returncode != 0:
             lines = [line for line in run.stderr.splitlines() if line.strip()] or ["no message"]
@@ -493,7 +494,10 @@ def failures(report: dict) -> list[str]:
         for provider, row in rows.items():
             if provider.startswith("fastpo") and "skipped" in row:
                 found.append(f"{name}: {provider} did not run: {row['skipped']}")
-            if row.get("loss_deviation", 0.0) > LOSS_TOLERANCE[scenario.device]:
+            if (
+                row.get("loss_deviation", 0.0)
+                > LOSS_TOLERANCE["bfloat16" if scenario.device == "cuda" else scenario.dtype]
+            ):
                 found.append(f"{name}: losses differ from {provider}'s by {row['loss_deviation']:.1e}")
         for provider, targets in TARGETS.get((name, summary["shape"]), {}).items():
             for key, target in targets.items():
@@ -512,13 +516,14 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=5, help="runs of fastpo; the peers run once, they take minutes")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--shape", choices=CPU_SHAPES, default=CPU_SHAPE, help="of the CPU's model")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the CPU's weights")
     parser.add_argument("--name", help="of the result's files; default: train_vs_peers, and a shape that is chosen")
     parser.add_argument("--out", type=Path, help="folder of the results; default bench/results/<machine>")
     parser.add_argument("--no-write", action="store_true", help="print only")
     parser.add_argument("--worker", nargs=2, metavar=("PROVIDER", "SCENARIO"), help=argparse.SUPPRESS)
     parser.add_argument("--result", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    with_shape(args.shape)
+    on_model(args.shape, args.dtype)
     if args.worker:
         worker(*args.worker, args.steps, args.result)
         return 0
@@ -531,7 +536,7 @@ def main() -> int:
     order = [p for p in providers if p not in ours]
     order = [*ours, *order[:1], *ours * (args.repeats > 1), *order[1:], *ours * max(args.repeats - 2, 0)]
     report = {"environment": common.environment(), "threads": args.threads, "scenarios": {}}
-    report["gemm_flops"] = gemm_rate(args.device, args.threads)
+    report["gemm_flops"] = gemm_rate(args.device, args.threads, args.dtype)
     for name in chosen:
         runs: dict[str, list[dict]] = {provider: [] for provider in providers}
         for provider in order:
@@ -553,6 +558,7 @@ def main() -> int:
             report["failures"] = failures(report)
             if not args.no_write:  # after every run: what is cut short is not lost
                 default = "train_vs_peers" if args.shape == CPU_SHAPE else f"train_vs_peers_{args.shape}"
+                default += "_bf16" if args.dtype == "bfloat16" else ""
                 path = common.write_result(args.name or default, report, markdown(report), args.out)
     print("\n" + markdown(report))
     if not args.no_write:

@@ -9,6 +9,8 @@ from fastpo.moved import MOVED, install
 
 if TYPE_CHECKING:
     from fastpo.config.train_config import TrainConfig as TrainConfig
+    from fastpo.evals.evaluate import EvalResult as EvalResult
+    from fastpo.evals.evaluate import evaluate as evaluate
     from fastpo.face import TrainResult as TrainResult
     from fastpo.loop.run import IterateResult as IterateResult
     from fastpo.loop.run import iterate as iterate
@@ -51,6 +53,8 @@ _EXPORTS = {
     "rewards": "fastpo.reference.rewards",
     "iterate": "fastpo.loop.run",
     "IterateResult": "fastpo.loop.run",
+    "evaluate": "fastpo.evals.evaluate",
+    "EvalResult": "fastpo.evals.evaluate",
 }
 _SUBMODULES = ("config", "data", "errors", "games", "losses", "models", "ops", "selection", "trainer")
 

@@ -22,7 +22,9 @@ from fastpo.data.packing import sequence_tokens
 from fastpo.data.prepare import Example
 from fastpo.errors import ConfigError
 from fastpo.models.policy import Policy
+from fastpo.online import run as online_run
 from fastpo.online.rollouts import Rollouts
+from fastpo.reference import live as live_reference
 from fastpo.reference.cache import MovingReference
 from fastpo.reference.roles import PREV, REF, Given
 from fastpo.reference.sources import References
@@ -30,7 +32,8 @@ from fastpo.report.callbacks import Callbacks, best
 from fastpo.report.hub import Hub
 from fastpo.report.outputs import Reporter, RunFacts
 from fastpo.training import run_data
-from fastpo.training.distributed import World
+from fastpo.training.distributed import Engine, World
+from fastpo.training.forward import Forward
 from fastpo.training.guardrails import Guardrails
 from fastpo.training.inputs import Origin
 from fastpo.training.metrics import Window
@@ -42,6 +45,7 @@ from fastpo.training.router_loss import RouterLoss
 from fastpo.training.run_data import DataSets
 from fastpo.training.samples import Answers
 from fastpo.training.signals import Signals
+from fastpo.training.step_plan import StepPlan
 from fastpo.training.stepwide import StepWide
 
 log = logging.getLogger("fastpo")
@@ -157,6 +161,12 @@ class Face(abc.ABC):
     passes: Passes
     router: RouterLoss | None
     stepwide: StepWide
+    engine: Engine
+    forward: Forward
+    plan: StepPlan
+    online: online_run.OnlineRun | None
+    live: live_reference.LiveReference | None
+    moving: MovingReference | None
     evaluation: Any  # Evaluation, or of an online run OnlineEvaluation
     rollouts: Rollouts | None
     fixed: Given
@@ -251,10 +261,15 @@ class Face(abc.ABC):
         if eval_dataset is None and not self.data.evals:
             raise ConfigError("evaluate() needs rows: pass them, or an eval_dataset to the trainer")
         metrics: dict[str, float] = {}
-        with self._sets(eval_dataset) as sets:
-            for name, examples in sets.items():
-                shown = metric_key_prefix + name.removeprefix(_GIVEN).removeprefix("eval")
-                metrics |= self.evaluation(examples, self.references.of_set, name, shown)
+        if self.rollouts is None:
+            self.begin_online()
+        try:
+            with self._sets(eval_dataset) as sets:
+                for name, examples in sets.items():
+                    shown = metric_key_prefix + name.removeprefix(_GIVEN).removeprefix("eval")
+                    metrics |= self.evaluation(examples, self.references.of_set, name, shown)
+        finally:
+            online_run.close(self.online, self.rollouts)
         state = self.callbacks.state
         line = {**metrics, "epoch": round(state.epoch or 0.0, 4), "step": state.global_step}
         state.log_history.append(line)
@@ -268,10 +283,14 @@ class Face(abc.ABC):
         references, trained = self.references, self.callbacks.state.global_step > 0
         if dataset is None:
             sets = self.data.evals
+            if self.online is not None:  # what is compared is not drawn yet
+                yield sets
+                return
             references.hold({**sets, **self.stepwide.reference_sets(sets)}, trained=trained)
             yield sets
             return
-        references.check_other_rows(trained=trained)
+        if self.online is None:
+            references.check_other_rows(trained=trained)
         run_data.check_precomputed(self.config, dataset)
         if isinstance(dataset, Mapping):
             given = {f"{_GIVEN}eval_{name}": rows for name, rows in dataset.items()}
@@ -280,6 +299,9 @@ class Face(abc.ABC):
         split = self.config.dataset_test_split
         sets = {name: self.data.prepare(rows, split, name) for name, rows in given.items()}
         try:
+            if self.online is not None:
+                yield sets
+                return
             self._place(sets)
             with references.held({**sets, **self.stepwide.reference_sets(sets)}, trained=trained):
                 yield sets
@@ -293,6 +315,28 @@ class Face(abc.ABC):
                 self.router.take_whole(examples)
             self.batches.place(name, examples)
         self.stepwide.prepare(sets)
+
+    def start_live(self, sets: dict[str, list[Example]]) -> None:
+        """The reference in memory, with its weights as they are at the start."""
+        if self.live is None or self.fixed[REF] is not None:  # else a first call's has them
+            self.live = live_reference.start(
+                self.references.policies, self.references.kept, sets, self.parameters,
+                loss="+".join(self.config.losses), whole=self._exchanging,
+            )  # fmt: skip
+        self.forward.begin(self.engine, self.router, None if self.online else self.live.rows)
+
+    def begin_online(self) -> None:
+        """What an online run draws, trains on and is evaluated by; of another run nothing."""
+        if self.online is None:
+            return
+        if self.objective.compares and self.moving is None:
+            self.start_live(self.data.all)
+        of_run = (self.tokenizer, self.live, self.moving, self.callbacks, self.files.save, self.output_dir)
+        self.rollouts = self.online.begin(self.plan, self.data, self.passes, *of_run)
+        self.evaluation = self.online.evaluation(self.rollouts)
+
+    def _exchanging(self) -> contextlib.AbstractContextManager[None]:
+        return self.progress.exchanging()  # of the run under way: train() begins with another
 
     def evaluate_in_run(self) -> bool:
         """Evaluates and logs every set; returns whether the result is the best so far. What a run cut short had done is

@@ -18,7 +18,6 @@ training/schedule.py by the options, then by the callbacks, and `_settle` saves.
 reference/sources.py, `attach`. An online loss's responses? online/rollouts.py. In face.py: what scripts read and call.
 """
 
-import contextlib
 import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -316,20 +315,11 @@ class Trainer(face.Face):
         evaluates = config.eval_strategy != "no" or config.eval_on_start or self.callbacks.user or self.stays
         sets = self.data.all if evaluates else {"train": self.data.train}
         sets = {**sets, **self.stepwide.reference_sets(sets)}
-        compares = self.online is not None and self.online.reads_reference(self.objective)
         if self.online is None:
             self.references.attach(plan, sets)
-        if TOKEN_KL in self.objective.row_statistics or (compares and self.moving is None):
-            if self.live is None or self.fixed[roles.REF] is not None:  # else a first call's has the start's weights
-                self.live = live.start(
-                    self.references.policies, self.references.kept, sets, self.parameters,
-                    loss="+".join(config.losses), whole=self._exchanging,
-                )  # fmt: skip
-            self.forward.begin(self.engine, self.router, None if self.online else self.live.rows)
-        if self.online is not None:
-            of_run = (self.tokenizer, self.live, self.moving, self.callbacks, self.files.save, self.output_dir)
-            self.rollouts = self.online.begin(plan, self.data, self.passes, *of_run)
-            self.evaluation = self.online.evaluation(self.rollouts)
+        if TOKEN_KL in self.objective.row_statistics:
+            self.start_live(sets)
+        self.begin_online()
         self.update = update = Update(self.model, self.parameters, settled, self.world, self.optimizers, len(plan))
         self.accumulation = Accumulation(
             self.objective, self.stepwide, self.passes, self.update.gradients,
@@ -495,6 +485,3 @@ class Trainer(face.Face):
         if self.moving is not None and state.global_step % self.moving.every == 0:
             self.moving.move_()
         return learning_rate
-
-    def _exchanging(self) -> contextlib.AbstractContextManager[None]:
-        return self.progress.exchanging()  # of the run under way: train() begins with another

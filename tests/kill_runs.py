@@ -35,6 +35,7 @@ import fastpo  # noqa: E402
 import fastpo.trainer  # noqa: E402,F401  # before the fork
 from conftest import Toy  # noqa: E402
 from fastpo.checkpoints import checkpoint  # noqa: E402
+from online_runs import by_ids, prompts  # noqa: E402
 
 TIMES = ("runtime", "per_second", "peak_memory_gb")
 LORA = dict(r=4, lora_alpha=8, lora_dropout=0.1, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
@@ -48,13 +49,55 @@ MODES: dict[str, tuple[dict, int, bool, torch.dtype]] = {
     "tr-dpo": ({"sync_ref_model": True, "ref_model_sync_steps": 3}, 1, False, torch.float32),
     "ddp": ({}, 2, False, torch.float32),
     "fsdp": ({"fsdp": "full_shard"}, 2, False, torch.float32),
+    # Responses are drawn every fourth step, and every other checkpoint is inside such a generation.
+    "grpo": (
+        {
+            "loss_type": "grpo",
+            "steps_per_generation": 2,
+            "num_iterations": 2,
+            "beta": 0.05,
+            "dynamic_sampling": 1,
+            "use_adaptive_entropy": True,
+            "entropy_target": 4.4,
+            "num_generations": 4,
+            "max_completion_length": 6,
+            "per_device_train_batch_size": 8,
+            "eval_strategy": "steps",
+            "eval_steps": 5,
+        },
+        1,
+        False,
+        torch.float32,
+    ),
+    "grpo ddp": (
+        {
+            "loss_type": "grpo",
+            "num_iterations": 3,
+            "beta": 0.05,
+            "num_generations": 4,
+            "sync_ref_model": True,
+            "ref_model_sync_steps": 2,
+            "max_completion_length": 6,
+        },
+        2,
+        False,
+        torch.float32,
+    ),
+    "online dpo": (
+        {"loss_type": "online_dpo", "num_iterations": 2, "num_generations": 4, "max_completion_length": 6},
+        1,
+        False,
+        torch.float32,
+    ),
 }
 
 
 def train(mode: str, folder: Path) -> None:
     """One run of a mode, or what is left of it; the final weights into `weights.pt`."""
     options, _, adapter, dtype = MODES[mode]
-    rest = {}
+    rows, held_out, rest = Toy.rows(22), Toy.rows(5, seed=1), {}
+    if "num_generations" in options:
+        rows, held_out, rest = prompts(22), prompts(3, seed=1), {"reward_funcs": by_ids}
     if adapter:
         import peft
 
@@ -66,8 +109,7 @@ def train(mode: str, folder: Path) -> None:
         resume_from_checkpoint="auto", warmup_steps=2, report=False,
     )  # fmt: skip
     result = fastpo.train(
-        model, Toy.rows(22), eval_dataset=Toy.rows(5, seed=1), processing_class=Toy.tokenizer(),
-        args={**args, **options}, **rest,
+        model, rows, eval_dataset=held_out, processing_class=Toy.tokenizer(), args={**args, **options}, **rest,
     )  # fmt: skip
     whole = {n: p.full_tensor() if hasattr(p, "full_tensor") else p for n, p in result.model.named_parameters()}
     if int(os.environ.get("RANK", 0)) == 0:

@@ -1,4 +1,4 @@
-"""What tests of online runs share: given responses in the sampler's place, rewards of them, and runs on the toy model."""
+"""What tests of online runs share: given responses in the sampler's place, their rewards, and runs on the toy model."""
 
 import hashlib
 import random
@@ -52,8 +52,8 @@ class Given:
     key: Mapping[str, Any] = {"engine": "given"}
 
     def __init__(
-        self, ids: Callable[..., Sequence[int]] = response_ids, fails: Callable[[Request], bool] = lambda request: False,
-        by_seed: bool = False,
+        self, ids: Callable[..., Sequence[int]] = response_ids,
+        fails: Callable[[Request], bool] = lambda request: False, by_seed: bool = False,
     ):  # fmt: skip
         """by_seed: other answers every time that a prompt is asked."""
         self.ids, self.fails, self.by_seed = ids, fails, by_seed

@@ -227,3 +227,37 @@ def test_the_loop_goes_from_prompts_to_another_model(folder, tmp_path):
             assert ended == response["finished"]  # no end that the policy did not give
     before, after = (load_file(Path(p) / "model.safetensors") for p in (folder, result.policies["iterate-1"]))
     assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.slow
+def test_grpo_draws_judges_and_trains(folder, tmp_path):
+    """Two steps on answers that the policy gives as it trains, judged by their length, with the chat template."""
+    asked = ("the capital of France", "the largest ocean", "the colour of snow", "two and two")
+    prompts = [
+        {"prompt": [{"role": "user", "content": f"What is {what}? Answer in at most eight words."}]} for what in asked
+    ]
+
+    def short(completions, **columns):
+        return [-float(len(turns[0]["content"].split())) for turns in completions]
+
+    result = fastpo.train(
+        str(folder), prompts, loss_type="grpo", reward_funcs=short, num_generations=4, max_completion_length=24,
+        per_device_train_batch_size=8, max_steps=2, learning_rate=1e-5, lr_scheduler_type="constant",
+        log_completions=True, num_completions_to_print=8, logging_steps=1, output_dir=str(tmp_path / "run"),
+        use_cpu=True, bf16=False, report=False, disable_tqdm=True, save_strategy="no",
+    )  # fmt: skip
+    lines = [line for line in result.log_history if "reward" in line]
+    assert [line["step"] for line in lines] == [1, 2] and all(line["grad_norm"] > 0 for line in lines)
+    for step, line in enumerate(lines):
+        path = tmp_path / "run" / "completions" / f"{step:06d}.jsonl"
+        drawn = [json.loads(text) for text in path.read_text().splitlines()]
+        words = [len(d["completion"].split()) for d in drawn]
+        assert len(drawn) == 8 and [d["short"] for d in drawn] == [-w for w in words]
+        assert line["reward"] == pytest.approx(-sum(words) / 8)
+        for group in (drawn[:4], drawn[4:]):  # the advantages of a prompt's answers are about 0, shorter ones have more
+            assert sum(d["advantage"] for d in group) == pytest.approx(0, abs=1e-6)
+            by_reward = sorted(group, key=lambda d: d["short"])
+            assert [d["advantage"] for d in by_reward] == sorted(d["advantage"] for d in group)
+        assert not any("<|im_" in d["completion"] for d in drawn)
+    before, after = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "run"))
+    assert any(not torch.equal(before[name].float(), after[name].float()) for name in after)

@@ -18,6 +18,7 @@ from fastpo.errors import FastpoError, TrainingError
 COMMANDS = {
     "train": "train a model on preference data",
     "iterate": "sample, judge, pair, train, and again: a self-improvement loop",
+    "evaluate": "a figure of a policy: AlpacaEval, WildBench, RewardBench, pairwise win rates, accuracy",
     "recipes": "the loops of the papers, or all there is to say of one",
     "plan": "what a run takes in memory, and the largest max_tokens that fits",
     "losses": "the table of losses, or all there is to say of one",

@@ -1,12 +1,8 @@
 """`fastpo iterate`: sample, judge, pair, train, and again."""
 
 import argparse
-from collections.abc import Sequence
-from typing import Any
 
-import yaml
-
-from fastpo.cli.parser import UsageError
+from fastpo.cli.parser import assign
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,23 +34,9 @@ def run(namespace: argparse.Namespace) -> int:
 
     given = ("model", "prompts", "output_dir", "iterations", "prompts_per_iteration", "seed", "max_failed")
     overrides = {name: getattr(namespace, name) for name in given if getattr(namespace, name) is not None}
-    _assign(overrides, [one for group in namespace.assignments for one in group])
+    assign(overrides, [one for group in namespace.assignments for one in group])
     result = iterate(namespace.config, recipe=namespace.recipe, start_from=namespace.start_from,
                      dry_run=namespace.dry_run, **overrides)  # fmt: skip
     if result is not None:
         print(f"best policy: {result.best} ({result.policies[result.best]})")
     return 0
-
-
-def _assign(options: dict[str, Any], assignments: Sequence[str]) -> None:
-    for text in assignments:
-        name, sign, value = text.partition("=")
-        if not sign or not name:
-            raise UsageError(f"--set {text}: expected NAME=VALUE, such as sample.n=8")
-        *path, last = name.split(".")
-        place = options
-        for part in path:
-            place = place.setdefault(part, {})
-            if not isinstance(place, dict):
-                raise UsageError(f"--set {text}: {part} is given as a value already")
-        place[last] = yaml.safe_load(value)

@@ -29,7 +29,8 @@ INPUTS = {
     "reward_funcs": (
         "reward_model_name_or_path",
         "what judges the responses of an online loss, such as grpo: FILE.py:NAME, "
-        "MODULE:NAME, a reward model's folder or hub name, a scorer as JSON; several are summed",
+        "MODULE:NAME, a reward model's folder or hub name, a scorer as JSON, or a YAML file of scorers by name; "
+        "several are summed",
     ),
     "peft_config": (None, "train an adapter: arguments of peft.LoraConfig, such as '{\"r\": 16}'"),
     "quantization_config": (None, "load quantised: arguments of transformers' BitsAndBytesConfig"),
@@ -271,9 +272,13 @@ def _merge_train_options(namespace: argparse.Namespace, extras: Sequence[str]) -
     return inputs, args
 
 
-def _reward_funcs(given: Any) -> list[Any]:
-    """Reward functions as `fastpo.train` takes them: names and paths, and mappings, which may stand as JSON."""
+def _reward_funcs(given: Any) -> list[Any] | dict[str, Any]:
+    """Reward functions as `fastpo.train` takes them: names and paths, and mappings, which may stand as JSON; or all of
+    them by names, as a mapping or a YAML file of one."""
     given = [given] if isinstance(given, str | dict) else given
+    by_name = _named_rewards(given)
+    if by_name is not None:
+        return by_name
     if not isinstance(given, list) or not given:
         raise ConfigError(f"reward_funcs must be a name, a mapping or a list of them, not {shown(given)}")
     out = []
@@ -289,6 +294,29 @@ def _reward_funcs(given: Any) -> list[Any]:
             raise ConfigError(f"reward_funcs: {entry} is a name of `trl grpo`: {_TRL_REWARDS[entry]}")
         out.append(entry)
     return out
+
+
+def _named_rewards(given: Any) -> dict[str, Any] | None:
+    """Scorers by name, where that is what is given, else None. ConfigError beside others, and where there are none."""
+    for entry in given if isinstance(given, list) else ():
+        found, where = entry, "reward_funcs"
+        if isinstance(entry, str) and entry.endswith((".yaml", ".yml")):
+            found, where = read_yaml(entry), f"reward_funcs: {entry}"
+        elif isinstance(entry, str) and entry.lstrip().startswith("{"):
+            try:
+                found = _parse_json_object(entry)
+            except argparse.ArgumentTypeError:
+                continue
+        if not isinstance(found, dict) or "kind" in found:
+            continue
+        if len(given) > 1:
+            raise ConfigError(f"{where} names its scorers: give it alone, with all of them in it")
+        wrong = next((name for name, one in found.items() if not isinstance(one, str | dict) or not one), None)
+        if wrong is not None or not found:
+            said = f"{wrong}: {shown(found[wrong], 60)}" if found else "nothing"
+            raise ConfigError(f"{where} must hold a scorer's section, or its name or path, by a name, not {said}")
+        return {str(name): section for name, section in found.items()}
+    return None
 
 
 def _set_environment(variables: Any, source: str) -> None:

@@ -46,3 +46,20 @@ def kebab(argv: Sequence[str]) -> list[str]:
             token = name.replace("_", "-") + equals + value
         out.append(token)
     return out
+
+
+def assign(options: dict[str, Any], assignments: Sequence[str]) -> None:
+    """Puts NAME=VALUE of dotted names, values as YAML reads them, into nested options."""
+    import yaml
+
+    for text in assignments:
+        name, sign, value = text.partition("=")
+        if not sign or not name:
+            raise UsageError(f"--set {text}: expected NAME=VALUE, such as sample.n=8")
+        *path, last = name.split(".")
+        place = options
+        for part in path:
+            place = place.setdefault(part, {})
+            if not isinstance(place, dict):
+                raise UsageError(f"--set {text}: {part} is given as a value already")
+        place[last] = yaml.safe_load(value)

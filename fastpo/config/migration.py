@@ -120,7 +120,7 @@ line{more}. Names that the project shares with transformers (`learning_rate`, `o
 _ONLINE = """\
 `reward_funcs` and `reward_processing_classes` are arguments of `fastpo.train`, as in TRL: functions of TRL's signature,
 names of reward models, or mappings as the scorers of docs/loop.md. On the command line `--reward_funcs` takes several of
-`FILE.py:NAME`, `MODULE:NAME`, a model's name or folder, and a mapping as JSON.
+`FILE.py:NAME`, `MODULE:NAME`, a model's name or folder, and a mapping as JSON; or one YAML file of them by name.
 
 Ours alone: `loss_type` reinforce, gspo and gmpo, `kl_estimator`, `dynamic_sampling`, `overlong_buffer` with
 `overlong_penalty`, `missing_eos_penalty` with every online loss, `sampler`, `judge`, `mixture_coef`.

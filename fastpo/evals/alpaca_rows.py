@@ -4,6 +4,7 @@ As the alpaca-eval package writes them, or as plain arrays; refused by count and
 """
 
 import csv
+import gc
 import io
 import os
 from collections.abc import Iterable, Sequence
@@ -170,8 +171,14 @@ def read_annotations(source: Any, *, model: str | None = None) -> Annotations:
 
 
 def _rows_of_file(path: Path) -> Any:
-    """orjson reads a judge's log-probabilities in half the time, where it is installed."""
+    """orjson reads a judge's log-probabilities in half the time, where it is installed.
+
+    The collector is off meanwhile: a hundred thousand new objects, none of them rubbish, have it look through all of
+    the process several times.
+    """
     if path.suffix == ".json":
+        collecting = gc.isenabled()
+        gc.disable()
         try:
             import orjson
 
@@ -180,6 +187,9 @@ def _rows_of_file(path: Path) -> Any:
                 return rows
         except (ImportError, ValueError, OSError):
             pass  # what is wrong with it is the other reader's to say
+        finally:
+            if collecting:
+                gc.enable()
     return load_rows(path)
 
 

@@ -25,8 +25,9 @@ from fastpo.loop.config import section as read_section
 from fastpo.loop.pairs import PairOf, drawn, read_pairs
 from fastpo.loop.teacher import Encode, Teacher
 from fastpo.loop.written import Template, check_templates, numbered, unrepeated, without_thoughts
-from fastpo.sampling.items import Failure, Sampler, prompt_text, seed_of
+from fastpo.sampling.items import Failure, Response, Sampler, prompt_text, seed_of
 from fastpo.sampling.parts import write_json
+from fastpo.sampling.server_forms import THOUGHTS
 
 _BETTER = re.compile(r"\bbetter\W{0,6}(?:answer|response)?\W{0,4}\b([AB])\b\W*$", re.IGNORECASE)
 
@@ -40,6 +41,12 @@ def templates_of(options: "AutoRule") -> dict[str, Template]:
     }  # fmt: skip
     check_templates(options.templates, words, "prepare.rules")
     return {name: Template(name, slots, options.templates) for name, slots in words.items()}
+
+
+def _with_thoughts(reply: Response) -> str:
+    """The chain of reasoning and what follows: a server may have taken the thoughts out of the text."""
+    thoughts = reply.meta.get(THOUGHTS)
+    return f"<think>{thoughts}</think>\n{reply.text}" if thoughts else reply.text
 
 
 @dataclass(frozen=True)
@@ -121,7 +128,7 @@ class _Work:
                 if (better[1].upper() == "A") is not first[pair.id]:
                     self.counts["justify: for the other answer"] += 1
                     continue
-            out.append((pair.id, found.text))
+            out.append((pair.id, _with_thoughts(found)))
         if not out:
             raise TrainingError(f"prepare.rules: none of {len(pairs):,} pairs was explained ({asking.said()})")
         return out

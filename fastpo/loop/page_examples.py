@@ -32,15 +32,15 @@ def held_out_section(run: RunFiles) -> str:
 
 
 def _held_out_example(one: HeldOut) -> str:
-    answers = "".join(_answer(answer, f"<b>{escape(name)}</b>") for name, answer in one.answers.items())
+    answers = "".join(answer_part(answer, f"<b>{escape(name)}</b>") for name, answer in one.answers.items())
     said = "".join(
-        _judgement(j, lambda place: ("this answer", "the other policy's")[min(place, 1)], f"{name}: ")
+        judgement_part(j, lambda place: ("this answer", "the other policy's")[min(place, 1)], f"{name}: ")
         for name, found in one.judgements.items()
         for j in found[: max(1, JUDGEMENTS // len(one.judgements))]
     )
     return (
-        f'<article class="example">{_prompt(one.prompt, one.id, "h3")}<ol class="answers side">{answers}</ol>'
-        f"{_folded(said)}</article>"
+        f'<article class="example">{prompt_part(one.prompt, one.id, "h3")}<ol class="answers side">{answers}</ol>'
+        f"{folded(said)}</article>"
     )
 
 
@@ -81,20 +81,20 @@ def _example(one: Example) -> str:
     order = sorted(range(len(one.answers)), key=rank)
     numbered = {place: k for k, place in enumerate(order, 1)}
     shown = order[:ANSWERS]
-    answers = "".join(_answer(one.answers[p], f"<b>{numbered[p]}</b>", numbered) for p in shown)
+    answers = "".join(answer_part(one.answers[p], f"<b>{numbered[p]}</b>", numbered) for p in shown)
     if len(order) > len(shown):
         answers += f'<li class="more">{len(order) - len(shown)} more answers are in the files.</li>'
-    said = "".join(_judgement(j, lambda p: str(numbered.get(p, p + 1))) for j in one.judgements[:JUDGEMENTS])
+    said = "".join(judgement_part(j, lambda p: str(numbered.get(p, p + 1))) for j in one.judgements[:JUDGEMENTS])
     if len(one.judgements) > JUDGEMENTS:
         said += f'<li class="more">{len(one.judgements) - JUDGEMENTS} more are in the files.</li>'
     none = '<p class="none">No row was made of it.</p>' if one.row is False else ""
     return (
-        f'<article class="example">{_prompt(one.prompt, one.id, "h4")}{none}<ol class="answers">{answers}</ol>'
-        f"{_folded(said)}</article>"
+        f'<article class="example">{prompt_part(one.prompt, one.id, "h4")}{none}<ol class="answers">{answers}</ol>'
+        f"{folded(said)}</article>"
     )
 
 
-def _prompt(prompt: Any, name: str, level: str) -> str:
+def prompt_part(prompt: Any, name: str, level: str) -> str:
     if prompt is None:
         return f'<p class="who">prompt {escape(cut(name, 80))}, whose text is not in the run\'s folder</p>'
     turns = [("", prompt)] if isinstance(prompt, str) else list(_turns(prompt))
@@ -115,7 +115,7 @@ def _turns(prompt: Any) -> Iterable[tuple[str, str]]:
         yield str(mapping(turn).get("role", "")), str(mapping(turn).get("content", turn))
 
 
-def _answer(answer: Answer, name: str, numbered: Mapping[int, int] | None = None) -> str:
+def answer_part(answer: Answer, name: str, numbered: Mapping[int, int] | None = None) -> str:
     facts = []
     if answer.score is not None:
         facts.append(f"score {shown_number(answer.score)}")
@@ -157,7 +157,7 @@ def _over(places: Sequence[int], numbered: Mapping[int, int] | None, word: str =
     return f" {word} {', '.join(map(str, found[:6]))}{', …' if len(found) > 6 else ''}" if found else ""
 
 
-def _judgement(one: Judgement, name: Callable[[int], str], before: str = "") -> str:
+def judgement_part(one: Judgement, name: Callable[[int], str], before: str = "") -> str:
     if len(one.places) == 2:
         of = f"{name(one.places[0])} shown first, {name(one.places[1])} second"
     else:
@@ -172,7 +172,7 @@ def _judgement(one: Judgement, name: Callable[[int], str], before: str = "") -> 
     return f'<li><p class="who">{escape(before)}{escape(one.scorer)} {escape(of)}: <b>{escape(value)}</b></p>{raw}</li>'
 
 
-def _folded(said: str) -> str:
+def folded(said: str) -> str:
     return f'<details><summary>What the scorers said</summary><ul class="said">{said}</ul></details>' if said else ""
 
 

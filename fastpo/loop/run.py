@@ -11,7 +11,7 @@ A stage is skipped where it is done, goes on where it was begun, and is refused 
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -153,6 +153,8 @@ def teachers(options: Any, model: Any, folder: Path) -> tuple[Callable[[], Sampl
         spec.pop("model", None)
     sample = configs.section(Sample, spec, "prepare.teacher")
     if sample.engine != "local":
+        if sample.engine == "openai":  # all that is asked is a chat, and the server has the tokenizer
+            sample = replace(sample, options={"tokens": "chat", **sample.options})
         return (lambda: make.make_sampler(sample, name, None, folder)), None
     tokenizer = load_tokenizer(name)
     return (lambda: make.make_sampler(sample, name, tokenizer, folder)), partial(make.prompt_ids, tokenizer)

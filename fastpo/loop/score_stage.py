@@ -9,6 +9,7 @@ import itertools
 import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +193,29 @@ def _one_stage(
     return counts
 
 
+def unit_stage(
+    scorer: Any, units: Sequence[Unit], folder: Path, *, bar: bool | None = None, max_failed: float = 0.02,
+) -> tuple[dict[tuple[str, int | None, int | None], Verdict], dict[str, Any]]:  # fmt: skip
+    """The same of units that the caller has chosen, each in one order: (verdicts by the units' keys, counts)."""
+    show = sys.stderr.isatty() if bar is None else bar
+    part = Part(folder / scorer.name / "part-0000.jsonl")
+    with (
+        VerdictCache() if getattr(scorer, "cached", False) or hasattr(scorer, "kept") else nullcontext() as cache,
+        part,
+        tqdm(total=len(units), desc=f"score {scorer.name}", disable=not show, dynamic_ncols=True) as shown,
+    ):
+        stage = _Stage(scorer, part, cache, False, len(units), max_failed, shown)
+        stage.take_lines()
+        try:
+            stage.ask(units)
+        except _OtherJudge:
+            stage.forget()
+            stage.ask(units)
+    counts = stage.counts()
+    _say(folder, scorer, scorer.unit, counts, lines=stage.line_key, plan="given", both_orders=False, settled={})
+    return {unit.key: as_verdict(stage.of[unit.item.id][unit.i, unit.j]) for unit in units}, counts
+
+
 def _ensemble_stage(scorer: Ensemble, items: Sequence[Item], folder: Path, **given: Any) -> dict[str, Any]:
     """The members' stages, then the ensemble's lines at once."""
     counts = {name: score_stage(member, items, folder, **given) for name, member in scorer.members.items()}
@@ -311,6 +335,11 @@ class _Stage:
                 break
         self._check(self.done)
 
+    def ask(self, units: Iterable[Unit]) -> None:
+        for chunk in _chunks(units, CHUNK if self.exact else WINDOW):
+            self._ask(chunk)
+        self._check(self.done)
+
     def _p(self, unit: Unit) -> float | None:
         of = self.of[unit.item.id]
         first = _number(of[unit.i, unit.j])
@@ -412,6 +441,11 @@ def _read(line: Mapping[str, Any]) -> Any:
     """A line's value, or the status of a failure."""
     value = line["value"]
     return line["status"] if value is None else tuple(value) if isinstance(value, list) else value
+
+
+def as_verdict(value: Any) -> Verdict:
+    """Of a value of `read_verdicts`; None: there is none."""
+    return Verdict.failed(value or "no verdict") if value is None or isinstance(value, str) else Verdict(value)
 
 
 def _number(value: Any) -> float | None:

@@ -35,23 +35,30 @@ class Drawing:
         self.config, self.asks, self.draws, self.world = config, asks, draws, world
         self.samplers, self.within = samplers, within
 
-    def sources(self, count: int) -> list[tuple[str, int]]:
+    def sources(self, count: int, draws: str) -> list[tuple[str, int]]:
         """Who is asked for how many of a prompt's `count` responses."""
-        if self.draws == POLICY:
+        if draws == POLICY:
             return [(POLICY, count)]
-        if self.draws == MIXTURE:
+        if draws == MIXTURE:
             return [(MIXTURE, count)]
-        other = MIXTURE if self.draws == AGAINST_MIXTURE else REFERENCE
-        assert self.draws in (AGAINST_MIXTURE, AGAINST_REFERENCE)
+        other = MIXTURE if draws == AGAINST_MIXTURE else REFERENCE
+        assert draws in (AGAINST_MIXTURE, AGAINST_REFERENCE)
         return [(POLICY, (count + 1) // 2), (other, count // 2)]
 
     def __call__(
-        self, asked: Mapping[int, Asked], count: int, *seed: Any, temperature: float | None = None
+        self,
+        asked: Mapping[int, Asked],
+        count: int,
+        *seed: Any,
+        temperature: float | None = None,
+        draws: str | None = None,
     ) -> list[Drawn]:
-        """`count` responses to each prompt, by its row; `seed` and the request's name seed each. Every rank calls it,
-        and has all of them afterwards. The batches do not depend on the ranks, nor do the responses."""
+        """`count` responses to each prompt, by its row; `seed` and the request's name seed each. `draws`: of whom;
+        None: as the loss has it. Every rank calls it, and has all of them afterwards. The batches do not depend on the
+        ranks, nor do the responses."""
         found: dict[tuple[str, str, int], Response | Failure] = {}
-        for source, n in self.sources(count):
+        sources = self.sources(count, draws or self.draws)
+        for source, n in sources:
             sampler = self.samplers[source]
             requests = [
                 self._request(row, e, source, k, seed, temperature) for row, e in asked.items() for k in range(n)
@@ -63,7 +70,7 @@ class Drawing:
         everywhere = {unit: r for part in self.world.gather(found) for unit, r in part.items()}
         out = []
         for row in asked:
-            given = [everywhere[str(row), source, k] for source, n in self.sources(count) for k in range(n)]
+            given = [everywhere[str(row), source, k] for source, n in sources for k in range(n)]
             responses = tuple(None if isinstance(r, Failure) or not r.token_ids else r for r in given)
             out.append(Drawn(row, responses, tuple(r for r in given if isinstance(r, Failure))))
         return out

@@ -103,13 +103,11 @@ class PromptSets(DataSets):
 
 
 def stand_in(count: int, length: int) -> list[np.ndarray]:
-    """`count` different responses of this many tokens."""
-    out = []
-    for k in range(count):
-        array = np.zeros(length, np.int32)
-        array[0] = k
-        out.append(array)
-    return out
+    """`count` responses of this many tokens, as different as 0 and 1 make them: any model has these tokens."""
+    digits = np.arange(min(length, 30))
+    out = np.zeros((count, length), np.int32)
+    out[:, digits] = np.arange(count)[:, None] >> digits & 1
+    return list(out)
 
 
 def _prompt(value: Any) -> Prompt:

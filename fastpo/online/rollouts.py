@@ -42,6 +42,7 @@ from fastpo.training.stepwide import StepWide
 
 log = logging.getLogger("fastpo")
 
+TIES = 1e-5  # entropies this near to each other are alike: of one context they differ by rounding, as they are packed
 Arrays = list[list[np.ndarray]]  # of each example, of each response: [tokens] fp32
 
 
@@ -149,6 +150,11 @@ class Rollouts:
         self._seen_entropy: float | None = None  # by a run that this one goes on from
         self.served: Served | None = None  # a sampler beside this process
         self.reference: tuple[Engine, Callable[[], AbstractContextManager[Any]]] | None = None
+
+    @property
+    def _last_entropy(self) -> float | None:
+        """Of the last step's tokens, where that is known; of a run that goes on, before its first step too."""
+        return self._seen_entropy if self.stepwide is None else self.stepwide.entropy
 
     # ---- a step
 
@@ -330,14 +336,14 @@ class Rollouts:
                    for values, out in zip(of_row, group.masked, strict=True) if not out]  # fmt: skip
         least = float(np.quantile(np.concatenate(counted), 1 - self.config.top_entropy_quantile)) if counted else 0.0
         for group, of_old, of_row in zip(groups, old, entropies, strict=True):
-            mask = [(values >= least).astype(np.float32) for values in of_row]
+            mask = [(values >= least - TIES * max(1.0, least)).astype(np.float32) for values in of_row]
             group.token_columns |= {OLD_LOGP: of_old, POLICY_MASK: mask}
 
     @staticmethod
     def _acting(groups: Sequence[Group]) -> float:
         """Tokens that have a policy term."""
-        return float(sum(values.sum() for group in groups
-                         for values, out in zip(group.token_columns[POLICY_MASK], group.masked) if not out))  # fmt: skip
+        masks = ((group.token_columns[POLICY_MASK], group.masked) for group in groups)
+        return float(sum(v.sum() for of_group, masked in masks for v, out in zip(of_group, masked) if not out))
 
     def _hold_to_its_word(self, served: Served, examples: Sequence[Example], groups: Sequence[Group]) -> None:
         """Compares the sampler's own log-probabilities with ours, and corrects for the difference. They are not
@@ -432,7 +438,7 @@ class Rollouts:
             means["left_out"] = float(sum(self.left_out.values()))
         self.left_out = Counter()
         if self.entropy.is_on:
-            means["entropy_coef"] = self.entropy.after(None if self.stepwide is None else self.stepwide.entropy)
+            means["entropy_coef"] = self.entropy.after(self._last_entropy)
         return means
 
     def close(self) -> None:
@@ -449,7 +455,7 @@ class Rollouts:
             rows, steps = sorted({row for step in self.steps for row in step.rows}), self.steps
         return {
             "begun": self.begun, "entropy": [self.entropy.value, self.entropy.last],
-            "seen_entropy": None if self.stepwide is None else self.stepwide.entropy,
+            "seen_entropy": self._last_entropy,
             "window": [dict(line) for line in self.window], "left_out": dict(self.left_out),
             "steps": [(list(s.rows), tuple(map(float, s.totals)), s.tokens, s.acting) for s in steps],
             "examples": {row: _kept(self.examples[row]) for row in rows},

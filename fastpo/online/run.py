@@ -1,7 +1,7 @@
 """An online run's own parts, as the trainer makes and asks them."""
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -120,10 +120,6 @@ class OnlineRun:
                 )
             )
 
-    def reads_reference(self, objective: Objective) -> bool:
-        """Whether the run needs its reference at every generation."""
-        return objective.uses_reference or self.way.draws != POLICY or self._penalised
-
     @property
     def _penalised(self) -> bool:
         """rloo takes its KL from the reward."""
@@ -152,7 +148,10 @@ class OnlineRun:
 
         @contextmanager
         def within() -> Any:
-            with forward.policy.detached(), forward.autocast():
+            with ExitStack() as stack:
+                for policy in {id(p): p for p in (forward.policy, *([] if live is None else [live.policy]))}.values():
+                    stack.enter_context(policy.detached())
+                stack.enter_context(forward.autocast())
                 yield
 
         served: Served | None = None
@@ -181,7 +180,9 @@ class OnlineRun:
         return rollouts
 
     def evaluation(self, rollouts: Rollouts) -> OnlineEvaluation:
-        return OnlineEvaluation(rollouts.drawing, rollouts.judgement, self.config, self.asks.num_generations_eval)
+        refresh = rollouts.served.refresh if rollouts.served is not None else lambda: None
+        count = self.asks.num_generations_eval
+        return OnlineEvaluation(rollouts.drawing, rollouts.judgement, self.config, count, refresh)
 
     def _samplers(
         self, model: Any, tokenizer: Any, reference: Reference | None, served: Served | None

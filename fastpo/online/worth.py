@@ -173,9 +173,15 @@ class ByWins:
         own = world.all_do(lambda: self.preferences(rows, given, self.state(), stop=False))
         parts = world.gather(own)
         wins: dict[int, Any] = {}
+        rewards: list[np.ndarray] = [np.zeros(0)] * len(groups)  # of each prompt's responses, where there are rewards
         logged: dict[str, list[float]] = {}
         for rank, part in enumerate(parts):
-            wins |= dict(zip(range(rank, len(groups), world.size), part.wins, strict=True))
+            theirs = range(rank, len(groups), world.size)
+            wins |= dict(zip(theirs, part.wins, strict=True))
+            if part.rewards is not None and len(theirs):
+                ends = np.cumsum([len(groups[n].responses) for n in theirs])
+                for n, of_group in zip(theirs, np.split(part.rewards, ends[:-1]), strict=True):
+                    rewards[n] = of_group
             left_out.update(part.left_out)
             for name, value in (part.judged.logged if part.judged is not None else {}).items():
                 logged.setdefault(name, []).append(value)
@@ -183,10 +189,16 @@ class ByWins:
             if broken := next((p.broken for p in parts if p.broken), None):
                 raise TrainingError(broken)
         tokens = {g.row: sequence_tokens(g.example()) for g in groups}
-        metrics = length_metrics([r for g in groups for r in g.responses])
-        rewards = np.concatenate([p.rewards for p in parts if p.rewards is not None] or [np.zeros(0)])
-        if len(rewards := rewards[~np.isnan(rewards)]):
-            metrics |= {"reward": _mean(rewards), "reward_std": _std(rewards)}
+        # What a reference or a mixture with it says to be compared with is no measure of the policy.
+        every = [r for g in groups for r in g.responses]
+        ours = [r.source == POLICY for r in every]
+        ours = ours if any(ours) else [True] * len(every)
+        metrics = length_metrics([r for r, own in zip(every, ours, strict=True) if own])
+        found = np.concatenate([np.zeros(0), *rewards])
+        if len(found):
+            found = found[np.array(ours) & ~np.isnan(found)]
+        if len(found):
+            metrics |= {"reward": _mean(found), "reward_std": _std(found)}
         make = self._pairs if self.way.pairs else self._advantages
         made = [group for n, group in enumerate(groups) if make(group, wins[n])]
         metrics |= {name: float(np.mean(v)) for name, v in logged.items()}

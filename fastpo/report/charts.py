@@ -21,6 +21,11 @@ LOG_RATIO = 1000.0  # positive values that span more than this are drawn on a lo
 # Title, metrics and a word on them. What a chart does not have it does not show.
 LEARNING = (
     ("Loss", ("loss",), ""),
+    ("Reward", ("reward",), "mean of the responses that were drawn"),
+    ("Spread of the rewards", ("reward_std", "frac_reward_zero_std"), "deviation; prompts whose responses are alike"),
+    ("Length of responses", ("completions/mean_length",), "tokens"),
+    ("Entropy", ("entropy",), "nats a token"),
+    ("KL to the reference", ("kl",), ""),
     ("Accuracy", ("rewards/accuracies", "accuracy"), "chosen reward above rejected"),
     ("Reward margin", ("rewards/margins", "margin"), "chosen minus rejected"),
     ("Rewards", ("rewards/chosen", "rewards/rejected"), ""),

@@ -216,7 +216,8 @@ def _training(
         weight = {"weight": term.weight} if len(terms) > 1 else {}
         settings = ", ".join(f"{k} {_number(v)}" for k, v in {**term.hyper, **weight}.items())
         table[f"loss: {term.name}"] = settings or "-"
-    table |= {"rows of training data": rows, "steps": steps, "pairs per step": batch_size, "dtype": dtype}
+    of_step = "responses per step" if any(t.of_tokens for t in terms) else "pairs per step"
+    table |= {"rows of training data": rows, "steps": steps, of_step: batch_size, "dtype": dtype}
     table |= {name: values[name] for name in _SETTINGS}
     body = [f"| {_text(k)} | {_number(v)} |" for k, v in table.items() if v not in (None, 0, "")]
     return ["| setting | value |", "| --- | --- |", *body, "", "All settings are in `config.yaml`.\n"]

@@ -102,6 +102,10 @@ def _further(request: Request) -> list[str]:
     return [name for name, is_so in asked.items() if is_so]
 
 
+THOUGHTS = "thoughts"  # in the meta of a response: what a server gives apart from the text
+_THOUGHTS = ("reasoning_content", "reasoning")  # as vLLM, SGLang, DeepSeek and others call it
+
+
 @dataclass(frozen=True)
 class Reader:
     """Choices to responses."""
@@ -132,8 +136,10 @@ class Reader:
         if not (ids and (self.raw_logps or neutral)):
             logps = None
         logp = None if logps is None or any(map(math.isnan, logps)) else sum(logps)
+        thoughts = next((t for name in _THOUGHTS if isinstance(t := message.get(name), str) and t.strip()), None)
         return Response(before_stop(text, request.stop), None if ids is None else tuple(ids), finished, logp,
-                        request.source, token_logps=None if logps is None else array("d", logps))  # fmt: skip
+                        request.source, meta={} if thoughts is None else {THOUGHTS: thoughts},
+                        token_logps=None if logps is None else array("d", logps))  # fmt: skip
 
 
 def sampled_tokens(choice: Mapping[str, Any]) -> tuple[list[int] | None, list[float] | None]:

@@ -91,6 +91,9 @@ class ServerSampler:
 
     @cached_property
     def tokenizer(self) -> Any:
+        """None of a model that is not here and is asked with messages alone: the server has its own."""
+        if self._tokenizer is None and self.tokens == "chat" and not os.path.isdir(self._first):
+            return None
         return load_tokenizer(self._first) if self._tokenizer is None else self._tokenizer
 
     @property
@@ -238,6 +241,8 @@ class ServerSampler:
         where = f"sample: {engine} at {', '.join(self.urls)}, model {self.model}"
         if self.found["tokens"] == "ids":
             log.info("%s: token ids in and out%s", where, "" if logps else ", without log-probabilities")
+        elif self.tokenizer is None:
+            log.info("%s: messages", where)
         else:
             why = f"its prompt is {'messages' if form.chat else 'a text'}" if ids else "it gives no token ids"
             log.warning(
@@ -247,6 +252,8 @@ class ServerSampler:
 
     @cached_property
     def _own_ends(self) -> list[int]:
+        if self.tokenizer is None:
+            return []
         try:
             settings = GenerationConfig.from_pretrained(self._first)
         except (OSError, ValueError):  # a policy without such a file
@@ -367,7 +374,7 @@ class ServerSampler:
         return self.tokenizer("a")["input_ids"][:1] == [self.tokenizer.bos_token_id]
 
     def _compare_prompt(self, seen: int | None, request: Request) -> None:
-        if seen is not None and seen != len(request.prompt_ids):
+        if seen is not None and self.tokenizer is not None and seen != len(request.prompt_ids):
             self._say(
                 "prompt", "sample: the server counts %d tokens in a prompt where the policy's tokenizer has %d (prompt "
                 "%s): it has another tokenizer or chat template, or adds special tokens; what it samples is not what "

@@ -14,7 +14,7 @@ from fastpo.data.prefetch import to_device
 from fastpo.data.prepare import Example
 from fastpo.data.rows import DEGREE_OF
 from fastpo.errors import ConfigError
-from fastpo.losses.online import ONLINE, is_online
+from fastpo.losses.online import ONLINE, POLICY, is_online
 from fastpo.losses.table import DEGREE, ORDER, SFT, Term, resolve_terms
 from fastpo.models.degree_head import LOGITS
 from fastpo.training.degree_metrics import degree_sum
@@ -36,6 +36,7 @@ class Objective:
         self.token_terms = [t for t in terms if t.of_tokens]  # of responses that the policy gives as it trains
         self.policy_metrics = policy_metrics(terms)
         self.uses_reference = any(t.loss.reference for t in self.pair_terms) or any(t.beta for t in self.token_terms)
+        self.compares = self.uses_reference  # whether the run does, its loss or what it is trained on
         self.reads_prompts = frozenset(t.of for t in self.terms if t.reads_prompt)  # entries of loss_type
         self.draws = any(t.loss.drawn for t in self.pair_terms)  # tokens of each response
         self.unpaired = any(t.loss.shape == "unpaired" for t in self.pair_terms)
@@ -51,12 +52,12 @@ class Objective:
         """The losses of `loss_type`, with their weights and hyper-parameters; ConfigError as `resolve_terms` raises."""
         if DEGREE in config.losses and config.fsdp != "no":
             raise ConfigError(f"{DEGREE} has a head beside the model, which fsdp does not split: leave fsdp out")
-        names, beta = config.losses, config.beta
+        names, beta, way = config.losses, config.beta, None
         if is_online(names):
             way = ONLINE[names[0]]
             # rloo takes its KL from the reward (online/rollouts.py), the others from the loss.
             names, beta = [way.loss], None if way.loss == "rloo" else beta
-        return cls(
+        out = cls(
             resolve_terms(
                 names, config.loss_weights, loss_kwargs=config.loss_kwargs, beta=beta,
                 label_smoothing=config.label_smoothing, gamma_beta_ratio=config.gamma_beta_ratio,
@@ -66,6 +67,9 @@ class Objective:
                 **online.hyper(config),
             )
         )  # fmt: skip
+        if way is not None:
+            out.compares |= way.draws != POLICY or (way.loss == "rloo" and config.beta != 0)
+        return out
 
     def forming(self, config: TrainConfig) -> Forming:
         """Which pairs are formed of rows with K responses."""
@@ -89,11 +93,11 @@ class Objective:
     def check_reference(self, config: TrainConfig, ref_model: object, prev_model: object = None) -> None:
         """ConfigError where a reference or a previous policy is given, or to be moved, that no loss reads so."""
         names = "+".join(config.losses)
-        if config.sync_ref_model and not self.uses_reference:
+        if config.sync_ref_model and not self.compares:
             raise ConfigError(f"sync_ref_model moves a reference, and {names} has none")
         if config.sync_ref_model and ref_model is not None:
             raise ConfigError("sync_ref_model starts from the policy: leave ref_model out, or sync_ref_model")
-        if ref_model is not None and not self.uses_reference:
+        if ref_model is not None and not self.compares:
             raise ConfigError(f"ref_model is given, and {names} has no reference: leave it out")
         if prev_model is not None and self.kappa is None:
             hint = "pass it as ref_model, its only reference" if self.uses_reference else "leave it out"

@@ -59,28 +59,35 @@ class PolicyMetrics:
         self.names = [*self.means, *self.lowest, *self.highest]
         self.of_responses = self.loss.name == "rloo" or self.hyper.get("importance_sampling_level") == "sequence"
 
+    # Sums are those of the means, how many responses they are of, the lowest numbers and the highest. [1 + len(names)]
+
     def nothing(self, device: torch.device) -> Tensor:
-        """Sums of no batch. [len(names)]"""
+        """Sums of no batch."""
         low, high = [torch.inf] * len(self.lowest), [-torch.inf] * len(self.highest)
-        return torch.tensor([0.0] * len(self.means) + low + high, device=device)
+        return torch.tensor([0.0] * (len(self.means) + 1) + low + high, device=device)
 
     def sums(self, x: Tokens) -> Tensor:
-        """Of a batch. [len(names)] fp32"""
+        """Of a batch, fp32."""
         found = token_metrics(self.loss, x, **self.hyper)
-        parts = [found.means[name][0] for name in self.means]
+        parts = [found.means[name][0] for name in self.means] + [x.logp.new_tensor(x.advantage.numel())]
         parts += [found.lowest[name] for name in self.lowest] + [found.highest[name] for name in self.highest]
-        return torch.stack(parts).float() if parts else x.logp.new_zeros(0).float()
+        return torch.stack(parts).float()
 
     def joined(self, a: Tensor, b: Tensor) -> Tensor:
         """The sums of two parts of a step."""
-        n, m = len(self.means), len(self.means) + len(self.lowest)
+        n, m = len(self.means) + 1, len(self.means) + 1 + len(self.lowest)
         return torch.cat([a[:n] + b[:n], torch.minimum(a[n:m], b[n:m]), torch.maximum(a[m:], b[m:])])
 
     def of_step(self, sums: Tensor, totals: Totals, world: Any) -> Tensor:
         """A step's numbers [len(names)], of this rank's sums. Every rank calls it."""
-        n, m = len(self.means), len(self.means) + len(self.lowest)
-        counts = [totals.responses if self.of_responses and name != "kl" else totals.tokens for name in self.means]
-        means = world.sum_(sums[:n].clone()) / torch.tensor(counts, device=sums.device).clamp(min=1.0)
+        n, m = len(self.means) + 1, len(self.means) + 1 + len(self.lowest)
+        total = world.sum_(sums[:n].clone())
+        counts = total.new_tensor(
+            [totals.responses if self.of_responses and name != "kl" else totals.tokens for name in self.means]
+        )
+        if self.loss.name == "vespo":  # a weight is known of what went through the model alone
+            counts[self.means.index("vespo/phi_seq_mean")] = total[-1]
+        means = total[:-1] / counts.clamp(min=1.0)
         out = torch.cat([means, -world.max_(-sums[n:m]), world.max_(sums[m:].clone())])
         return torch.where(torch.isfinite(out), out, 0.0)
 

@@ -135,6 +135,30 @@ def test_reward_functions(trained, tmp_path):
     assert trained[-1]["reward_funcs"] == ["c:d"]  # the command line wins
 
 
+def test_reward_functions_by_name(trained, tmp_path):
+    """In the file of options, in one of their own, or as JSON: in their order, which reward_weights have."""
+    sections = {"style": {"kind": "rules", "rules": ["is polite"], "judge": {"base_url": "http://x/v1"}}, "a": "a.py:b"}
+    path, rewards = tmp_path / "run.yaml", tmp_path / "rewards.yaml"
+    path.write_text(yaml.safe_dump({"loss_type": "grpo", "reward_funcs": sections}, sort_keys=False))
+    rewards.write_text(yaml.safe_dump(sections, sort_keys=False))
+    run_train(trained, "--config", str(path))
+    assert list(trained[-1]["reward_funcs"].items()) == list(sections.items())
+    for given in (str(rewards), json.dumps(sections)):
+        run_train(trained, "--loss-type", "grpo", "--reward-funcs", given)
+        assert list(trained[-1]["reward_funcs"].items()) == list(sections.items())
+
+
+def test_reward_functions_by_name_that_are_none(trained, capsys, tmp_path):
+    def failed(text, *more):
+        (tmp_path / "r.yaml").write_text(text)
+        return fail(capsys, "train", *INPUTS, "--loss-type", "grpo", "--reward-funcs", str(tmp_path / "r.yaml"), *more)
+
+    assert "r.yaml names its scorers: give it alone" in failed("a: a.py:b\n", "c:d")
+    assert "r.yaml must hold a scorer's section, or its name or path, by a name, not a: 3" in failed("a: 3\n")
+    assert "r.yaml" in failed("- a\n") and "r.yaml" in failed("a: [\n")
+    assert "no.yaml" in fail(capsys, "train", *INPUTS, "--loss-type", "grpo", "--reward-funcs", "no.yaml")
+
+
 @pytest.mark.parametrize(
     "given, words",
     [
@@ -541,7 +565,12 @@ def test_help_groups_the_fields_and_gives_defaults(capsys):
 
 @pytest.mark.parametrize(
     "argv",
-    [["--help"], ["--version"], [], *([name, "--help"] for name in ("train", "plan", "check", "losses", "env"))],
+    [
+        ["--help"],
+        ["--version"],
+        [],
+        *([name, "--help"] for name in ("train", "plan", "check", "evaluate", "losses", "env")),
+    ],
     ids=str,
 )
 def test_help_and_version_do_not_import_torch(argv):

@@ -1,4 +1,4 @@
-"""Online runs through fastpo.train: against TRL's trainers on the same responses, exact under packing, options, faces."""
+"""Online runs through fastpo.train: against TRL's trainers on the same responses, and exact under packing."""
 
 import collections
 import sys
@@ -38,8 +38,9 @@ def of_trl(tmp_path, monkeypatch, *, rloo=False, rows=None, shuffles=False, **op
     runs.model().save_pretrained(start)
 
     defaults = dict(
-        output_dir=str(tmp_path / "trl"), num_generations=4, max_completion_length=runs.LONGEST, per_device_train_batch_size=8,
-        max_steps=3, logging_steps=1, use_cpu=True, bf16=False, disable_tqdm=True, learning_rate=3e-3,
+        output_dir=str(tmp_path / "trl"), num_generations=4, max_completion_length=runs.LONGEST,
+        per_device_train_batch_size=8, max_steps=3, logging_steps=1, use_cpu=True, bf16=False, disable_tqdm=True,
+        learning_rate=3e-3,
         lr_scheduler_type="constant", warmup_steps=0, report_to="none", save_strategy="no", max_grad_norm=0.0,
         gradient_checkpointing=False, shuffle_dataset=False, logging_nan_inf_filter=False, adam_epsilon=1e-3,
     )  # fmt: skip
@@ -62,7 +63,7 @@ def compared(tmp_path, monkeypatch, *, rloo=False, rows=None, shuffles=False, **
     options = {"scale_rewards": "group", **options}  # as TRL's, whatever the loss
     if rloo:
         options |= {"loss_type": "rloo", "scale_rewards": None}
-    elif options.get("importance_sampling_level") == "sequence":
+    elif options["loss_type"] == "grpo" and options.get("importance_sampling_level") == "sequence":
         options |= {"loss_type": "gspo", "epsilon": 0.2, "epsilon_high": 0.2}
     elif options.get("loss_type") == "dapo":
         options.setdefault("epsilon_high", 0.2)
@@ -83,6 +84,7 @@ def compared(tmp_path, monkeypatch, *, rloo=False, rows=None, shuffles=False, **
 
 TYPES = {
     "grpo": {}, "dr_grpo": {}, "dapo": {}, "bnpo": {}, "cispo": {"epsilon_high": 1.05}, "sapo": {},
+    "vespo": {}, "luspo": {"importance_sampling_level": "sequence"},
     "gspo": {"loss_type": "grpo", "importance_sampling_level": "sequence"},
 }  # fmt: skip
 
@@ -93,8 +95,8 @@ def test_training_equals_grpo_trainer(tmp_path, monkeypatch, loss_type, beta, it
     options = {"loss_type": loss_type, "beta": beta, "num_iterations": iterations} | TYPES[loss_type]
     apart, differences, expected = compared(tmp_path, monkeypatch, **options)
     assert apart < 1e-5
-    assert max(differences.values()) < 2e-5, differences
-    if iterations == 2 and loss_type not in ("sapo",):  # else there is nothing to compare
+    assert not {name: value for name, value in differences.items() if value > 2e-5}
+    if iterations == 2 and loss_type not in ("sapo", "vespo"):  # else there is nothing to compare
         assert any(line.get("clip_ratio/region_mean", line.get("cispo_clip_ratio")) for line in expected)
     if beta:
         assert expected[-1]["kl"] > 1e-3
@@ -133,7 +135,8 @@ def test_a_generation_of_two_steps_equals_trl(tmp_path, monkeypatch):
         {"mask_truncated_completions": True}, {"mask_truncated_completions": True, "loss_type": "dapo"},
         {"multi_objective_aggregation": "normalize_then_sum"}, {"delta": 1.05, "num_iterations": 2},
         {"entropy_coef": 0.1}, {"entropy_coef": 0.1, "use_adaptive_entropy": True, "entropy_target": 3.7},
-        {"top_entropy_quantile": 0.5}, {"top_entropy_quantile": 0.5, "entropy_coef": 0.1, "mask_truncated_completions": True},
+        {"top_entropy_quantile": 0.5},
+        {"top_entropy_quantile": 0.5, "entropy_coef": 0.1, "mask_truncated_completions": True},
         {"off_policy_mask_threshold": 0.01, "num_iterations": 2}, {"use_bias_correction_kl": False, "beta": 0.1},
     ],
     ids=lambda options: " ".join(options),
@@ -159,9 +162,8 @@ def close(one, other, tolerance=2e-6):
 
 PACKED = [
     {"loss_type": "grpo", "beta": 0.04, "num_iterations": 2}, {"loss_type": "dapo"}, {"loss_type": "dr_grpo"},
-    {"loss_type": "gspo", "epsilon": 0.2, "num_iterations": 2}, {"loss_type": "cispo", "num_iterations": 2},
-    {"loss_type": "rloo"}, {"loss_type": "vespo", "num_iterations": 2}, {"loss_type": "gmpo", "num_iterations": 2},
-    {"loss_type": "luspo"}, {"loss_type": "reinforce"}, {"loss_type": "sapo", "num_iterations": 2},
+    {"loss_type": "gspo", "epsilon": 0.2, "num_iterations": 2}, {"loss_type": "rloo"},
+    {"loss_type": "vespo", "num_iterations": 2}, {"loss_type": "gmpo", "num_iterations": 2},
     {"loss_type": "grpo", "top_entropy_quantile": 0.4}, {"loss_type": "grpo", "entropy_coef": 0.1},
     {"loss_type": "bnpo", "mask_truncated_completions": True},
 ]  # fmt: skip

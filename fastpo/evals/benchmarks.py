@@ -1,0 +1,233 @@
+"""Measures with rules of their own on what a judge is shown: WildBench, RewardBench.
+
+Their functions ask the judge themselves; what it says is kept in files (`judging.Kept`).
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fastpo.errors import ConfigError, quoted
+from fastpo.evals import rewardbench, wildbench
+from fastpo.evals.asked import refuse, rows_of
+from fastpo.evals.judging import FileJudge, Kept, kept
+from fastpo.evals.measure import Asked, Measure, plus_minus
+from fastpo.sampling.items import Item, Response, Unit
+from fastpo.scoring.scoring import Ensemble
+
+
+class WildBench(Measure):
+    """WB-Reward of a judge of pairs against one or three baselines, or WB-Score of a judge of responses
+    (wildbench.py)."""
+
+    name, figure, own_judge, compares = "wildbench", "WB-Reward or WB-Score, -100 to 100", "wildbench", False
+    options = {"margin": 500, "max_words": wildbench.MAX_WORDS}
+
+    def prompts(self, source: Any) -> list[Any]:
+        return wildbench.load_tasks(source) if source is not None else wildbench.load_tasks()
+
+    def items(self, asked: Asked) -> list[Item]:
+        return [Item(task.id, list(task.turns)) for task in asked.items]
+
+    def check(self, asked: Asked) -> None:
+        super().check(asked)
+        if asked.scorer.unit == "pair" and not asked.baselines:
+            raise ConfigError(
+                "WB-Reward compares with baselines: give baseline; a judge of mode response gives WB-Score"
+            )
+        if asked.scorer.unit == "list" or isinstance(asked.scorer, Ensemble | FileJudge):
+            raise ConfigError("wildbench needs one judge of pairs or of responses, or annotations")
+
+    def _matches(self, asked: Asked) -> list[tuple[str, str]]:
+        if asked.scorer.unit == "response":
+            return [(model, "") for model in asked.rivals or asked.models]
+        return [(model, other) for other in asked.baselines for model in asked.rivals]
+
+    def units(self, asked: Asked) -> Iterator[Unit]:
+        for names in self._matches(asked):
+            for task in asked.items:
+                texts = [asked.text(name, task.id) for name in names if name]
+                item = Item(task.id, list(task.turns), meta={"checklist": list(task.checklist)})
+                shown = [Response(wildbench.shortened(t or "", self.given["max_words"])) for t in texts]
+                yield Unit(item.with_responses(shown), 0, 1 if len(shown) > 1 else None)
+
+    def _judged(
+        self, asked: Asked, folder: Path, done: bool = True
+    ) -> dict[tuple[str, str], tuple[wildbench.Judged, Kept]]:
+        out = {}
+        for model, other in self._matches(asked):
+            tasks = [t for t in asked.items if all(asked.text(n, t.id) is not None for n in (model, other) if n)]
+            mine = {task.id: asked.text(model, task.id) or "" for task in tasks}
+            names = [model, other] if other else [model]
+            scorer = Kept(
+                asked.scorer, folder / "-vs-".join(names), partial(_of_places, names),
+                asked.max_failed, done=done, quarters=bool(other),
+            )  # fmt: skip
+            if other:
+                theirs = {task.id: asked.text(other, task.id) or "" for task in tasks}
+                judged = wildbench.compare(
+                    tasks, mine, theirs, scorer, seed=asked.seed, max_words=self.given["max_words"]
+                )
+            else:
+                judged = wildbench.rate(tasks, mine, scorer, max_words=self.given["max_words"])
+            out[model, other] = judged, scorer
+        return out
+
+    def judge(self, asked: Asked, folder: Path) -> dict[str, Any]:
+        return _sum([scorer.counts for _, scorer in self._judged(asked, folder, done=False).values()])
+
+    def verdicts(self, asked: Asked, folder: Path) -> Iterator[dict[str, Any]]:
+        for _, scorer in self._judged(asked, folder).values():
+            yield from scorer.lines
+
+    def figures(self, asked: Asked, folder: Path) -> dict[str, dict[str, Any]]:
+        found, groups = self._judged(asked, folder), wildbench.groups_of(asked.items)
+        failed = {key: dict(judged.failed) for key, (judged, _) in found.items()}
+        if asked.scorer.unit == "response":
+            return {model: _score(judged.ratings, groups, asked.seed) | {"left_out_failed": len(failed[model, ""])}
+                    for (model, _), (judged, _) in found.items()}  # fmt: skip
+        out = {}
+        for model in asked.rivals:
+            against = {other: found[model, other][0].comparisons for other in asked.baselines}
+            out[model] = self._reward(against, groups, model, asked.seed)
+            out[model]["left_out_failed"] = {other: len(failed[model, other]) for other in asked.baselines}
+        return out
+
+    def _reward(
+        self, against: Mapping[str, Sequence[wildbench.Comparison]], groups: Any, model: str, seed: int
+    ) -> dict[str, Any]:
+        margin = self.given["margin"]
+        figures = {other: wildbench.reward(given, margin, groups=groups, seed=seed) for other, given in against.items()}
+        margins = {other: {str(m): wildbench.reward(given, m, draws=0).value for m in wildbench.MARGINS}
+                   for other, given in against.items()}  # fmt: skip
+        by = {other: vars(figure) for other, figure in figures.items()}
+        more = {"margin": margin, "margins": margins, "baselines": by}
+        if len(against) == 1:
+            [one] = figures.values()
+            return plus_minus(one.value, one.error) | {"task_macro": one.task_macro} | more
+        if set(against) <= set(wildbench.BASELINES):
+            mixed = wildbench.mixture(figures, model)
+            error, _ = wildbench.mixture_errors(against, margin, groups=groups, model=model, seed=seed)
+            missing = list(mixed.missing)
+            return plus_minus(mixed.value, error) | {"task_macro": mixed.task_macro, "missing": missing} | more
+        raise ConfigError(f"several baselines of WildBench are its own: {quoted(wildbench.BASELINES)}")
+
+    def of_annotations(self, source: Any, prompts: Any, seed: int, baseline: Any = None) -> dict[str, dict[str, Any]]:
+        """A file of ratings, or files of comparisons by the baseline's name."""
+        groups = None if prompts is None else wildbench.groups_of(wildbench.load_tasks(prompts))
+        if not isinstance(source, Mapping):
+            return {"model": _score(wildbench.read_ratings(source), groups, seed)}
+        against = {str(name): wildbench.read_comparisons(rows, str(name)) for name, rows in source.items()}
+        return {"model": self._reward(against, groups, "model", seed)}
+
+
+def _of_places(names: Sequence[str], unit: Unit) -> list[str]:
+    return [names[place] for place in (unit.i, unit.j) if place is not None]
+
+
+def _score(ratings: Sequence[wildbench.Rating], groups: Any, seed: int) -> dict[str, Any]:
+    found = wildbench.score(ratings, groups=groups, seed=seed)
+    return plus_minus(found.value, found.error) | {k: v for k, v in vars(found).items() if k not in ("value", "error")}
+
+
+class RewardBench(Measure):
+    """RewardBench 1 or 2 (rewardbench.py) of the judge itself; the answers are the rows'. Fractions.
+
+    `version`: None: 2 where `chosen` are lists of texts. `failed`: "refuse", or "count", the benchmark's own rule.
+    """
+
+    name, figure, compares, of_judge = "rewardbench", "score, 0 to 1", False, True
+    options = {"version": None, "failed": "refuse", "tie": None}
+
+    def prompts(self, source: Any) -> list[Any]:
+        if source is None:
+            return rewardbench.load_choices() if self._version([]) == 2 else rewardbench.load_pairs()
+        rows = rows_of(source, "RewardBench's rows", ("chosen",))
+        return rewardbench.load_choices(rows) if self._version(rows) == 2 else rewardbench.load_pairs(rows)
+
+    def _version(self, rows: Sequence[Mapping[str, Any]]) -> int:
+        given = self.given["version"]
+        if given not in (None, 1, 2):
+            raise ConfigError(f"measure.version={given!r}: expected 1 or 2")
+        lists = bool(rows) and isinstance(rows[0]["chosen"], list | tuple) and isinstance(rows[0]["chosen"][0], str)
+        return given or (2 if lists else 1)
+
+    def items(self, asked: Asked) -> list[Item]:
+        return [Item(one.name, one.prompt) for one in asked.items]
+
+    def check(self, asked: Asked) -> None:
+        if isinstance(asked.scorer, FileJudge):
+            raise ConfigError("rewardbench takes scores that are there as annotations: rows of id, subset and scores")
+        if self._of_pairs(asked) is False and asked.scorer.unit == "pair":
+            raise ConfigError("RewardBench 2 compares four answers and more: it needs a judge of responses or of lists")
+
+    def _of_pairs(self, asked: Asked) -> bool:
+        return all(one.subset in (*rewardbench.WEIGHTS, *rewardbench.PRIOR) for one in asked.items)
+
+    def units(self, asked: Asked) -> Iterator[Unit]:
+        for one in asked.items:
+            item = Item(one.name, one.prompt, responses=tuple(Response(text) for text in one.answers))
+            if asked.scorer.unit == "response":
+                yield from (Unit(item, i) for i in range(len(one.answers)))
+            else:
+                yield Unit(item, 0, 1) if asked.scorer.unit == "pair" else Unit(item)
+
+    def _judged(self, asked: Asked, folder: Path, done: bool = True) -> tuple[rewardbench.Result, list[Kept]]:
+        right = {one.name: set(one.answers[: one.num_correct]) for one in asked.items}
+        scorer = kept(
+            asked.scorer, folder,
+            lambda unit: ["right" if r.text in right[unit.item.id] else "wrong" for r in unit.responses],
+            asked.max_failed, done,
+        )  # fmt: skip
+        given: dict[str, Any] = {"failed": self.given["failed"], "seed": asked.seed}
+        if self._of_pairs(asked):
+            result = rewardbench.evaluate_pairs(asked.items, scorer, tie=self.given["tie"], **given)
+        else:
+            result = rewardbench.evaluate_choices(asked.items, scorer, **given)
+        return result, list(scorer.members.values()) if isinstance(scorer, Ensemble) else [scorer]
+
+    def judge(self, asked: Asked, folder: Path) -> dict[str, Any]:
+        return _sum([scorer.counts for scorer in self._judged(asked, folder, done=False)[1]])
+
+    def verdicts(self, asked: Asked, folder: Path) -> Iterator[dict[str, Any]]:
+        for scorer in self._judged(asked, folder)[1]:
+            yield from scorer.lines
+
+    def figures(self, asked: Asked, folder: Path) -> dict[str, dict[str, Any]]:
+        return {asked.scorer.name: _bench(self._judged(asked, folder)[0])}
+
+    def of_annotations(self, source: Any, prompts: Any, seed: int, baseline: Any = None) -> dict[str, dict[str, Any]]:
+        """Rows of `id`, `subset` and `scores`, the right answers' first; and the rows as `prompts`."""
+        if prompts is None:
+            raise ConfigError("rewardbench's annotations are scores of the answers in prompts: give prompts too")
+        choices = self.prompts(prompts)
+        rows = rows_of(source, "the scores", ("id", "subset", "scores"))
+        scores = {f"{row['subset']}/{row['id']}": list(row["scores"]) for row in rows}
+        names = {one.name for one in choices}
+        refuse("scores are of other prompts", [name for name in scores if name not in names], len(scores))
+        pairs = all(one.subset in (*rewardbench.WEIGHTS, *rewardbench.PRIOR) for one in choices)
+        if pairs:
+            return {"judge": _bench(rewardbench.of_pairs(choices, scores, tie=self.given["tie"] or 0.0))}
+        return {"judge": _bench(rewardbench.of_choices(choices, scores, seed=seed))}
+
+
+def _bench(result: rewardbench.Result) -> dict[str, Any]:
+    more = {k: v for k, v in vars(result).items() if k not in ("score", "ties", "failed", "missing")}
+    more |= {"ties": None if result.ties is None else vars(result.ties), "missing": list(result.missing),
+             "failed": dict(result.failed)}  # fmt: skip
+    return plus_minus(result.score, result.errors.get("score")) | {k: dict(v) if isinstance(v, Mapping) else v
+                                                                    for k, v in more.items()}  # fmt: skip
+
+
+def _sum(counts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Counts of several stages as one."""
+    out: dict[str, Any] = {"statuses": {}}
+    for one in counts:
+        for name, value in one.items():
+            if name == "statuses":
+                for status, n in value.items():
+                    out["statuses"][status] = out["statuses"].get(status, 0) + n
+            else:
+                out[name] = out.get(name, 0) + value
+    return out

@@ -1,0 +1,361 @@
+"""`fastpo.evaluate`: answers of policies, verdicts of a judge, a figure with its interval, and a page to read.
+
+    sampled/NAME.jsonl   what each policy answered, line by line as it comes
+    judged/              verdicts, line by line as they come (fastpo/loop/score_stage.py)
+    answers.jsonl        all answers: {id, prompt, model, text, finished, tokens}
+    verdicts.jsonl       all verdicts: {id, shown, judge, value, status, raw}
+    result.json          figures, counts, keys, versions
+    report.html          the page
+
+Sampling and judging are stages of the loop (fastpo/loop/stages.py): done once, gone on with after a kill, refused where
+what they depend on has changed. The figures are made anew each time.
+"""
+
+import contextlib
+import gc
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastpo.checkpoints.run_lock import RunLock
+from fastpo.errors import ConfigError, did_you_mean
+from fastpo.evals.inputs import answers_of, drawn, there, verdict_rows
+from fastpo.evals.judging import FileJudge, cost, judge_of
+from fastpo.evals.measure import Asked, Measure
+from fastpo.evals.measures import measure_of
+from fastpo.evals.options import EvalConfig, Source, build, sources
+from fastpo.evals.page import write_page
+from fastpo.loop import config as configs
+from fastpo.loop.requests import requests_of
+from fastpo.loop.sample_stage import read_samples, sample_stage
+from fastpo.loop.stages import Iteration, Stage, versions
+from fastpo.models.loading import load_tokenizer
+from fastpo.report.outputs import ensure_log_handler
+from fastpo.sampling import make
+from fastpo.sampling.items import Item, Response, Sampler, digest
+from fastpo.sampling.parts import read_json, write_json, write_lines
+
+log = logging.getLogger("fastpo")
+JUDGE = "judge"
+_LONGEST = "abcd"  # stands for a token of an answer that is not there yet
+
+
+@dataclass
+class EvalResult:
+    """What `fastpo.evaluate` returns. `figures`: of each model by name `value`, `error`, `interval`, and what belongs
+    to them; `counts`: of answers and verdicts, the failed ones by status."""
+
+    output_dir: Path
+    name: str
+    figures: dict[str, dict[str, Any]]
+    counts: dict[str, Any]
+
+    @property
+    def value(self) -> float | None:
+        """The figure of the first model."""
+        return next((found["value"] for found in self.figures.values()), None)
+
+
+def evaluate(
+    name: str,
+    config: Any = None,
+    *,
+    sampler: Callable[[str], Sampler] | None = None,
+    start_from: str | None = None,
+    dry_run: bool = False,
+    **overrides: Any,
+) -> EvalResult | None:
+    """The figure of a measure: `alpaca_eval`, `wildbench`, `arena`, `rewardbench`, `win_rate`, `verifier`, `held_out`.
+
+    * `config`: options by name, or the path of a YAML file with them (fastpo/evals/options.py); `overrides` on top.
+      `judge` may be a scorer's section, an object that is a scorer, or a function f(prompt, response, meta) -> number.
+    * `sampler`: makes the sampler of a policy, in place of the engine in `sample`.
+    * `start_from`: "sample", "sample-NAME" or "judge": what was done from this stage on is moved aside and done again.
+    * `dry_run`: prints the cost, and returns None.
+
+    Called again with the same options it goes on where it stopped. Raises fastpo.errors.FastpoError with one line.
+    """
+    ensure_log_handler(quiet=False)
+    given = configs.load(config) if isinstance(config, str | Path) else dict(config or {})
+    options = build({**configs.merged(given, {k: v for k, v in overrides.items() if not _whole(k)}),
+                     **{k: v for k, v in overrides.items() if _whole(k)}})  # fmt: skip
+    measure = measure_of(name, options.measure)
+    if options.annotations is not None:
+        return _of_annotations(measure, options, dry_run)
+    made = Evaluation(measure, options, sampler)
+    if dry_run:
+        print(made.cost())
+        return None
+    lock = RunLock(made.folder)
+    lock.take()
+    try:
+        if start_from is not None:
+            made.redo_from(start_from)
+        return made()
+    finally:
+        lock.release()
+        made.close()
+
+
+def _whole(name: str) -> bool:
+    """Options that replace what a file says, and are not merged with it."""
+    return name in ("prompts", "judge", "verdicts", "annotations", "baseline")
+
+
+def _of_annotations(measure: Measure, options: EvalConfig, dry_run: bool) -> EvalResult | None:
+    for name in ("judge", "verdicts", "model", *(() if measure.name == "arena" else ("baseline",))):
+        if getattr(options, name) is not None:
+            raise ConfigError(f"annotations hold answers and verdicts: leave {name} out")
+    if dry_run:
+        print(f"{measure.name}: nothing is asked, the annotations are there")
+        return None
+    figures = measure.of_annotations(options.annotations, options.prompts, options.seed, options.baseline)
+    folder = Path(options.output_dir)
+    result = {"name": measure.name, "figure": measure.figure, "figures": figures, "counts": {},
+              "options": _plain({**measure.given}), "annotations": _shown(options.annotations),
+              "versions": versions()}  # fmt: skip
+    write_json(folder / "result.json", _plain(result))
+    write_page(folder, result, [], [], options.seed)
+    return EvalResult(folder, measure.name, figures, {})
+
+
+class Evaluation:
+    """One evaluation: what it is of is read and checked when it is made, before the first sample."""
+
+    def __init__(self, measure: Measure, config: EvalConfig, sampler: Callable[[str], Sampler] | None):
+        self.measure, self.config, self.make_sampler = measure, config, sampler
+        self.folder = Path(config.output_dir)
+        every = measure.prompts(config.prompts)
+        limit = config.limit if config.limit is not None else measure.limit
+        items = drawn(every, limit, config.seed)
+        if config.baseline is None and measure.compares:
+            config = replace(config, baseline=measure.baseline(items))
+        models, others = sources(config)
+        self.sources = [*models, *others]
+        if self.sources and measure.of_judge:
+            raise ConfigError(
+                f"{measure.name} is of the judge, the answers are the rows': leave model and baseline out"
+            )
+        names = [one.name for one in models]
+        baselines = [one.name for one in others] or ([str(config.baseline)] if config.baseline is not None else [])
+        self.asked = Asked(names, baselines, items, {}, None, False, config.seed, config.max_failed, every)
+        self.items = measure.items(self.asked)
+        known = measure.items(replace(self.asked, items=every))
+        self.there = {one.name: answers_of(one, self.items, known) for one in self.sources if one.answers is not None}
+        self.asked.scorer = self._judge()
+        both = measure.both if config.both_orders is None else config.both_orders
+        if isinstance(self.asked.scorer, FileJudge) and config.both_orders is None:
+            both = self.asked.scorer.both
+        self.asked.both = both and self.asked.scorer.unit == "pair"
+        measure.check(self.asked)
+        if not self.sources and not measure.of_judge:
+            raise ConfigError(f"{measure.name} needs model, a policy or a file of answers")
+        several = [one.name for one in self.sources if one.sample.n > 1 and one.policy is not None]
+        if several and (self.asked.scorer.unit != "response" or measure.name not in ("verifier", "held_out")):
+            raise ConfigError(
+                f"{several[0]}: sample.n is above 1, and {measure.name} judges one answer a prompt: several are for "
+                "verifier and held_out, by a judge of responses"
+            )
+
+    def _judge(self) -> Any:
+        config = self.config
+        if config.verdicts is not None:
+            return FileJudge(verdict_rows(config.verdicts))
+        if config.judge is None:
+            raise ConfigError(
+                f"{self.measure.name} needs a judge: a scorer's section (docs/loop-scorers.md), or verdicts"
+            )
+        policies = {one.name: one.policy for one in self.sources if one.policy is not None}
+        return judge_of(config.judge, policies, self.folder, self.measure.own_judge)
+
+    # ---- before the start
+
+    def cost(self) -> str:
+        """One line: what would be sampled and judged."""
+        answers: dict[str, dict[str, list[Response]]] = {}
+        sampled = tokens = 0
+        for one in self.sources:
+            if one.name in self.there:
+                answers[one.name] = self.there[one.name]
+                continue
+            text = _LONGEST * one.sample.max_tokens
+            answers[one.name] = {i.id: [Response(text, source=one.name)] * one.sample.n for i in self.items}
+            sampled += len(self.items) * one.sample.n
+            tokens += len(self.items) * one.sample.n * one.sample.max_tokens
+        asked = replace(self.asked, answers=answers)
+        calls, shown_tokens = cost(asked.scorer, self.measure.units(asked))
+        most = "at most" if sampled else "about"
+        judged = f"{calls:,} judgements by {asked.scorer.name}"
+        judged += f", {most} {shown_tokens:,} prompt tokens at four characters each" if shown_tokens else ""
+        samples = f"{sampled:,} answers to sample, at most {tokens:,} tokens" if sampled else "no answers to sample"
+        return f"{self.measure.name}: {len(self.items):,} prompts; {samples}; {judged}"
+
+    # ---- the stages
+
+    def stages(self) -> list[Stage]:
+        """Those that sample; the one that judges reads what they wrote, and is made by `judging`."""
+        return [self._sampling(one) for one in self.sources if one.policy is not None]
+
+    def _sampling(self, one: Source) -> Stage:
+        assert one.policy is not None
+        path, policy = self.folder / "sampled" / f"{one.name}.jsonl", one.policy
+        sampler = getattr(self.make_sampler, "key", getattr(self.make_sampler, "__qualname__", None))
+        options = {"policy": policy, "sample": configs.as_json(one.sample), "seed": self.config.seed,
+                   "prompts": digest([[item.id, _plain(item.prompt)] for item in self.items]),
+                   "sampler": sampler}  # fmt: skip
+
+        def work() -> Mapping[str, Any]:
+            requests = requests_of(self.items, one.sample, partial(_encoded, policy), self.config.seed, "evaluate")
+            with self._sampler(one) as sampler:
+                return sample_stage(
+                    sampler, requests, path, max_failed=self.config.max_failed, name=f"sample {one.name}"
+                )
+
+        return Stage(f"sample-{one.name}", options, there(policy), [path, path.with_suffix(".sampler.json")], work)
+
+    @contextlib.contextmanager
+    def _sampler(self, one: Source) -> Iterator[Sampler]:
+        assert one.policy is not None
+        if self.make_sampler is not None:
+            made = self.make_sampler(one.policy)
+        else:
+            made = make.make_sampler(one.sample, one.policy, load_tokenizer(one.policy), self.folder / "sampled")
+        try:
+            yield made
+        finally:
+            made.close()
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+    def judging(self) -> Stage:
+        asked, folder = self.asked, self.folder / "judged"
+        texts = {
+            name: {key: [r.text for r in own] for key, own in found.items()} for name, found in asked.answers.items()
+        }
+        options = {"measure": self.measure.name, "judge": configs.as_json(dict(asked.scorer.key)),
+                   "both_orders": asked.both, "baselines": asked.baselines, "seed": self.config.seed,
+                   "prompts": digest(_plain([_of_prompt(item) for item in asked.items])), "answers": digest(texts),
+                   "max_words": self.measure.given.get("max_words")}  # fmt: skip
+        return Stage(JUDGE, options, {}, [folder], lambda: self.measure.judge(asked, folder))
+
+    def answers(self) -> dict[str, dict[str, list[Response]]]:
+        """Of all models, by prompt."""
+        found = dict(self.there)
+        for one in self.sources:
+            if one.policy is not None:
+                own = read_samples(self.folder / "sampled" / f"{one.name}.jsonl")
+                found[one.name] = {key: [replace(r, source=one.name) for r in all_] for key, all_ in own.items()}
+        return {one.name: found[one.name] for one in self.sources}
+
+    def __call__(self) -> EvalResult:
+        """What is not done yet, then the figures."""
+        log.info("%s", self.cost())
+        folder = Iteration(self.folder, log.info)
+        counts: dict[str, Any] = {"prompts": len(self.items), "answers": {}}
+        for stage in self.stages():
+            counts["answers"][stage.name.removeprefix("sample-")] = dict(folder.run(stage)["counts"])
+        self.asked.answers = self.answers()
+        counts["verdicts"] = {k: v for k, v in folder.run(self.judging())["counts"].items() if k != "members"}
+        answers, verdicts = self._answer_lines(), list(self.measure.verdicts(self.asked, self.folder / "judged"))
+        figures = self.measure.figures(self.asked, self.folder / "judged")
+        for name, found in figures.items():
+            if name in self.asked.answers:
+                found["answers"] = lengths(self.asked.answers[name], len(self.items))
+        write_lines(self.folder / "answers.jsonl", answers)
+        write_lines(self.folder / "verdicts.jsonl", verdicts)
+        result = _plain({
+            "name": self.measure.name, "figure": self.measure.figure, "figures": figures,
+            "baselines": {name: {"answers": lengths(self.asked.answers[name], len(self.items))}
+                          for name in self.asked.baselines},
+            "counts": counts, "options": {**self.measure.given, "both_orders": self.asked.both,
+                                          "seed": self.config.seed, "limit": self.config.limit},
+            "models": {one.name: one.policy or _shown(one.answers) for one in self.sources},
+            "judge": configs.as_json(dict(self.asked.scorer.key)), "keys": self._keys(), "versions": versions(),
+        })  # fmt: skip
+        write_json(self.folder / "result.json", result)
+        write_page(self.folder, result, answers, verdicts, self.config.seed)
+        return EvalResult(self.folder, self.measure.name, figures, counts)
+
+    def _answer_lines(self) -> list[dict[str, Any]]:
+        prompts = {item.id: item.prompt for item in self.items}
+        lines = []
+        for model, found in self.asked.answers.items():
+            for name, own in found.items():
+                for response in own:
+                    tokens = None if response.token_ids is None else len(response.token_ids)
+                    lines.append({"id": name, "prompt": prompts[name], "model": model, "text": response.text,
+                                  "finished": response.finished, "tokens": tokens})  # fmt: skip
+        if self.measure.of_judge:
+            for one in self.asked.items:
+                for k, text in enumerate(one.answers):
+                    lines.append({"id": one.name, "prompt": one.prompt, "model": _place(k, one.num_correct),
+                                  "text": text, "finished": True, "tokens": None})  # fmt: skip
+        return lines
+
+    def _keys(self) -> dict[str, str]:
+        """Of the stages that are done."""
+        names = [stage.name for stage in self.stages()] + [JUDGE]
+        return {name: (read_json(self.folder / "stages" / f"{name}.json") or {}).get("key", "") for name in names}
+
+    def redo_from(self, where: str) -> None:
+        """Move aside what was done from a stage on."""
+        stages = self.stages()
+        names = [stage.name for stage in stages]
+        if where not in ("sample", JUDGE, *names):
+            raise ConfigError(f"--from {where}: no stage {where!r}{did_you_mean(where, ('sample', JUDGE, *names))}")
+        redone = [stage for stage in stages if where in ("sample", stage.name)]
+        outputs = [path for stage in redone for path in stage.outputs] + [self.folder / "judged"]
+        moved = [stage.name for stage in redone] + [JUDGE]
+        old = Iteration(self.folder, log.info).set_aside(moved, outputs)
+        if old is not None:
+            log.info("%s moved to %s", ", ".join(moved), old.name)
+
+    def close(self) -> None:
+        self.asked.scorer.close()
+
+
+def lengths(answers: Mapping[str, Sequence[Response]], prompts: int) -> dict[str, Any]:
+    """Counts and means of a model's answers."""
+    every = [response for own in answers.values() for response in own]
+    tokens = [len(r.token_ids) for r in every if r.token_ids is not None]
+    return {
+        "answers": len(every), "missing": prompts - len(answers), "empty": sum(not r.text.strip() for r in every),
+        "cut off": sum(not r.finished for r in every),
+        "mean characters": sum(len(r.text) for r in every) / len(every) if every else None,
+        "mean tokens": sum(tokens) / len(tokens) if tokens else None,
+    }  # fmt: skip
+
+
+def _encoded(policy: str, prompts: Sequence[Any]) -> list[tuple[int, ...]]:
+    return make.prompts_ids(load_tokenizer(policy), prompts)
+
+
+def _place(k: int, right: int) -> str:
+    return ("right" if k < right else "wrong") + f"-{k + 1}"
+
+
+def _of_prompt(item: Any) -> Any:
+    if isinstance(item, Item):
+        return [item.id, item.prompt, dict(item.meta)]
+    return [repr(item)]
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    return _plain(vars(value)) if hasattr(value, "__dataclass_fields__") else str(value)
+
+
+def _shown(given: Any) -> Any:
+    return str(given) if isinstance(given, str | Path) else f"{type(given).__name__} in memory"

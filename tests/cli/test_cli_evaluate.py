@@ -1,0 +1,73 @@
+"""`fastpo evaluate` on the command line: from files to a figure, the cost, one-line errors."""
+
+import json
+import re
+
+import pytest
+
+from fastpo import cli
+
+COUNT = 12
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    """Prompts, answers of two models, a judge and a configuration, in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    write = {
+        "prompts": [{"id": f"p{k}", "prompt": f"q{k}", "answer": "yes"} for k in range(COUNT)],
+        "new": [{"id": f"p{k}", "text": "yes" if k % 3 else "no"} for k in range(COUNT)],
+        "old": [{"id": f"p{k}", "text": "no"} for k in range(COUNT)],
+    }
+    for name, rows in write.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "judge.py").write_text("def longer(prompt, response, meta):\n    return float(len(response))\n")
+    (tmp_path / "eval.yaml").write_text(
+        "prompts: prompts.jsonl\nmodel: new.jsonl\nbaseline: old.jsonl\noutput_dir: out\n"
+        "judge: {kind: function, function: 'judge.py:longer'}\n"
+    )
+    return tmp_path
+
+
+def test_a_win_rate_from_a_file_of_options(files, capsys):
+    assert cli.main(["evaluate", "win_rate", "--config", "eval.yaml"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.splitlines()[0].startswith("model: 83.33 (") and "report.html" in captured.out
+    assert "win_rate: 12 prompts; no answers to sample; 24 judgements by judge\n" in captured.err
+    assert {p.name for p in (files / "out").iterdir()} >= {
+        "answers.jsonl",
+        "verdicts.jsonl",
+        "result.json",
+        "report.html",
+    }
+    # The measure's name in either spelling, and options on top.
+    assert cli.main(["evaluate", "win-rate", "--config", "eval.yaml", "--limit", "5", "--output_dir", "few"]) == 0
+    assert json.loads((files / "few" / "result.json").read_text())["counts"]["prompts"] == 5
+
+
+def test_options_without_a_file(files, capsys):
+    argv = ["evaluate", "held_out", "--model", "new=new.jsonl", "--model", "old=old.jsonl", "--prompts",
+            "prompts.jsonl", "--output-dir", "out", "--set", "judge.kind=verifier",
+            "--set", "judge.verifier=exact_match"]  # fmt: skip
+    assert cli.main([*argv, "--dry-run"]) == 0
+    assert capsys.readouterr().out == "held_out: 12 prompts; no answers to sample; 24 judgements by judge\n"
+    assert not (files / "out").exists()
+    assert cli.main(argv) == 0
+    new, old, _ = capsys.readouterr().out.splitlines()
+    assert new.startswith("new: 0.6667 (") and new.endswith(", the best") and old.startswith("old: 0 (0 to ")
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["evaluate"], "NAME"),
+    (["evaluate", "winrate", "--config", "eval.yaml"], "no measure 'winrate', only .*; did you mean 'win_rate'"),
+    (["evaluate", "win_rate"], "fastpo evaluate needs output_dir"),
+    (["evaluate", "win_rate", "--config", "eval.yaml", "--model", "a", "--model", "b=c"], "each has a name, NAME=PATH"),
+    (["evaluate", "win_rate", "--config", "eval.yaml", "--prompts", "none.jsonl"], "no such file: none.jsonl"),
+    (["evaluate", "win_rate", "--config", "eval.yaml", "--set", "judge"], "expected NAME=VALUE"),
+    (["evaluate", "win_rate", "--config", "eval.yaml", "--baseline", "prompts.jsonl"], "12 of 12 answers of baseline"),
+    (["evaluate", "win_rate", "--config", "eval.yaml", "--modle", "a"], "unrecognised argument '--modle'"),
+])  # fmt: skip
+def test_mistakes_are_one_line(files, capsys, argv, message):
+    assert cli.main(argv) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and re.search(message, lines[0]), lines
