@@ -247,7 +247,8 @@ def main() -> None:
         else:
             torch.set_num_threads(1)
             found = of_quickstart(folder, args.heldout or 1000, args.seed)
-    found["seconds"] = time.perf_counter() - start
+    if args.keep is None:  # else some of it may have been there
+        found["seconds"] = time.perf_counter() - start
     name = "real" if args.real else "quickstart"
     path = common.ROOT / "bench" / "results" / common.machine_name() / "evals_loop.json"
     parts = {} if not path.exists() else json.loads(path.read_text())["loops"]
@@ -266,7 +267,7 @@ def main() -> None:
     for key, title in titles.items():
         if key in parts:
             lines += table(title, parts[key])
-    lines += [f"* {key}: {parts[key]['seconds']:.0f} s in all." for key in titles if key in parts]
+    lines += [f"* {key}: {parts[key]['seconds']:.0f} s in all." for key in titles if "seconds" in parts.get(key, {})]
     text = "\n".join(lines) + "\n"
     print("\n" + text)
     if not args.no_write:
