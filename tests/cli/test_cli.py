@@ -201,6 +201,7 @@ def _other_value(field):
         "fsdp": ("shard_grad_op", "shard_grad_op"),
         "resume_from_checkpoint": ("out/checkpoint-3", "out/checkpoint-3"),
         "trackio_static_space_id": ("me/space", "me/space"),
+        "sampler": ('{"batch_size": 4}', {"batch_size": 4}),
     }
     if field.name in special:
         return special[field.name]
