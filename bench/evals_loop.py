@@ -6,11 +6,11 @@
 The quickstart's loop (bench/loop_quickstart.py, iterative DPO, two iterations) is measured by its verifier, and by
 AlpacaEval 2 (raw, and length-controlled in the minimal form) and the arena's form with four judges: a reward model
 that was trained on the first iteration's pairs, the implicit reward of the policy after against the one before, the
-verifier, and a coin. The real model's loop (bench/loop_real.py, DNO-Prct, three iterations) is measured in the same
+verifier, and a coin. The real model's loop (bench/loop_real.py, DNO-Prct, two iterations) is measured in the same
 way, the judge being SmolLM2-135M-Instruct itself, by the probabilities of the labels A and B, without and with the
-task's criterion. What a judge is worth is its agreement with the verifier on the pairs (after, before): accuracy over
-those in which the verifier prefers one, and Cohen's kappa over all of them (after, before, neither), for the order in
-which the answer after is shown first, for the other, and for the mean of both.
+task's criterion. What a judge is worth is its agreement with the verifier on the pairs (after, before): accuracy and
+Cohen's kappa over those in which the verifier prefers one, for the order in which the answer after is shown first, for
+the other, and for the mean of both.
 """
 
 import argparse
@@ -71,14 +71,12 @@ def agreement(folder: Path, truth: Mapping[str, int]) -> dict[str, dict[str, flo
     said["both orders"] = {key: (first[key] + second[key]) / 2 for key in first if key in second}
     out: dict[str, dict[str, float | None]] = {}
     for name, found in said.items():
-        sides = [(truth[key], side(p)) for key, p in found.items()]
-        decided = [(t, j) for t, j in sides if t]
-        labels = [-1, 0, 1]
-        kappa = cohen_kappa_score(*zip(*sides), labels=labels) if len(set(map(str, sides))) > 1 else None
+        decided = [(truth[key], side(p)) for key, p in found.items() if truth[key]]
+        kappa = cohen_kappa_score(*zip(*decided), labels=[-1, 0, 1]) if decided else float("nan")
         out[name] = {
-            "pairs": len(sides), "decided by the verifier": len(decided),
+            "pairs": len(found), "decided by the verifier": len(decided),
             "accuracy": sum((j == t) + 0.5 * (j == 0) for t, j in decided) / len(decided) if decided else None,
-            "kappa": None if kappa is None or kappa != kappa else float(kappa),
+            "kappa": None if kappa != kappa else float(kappa),
         }  # fmt: skip
     return out
 
@@ -170,7 +168,7 @@ def of_quickstart(work: Path, heldout_count: int, seed: int) -> dict[str, Any]:
 
 
 def of_real(work: Path, model: str, data: Path, heldout_count: int, per_iteration: int) -> dict[str, Any]:
-    iterations = 3
+    iterations = 2
     found = real.prompts_of(data, heldout_count + iterations * per_iteration)
     heldout, asked = found[:heldout_count], found[heldout_count:]
     given = real.RECIPES["dno_prct"]
@@ -235,37 +233,41 @@ def main() -> None:
     parser.add_argument("--real", action="store_true", help="the real model's loop, in the place of the quickstart's")
     parser.add_argument("--model", default=str(common.ROOT / "runs" / "SmolLM2-135M-Instruct"))
     parser.add_argument("--data", type=Path, default=common.ROOT.parent / "shared" / "data")
-    parser.add_argument("--heldout", type=int, help="prompts [1,000; of the real model 64]")
+    parser.add_argument("--heldout", type=int, help="prompts [1,000; of the real model 48]")
     parser.add_argument("--prompts", type=int, default=16, help="of an iteration of the real model")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--keep", type=Path, help="the runs' folder, which goes on where it stopped")
     parser.add_argument("--no-write", action="store_true")
     args = parser.parse_args()
     start = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder, own_cache(Path(folder)):
+    with tempfile.TemporaryDirectory() as temporary, own_cache(args.keep or Path(temporary)):
+        folder = args.keep or Path(temporary)
         if args.real:
-            found = of_real(Path(folder), args.model, args.data, args.heldout or 64, args.prompts)
+            found = of_real(folder, args.model, args.data, args.heldout or 48, args.prompts)
         else:
             torch.set_num_threads(1)
-            found = of_quickstart(Path(folder), args.heldout or 1000, args.seed)
-    found["seconds"] = time.perf_counter() - start
+            found = of_quickstart(folder, args.heldout or 1000, args.seed)
+    if args.keep is None:  # else some of it may have been there
+        found["seconds"] = time.perf_counter() - start
     name = "real" if args.real else "quickstart"
     path = common.ROOT / "bench" / "results" / common.machine_name() / "evals_loop.json"
     parts = {} if not path.exists() else json.loads(path.read_text())["loops"]
     parts |= {name: found | {"environment": common.environment()}}
     titles = {
         "quickstart": "The quickstart's task, two iterations of DPO",
-        "real": "SmolLM2-135M-Instruct, short answers, three iterations of DNO-Prct",
+        "real": "SmolLM2-135M-Instruct, short answers, two iterations of DNO-Prct",
     }
     lines = [
         f"{common.machine_name()}: the policies before and after a loop by `fastpo evaluate`, with 95% intervals; what "
-        "the judge is worth is its agreement with the verifier on the same pairs: accuracy over those in which the "
-        "verifier prefers one (a tie of the judge is a half), Cohen's kappa over after, before and neither. By place "
-        "alone: pairs in which both orders name what was shown first, or both what was shown second.", "",
+        "the judge is worth is its agreement with the verifier on the same pairs: accuracy and Cohen's kappa over "
+        "those in which the verifier prefers one (a tie of the judge is half right). By place alone: pairs in which "
+        "both orders name what was shown first, or both what was shown second. The arena counts a P near 0 or 1 as a "
+        "clear verdict, three times, and a tie once.", "",
     ]  # fmt: skip
     for key, title in titles.items():
         if key in parts:
             lines += table(title, parts[key])
-    lines += [f"* {key}: {parts[key]['seconds']:.0f} s in all." for key in titles if key in parts]
+    lines += [f"* {key}: {parts[key]['seconds']:.0f} s in all." for key in titles if "seconds" in parts.get(key, {})]
     text = "\n".join(lines) + "\n"
     print("\n" + text)
     if not args.no_write:

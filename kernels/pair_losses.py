@@ -16,6 +16,8 @@ What has no recipe stays in Python, for it is no function of one pair's own numb
   aot, aot_unpaired          the order of the whole step's margins
   selm, xpo                  a third response, or a flag of each pair
   reward, degree_aux         numbers of another head than the language model's
+  reinforce, rloo, grpo, dr_grpo, dapo, bnpo, gspo, cispo, sapo, luspo, vespo, gmpo, nash_md
+                             a number of each token, of no pair (losses/tokens.py)
   NLL by token_mean          divides by the mean length over all pairs: the trainer makes it a term of its own
   NLL of prompt and response the prompt's tokens are rows of another kind, which get a gradient too (ORPO with seq_mean
                              or seq_sum; its default is token_mean)

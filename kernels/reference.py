@@ -45,8 +45,8 @@ def row_logprob_entropy(
     softcap: float | None = None,
     logit_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """(log p[target] [N], -sum_v p_v log p_v [N]) of p, the softmax of the rows of `raw`; both have gradients. A column
-    of probability 0 adds nothing to the entropy; -100 rows are 0 in both and have no gradient."""
+    """(`log p[target]`, `-sum_v p_v log p_v`), each [N], of p, the softmax of the rows of `raw`; both have gradients. A
+    column of probability 0 adds nothing to the entropy; -100 rows are 0 in both and have no gradient."""
     raw = raw.float() if raw.dtype in (torch.bfloat16, torch.float16) else raw
     logp = logit_rule(raw, softcap, logit_scale).log_softmax(dim=-1)
     picked = logp.gather(1, target.where(target != IGNORE_INDEX, 0).long().unsqueeze(1)).squeeze(1)

@@ -196,7 +196,7 @@ class TrainConfig:
     judge: dict | str | None = _opt(None, "online: rewards", "who compares two responses for the online preference losses: a section of a judge as in docs/loop.md, or a name", secret=True)
     reward_weights: list[float] | None = _opt(None, "online: rewards", "weight of each of reward_funcs (None: 1)")
     multi_objective_aggregation: str = _opt("sum_then_normalize", "online: rewards", "several rewards: summed and then scaled, or each scaled and then summed", ("sum_then_normalize", "normalize_then_sum"))
-    scale_rewards: str | None = _opt(None, "online: rewards", "advantages over the standard deviation of the prompt's rewards (group, or true), of the generation's (batch), or as they are (none, or false) (None: group; reinforce, rloo, dr_grpo none)", online.SCALES)
+    scale_rewards: str | None = _opt(None, "online: rewards", "advantages over the standard deviation of the prompt's rewards (group, or true), of the generation's (batch), or as they are (none, or false) (None: group; reinforce, rloo, dr_grpo none)", ("group", "batch", "none"))
     missing_eos_penalty: float | None = _opt(None, "online: rewards", "taken from the reward of a response that does not end")
     overlong_buffer: int | None = _opt(None, "online: rewards", "DAPO's soft punishment: over the last so many tokens before max_completion_length the reward falls by overlong_penalty")
     overlong_penalty: float = _opt(1.0, "online: rewards", "overlong_buffer: what a response of the greatest length loses")
@@ -223,7 +223,7 @@ class TrainConfig:
     entropy_coef_delta: float = _opt(0.005, "online: loss", "use_adaptive_entropy: its step")
     entropy_target: float = _opt(0.2, "online: loss", "use_adaptive_entropy: nats of a token; above it the term is left out")
     importance_sampling_correction: bool = _opt(True, "online: loss", "weigh by our probability of a token over the sampler's own, where it says it")
-    importance_sampling_mode: str | None = _opt(None, "online: loss", "weights of tokens or responses, those out of bounds cut to them or left out (None: sequence_mask; vespo token_truncate)", online.MODES)
+    importance_sampling_mode: str | None = _opt(None, "online: loss", "weights of tokens or responses, those out of bounds cut to them or left out (None: sequence_mask; vespo token_truncate)", ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"))
     importance_sampling_clip_max: float | None = _opt(3.0, "online: loss", "upper bound of these weights (None: none)")
     importance_sampling_clip_min: float | None = _opt(None, "online: loss", "lower bound of these weights (None: none)")
 

@@ -1,6 +1,7 @@
 """`fastpo evaluate` on the command line: from files to a figure, the cost, one-line errors."""
 
 import json
+import logging
 import re
 
 import pytest
@@ -29,11 +30,12 @@ def files(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_a_win_rate_from_a_file_of_options(files, capsys):
+def test_a_win_rate_from_a_file_of_options(files, capsys, caplog):
+    caplog.set_level(logging.INFO, "fastpo")
     assert cli.main(["evaluate", "win_rate", "--config", "eval.yaml"]) == 0
     captured = capsys.readouterr()
     assert captured.out.splitlines()[0].startswith("model: 83.33 (") and "report.html" in captured.out
-    assert "win_rate: 12 prompts; no answers to sample; 24 judgements by judge\n" in captured.err
+    assert "win_rate: 12 prompts; no answers to sample; 24 judgements by judge" in caplog.messages
     assert {p.name for p in (files / "out").iterdir()} >= {
         "answers.jsonl",
         "verdicts.jsonl",

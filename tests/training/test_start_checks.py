@@ -251,6 +251,22 @@ SILENT = {
     "data_seed": ({"data_seed": 3, "train_sampling_strategy": "sequential"}, {"data_seed": 3}),
     "optim": ({"optim": "sgd"}, None),
     "lr_scheduler_type": ({"lr_scheduler_type": "cosine"}, None),
+    "entropy_target": (
+        {"entropy_target": 1.0, "loss_type": "grpo"},
+        {"entropy_target": 1.0, "loss_type": "grpo", "use_adaptive_entropy": True},
+    ),
+    "importance_sampling_clip_min": (
+        {"importance_sampling_clip_min": 0.5, "loss_type": "grpo", "importance_sampling_correction": False},
+        {"importance_sampling_clip_min": 0.5, "loss_type": "grpo"},
+    ),
+    "overlong_penalty": (
+        {"overlong_penalty": 2.0, "loss_type": "dapo"},
+        {"overlong_penalty": 2.0, "loss_type": "dapo", "overlong_buffer": 8},
+    ),
+    "log_unique_prompts": (
+        {"log_unique_prompts": True, "loss_type": "grpo"},
+        {"log_unique_prompts": True, "loss_type": "grpo", "log_completions": True},
+    ),
     "num_generations_eval": (
         {"num_generations_eval": 3, "loss_type": "grpo"},
         {"num_generations_eval": 3, "loss_type": "grpo", "eval_strategy": "steps"},
