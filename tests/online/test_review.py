@@ -98,7 +98,7 @@ def test_a_group_that_no_micro_batch_holds_is_cut(tmp_path, monkeypatch, options
         return made
 
     monkeypatch.setattr(MicroBatches, "batch", noted)
-    options = {"max_steps": 4, **options}
+    options = {"max_steps": 4, "adam_epsilon": 1e-3, **options}
     whole = runs.train(tmp_path / "whole", max_tokens=4096, **options)
     large = max(sizes)
     sizes.clear()
@@ -160,7 +160,7 @@ def test_rloo_takes_a_given_reference(tmp_path, options):
     given = runs.train(tmp_path / "given", rest={"ref_model": other}, **options)
     own = runs.train(tmp_path / "own", **options)
     assert runs.lines(own)[0]["kl"] == pytest.approx(0.0, abs=1e-5)
-    assert runs.lines(given)[0]["kl"] > 1e-3
+    assert runs.lines(given)[0]["kl"] != pytest.approx(0.0, abs=1e-3)
 
 
 def test_rloo_moves_its_reference(tmp_path):
