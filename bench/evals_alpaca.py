@@ -28,7 +28,6 @@ from typing import Any
 sys.path.append(str(Path(__file__).resolve().parent))
 import common  # noqa: E402
 import numpy as np  # noqa: E402
-from scipy.stats import kendalltau, spearmanr  # noqa: E402
 
 from fastpo.evals import alpaca, glm  # noqa: E402
 from fastpo.evals.alpaca_rows import Annotations, Calibration  # noqa: E402
@@ -211,6 +210,8 @@ def same_penalty(row: dict[str, Any]) -> bool:
 
 
 def distance(rows: list[dict[str, Any]], name: str, other: str) -> dict[str, Any]:
+    from scipy import stats
+
     pairs = [(row["model"], row[name], row["published"][other]) for row in rows
              if row.get(name) is not None and row["published"][other] is not None]  # fmt: skip
     gaps = {model: abs(ours - theirs) for model, ours, theirs in pairs}
@@ -219,7 +220,8 @@ def distance(rows: list[dict[str, Any]], name: str, other: str) -> dict[str, Any
     return {
         "models": len(pairs), "mean": statistics.fmean(gaps.values()), "median": statistics.median(gaps.values()),
         "worst": gaps[worst], "worst_model": worst, "within_limit": sum(gap <= LIMIT for gap in gaps.values()),
-        "spearman": float(spearmanr(ours, theirs).statistic), "kendall": float(kendalltau(ours, theirs).statistic),
+        "spearman": float(stats.spearmanr(ours, theirs).statistic),
+        "kendall": float(stats.kendalltau(ours, theirs).statistic),
     }  # fmt: skip
 
 

@@ -30,7 +30,6 @@ import common  # noqa: E402
 import loop_quickstart as quick  # noqa: E402
 import loop_real as real  # noqa: E402
 import torch  # noqa: E402
-from sklearn.metrics import cohen_kappa_score  # noqa: E402
 
 import fastpo  # noqa: E402
 from fastpo import quickstart as qs  # noqa: E402
@@ -72,6 +71,8 @@ def agreement(folder: Path, truth: Mapping[str, int]) -> dict[str, dict[str, flo
     out: dict[str, dict[str, float | None]] = {}
     for name, found in said.items():
         decided = [(truth[key], side(p)) for key, p in found.items() if truth[key]]
+        from sklearn.metrics import cohen_kappa_score
+
         kappa = cohen_kappa_score(*zip(*decided), labels=[-1, 0, 1]) if decided else float("nan")
         out[name] = {
             "pairs": len(found), "decided by the verifier": len(decided),

@@ -46,6 +46,8 @@ GRACE_S = 6  # between SIGINT, at which pytest names what failed and a script sh
 LEAST_S = 5  # kept for the last archive in any case
 # Files with tests that need a GPU; tests/test_gpu_run.py holds the list against the marks.
 GPU_TESTS = (
+    "tests/ops/test_entropy.py",
+    "tests/ops/test_entropy_interpreter.py",
     "tests/ops/test_head.py",
     "tests/ops/test_kernels_interpreter.py",
     "tests/ops/test_vocab_ops.py",

@@ -302,7 +302,7 @@ def test_a_check_that_is_cut_short_tells_what_it_found(monkeypatch, capsys):
         check.run_check("cpu", verbose=False)
     out = capsys.readouterr().out
     assert "9x8x301" in out and "FAILED" in out
-    assert re.search(r"^0 of [48] checks passed on cpu in .* s, the others have not run$", out, re.MULTILINE)
+    assert re.search(r"^0 of \d+ checks passed on cpu in .* s, the others have not run$", out, re.MULTILINE)
 
 
 def wheel(folder: Path, name: str, version: str, tag: str = "py3-none-any") -> None:

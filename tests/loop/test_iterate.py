@@ -188,7 +188,7 @@ def test_too_many_failures_end_the_stage(options):
         ({"train": {"lerning_rate": 1.0}}, "train: .*lerning_rate.*learning_rate"),
         ({"train": {"loss_type": "inpo"}}, "beta is set, but inpo does not read it"),
         ({"train": {"loss_type": "dpo_soft"}}, r"set select\.rows=pairs"),
-        ({"train": {"loss_type": "grpo"}}, r"grpo (needs responses sampled|samples while it trains)"),
+        ({"train": {"loss_type": "grpo"}}, r"grpo draws its responses in training: set train\.num_generations"),
         ({"train": {"loss_type": "simpo"}}, r"train\.reference: simpo reads no reference"),
         ({"train": {"previous": "start"}}, r"train\.previous: dpo reads no previous policy"),
         ({"train": {"reference": "strat"}}, r"train\.reference='strat' is neither a policy's name"),
