@@ -68,11 +68,11 @@ def agreement(folder: Path, truth: Mapping[str, int]) -> dict[str, dict[str, flo
         said = {name: given for name in ORDERS}  # one at a time: there is no order
     first, second = (said[name] for name in ORDERS)
     said["both orders"] = {key: (first[key] + second[key]) / 2 for key in first if key in second}
+    from sklearn.metrics import cohen_kappa_score
+
     out: dict[str, dict[str, float | None]] = {}
     for name, found in said.items():
         decided = [(truth[key], side(p)) for key, p in found.items() if truth[key]]
-        from sklearn.metrics import cohen_kappa_score
-
         kappa = cohen_kappa_score(*zip(*decided), labels=[-1, 0, 1]) if decided else float("nan")
         out[name] = {
             "pairs": len(found), "decided by the verifier": len(decided),

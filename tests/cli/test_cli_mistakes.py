@@ -9,8 +9,8 @@ from fastpo.cli import main
     ("argv", "words"),
     [
         (["trian"], "unknown command 'trian'; did you mean 'train'? (see fastpo --help)"),
-        (["zzz"], "unknown command 'zzz'; there are train, iterate, evaluate, recipes, plan, losses, quickstart, check, "
-                  "games, "
+        (["zzz"], "unknown command 'zzz'; there are train, iterate, evaluate, recipes, plan, losses, quickstart, "
+                  "check, games, "
                   "env"),
         (["a\nb"], "unknown command 'a\\nb'; there are"),
         (["env", "extra"], "unrecognised argument 'extra' (see fastpo env --help)"),
