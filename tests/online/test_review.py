@@ -85,7 +85,9 @@ def test_stopped_within_a_step(tmp_path, monkeypatch, case):
 # ---------------------------------------------------------------- groups and micro-batches
 
 
-@pytest.mark.parametrize("options", [{}, {"beta": 0.05, "num_iterations": 2, "top_entropy_quantile": 0.5}])
+@pytest.mark.parametrize(
+    "options", [{}, {"beta": 0.05, "num_iterations": 2}, {"num_iterations": 2, "top_entropy_quantile": 0.5}]
+)
 def test_a_group_that_no_micro_batch_holds_is_cut(tmp_path, monkeypatch, options):
     """Responses go through the model one by one, with the same numbers; a run goes on inside such a generation."""
     sizes = []
