@@ -10,7 +10,7 @@ tokens that have one before them, U = prompts that they are of.
 
 import math
 import sys
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple, Protocol, Self
 
@@ -362,12 +362,9 @@ def collate(
     token_weights: list[np.ndarray] = []
     pairs: list[tuple[int, int]] = []
     pair_weight: list[float] = []
-    margins, of_reference = list[float](), list[float]()
     win_chosen: list[float | None] = []
     win_rejected: list[float | None] = []
-    ref_sums: list[float] = []
-    labels, scores, advantages = list[float](), list[float](), list[float]()
-    columns: dict[str, list[np.ndarray]] = {}
+    labels: list[float] = []
     scored_rows: list[int] = []
     losses: dict[str, list[int]] = {}  # name -> places in `pairs`
     of_rows: list[np.ndarray] = []  # of each response, which of `losses` its row names
@@ -389,8 +386,6 @@ def collate(
             pairs.append((first_response + winner, first_response + loser))
             pair_weight.append(weight)
             preferred.setdefault(winner, weight)
-        margins += example.pair_columns.get("margin", [])
-        of_reference += example.pair_columns.get(OF_REFERENCE, [])
         take_win_probs(example, win_chosen, win_rejected)
         trunk.begin_row(opens)
         for k, response in enumerate(example.responses):
@@ -419,18 +414,16 @@ def collate(
                 ref.append(ref_logps[i][k])
         if share:
             trunk.end_shared_row(opens, len(example.prompt_ids))
-        ref_sums += example.response_columns.get("ref_logps", [])
-        scores += example.response_columns.get("score", [])
-        advantages += example.response_columns.get(ADVANTAGE, [])
-        for name, values in example.token_columns.items():
-            columns.setdefault(name, []).extend(values)
         if example.greedy is not None:
             greedy += [first_response + example.greedy] * len(example.pairs)
         elif example.loss is not None:  # which reads none
             greedy += [first_response + winner for winner, _ in example.pairs]
     padding = trunk.pad(token_bucket) if token_bucket else 0
     n_responses, n_pairs = len(targets), len(pairs)
-    ref += columns.pop(REF_LOGP, [])
+    of_pairs = _gathered(examples[i].pair_columns for i in indices)
+    of_responses = _gathered(examples[i].response_columns for i in indices)
+    of_tokens = _gathered(examples[i].token_columns for i in indices)
+    ref += of_tokens.pop(REF_LOGP, [])
     return PackedBatch(
         input_ids=_int64(trunk.ids),
         position_ids=_int64(trunk.positions),
@@ -445,18 +438,18 @@ def collate(
         pair_weight=torch.tensor(pair_weight, dtype=torch.float32),
         nll_weight=torch.from_numpy(np.concatenate(nll)),
         token_weight=torch.from_numpy(np.concatenate(token_weights)) if token_weights else None,
-        margin=_float32(margins, n_pairs),
-        of_reference=_float32(of_reference, n_pairs) if of_reference else None,
+        margin=_float32(of_pairs.get("margin", []), n_pairs),
+        of_reference=_float32(of_pairs[OF_REFERENCE], n_pairs) if of_pairs.get(OF_REFERENCE) else None,
         win_prob_chosen=_float32(win_chosen, n_pairs),
         win_prob_rejected=_float32(win_rejected, n_pairs),
         label=torch.tensor(labels).bool() if labels else None,
-        score=_float32(scores, n_responses),
+        score=_float32(of_responses.get("score", []), n_responses),
         scored_rows=torch.tensor(scored_rows) if scored_rows else None,
         greedy=torch.tensor(greedy, dtype=torch.int32) if pairs and len(greedy) == n_pairs else None,
         degrees=torch.tensor(degrees) if degrees else None,
         degree_weight=torch.tensor(degree_weight) if degrees else None,
         ref_logp=torch.from_numpy(np.concatenate(ref).astype(np.float32)) if ref else None,
-        ref_response_logps=_float32(ref_sums, n_responses),
+        ref_response_logps=_float32(of_responses.get("ref_logps", []), n_responses),
         losses={name: tuple(places) for name, places in losses.items()} or None,
         row_loss=_int64(of_rows) if of_rows else None,
         examples=tuple(indices),
@@ -467,9 +460,18 @@ def collate(
         padding=padding,
         prompts=prompts.packed(pairs) if with_prompts else None,
         uses=trunk.uses() if all(examples[i].whole for i in indices) else None,
-        advantage=_float32(advantages, n_responses) if advantages else None,
-        tokens={name: torch.from_numpy(np.concatenate(of_each)) for name, of_each in columns.items()},
+        advantage=_float32(of_responses[ADVANTAGE], n_responses) if of_responses.get(ADVANTAGE) else None,
+        tokens={name: torch.from_numpy(np.concatenate(of_each)) for name, of_each in of_tokens.items()},
     )
+
+
+def _gathered(of_rows: Iterable[Mapping[str, list[Any]]]) -> dict[str, list[Any]]:
+    """Columns of rows, one after another."""
+    columns: dict[str, list[Any]] = {}
+    for of_row in of_rows:
+        for name, values in of_row.items():
+            columns.setdefault(name, []).extend(values)
+    return columns
 
 
 class _PromptRows:
