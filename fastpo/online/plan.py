@@ -6,7 +6,6 @@ trains on responses of the policy as it is.
 """
 
 from dataclasses import replace
-from typing import Any
 
 from fastpo.config.train_config import TrainConfig
 from fastpo.training.step_plan import StepPlan
@@ -35,19 +34,13 @@ class OnlinePlan(StepPlan):
         size = min(self.spread, self.per_epoch - number * self.spread)
         return step - inside, inside % size, list(range(first, first + size))
 
-    def __getitem__(self, step: Any) -> Any:
-        if isinstance(step, slice):
-            return [self[i] for i in range(*step.indices(self.total))]
-        step = step + self.total if step < 0 else step
-        if not 0 <= step < self.total:
-            raise IndexError(step)
+    def _of(self, step: int) -> tuple[int, list[int]]:
         _, place, base = self.generation(step)
         return self.base(base[place])
 
     def base(self, step: int) -> tuple[int, list[int]]:
         """(epoch, prompts) of a base step."""
-        epoch, place = divmod(step, self.per_epoch)
-        return epoch, self._steps(epoch)[place]
+        return super()._of(step)
 
     def visited(self, start: int = 0, stop: int | None = None) -> set[int]:
         """No prompt's responses are known before they are drawn."""

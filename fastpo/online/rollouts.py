@@ -59,6 +59,13 @@ class Group:
     masked: list[bool] = field(default_factory=list)  # [K]: counts, and trains nothing
     token_columns: dict[str, list[np.ndarray]] = field(default_factory=dict)  # as an example's
 
+    def leave(self, keep: Sequence[bool]) -> None:
+        """Only these responses [K], with what is known of each; of a group without pairs."""
+        columns = {name: getattr(self, name) for name in ("responses", "advantage", "masked")}
+        for name, values in columns.items():
+            setattr(self, name, list(itertools.compress(values, keep)))
+        self.token_columns = {name: list(itertools.compress(v, keep)) for name, v in self.token_columns.items()}
+
     def example(self) -> Example:
         """As a row."""
         columns = {ADVANTAGE: list(self.advantage)} if self.advantage else {}
@@ -81,7 +88,7 @@ class Judged:
 
 
 class Judgement(Protocol):
-    """What makes groups of what was drawn (online/advantages.py, online/preferences.py). Every rank calls it alike."""
+    """What makes groups of what was drawn (online/worth.py). Every rank calls it alike."""
 
     def __call__(self, drawn: Sequence[Drawn], asked: Mapping[int, Asked]) -> Judged: ...
 
@@ -288,10 +295,7 @@ class Rollouts:
         idle = self._every_token_trains()
         keep = [not m and (idle or a != 0.0) for a, m in zip(group.advantage, group.masked, strict=True)]
         if any(keep):
-            for name in ("responses", "advantage", "masked"):
-                setattr(group, name, [v for v, k in zip(getattr(group, name), keep, strict=True) if k])
-            for name, values in group.token_columns.items():
-                group.token_columns[name] = [v for v, k in zip(values, keep, strict=True) if k]
+            group.leave(keep)
         return any(keep)
 
     def _every_token_trains(self) -> bool:
@@ -331,10 +335,10 @@ class Rollouts:
         if any(MASK in e.token_columns for e in examples):
             for e in examples:
                 e.token_columns.setdefault(MASK, [np.ones(len(r), np.float32) for r in e.responses])
-        if any(POLICY_MASK in e.token_columns for e in examples):  # those have what follows
-            for e, name in itertools.product(examples, (OLD_LOGP, POLICY_MASK)):
-                e.token_columns.setdefault(name, [np.zeros(len(r), np.float32) for r in e.responses])
-        elif objective.token_terms and self._reads_old():
+        known = {name for e in examples for name in e.token_columns} & {OLD_LOGP, POLICY_MASK}
+        for e, name in itertools.product(examples, sorted(known)):  # those without are idle
+            e.token_columns.setdefault(name, [np.zeros(len(r), np.float32) for r in e.responses])
+        if OLD_LOGP not in known and objective.token_terms and self._reads_old():
             _set(examples, OLD_LOGP, self.logps(examples, None)[0])
         if self.served is not None:
             self._hold_to_its_word(self.served, examples, list(groups.values()))
@@ -346,6 +350,9 @@ class Rollouts:
         examples = [group.example() for group in groups]
         self.passes.batches.place("rollouts", examples)
         old, ref = self.logps(examples, None)[0], self.reference_logps(examples)
+        if self._reads_old():
+            for group, of_row in zip(groups, old, strict=True):
+                group.token_columns[OLD_LOGP] = of_row
         return [[self.beta * float((o.astype(float) - r).sum()) for o, r in zip(*of_row, strict=True)]
                 for of_row in zip(old, ref, strict=True)]  # fmt: skip
 
@@ -461,9 +468,10 @@ class Rollouts:
         if judged.lines and self.passes.world.main:
             lines, most = judged.lines, self.config.num_completions_to_print
             if self.config.log_unique_prompts:
-                lines = list({repr(line["prompt"]): line for line in reversed(lines)}.values())[
-                    ::-1
-                ]  # the first of each
+                first: dict[str, dict[str, Any]] = {}
+                for line in lines:
+                    first.setdefault(repr(line["prompt"]), line)
+                lines = list(first.values())
             write_lines(self.folder / "completions" / f"{number:06d}.jsonl", lines[:most])
 
     def flush(self) -> dict[str, float]:

@@ -7,6 +7,7 @@ G = responses of a prompt, R = of all prompts, F = reward functions.
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,34 @@ def groups_of(drawn: Sequence[Drawn], asked: Mapping[int, Asked]) -> tuple[list[
         if there:
             groups.append(Group(d.row, asked[d.row], there))
     return groups, lost
+
+
+def _of_ranks(
+    world: World, groups: Sequence[Group], judge: Callable[[list[Any], list[Any]], Any]
+) -> list[tuple[range, Any]]:
+    """What `judge` says of each rank's share of the groups (rows, responses), with which groups those are."""
+    shares = [range(rank, len(groups), world.size) for rank in range(world.size)]
+    rows = [groups[n].asked.row for n in shares[world.rank]]
+    given = [groups[n].responses for n in shares[world.rank]]
+    return list(zip(shares, world.gather(world.all_do(lambda: judge(rows, given))), strict=True))
+
+
+def _count(parts: Sequence[Any], left_out: Counter[str], nothing: bool) -> None:
+    """Counts what the ranks' judges left out. TrainingError where they are broken and said nothing."""
+    for part in parts:
+        left_out.update(part.left_out)
+    broken = next((part.broken for part in parts if part.broken), None)
+    if nothing and broken:
+        raise TrainingError(broken)
+
+
+def _means(parts: Sequence[Any]) -> dict[str, float]:
+    """Of what reward functions log, over the ranks."""
+    logged: dict[str, list[float]] = {}
+    for part in parts:
+        for name, value in part.logged.items():
+            logged.setdefault(name, []).append(value)
+    return {name: float(np.mean(values)) for name, values in logged.items()}
 
 
 class ByRewards:
@@ -96,11 +125,11 @@ class ByRewards:
         for group in groups:
             place = range(at, at + len(group.responses))
             at = place.stop
-            keep = [r for r in place if used[r]]
-            if keep:
-                group.responses = [group.responses[r - place.start] for r in keep]
-                group.advantage = [float(found.values[r]) for r in keep]
+            keep = [bool(used[r]) for r in place]
+            if any(keep):
+                group.advantage = [float(found.values[r]) for r in place]
                 group.masked = [config.mask_truncated_completions and not r.finished for r in group.responses]
+                group.leave(keep)
                 out.append(group)
         return Judged(out, metrics | logged, tokens, left_out, lines)
 
@@ -108,31 +137,23 @@ class ByRewards:
         self, groups: Sequence[Group], left_out: Counter[str]
     ) -> tuple[Any, Any, dict[str, list[Any]], dict[str, float]]:
         """values [R, F], used [R], columns that functions log, and their metrics, of all ranks' parts together."""
-        world = self.world
-        mine = range(world.rank, len(groups), world.size)
-        rows, given = [groups[n].asked.row for n in mine], [groups[n].responses for n in mine]
-        own = world.all_do(lambda: self.rewards(rows, given, self.state(), stop=False))
-        parts = world.gather(own)
+        parts = _of_ranks(self.world, groups, partial(self.rewards, state=self.state(), stop=False))
         total = sum(len(g.responses) for g in groups)
         values, used = np.full((total, len(self.rewards.names)), NAN), np.zeros(total, bool)
         starts = np.cumsum([0, *(len(g.responses) for g in groups)])
         extra: dict[str, list[Any]] = {}
-        logged: dict[str, list[float]] = {}
-        for rank, part in enumerate(parts):
+        for theirs, part in parts:
             at = 0
-            for n in range(rank, len(groups), world.size):
+            for n in theirs:
                 count = len(groups[n].responses)
                 here, there = slice(starts[n], starts[n + 1]), slice(at, at + count)
                 values[here], used[here] = part.values[there], part.used[there]
                 for name, column in part.extra.items():
                     extra.setdefault(name, [None] * total)[here] = column[there]
                 at += count
-            left_out.update(part.left_out)
-            for name, value in part.logged.items():
-                logged.setdefault(name, []).append(value)
-        if not used.any() and (broken := next((p.broken for p in parts if p.broken), None)):
-            raise TrainingError(broken)
-        return values, used, extra, {name: float(np.mean(v)) for name, v in logged.items()}
+        judged = [part for _, part in parts]
+        _count(judged, left_out, nothing=not used.any())
+        return values, used, extra, _means(judged)
 
     def _own(self, responses: Sequence[Response]) -> list[tuple[str, Any, float]]:
         """Rewards of the options: (name, [R], weight)."""
@@ -158,38 +179,22 @@ class ByWins:
         self, config: TrainConfig, asks: Rollouts, way: Online, preferences: Preferences, world: World,
         state: Callable[[], Any],
     ):  # fmt: skip
-        self.config, self.asks, self.way, self.preferences, self.world, self.state = (
-            config,
-            asks,
-            way,
-            preferences,
-            world,
-            state,
-        )
+        self.config, self.asks, self.way, self.preferences = config, asks, way, preferences
+        self.world, self.state = world, state
 
     def __call__(self, drawn: Sequence[Drawn], asked: Mapping[int, Asked]) -> Judged:
         groups, left_out = groups_of(drawn, asked)
-        world = self.world
-        mine = range(world.rank, len(groups), world.size)
-        rows, given = [groups[n].asked.row for n in mine], [groups[n].responses for n in mine]
-        own = world.all_do(lambda: self.preferences(rows, given, self.state(), stop=False))
-        parts = world.gather(own)
+        parts = _of_ranks(self.world, groups, partial(self.preferences, state=self.state(), stop=False))
         wins: dict[int, Any] = {}
         rewards: list[np.ndarray] = [np.zeros(0)] * len(groups)  # of each prompt's responses, where there are rewards
-        logged: dict[str, list[float]] = {}
-        for rank, part in enumerate(parts):
-            theirs = range(rank, len(groups), world.size)
+        for theirs, part in parts:
             wins |= dict(zip(theirs, part.wins, strict=True))
             if part.rewards is not None and len(theirs):
                 ends = np.cumsum([len(groups[n].responses) for n in theirs])
                 for n, of_group in zip(theirs, np.split(part.rewards, ends[:-1]), strict=True):
                     rewards[n] = of_group
-            left_out.update(part.left_out)
-            for name, value in (part.judged.logged if part.judged is not None else {}).items():
-                logged.setdefault(name, []).append(value)
-        if groups and all(np.isnan(p).all() for p in wins.values()):
-            if broken := next((p.broken for p in parts if p.broken), None):
-                raise TrainingError(broken)
+        preferred = [part for _, part in parts]
+        _count(preferred, left_out, nothing=bool(groups) and all(np.isnan(p).all() for p in wins.values()))
         tokens = {g.row: sequence_tokens(g.example()) for g in groups}
         # What a reference or a mixture with it says to be compared with is no measure of the policy.
         every = [r for g in groups for r in g.responses]
@@ -206,7 +211,7 @@ class ByWins:
             lines = [line for n, g in enumerate(groups) for line in _compared_lines(g, wins[n], rewards[n])]
         make = self._pairs if self.way.pairs else self._advantages
         made = [group for n, group in enumerate(groups) if make(group, wins[n])]
-        metrics |= {name: float(np.mean(v)) for name, v in logged.items()}
+        metrics |= _means([part.judged for part in preferred if part.judged is not None])
         if self.way.pairs:
             metrics["pairs_formed"] = float(sum(len(g.pairs) for g in made))
         return Judged(made, metrics, tokens, left_out, lines)

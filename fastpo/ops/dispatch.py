@@ -30,9 +30,9 @@ def linear_logprob(
     """log_softmax(softcap(logit_scale * (hidden W^T + b)))[target] -> logp [N], or (logp, entropy [N]), fp32 or fp64.
 
     Differentiable once in hidden, weight and bias; the entropy is detached, `linear_logprob_entropy` gives one with a
-    gradient; rows with target -100 give 0. One N x V
-    matrix in the input dtype is kept for the backward where it fits `memory_budget` bytes (default:
-    `default_memory_budget`); over that, and with 0, the backward recomputes it a vocabulary slice at a time.
+    gradient; rows with target -100 give 0. One N x V matrix in the input dtype is kept for the backward where it fits
+    `memory_budget` bytes (default: `default_memory_budget`); over that, and with 0, the backward recomputes it a
+    vocabulary slice at a time.
 
     return_top1 adds an output after the entropy, from the same pass: 1 where no logit is above the target's, else 0
     [N], detached; ties are 1, rows with target -100 or a NaN are 0.

@@ -49,6 +49,9 @@ class StepPlan(Sequence[tuple[int, list[int]]]):
         step = step + self.total if step < 0 else step
         if not 0 <= step < self.total:
             raise IndexError(step)
+        return self._of(step)
+
+    def _of(self, step: int) -> tuple[int, list[int]]:
         epoch, place = divmod(step, self.per_epoch)
         return epoch, self._steps(epoch)[place]
 
