@@ -82,6 +82,8 @@ def check(config: LoopConfig, train: TrainConfig, units: Mapping[str, str]) -> N
     names = named(config, units)
     rollouts(train)  # whole groups in a batch
     weights = train.reward_weights
+    if weights is not None and way.by == "wins" and len(names) == 1 and units[names[0]] == "pair":
+        raise ConfigError(f"train.reward_weights: {names[0]!r} compares responses and is the only judge: leave it out")
     if weights is not None and len(weights) != len(names):
         raise ConfigError(
             f"train.reward_weights has {len(weights)} weights for {len(names)} rewards: {', '.join(names)}"

@@ -4,6 +4,7 @@ Until responses are drawn a row has stand-ins, as many and as long as responses 
 it packs, what its memory holds and whether the model computes as it should.
 """
 
+import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,7 +18,7 @@ from fastpo.data.packing import trunk_tokens
 from fastpo.data.report import DataReport
 from fastpo.errors import DataError, nearest, quoted
 from fastpo.sampling import make
-from fastpo.sampling.items import Prompt
+from fastpo.sampling.items import Prompt, seed_of
 from fastpo.training.run_data import DataSets, open_table
 
 log = logging.getLogger("fastpo")
@@ -96,8 +97,13 @@ class PromptSets(DataSets):
         log.info("a prompt, as it is answered: %r", text if len(text) <= 600 else f"{text[:400]} [...] {text[-200:]}")
 
     def identified(self) -> list[Example]:
-        """The rows by which a run that goes on is known: a prompt as often as it is answered, whatever the length."""
-        return [replace(e, responses=[r[:1] for r in e.responses]) for e in self.train]
+        """The rows by which a run that goes on is known: a prompt as often as it is answered, whatever the length, and
+        what reward functions read beside it."""
+        return [
+            replace(e, responses=[r[:1] for r in e.responses], pair_columns={"row": [float(_number(e.row))]})
+            for e in self.train
+            if isinstance(e, Asked)
+        ]
 
     def sized(self) -> list[Example]:
         return [replace(e, responses=e.responses[:1], share=False) for e in self.train] if self.apart else self.train
@@ -116,6 +122,12 @@ class PromptSets(DataSets):
             e = self.train[i]
             out.append(replace(e, responses=[r[:PROBE_TOKENS] for r in e.responses[:2]]))
         return out
+
+
+def _number(row: Mapping[str, Any]) -> int:
+    """Of the columns of a row: of a value that JSON has no form of, only that it is there."""
+    given = {name: value for name, value in row.items() if value is not None}
+    return seed_of(json.loads(json.dumps(given, default=lambda value: type(value).__name__)))
 
 
 def stand_in(count: int, length: int) -> list[np.ndarray]:

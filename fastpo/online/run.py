@@ -103,6 +103,8 @@ class OnlineRun:
             raise ConfigError(f"{self.way.name} reads rewards, not comparisons: pass the judge in reward_funcs")
         self.rewards: Rewards | None = None
         self.preferences: Preferences | None = None
+        if reward_funcs is None and config.reward_weights is not None:
+            raise ConfigError("reward_weights are of reward_funcs, and here a judge compares: leave them out")
         if reward_funcs is not None:
             self.rewards = (
                 reward_funcs

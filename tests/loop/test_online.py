@@ -249,6 +249,12 @@ def test_there_must_be_a_reward(options):
         fastpo.iterate(options())
 
 
+def test_a_judge_alone_has_no_weight(options):
+    given = options(train={"loss_type": "online_dpo", "reward_weights": [2.0]})
+    with pytest.raises(ConfigError, match=r"train\.reward_weights: 'judge' compares responses and is the only judge"):
+        fastpo.iterate(given, scorers={"judge": Pairs()})
+
+
 def test_pairs_cannot_be_summed_where_a_policy_is_measured(options):
     given = options(eval={"prompts": [{"prompt": "w1"}]})
     with pytest.raises(ConfigError, match="eval.scorer must name what a policy is measured by: 'judge' judges a pair"):

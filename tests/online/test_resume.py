@@ -43,9 +43,9 @@ def worth(completion_ids, **_):
     return [float(sum(ids) % 3 == 0) for ids in completion_ids]
 
 
-def run(folder, *callbacks, **options):
+def run(folder, *callbacks, rows=None, **options):
     rest = {"sampler": None, "reward_funcs": worth, "callbacks": list(callbacks), "eval_dataset": runs.prompts(2, 9)}
-    return runs.train(folder, rest=rest, **OPTIONS | {"eval_strategy": "steps", "eval_steps": 3} | options)
+    return runs.train(folder, rows, rest=rest, **OPTIONS | {"eval_strategy": "steps", "eval_steps": 3} | options)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -78,6 +78,16 @@ def test_a_checkpoint_is_not_taken_up_by_another_plan(tmp_path):
         run(tmp_path, Stop(1), steps_per_generation=1, num_iterations=1)
     with pytest.raises(FastpoError, match="responses drawn at step 0, which the checkpoint does not hold"):
         run(tmp_path)
+
+
+def test_a_checkpoint_is_not_taken_up_with_other_columns(tmp_path):
+    """Reward functions read them: here one that knows the answer."""
+    rows = runs.prompts(8)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, Stop(1), rows=rows)
+    run(tmp_path, Stop(9), rows=[row | {"note": None} for row in rows], max_steps=2)  # as datasets fills rows up
+    with pytest.raises(FastpoError, match="data"):
+        run(tmp_path, rows=[row | {"number": row["number"] + (row["number"] == 5)} for row in rows])
 
 
 def test_two_runs_alike(tmp_path):

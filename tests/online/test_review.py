@@ -273,3 +273,9 @@ def test_a_column_that_is_not_there_is_not_likened_to_what_is_no_column(tmp_path
 
     with pytest.raises(ConfigError, match="needs a column 'solution', and the rows have, beside the prompt, number$"):
         runs.train(tmp_path, rest={"reward_funcs": right})
+
+
+def test_weights_of_rewards_beside_a_judge_are_refused(tmp_path):
+    judge = {"kind": "verifier", "verifier": "max_words", "n": 3}
+    with pytest.raises(ConfigError, match="reward_weights are of reward_funcs, and here a judge compares"):
+        runs.train(tmp_path, loss_type="online_dpo", reward_weights=[2.0], rest={"reward_funcs": None, "judge": judge})
