@@ -11,16 +11,12 @@ Sampling and judging are stages of the loop (fastpo/loop/stages.py): done once, 
 what they depend on has changed. The figures are made anew each time.
 """
 
-import contextlib
-import gc
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from fastpo.checkpoints.run_lock import RunLock
 from fastpo.errors import ConfigError, did_you_mean
@@ -211,27 +207,18 @@ class Evaluation:
 
         def work() -> Mapping[str, Any]:
             requests = requests_of(self.items, one.sample, partial(_encoded, policy), self.config.seed, "evaluate")
-            with self._sampler(one) as sampler:
+            with make.lent(self._sampler(one)) as sampler:
                 return sample_stage(
                     sampler, requests, path, max_failed=self.config.max_failed, name=f"sample {one.name}"
                 )
 
         return Stage(f"sample-{one.name}", options, there(policy), [path, path.with_suffix(".sampler.json")], work)
 
-    @contextlib.contextmanager
-    def _sampler(self, one: Source) -> Iterator[Sampler]:
+    def _sampler(self, one: Source) -> Sampler:
         assert one.policy is not None
         if self.make_sampler is not None:
-            made = self.make_sampler(one.policy)
-        else:
-            made = make.make_sampler(one.sample, one.policy, load_tokenizer(one.policy), self.folder / "sampled")
-        try:
-            yield made
-        finally:
-            made.close()
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            return self.make_sampler(one.policy)
+        return make.make_sampler(one.sample, one.policy, load_tokenizer(one.policy), self.folder / "sampled")
 
     def judging(self) -> Stage:
         asked, folder = self.asked, self.folder / "judged"

@@ -9,54 +9,33 @@ from typing import Any
 from fastpo.errors import ConfigError
 from fastpo.evals import pairwise
 from fastpo.evals.asked import refuse
+from fastpo.evals.text_judge import TextJudge
 from fastpo.evals.wildbench_judge import WildBenchJudge
 from fastpo.loop.score_stage import as_verdict, read_verdicts, unit_stage
 from fastpo.sampling.items import Failure, Scorer, Unit, Verdict, digest, prompt_text
 from fastpo.sampling.parts import read_json, read_lines
-from fastpo.scoring.judges import Backend, Question, Reply
 from fastpo.scoring.scorers import make_scorer
-from fastpo.scoring.scoring import RAW, BaseScorer, BothOrders, Ensemble, FunctionScorer
+from fastpo.scoring.scoring import BaseScorer, BothOrders, Ensemble, FunctionScorer
 
 CHARACTERS = 4  # of a token, where none is counted
 FIVE = {"A>>B": 1.0, "A>B": 0.75, "A=B": 0.5, "B>A": 0.25, "B>>A": 0.0}  # P(the first is better)
 
 
-class ArenaJudge(BaseScorer):
+class ArenaJudge(TextJudge):
     """A language model that gives one of Arena-Hard's five verdicts on a pair (pairwise.py); a backend of text."""
 
-    unit, cached = "pair", True
-
-    def __init__(self, name: str, backend: Backend):
-        self.name, self.backend, self.exact = name, backend, backend.exact
+    unit, benchmark = "pair", "Arena-Hard"
 
     @property
     def key(self) -> Mapping[str, Any]:
         return {"arena": pairwise.template(), "judge": dict(self.backend.key)}
 
-    @property
-    def identity(self) -> Mapping[str, Any]:
-        return {**self.key, "judge": dict(self.backend.identity)}
-
     def content(self, unit: Unit) -> str:
         return pairwise.question(prompt_text(unit.item.prompt), *(response.text for response in unit.responses))
 
-    def score(self, units: Sequence[Unit]) -> Iterator[tuple[Unit, Verdict]]:
-        questions = [Question(self.content(unit)) for unit in units]
-        for n, verdict in self.backend.answers(questions, self.read):
-            yield units[n], verdict
-
-    def read(self, reply: Reply) -> Verdict:
-        if isinstance(reply, Failure):
-            return Verdict.failed(reply.status, reply.raw[:RAW])
-        if not isinstance(reply, str):
-            raise ConfigError(f"scorer {self.name!r}: Arena-Hard's verdicts are written, not probabilities of labels")
+    def value(self, reply: str) -> float | Failure:
         found = pairwise.read_verdict(reply)
-        if isinstance(found, Failure):
-            return Verdict.failed(found.status, reply[:RAW])
-        return Verdict(FIVE[found], raw=reply[:RAW])
-
-    def close(self) -> None:
-        self.backend.close()
+        return found if isinstance(found, Failure) else FIVE[found]
 
 
 class FileJudge(BaseScorer):

@@ -1,5 +1,6 @@
 """What every measure is: which prompts it reads, what it asks of a judge, and the figure that comes of it."""
 
+import abc
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -61,7 +62,7 @@ def mean_of(values: Sequence[float], scale: float = 1.0) -> dict[str, Any]:
             "prompts": count}  # fmt: skip
 
 
-class Measure:
+class Measure(abc.ABC):
     """One of the names. `options`: its own with their defaults."""
 
     name = ""
@@ -100,21 +101,21 @@ class Measure:
         if self.compares and not asked.rivals:
             raise ConfigError(f"{self.name}: the baseline is the only model")
 
+    @abc.abstractmethod
     def units(self, asked: Asked) -> Iterator[Unit]:
         """What the judge is asked."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def judge(self, asked: Asked, folder: Path) -> dict[str, Any]:
         """Asks what is not in the folder yet; counts."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def verdicts(self, asked: Asked, folder: Path) -> Iterator[dict[str, Any]]:
         """Lines of verdicts.jsonl."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def figures(self, asked: Asked, folder: Path) -> dict[str, dict[str, Any]]:
         """By model: value, error, interval, and what belongs to them."""
-        raise NotImplementedError
 
     def of_annotations(self, source: Any, prompts: Any, seed: int, baseline: Any = None) -> dict[str, dict[str, Any]]:
         """The same of a file in the measure's own format; `baseline` is the arena's, by name."""

@@ -6,17 +6,17 @@ are the benchmark's.
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
 from fastpo.errors import ConfigError, did_you_mean
+from fastpo.evals.text_judge import TextJudge
 from fastpo.evals.wildbench import MAX_WORDS, number_of, shortened
-from fastpo.sampling.items import Failure, Prompt, Unit, Verdict
-from fastpo.scoring.judges import Backend, Question, Reply
+from fastpo.sampling.items import Failure, Prompt, Unit
+from fastpo.scoring.judges import Backend
 from fastpo.scoring.replies import FENCED, answer_of, is_refusal
-from fastpo.scoring.scoring import RAW, BaseScorer
 
 VERSION = 1  # of how replies are read; in the key
 CHOICES = {"A++": 1.0, "A+": 0.75, "A=B": 0.5, "B+": 0.25, "B++": 0.0}  # P(the first is better)
@@ -28,7 +28,7 @@ _FILES = {"pair": "wildbench_pair", "response": "wildbench_score"}
 _SLOT = re.compile(r"\{(\w+)\}")
 
 
-class WildBenchJudge(BaseScorer):
+class WildBenchJudge(TextJudge):
     """A scorer that asks a language model as WildBench does: pairs for WB-Reward, responses for WB-Score.
 
     * `backend`: of `fastpo.scoring.judges`, one that answers in text.
@@ -36,7 +36,7 @@ class WildBenchJudge(BaseScorer):
     * `max_words`: of the history and the last message; `compare` and `rate` cut the answers.
     """
 
-    cached = True
+    benchmark = "WildBench"
 
     def __init__(
         self, name: str, backend: Backend, unit: Literal["pair", "response"], *, template: str | None = None,
@@ -44,9 +44,9 @@ class WildBenchJudge(BaseScorer):
     ):  # fmt: skip
         if unit not in _SLOTS:
             raise ConfigError(f"scorer {name!r}: unit={unit!r}: expected pair or response")
-        self.name, self.backend, self.unit, self.max_words = name, backend, unit, max_words
+        super().__init__(name, backend)
+        self.unit, self.max_words = unit, max_words
         self.template = template_text(template, unit, where)
-        self.exact = backend.exact
         named = set(_SLOT.findall(self.template))
         for slot in _SLOTS[unit]:
             if slot not in named:
@@ -60,15 +60,7 @@ class WildBenchJudge(BaseScorer):
         return {"wildbench": self.unit, "judge": dict(self.backend.key), "template": self.template,
                 "max_words": self.max_words, "reads": VERSION}  # fmt: skip
 
-    @property
-    def identity(self) -> Mapping[str, Any]:
-        return {**self.key, "judge": dict(self.backend.identity)}
-
     def content(self, unit: Unit) -> str:
-        return self.question(unit)
-
-    def question(self, unit: Unit) -> str:
-        """What the judge is shown."""
         history, query = conversation(unit.item.prompt)
         texts = [response.text for response in unit.responses]
         slots = {
@@ -79,24 +71,9 @@ class WildBenchJudge(BaseScorer):
         # In one pass: what is put in is not looked at again.
         return _SLOT.sub(lambda m: slots[m[1]], self.template)
 
-    def score(self, units: Sequence[Unit]) -> Iterator[tuple[Unit, Verdict]]:
-        questions = [Question(self.question(unit)) for unit in units]
-        for n, verdict in self.backend.answers(questions, self.read):
-            yield units[n], verdict
-
-    def read(self, reply: Reply) -> Verdict:
+    def value(self, reply: str) -> float | Failure:
         """P(the first is better) of a pair, or a score from 1 to 10."""
-        if isinstance(reply, Failure):
-            return Verdict.failed(reply.status, reply.raw[:RAW])
-        if not isinstance(reply, str):
-            raise ConfigError(f"scorer {self.name!r}: WildBench's verdicts are written, not probabilities of labels")
-        found = read_choice(reply) if self.unit == "pair" else read_rating(reply)
-        return (
-            Verdict.failed(found.status, reply[:RAW]) if isinstance(found, Failure) else Verdict(found, raw=reply[:RAW])
-        )
-
-    def close(self) -> None:
-        self.backend.close()
+        return read_choice(reply) if self.unit == "pair" else read_rating(reply)
 
 
 def template_text(template: str | None, unit: str, where: Path) -> str:

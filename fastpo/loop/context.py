@@ -1,12 +1,9 @@
 """What every stage of a run needs: options, prompts, policies by name, the engines that sample and score."""
 
-import contextlib
-import gc
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from fastpo.errors import ConfigError
 from fastpo.loop import checks, online
@@ -115,20 +112,11 @@ class Context:
         config = self.config.in_iteration(t)
         return checks.deciding(config, {**config.scorers, **self.given_scorers})
 
-    @contextlib.contextmanager
-    def sampler(self, config: LoopConfig, policy: str, folder: Path) -> Iterator[Sampler]:
+    def sampler(self, config: LoopConfig, policy: str, folder: Path) -> AbstractContextManager[Sampler]:
         """The engine that answers for a policy, closed at the end."""
         if self.make_sampler is not None:
-            made = self.make_sampler(policy)
-        else:
-            made = make.make_sampler(config.sample, policy, self.tokenizer, folder)
-        try:
-            yield made
-        finally:
-            made.close()
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            return make.lent(self.make_sampler(policy))
+        return make.lent(make.make_sampler(config.sample, policy, self.tokenizer, folder))
 
     def scorers(self, config: LoopConfig, t: int) -> dict[str, Scorer]:
         """All scorers of an iteration by name: those of the options, and those that the caller gave."""

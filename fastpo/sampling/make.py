@@ -1,11 +1,15 @@
 """Which sampler answers for a policy, and the ids of a prompt as the policy sees them."""
 
+import contextlib
+import gc
 import inspect
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
+
+import torch
 
 from fastpo.data.encoding import Encoder
 from fastpo.errors import ConfigError, did_you_mean, quoted
@@ -16,15 +20,8 @@ from fastpo.sampling.servers import ServerSampler
 
 _ENGINES: Mapping[str, type] = {"local": LocalSampler, "openai": ServerSampler, "ray": RaySampler}
 _AT_ONCE = 4096  # prompts that go to the tokenizer together
-_OURS = (
-    "self",
-    "model",
-    "policy",
-    "tokenizer",
-    "log_path",
-    "loading",
-    "processor",
-)  # arguments that are not the user's to set
+# Arguments that are not the user's to set.
+_OURS = ("self", "model", "policy", "tokenizer", "log_path", "loading", "processor")
 
 
 class Section(Protocol):
@@ -61,6 +58,18 @@ def make_sampler(
     if "base_url" not in options:
         raise ConfigError("sample.engine=openai needs sample.base_url, the address of a server, up to and with /v1")
     return ServerSampler(policy, tokenizer, log_path=Path(folder) / "server.log", **options)
+
+
+@contextlib.contextmanager
+def lent(made: Sampler) -> Iterator[Sampler]:
+    """A sampler that is closed at the end, and its memory free."""
+    try:
+        yield made
+    finally:
+        made.close()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def prompt_ids(tokenizer: Any, prompt: Prompt, template_kwargs: Mapping[str, Any] | None = None) -> tuple[int, ...]:
