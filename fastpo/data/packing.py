@@ -357,14 +357,12 @@ def collate(
     trunk, prompts = TrunkRow(), _PromptRows()
     rows: list[np.ndarray] = []  # of each response, as the next four
     targets: list[np.ndarray] = []
-    ref: list[np.ndarray] = []
     nll: list[np.ndarray] = []
     token_weights: list[np.ndarray] = []
     pairs: list[tuple[int, int]] = []
     pair_weight: list[float] = []
     win_chosen: list[float | None] = []
     win_rejected: list[float | None] = []
-    labels: list[float] = []
     scored_rows: list[int] = []
     losses: dict[str, list[int]] = {}  # name -> places in `pairs`
     of_rows: list[np.ndarray] = []  # of each response, which of `losses` its row names
@@ -393,7 +391,6 @@ def collate(
             weight = preferred.get(k, 0.0) if example.pairs else own_weights[k]
             if "label" in example.response_columns:
                 weight = example.response_columns["label"][k]
-                labels.append(weight)
             nll.append(np.full(len(response), weight, np.float32))
             if example.token_weights is not None:
                 token_weights.append(example.token_weights[k])
@@ -410,8 +407,6 @@ def collate(
                 degree_weight.append(own_weights[k])
             targets.append(response)
             num_tokens += len(prompt) + len(response)
-            if ref_logps is not None:
-                ref.append(ref_logps[i][k])
         if share:
             trunk.end_shared_row(opens, len(example.prompt_ids))
         if example.greedy is not None:
@@ -423,6 +418,7 @@ def collate(
     of_pairs = _gathered(examples[i].pair_columns for i in indices)
     of_responses = _gathered(examples[i].response_columns for i in indices)
     of_tokens = _gathered(examples[i].token_columns for i in indices)
+    ref = [] if ref_logps is None else [logps for i in indices for logps in ref_logps[i]]
     ref += of_tokens.pop(REF_LOGP, [])
     return PackedBatch(
         input_ids=_int64(trunk.ids),
@@ -442,7 +438,7 @@ def collate(
         of_reference=_float32(of_pairs[OF_REFERENCE], n_pairs) if of_pairs.get(OF_REFERENCE) else None,
         win_prob_chosen=_float32(win_chosen, n_pairs),
         win_prob_rejected=_float32(win_rejected, n_pairs),
-        label=torch.tensor(labels).bool() if labels else None,
+        label=torch.tensor(of_responses["label"]).bool() if of_responses.get("label") else None,
         score=_float32(of_responses.get("score", []), n_responses),
         scored_rows=torch.tensor(scored_rows) if scored_rows else None,
         greedy=torch.tensor(greedy, dtype=torch.int32) if pairs and len(greedy) == n_pairs else None,
