@@ -1,5 +1,6 @@
 """Shared by the benchmark scripts: data, tokenizers, models, machine name, peak memory, result files."""
 
+import argparse
 import gzip
 import importlib.util
 import json
@@ -8,6 +9,9 @@ import platform
 import random
 import re
 import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -127,6 +131,21 @@ def own_environment(folder: str, threads: int) -> dict[str, str]:
         "HF_DATASETS_CACHE": f"{folder}/datasets", "FASTPO_CACHE": f"{folder}/fastpo", "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads),
     }  # fmt: skip
+
+
+def spawned(script: str, provider: str, args: argparse.Namespace, options: Sequence[str]) -> dict:
+    """What `script --worker PROVIDER FILE` writes into the file, as a process of its own; it gets these of `args`."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "result.json"
+        command = [sys.executable, script, "--worker", provider, str(path)]
+        for name in options:
+            value = getattr(args, name)
+            command += [f"--{name}"] * value if isinstance(value, bool) else [f"--{name}", str(value)]
+        environment = own_environment(folder, args.threads)
+        run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=3600)
+        if run.returncode:
+            raise SystemExit(f"{provider}: {run.stderr[-2000:]}")
+        return json.loads(path.read_text())
 
 
 def step_logs(log_history: list[dict]) -> list[dict]:

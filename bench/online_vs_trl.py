@@ -20,7 +20,6 @@ import hashlib
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -29,6 +28,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH leaves it out
 
 PROVIDERS = ("fastpo", "trl")
+OPTIONS = ("shape", "dtype", "prompts", "generations", "prompt", "response", "steps", "sample")  # of a worker
 PARTS = ("train", "passes", "draw", "step")
 
 
@@ -213,21 +213,6 @@ def worker(provider: str, args: argparse.Namespace, path: str) -> None:
     Path(path).write_text(json.dumps(result))
 
 
-def spawn(provider: str, args: argparse.Namespace) -> dict:
-    import common
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "result.json"
-        command = [sys.executable, __file__, "--worker", provider, str(path)] + ["--sample"] * args.sample
-        for name in ("shape", "dtype", "prompts", "generations", "prompt", "response", "steps"):
-            command += [f"--{name}", str(getattr(args, name))]
-        environment = common.own_environment(folder, args.threads)
-        run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=3600)
-        if run.returncode:
-            raise SystemExit(f"{provider}: {run.stderr[-2000:]}")
-        return json.loads(path.read_text())
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=("12x192", "4x256", "real"), default="12x192")
@@ -252,7 +237,7 @@ def main() -> int:
     runs: dict[str, list[dict]] = {provider: [] for provider in PROVIDERS}
     for turn in range(args.turns):
         for provider in PROVIDERS if turn % 2 == 0 else reversed(PROVIDERS):
-            runs[provider].append(result := spawn(provider, args))
+            runs[provider].append(result := common.spawned(__file__, provider, args, OPTIONS))
             print(f"{provider} {turn + 1}: {result['parts']}", flush=True)
     parts = [part for part in PARTS if all(part in r["parts"] for results in runs.values() for r in results)]
     if not args.sample:

@@ -17,7 +17,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,6 +24,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH leaves it out
 
+OPTIONS = ("rows", "dtype", "shape", "steps", "accumulation")  # of a worker
 PROVIDERS = ("fastpo", "trl")
 HH_PAIRS = 16
 
@@ -125,21 +125,6 @@ def worker(provider: str, args: argparse.Namespace, path: str) -> None:
     Path(path).write_text(json.dumps(result))
 
 
-def spawn(provider: str, args: argparse.Namespace) -> dict:
-    import common
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "result.json"
-        command = [sys.executable, __file__, "--worker", provider, str(path)]
-        for name in ("rows", "dtype", "shape", "steps", "accumulation"):
-            command += [f"--{name}", str(getattr(args, name))]
-        environment = common.own_environment(folder, args.threads)
-        run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
-        if run.returncode:
-            raise SystemExit(f"{provider}: {run.stderr[-1500:]}")
-        return json.loads(path.read_text())
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", choices=("kway", "hh"), default="kway")
@@ -161,7 +146,7 @@ def main() -> int:
     runs: dict[str, list[dict]] = {provider: [] for provider in PROVIDERS}
     for turn in range(args.turns):
         for provider in PROVIDERS if turn % 2 == 0 else reversed(PROVIDERS):
-            runs[provider].append(result := spawn(provider, args))
+            runs[provider].append(result := common.spawned(__file__, provider, args, OPTIONS))
             print(f"{provider} {turn + 1}: {result['seconds_per_step']:.2f} s a step", flush=True)
     ratios = [b["seconds_per_step"] / a["seconds_per_step"] for a, b in zip(runs["fastpo"], runs["trl"], strict=True)]
     wanted = runs["trl"][0]["losses"]

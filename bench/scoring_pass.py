@@ -21,15 +21,14 @@ import os
 import random
 import re
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH leaves it out
 
 BATCH = 8
+OPTIONS = ("rows", "dtype", "prompts")  # of a worker
 PROVIDERS = ("fastpo", "padded", "padded_sorted")
 
 
@@ -117,20 +116,6 @@ def worker(provider: str, args: argparse.Namespace, path: str) -> None:
     Path(path).write_text(json.dumps(result))
 
 
-def spawn(provider: str, args: argparse.Namespace) -> dict:
-    import common
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "result.json"
-        environment = common.own_environment(folder, args.threads)
-        command = [sys.executable, __file__, "--worker", provider, str(path), "--rows", args.rows, "--dtype",
-                   args.dtype, "--prompts", str(args.prompts)]  # fmt: skip
-        run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
-        if run.returncode:
-            raise SystemExit(f"{provider}: {run.stderr[-1500:]}")
-        return json.loads(path.read_text())
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", default="kway", help="kway, hh, or PxR (tokens of prompt and response)")
@@ -153,7 +138,7 @@ def main() -> int:
     runs: dict[str, list[dict]] = {provider: [] for provider in args.provider}
     for turn in range(args.repeats):
         for provider in args.provider:
-            runs[provider].append(result := spawn(provider, args))
+            runs[provider].append(result := common.spawned(__file__, provider, args, OPTIONS))
             print(f"{provider} {turn + 1}: {result['seconds']:.2f} s, {result['peak_bytes'] / 1e9:.2f} GB", flush=True)
     truth = runs.get("padded", next(iter(runs.values())))[0]["sums"]
     seconds = {p: statistics.median(r["seconds"] for r in results) for p, results in runs.items()}
