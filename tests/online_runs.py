@@ -45,6 +45,17 @@ def by_text(prompts: Sequence[str], completions: Sequence[str], **_: Any) -> lis
     return [0.5 if len(p) % 3 == 0 else float(len(c) % 3) for p, c in zip(prompts, completions)]
 
 
+class Stop:
+    """A callback: Ctrl-C after a step."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
 class Given:
     """A Sampler that has its answers; `fails` says which requests it cannot answer."""
 

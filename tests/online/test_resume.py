@@ -29,15 +29,6 @@ CASES = {
 }
 
 
-class Stop:
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
-
-
 def worth(completion_ids, **_):
     """Alike for many a response, so that whole groups teach nothing."""
     return [float(sum(ids) % 3 == 0) for ids in completion_ids]
@@ -56,7 +47,7 @@ def test_stopped_and_resumed(tmp_path, case):
     assert moved.abs().max() > 1e-3
     for step in (1, 2, 3, 6):  # before the second step of a generation, before its second pass, its last step, a later
         with pytest.raises(KeyboardInterrupt):
-            run(tmp_path / "stopped", Stop(step), **options)
+            run(tmp_path / "stopped", runs.Stop(step), **options)
     found = run(tmp_path / "stopped", **options)
     assert torch.equal(runs.weights(found.model), runs.weights(whole.model))
     assert runs.lines(found)[:-1] == runs.lines(whole)[:-1]
@@ -75,7 +66,7 @@ def test_checkpoints_load_with_weights_only(tmp_path):
 def test_a_checkpoint_is_not_taken_up_by_another_plan(tmp_path):
     """One in which its next step goes on with responses that it never kept."""
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, Stop(1), steps_per_generation=1, num_iterations=1)
+        run(tmp_path, runs.Stop(1), steps_per_generation=1, num_iterations=1)
     with pytest.raises(FastpoError, match="responses drawn at step 0, which the checkpoint does not hold"):
         run(tmp_path)
 
@@ -84,8 +75,8 @@ def test_a_checkpoint_is_not_taken_up_with_other_columns(tmp_path):
     """Reward functions read them: here one that knows the answer."""
     rows = runs.prompts(8)
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, Stop(1), rows=rows)
-    run(tmp_path, Stop(9), rows=[row | {"note": None} for row in rows], max_steps=2)  # as datasets fills rows up
+        run(tmp_path, runs.Stop(1), rows=rows)
+    run(tmp_path, runs.Stop(9), rows=[row | {"note": None} for row in rows], max_steps=2)  # as datasets fills rows up
     with pytest.raises(FastpoError, match="data"):
         run(tmp_path, rows=[row | {"number": row["number"] + (row["number"] == 5)} for row in rows])
 

@@ -111,14 +111,9 @@ def test_a_group_that_no_micro_batch_holds_is_cut(tmp_path, monkeypatch, options
     for name in ("loss", "reward", "num_tokens", "kl", "clip_ratio/region_mean"):
         assert [line.get(name) for line in one] == pytest.approx([line.get(name) for line in other], abs=1e-5), name
 
-    class Stop:
-        def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step == 1:
-                raise KeyboardInterrupt
-
     saved = {"max_tokens": 24, "save_strategy": "steps", "save_steps": 50, "resume_from_checkpoint": "auto"}
     with pytest.raises(KeyboardInterrupt):
-        runs.train(tmp_path / "stopped", rest={"callbacks": [Stop()]}, **options, **saved)
+        runs.train(tmp_path / "stopped", rest={"callbacks": [runs.Stop(1)]}, **options, **saved)
     found = runs.train(tmp_path / "stopped", **options, **saved)
     assert torch.equal(runs.weights(found.model), runs.weights(cut.model))
 
