@@ -62,8 +62,8 @@ done
 rc=0
 "${run[@]}" -m "not gpu and not real" --ignore-glob "tests/*/test_*_interpreter.py" "$@" \
     tests/ops tests/losses tests/models tests/reference tests/training tests/data tests/checkpoints tests/plan \
-    tests/report tests/config tests/sampling tests/test_trainer.py \
-    tests/test_face.py tests/test_quickstart.py || rc=1
+    tests/report tests/config tests/sampling tests/scoring tests/online tests/loop tests/evals \
+    tests/test_trainer.py tests/test_face.py tests/test_quickstart.py || rc=1
 # Triton reads TRITON_INTERPRET when a kernel is decorated: a process of its own.
 TRITON_INTERPRET=1 "${run[@]}" -m "not gpu" "$@" tests/*/test_*_interpreter.py tests/ops/test_head.py \
     tests/ops/test_entropy.py -k "_interpreter or triton-interpreted" || rc=1

@@ -181,7 +181,7 @@ class Arena(_Stage):
     """Pairwise win rates in the form of Arena-Hard (pairwise.py), in percent."""
 
     name, figure, own_judge, both = "arena", "win rate by Bradley-Terry, %", "arena", True
-    options = {"weight": 3, "control": (), "resamples": 1000, "level": 0.95}
+    options = {"weight": 3, "control": (), "resamples": 1000, "level": 0.95, "category": None}
 
     def check(self, asked: Asked) -> None:
         glm.need_scikit_learn("a Bradley-Terry fit")
@@ -203,7 +203,8 @@ class Arena(_Stage):
 
     def _figure(self, games: Sequence[pairwise.Game], baseline: str, styles: Any, seed: int) -> dict[str, Any]:
         control = self.given["control"]
-        given = self.given | {"control": (control,) if isinstance(control, str) else tuple(control)}
+        given = {**self.given, "control": (control,) if isinstance(control, str) else tuple(control)}
+        del given["category"]
         found = pairwise.arena(games, baseline, styles=styles, allow_missing=True, seed=seed, **given)
         return {
             one.model: {"value": one.score, "error": None, "interval": list(one.interval), "strength": one.strength,
@@ -213,10 +214,16 @@ class Arena(_Stage):
         }  # fmt: skip
 
     def of_annotations(self, source: Any, prompts: Any, seed: int, baseline: Any = None) -> dict[str, dict[str, Any]]:
-        """Rows of `prompt` (or `id`), `a`, `b`, `verdict`. The baseline is given, or it is in every game."""
-        rows = rows_of(source, "the games", ("a", "b"))
-        games = [pairwise.Game(str(r.get("prompt", r.get("id"))), str(r["a"]), str(r["b"]), r.get("verdict"))
-                 for r in rows]  # fmt: skip
+        """Rows of `prompt` (or `id`), `a`, `b`, `verdict`, or Arena-Hard's judgments; a file, or a folder of them. The
+        baseline is given, that of the judgments, or in every game."""
+        rows = self._rows(source)
+        if any("games" in row for row in rows):
+            games = pairwise.read_judgments(rows, self.given["category"], baseline)
+            baseline = games[0].a if baseline is None else baseline
+        else:
+            rows = rows_of(rows, "the games", ("a", "b"))
+            games = [pairwise.Game(str(r.get("prompt", r.get("id"))), str(r["a"]), str(r["b"]), r.get("verdict"))
+                     for r in rows]  # fmt: skip
         everywhere = set.intersection(*({game.a, game.b} for game in games))
         if baseline is None and len(everywhere) != 1:
             found = quoted(sorted(everywhere)) or "none"
@@ -224,6 +231,15 @@ class Arena(_Stage):
         if self.given["control"]:
             raise ConfigError("control needs answers, which annotations of the arena do not have")
         return self._figure(games, str(baseline) if baseline is not None else everywhere.pop(), None, seed)
+
+    def _rows(self, source: Any) -> list[Any]:
+        folder = Path(source) if isinstance(source, str | Path) else None
+        if folder is None or not folder.is_dir():
+            return rows_of(source, "the games", ())
+        files = sorted(folder.glob("*.jsonl"))
+        if not files:
+            raise DataError(f"{folder} holds no .jsonl file of games")
+        return [row for file in files for row in rows_of(file, "the games", ())]
 
 
 def verdict_of(p: float) -> str:

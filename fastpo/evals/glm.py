@@ -17,7 +17,6 @@ CS = np.logspace(-4, 4, 10)  # LogisticRegressionCV's own grid of inverse penalt
 FOLDS = 5
 _SEED, _TOLERANCE, _ITERATIONS = 123, 1e-4, 100  # the package's seed, scikit-learn's defaults
 _L1_LOGISTIC = 6  # liblinear's number of the problem: L1 penalty, logistic loss
-_NEAR = 2e-4  # mean log-losses nearer than this are told apart by the solver itself
 
 Fit = Callable[[np.ndarray, np.ndarray, np.ndarray, float, np.random.RandomState], np.ndarray]
 

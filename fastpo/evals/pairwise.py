@@ -77,7 +77,7 @@ def style_of(text: str) -> Style:
     return Style(
         len(text),
         len(re.findall(r"^#{1,6}\s", prose, re.MULTILINE)),
-        len(re.findall(r"^[ \t]*(?:[-*+]|\d+[.)])\s", prose, re.MULTILINE)),
+        len(re.findall(r"^\s*(?:[-*+]|\d+\.)\s", prose, re.MULTILINE)),
         len(re.findall(r"\*\*[^*\n]+\*\*|__[^_\n]+__", prose)),
     )
 
@@ -90,6 +90,44 @@ class Game:
     a: str
     b: str
     verdict: str | None
+
+
+def read_judgments(
+    rows: Sequence[Mapping[str, Any]], category: str | None = None, baseline: str | None = None
+) -> list[Game]:
+    """The games of Arena-Hard's `model_judgment` files, as rows: `uid`, `model`, `games` with a `score` each.
+
+    The baseline was A in the first game of a row and B in the second; it is the row's, or `baseline` in files of the
+    first version. `category` leaves the others out, which have baselines of their own. A game or a score that is None
+    has failed. DataError for several categories of which none is chosen, and for rows without a prompt, a model, a
+    baseline or two games, by count.
+    """
+    known = list(dict.fromkeys(str(row["category"]) for row in rows if row.get("category") is not None))
+    if category is not None and category not in known:
+        raise DataError(
+            f"no judgment is of category {category!r}, only of {quoted(known)}{did_you_mean(category, known)}"
+        )
+    if category is None and len(known) > 1:
+        raise DataError(f"the judgments are of the categories {quoted(known)}: give one, category: {known[0]}")
+    games, bad, count = [], [], 0
+    for number, row in enumerate(rows):
+        if category is not None and row.get("category") != category:
+            continue
+        count += 1
+        prompt, model, other = row.get("uid", row.get("question_id")), row.get("model"), row.get("baseline", baseline)
+        two = row.get("games")
+        if prompt is None or model is None or other is None or not isinstance(two, list | tuple) or len(two) != 2:
+            bad.append(number)
+            continue
+        for (a, b), game in zip(((other, model), (model, other)), two):
+            label = game.get("score") if isinstance(game, Mapping) else None
+            games.append(Game(str(prompt), str(a), str(b), None if label is None else _OTHER_WORDS.get(label, label)))
+    if bad:
+        raise DataError(
+            f"{len(bad)} of {count} judgments lack uid, model, baseline or two games; numbers of the rows: "
+            + named(map(str, bad))
+        )
+    return games
 
 
 @dataclass(frozen=True)

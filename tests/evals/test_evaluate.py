@@ -595,6 +595,13 @@ def test_annotations_need_no_judge(go, tmp_path):
     assert set(go("arena", annotations=games, prompts=None, model=None, baseline="x").figures) == {"y"}
     games += [{"prompt": "z", "a": a, "b": b, "verdict": "A=B"} for a, b in (("x", "z"), ("z", "x"))]
     assert go("arena", annotations=games, prompts=None, **none).figures["y"]["value"] < 1
+    (tmp_path / "judged").mkdir()
+    judged = [{"uid": str(k), "category": "hard", "model": "y", "baseline": "x", "games": [{"score": "A>B"}] * 2}
+              for k in range(5)]  # fmt: skip
+    (tmp_path / "judged" / "y.jsonl").write_text("".join(json.dumps(row) + "\n" for row in judged))
+    assert go("arena", annotations=tmp_path / "judged", prompts=None, **none).figures["y"]["value"] == pytest.approx(50)
+    with pytest.raises(DataError, match="no judgment is of category 'creative', only of 'hard'"):
+        go("arena", annotations=judged, prompts=None, **none, measure={"category": "creative"})
     scores = [{"id": r["id"], "subset": r["subset"], "scores": [len(r["chosen"]), len(r["rejected"])]} for r in BENCH]
     own = rewardbench.evaluate_pairs(rewardbench.load_pairs(BENCH), FunctionScorer("s", size))
     assert go("rewardbench", prompts=BENCH, annotations=scores).figures["judge"]["subsets"] == own.subsets

@@ -1,10 +1,12 @@
 """Pairwise win rates: what a judge writes, strengths, style control, intervals, and games that are refused."""
 
+import json
 import sys
 
 import numpy as np
 import pytest
 
+import arena_parity as made
 from fastpo.errors import ConfigError, DataError
 from fastpo.evals import pairwise
 from fastpo.evals.pairwise import Game, Style, arena
@@ -181,6 +183,53 @@ def test_the_same_seed_the_same_interval():
 def test_style_of_a_text():
     text = "# Title\n\n- one\n* two\n3. three\n**bold** and __more__\n```\n# no header\n- no item\n```\n#nothing\n"
     assert pairwise.style_of(text) == Style(len(text), 1, 3, 2)
+
+
+@pytest.fixture(scope="module")
+def judged():
+    """Arena-Hard's numbers of the made judgments, and the games."""
+    rows = [row for model in made.MODELS for row in made.made_judgments(model)]
+    return json.loads(made.WHERE.read_text()), pairwise.read_judgments(rows)
+
+
+def test_scores_are_arena_hard_s(judged):
+    frozen, games = judged
+    for model, share in frozen["shares"].items():
+        own = [game for game in games if model in (game.a, game.b)]
+        found = arena(own, made.BASELINE, allow_missing=True, resamples=0)
+        assert found.of(model).score == pytest.approx(100 * share, abs=1e-4)
+        assert found.failed == sum(None in (a.verdict, b.verdict) for a, b in zip(own[::2], own[1::2])) > 0
+
+
+def test_style_control_is_arena_hard_s_but_for_what_it_calls_equal(judged):
+    """There the mean over all games, model less baseline, is the middle: the models' strengths shift together."""
+    frozen, games = judged
+    styles = {}
+    for model in (*made.MODELS, made.BASELINE):
+        for row in made.made_answers(model):
+            counts = row["metadata"]
+            styles[row["uid"], model] = Style(
+                counts["token_len"], *(sum(counts[f"{name}_count"].values()) for name in ("header", "list", "bold"))
+            )
+    found = arena(games, made.BASELINE, allow_missing=True, control=made.CONTROL, styles=styles, resamples=0)
+    apart = [found.of(model).strength - frozen["styled"][model] for model in made.MODELS]
+    assert apart == pytest.approx([apart[0]] * len(apart), abs=5e-3)  # its fit is in fp32 and stops early
+    assert abs(apart[0]) > 0.1
+
+
+def test_judgments_of_a_file():
+    one = {"uid": "p", "category": "x", "model": "new", "baseline": "base", "games": [{"score": "A<<B"}, None]}
+    assert pairwise.read_judgments([one]) == [Game("p", "base", "new", "B>>A"), Game("p", "new", "base", None)]
+    old = {"question_id": "p", "model": "new", "games": [{"score": "B>A"}, {"score": "A=B"}]}
+    assert pairwise.read_judgments([old], baseline="base")[0] == Game("p", "base", "new", "B>A")
+    other = one | {"category": "y", "baseline": "else"}
+    assert len(pairwise.read_judgments([one, other], "y")) == 2
+    with pytest.raises(DataError, match="of the categories 'x', 'y': give one, category: x"):
+        pairwise.read_judgments([one, other])
+    with pytest.raises(DataError, match="no judgment is of category 'z', only of 'x'"):
+        pairwise.read_judgments([one], "z")
+    with pytest.raises(DataError, match="1 of 2 judgments lack uid, model, baseline or two games.*: '1'"):
+        pairwise.read_judgments([one, old | {"baseline": None}])
 
 
 def both(prompt, verdict="A>B", a="new", b="base"):
