@@ -1,6 +1,7 @@
 // fastpo._C: what PyTorch's GEMMs leave to be done on a CPU: the passes over logits (tile.inc), attention over packed trees
-// (attention.inc), a decoder's elementwise layers (layers.inc), AdamW (adamw.inc), and the bin packer (pack.inc). No PyTorch
-// headers: pointers come in as integers, so it builds in seconds in an isolated environment and serves every PyTorch.
+// (attention.inc, attention_bf16.inc), a decoder's elementwise layers (layers.inc), AdamW (adamw.inc), and the bin packer
+// (pack.inc). No PyTorch headers: pointers come in as integers, so it builds in seconds in an isolated environment and
+// serves every PyTorch.
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -24,6 +25,15 @@
 
 #if defined(__linux__) || defined(__APPLE__)
 #include <dlfcn.h>
+#endif
+
+#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+#define FASTPO_X86 1
+#if __has_include(<avx512bf16intrin.h>)
+#define FASTPO_BF16 1
+#include <cpuid.h>
+#include <immintrin.h>
+#endif
 #endif
 
 namespace {
@@ -111,10 +121,6 @@ struct AdamW {
 
 }  // namespace
 
-#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
-#define FASTPO_X86 1
-#endif
-
 #define TILE_NAMESPACE generic
 namespace {
 #include "tile.inc"
@@ -163,6 +169,22 @@ namespace {
 #else
 #pragma GCC pop_options
 #endif
+#if FASTPO_BF16
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,avx512bf16"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512,avx512bf16")
+#endif
+namespace {
+#include "attention_bf16.inc"
+}
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif
 #undef TILE_NAMESPACE
 #endif
 
@@ -183,7 +205,12 @@ struct Isa {
   AdamFn adamw;
   SquaresFn sum_of_squares;
   AttentionFn attention_forward, attention_backward;
+  AttentionFn bf16_forward, bf16_backward;  // of attention in bf16
 };
+
+#define FASTPO_ISA(NAME, ISA, FORWARD, BACKWARD)                                                                       \
+  {NAME, ISA::rows, ISA::layer, ISA::adamw, ISA::sum_of_squares, ISA::attention_forward, ISA::attention_backward,      \
+   ISA::FORWARD, ISA::BACKWARD}
 
 // The best instruction set that this machine has, or the one named; rows is null where it cannot run here.
 Isa pick_isa(const char* wanted) {
@@ -193,11 +220,20 @@ Isa pick_isa(const char* wanted) {
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (has_avx512 && (any || !strcmp(wanted, "avx512"))) return {"avx512", avx512::rows, avx512::layer, avx512::adamw, avx512::sum_of_squares, avx512::attention_forward, avx512::attention_backward};
-  if (has_avx2 && (any || !strcmp(wanted, "avx2"))) return {"avx2", avx2::rows, avx2::layer, avx2::adamw, avx2::sum_of_squares, avx2::attention_forward, avx2::attention_backward};
+#if FASTPO_BF16
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  const bool has_bf16 = has_avx512 && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & 1u << 5);
+  if (has_bf16 && (any || !strcmp(wanted, "avx512_bf16")))
+    return FASTPO_ISA("avx512_bf16", avx512, attention_forward_bf16, attention_backward_bf16);
 #endif
-  if (any || !strcmp(wanted, "generic")) return {"generic", generic::rows, generic::layer, generic::adamw, generic::sum_of_squares, generic::attention_forward, generic::attention_backward};
-  return {wanted, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
+  if (has_avx512 && (any || !strcmp(wanted, "avx512")))
+    return FASTPO_ISA("avx512", avx512, attention_forward, attention_backward);
+  if (has_avx2 && (any || !strcmp(wanted, "avx2")))
+    return FASTPO_ISA("avx2", avx2, attention_forward, attention_backward);
+#endif
+  if (any || !strcmp(wanted, "generic"))
+    return FASTPO_ISA("generic", generic, attention_forward, attention_backward);
+  return {wanted, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
 }
 
 Isa current_isa = pick_isa(nullptr);
@@ -281,7 +317,9 @@ void work_on_attention(void* arg) {
   const Attention& a = *work->attention;
   float* room = static_cast<float*>(aligned_alloc(64, (sizeof(float) * a.room + 63) / 64 * 64));
   if (!room) return;
-  const auto task = a.dout ? current_isa.attention_backward : current_isa.attention_forward;
+  const Isa& isa = current_isa;
+  const auto task = a.bf16 ? (a.dout ? isa.bf16_backward : isa.bf16_forward)
+                           : (a.dout ? isa.attention_backward : isa.attention_forward);
   for (int64_t i; (i = work->next.fetch_add(1)) < a.count * a.kv_heads;)
     task(a, a.tasks + i / a.kv_heads * (a.dout ? 2 : 3), i % a.kv_heads, room);
   free(room);
@@ -497,7 +535,7 @@ PyMethodDef methods[] = {
      "The bin of each item, and how many bins; arguments as fastpo/data/packer.py passes them."},
     {"use_openmp_of", use_openmp_of, METH_VARARGS,
      "Run on the OpenMP threads of a loaded library (None: on threads of its own); whether it has any."},
-    {"isa", isa, METH_NOARGS, "The instruction set in use: avx512, avx2 or generic."},
+    {"isa", isa, METH_NOARGS, "The instruction set in use: avx512_bf16, avx512, avx2 or generic."},
     {"use_isa", use_isa, METH_VARARGS, "Use this instruction set (None: the best one); whether it is there."},
     {nullptr, nullptr, 0, nullptr}};
 

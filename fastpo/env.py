@@ -132,7 +132,10 @@ def _instruction_set() -> str:
 
     if backends.compiled is None:
         return "none: PyTorch code does the same on the CPU, slower"
-    slower = {"avx512": "", "avx2": " (no AVX-512 here, slower)", "generic": " (neither AVX-512 nor AVX2 here, slower)"}
+    slower = {
+        "avx512_bf16": "", "avx512": " (no bf16 of AVX-512 here: attention in bf16 is slower)",
+        "avx2": " (no AVX-512 here, slower)", "generic": " (neither AVX-512 nor AVX2 here, slower)",
+    }  # fmt: skip
     isa = backends.compiled.isa()
     return isa + slower[isa]
 

@@ -1,7 +1,8 @@
 """Packed attention on a CPU by compiled code (csrc/attention.inc): whole trees, forward and backward, fp32 and bf16.
 
-Arithmetic and sums are in fp32 whatever the dtype. A row's numbers depend on its own chain and prompt alone, not on
-what else is packed, and not on the number of threads.
+Scores, softmax and sums are in fp32 whatever the dtype; in bf16, P and dS are rounded to it before they are multiplied,
+where the processor multiplies bf16 (csrc/attention_bf16.inc). A row's numbers depend on its own chain and prompt alone,
+not on what else is packed, and not on the number of threads.
 
 T = packed tokens, H = query heads, G = key and value heads, D = head size, C = chains.
 """
