@@ -1,11 +1,15 @@
 """AlpacaEval 2 from its public annotations: ours against the leaderboard, model by model, and against its package.
 
-    .venv/bin/python bench/evals_alpaca.py --annotations REPOSITORY [--resamples 1000] [--no-write]
+    .venv/bin/python bench/evals_alpaca.py --annotations REPOSITORY [--resamples 1000] [--old-folds-python PYTHON]
     .venv/bin/python bench/evals_alpaca.py --annotations REPOSITORY --speed --package-python PYTHON [--rounds 3]
 
 REPOSITORY is a checkout of github.com/tatsu-lab/alpaca_eval: results/MODEL/weighted_alpaca_eval_gpt4_turbo/, the
 leaderboard and the regression's weights under src/alpaca_eval/. PYTHON has alpaca-eval and patsy installed. Nothing of
 the annotations is written: figures alone.
+
+`--old-folds-python PYTHON`, one with scikit-learn below 1.9, adds the figures with the folds that it makes. There
+GroupKFold sorts groups of equal size as numpy does on the processor (findings/group_k_fold_sorts.sh), and the
+leaderboard's figures were made on several machines.
 
 The leaderboard's difficulties and gamed baselines are files of a hub. What the repository itself says of them is enough
 for its regression (see `recovered`): difficulties from annotations that carry the regression's own predictions and from
@@ -21,7 +25,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +174,53 @@ def by_place(rows: Annotations, prompts: tuple[str, ...]) -> Annotations:
     return replace(rows, prompts=prompts[: len(rows)])
 
 
+FOLDS = """
+import json, sys
+import numpy as np, sklearn
+from sklearn.model_selection import GroupKFold
+assert tuple(map(int, sklearn.__version__.split(".")[:2])) < (1, 9), "scikit-learn " + sklearn.__version__
+rows = np.tile(np.arange(int(sys.argv[1])), 2)
+print(json.dumps([[part.tolist() for part in fold] for fold in GroupKFold(5).split(rows, groups=rows)]))
+"""
+# By what numpy sorts with: the processor's vectors, or none, as on the machines of most of the leaderboard's figures.
+SORTS = {
+    "by vectors": "",
+    "plainly": "AVX2 FMA3 AVX512F AVX512CD AVX512_SKX AVX512_CLX AVX512_CNL AVX512_ICL AVX512_SPR",
+}
+
+
+def old_folds(python: str, without: str) -> Callable[[int], list[tuple[np.ndarray, np.ndarray]]]:
+    @lru_cache(64)
+    def of(rows: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        found = subprocess.run([python, "-W", "ignore", "-c", FOLDS, str(rows)], check=True, capture_output=True,
+                               text=True, env=os.environ | {"NPY_DISABLE_CPU_FEATURES": without})  # fmt: skip
+        return [(np.array(fitted), np.array(tested)) for fitted, tested in json.loads(found.stdout)]
+
+    return of
+
+
+def by_old_folds(repository: Repository, calibration: Calibration, python: str, rows: list[dict[str, Any]]) -> None:
+    """Adds to each row `old_folds`: the figure by place with each of the old folds."""
+    own = glm._folds
+    try:
+        for sort, without in SORTS.items():
+            glm._folds = old_folds(python, without)
+            for row in rows:
+                if "full_by_place" not in row:
+                    continue
+                found = alpaca.win_rates(by_place(repository.read(row["model"]), calibration.prompts),
+                                         calibration=calibration, allow_missing=True, resamples=0)  # fmt: skip
+                row.setdefault("old_folds", {})[sort] = found.length_controlled
+    finally:
+        glm._folds = own
+    for row in rows:
+        published = row["published"]["length_controlled_winrate"]
+        if "old_folds" in row:
+            row |= {f"old folds, sorted {sort}": figure for sort, figure in row["old_folds"].items()}
+            choices = [row["full_by_place"], *row["old_folds"].values()]
+            row["nearest folds"] = min(choices, key=lambda figure: abs(figure - (published or 0)))
+
+
 def model_rows(repository: Repository, calibration: Calibration, resamples: int) -> list[dict[str, Any]]:
     out = []
     for model, published in repository.published.items():
@@ -231,6 +284,11 @@ DISTANCES = {
     "length_controlled_winrate, calibration recovered": ("full_by_place", "length_controlled_winrate"),
     "the same, difficulties by prompt and not by place": ("full", "length_controlled_winrate"),
 }
+OLD_FOLDS = {
+    "by place, folds of scikit-learn below 1.9 sorted by vectors": "old folds, sorted by vectors",
+    "by place, folds of scikit-learn below 1.9 sorted plainly": "old folds, sorted plainly",
+    "by place, of these three folds the nearest": "nearest folds",
+}
 
 
 def errors(rows: list[dict[str, Any]]) -> dict[str, float]:
@@ -280,12 +338,13 @@ def markdown(result: dict[str, Any]) -> str:
     lines = [
         f"AlpacaEval 2: {len(here)} of the leaderboard's {len(result['rows'])} models, those whose annotations the "
         "checkout holds;", "figures in points of percent.", "",
-        "| ours against published | models | mean difference | median | worst | of | Spearman | Kendall |",
-        "| --- | ---: | ---: | ---: | ---: | --- | ---: | ---: |",
+        f"| ours against published | models | within {LIMIT} | mean difference | median | worst | of | Spearman | "
+        "Kendall |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | --- | ---: | ---: |",
     ]  # fmt: skip
     for name, d in result["distances"].items():
-        lines.append(f"| {name} | {d['models']} | {d['mean']:.4f} | {d['median']:.4f} | {d['worst']:.4f} | "
-                     f"{d['worst_model']} | {d['spearman']:.4f} | {d['kendall']:.4f} |")  # fmt: skip
+        lines.append(f"| {name} | {d['models']} | {d['within_limit']} | {d['mean']:.4f} | {d['median']:.4f} | "
+                     f"{d['worst']:.4f} | {d['worst_model']} | {d['spearman']:.4f} | {d['kendall']:.4f} |")  # fmt: skip
     raw, spread, gamed = result["distances"]["raw win rate"], result["errors"], result["calibration"]
     lines += [
         "",
@@ -385,6 +444,7 @@ def speed(repository: Repository, calibration: Calibration, python: str, rounds:
                     alpaca.leaderboard(which[:4], workers=workers, calibration=held, resamples=0)
                 seconds: dict[str, list[float]] = {"package": [], "one process": [], "all cores": []}
                 apart = 0.0
+                names = [alpaca.read_annotations(path).model for path in which]
                 for _ in range(rounds):
                     taken, figures = ask(theirs, which)
                     seconds["package"].append(taken)
@@ -392,8 +452,9 @@ def speed(repository: Repository, calibration: Calibration, python: str, rounds:
                         start = time.perf_counter()
                         found = alpaca.leaderboard(which, workers=workers, calibration=held, resamples=0)
                         seconds[name].append(time.perf_counter() - start)
-                        ours, wanted = np.array([f.length_controlled for f in found]), np.sort(figures)[::-1]
-                        apart = max(apart, float(np.abs(ours - wanted).max()))
+                        ours = {f.model: f.length_controlled for f in found}
+                        assert set(ours) == set(names)
+                        apart = max(apart, *(abs(ours[name] - figure) for name, figure in zip(names, figures)))
                 result["forms"][form] = {"models": len(which), "seconds": seconds, "largest_difference": apart}
                 print(form, len(which), {k: round(statistics.median(v), 3) for k, v in seconds.items()}, apart)
             package.stdin.close()
@@ -440,6 +501,7 @@ def main() -> None:
     parser.add_argument("--speed", action="store_true", help="time it against the alpaca-eval package instead")
     parser.add_argument("--package-python", default=sys.executable, help="a Python with alpaca-eval and patsy")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--old-folds-python", help="a Python with scikit-learn below 1.9")
     parser.add_argument("--no-write", action="store_true")
     args = parser.parse_args()
     repository = Repository(args.annotations)
@@ -449,20 +511,27 @@ def main() -> None:
             "machine_info": common.environment()
         }
         text, name = speed_markdown(result), "evals_alpaca_speed"
+        wrong = [form for form, found in result["forms"].items() if found["largest_difference"] > 1e-6]
     else:
         rows = model_rows(repository, calibration, args.resamples)
+        distances = dict(DISTANCES)
+        if args.old_folds_python:
+            by_old_folds(repository, calibration, args.old_folds_python, rows)
+            distances |= {name: (row, "length_controlled_winrate") for name, row in OLD_FOLDS.items()}
         result = {
             "machine_info": common.environment(), "prompts": len(calibration.difficulties),
             "resamples": args.resamples, "calibration": said,
-            "distances": {name: distance(rows, *columns) for name, columns in DISTANCES.items()}
+            "distances": {name: distance(rows, *columns) for name, columns in distances.items()}
             | {SAME: distance(list(filter(same_penalty, rows)), "full_by_place", "length_controlled_winrate")},
             "errors": errors(rows),
             "rows": rows,
         }  # fmt: skip
-        text, name = markdown(result), "evals_alpaca"
+        text, name, wrong = markdown(result), "evals_alpaca", []
     print(text)
     if not args.no_write:
         print(common.write_result(name, result, text))
+    if wrong:
+        raise SystemExit(f"not the package's figures: {', '.join(wrong)}")
 
 
 if __name__ == "__main__":

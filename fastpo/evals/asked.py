@@ -1,6 +1,8 @@
 """What measures share: verdicts gathered, rows refused by name and count, standard errors by resampling."""
 
+import math
 import os
+import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -63,6 +65,14 @@ def verdicts(scorer: Scorer, units: Sequence[Unit]) -> list[Verdict]:
     """A verdict for each unit, in their order; a unit that the scorer leaves out has failed ("no verdict")."""
     found = {unit.key: verdict for unit, verdict in scorer.score(units)}
     return [found.get(unit.key) or Verdict.failed("no verdict") for unit in units]
+
+
+def wilson(share: float, count: int, level: float = 0.95) -> tuple[float, float]:
+    """Wilson's interval (1927) of a share of `count` draws: it does not shrink to nothing where all are alike."""
+    z = statistics.NormalDist().inv_cdf((1 + level) / 2)
+    middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
+    half = z * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2)) / (1 + z**2 / count)
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def resampled(terms: Sequence[Term], seed: int = 0, draws: int = DRAWS) -> float | None:

@@ -195,6 +195,8 @@ class Arena(_Stage):
             pairwise.Game(name, first, second, None if p is None else verdict_of(p))
             for name, first, second, p in self.games(asked, folder)
         ]
+        if asked.scorer.unit != "pair":  # which score is the better one says nothing of by how much
+            games = [replace(game, verdict=SLIGHT.get(str(game.verdict), game.verdict)) for game in games]
         styles = {
             (item.id, model): pairwise.style_of(text)
             for item in asked.items for model in asked.answers if (text := asked.text(model, item.id)) is not None
@@ -207,9 +209,9 @@ class Arena(_Stage):
         del given["category"]
         found = pairwise.arena(games, baseline, styles=styles, allow_missing=True, seed=seed, **given)
         return {
-            one.model: {"value": one.score, "error": None, "interval": list(one.interval), "strength": one.strength,
-                        "games": one.games, "points_of_the_first": found.first, "pairs_left_out": found.failed,
-                        "style": dict(found.style)}
+            one.model: {"value": one.score, "error": None, "interval": one.interval and list(one.interval),
+                        "strength": one.strength, "games": one.games, "points_of_the_first": found.first,
+                        "pairs_left_out": found.failed, "style": dict(found.style)}
             for one in found.standings if one.model != baseline
         }  # fmt: skip
 
@@ -240,6 +242,9 @@ class Arena(_Stage):
         if not files:
             raise DataError(f"{folder} holds no .jsonl file of games")
         return [row for file in files for row in rows_of(file, "the games", ())]
+
+
+SLIGHT = {"A>>B": "A>B", "B>>A": "B>A"}
 
 
 def verdict_of(p: float) -> str:

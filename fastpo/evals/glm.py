@@ -75,11 +75,13 @@ def solver() -> Fit:
 
 @lru_cache(64)
 def _folds(rows: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(rows that are fitted, rows that are tested) of each fold, of a table that is there twice [2 * rows]."""
-    from sklearn.model_selection import GroupKFold
+    """(rows that are fitted, rows that are tested) of each fold, of a table that is there twice [2 * rows].
 
-    twice = np.tile(np.arange(rows), 2)
-    return list(GroupKFold(FOLDS).split(twice, groups=twice))
+    Those of GroupKFold in scikit-learn 1.9. Before, it sorted groups of equal size by whatever sort numpy has for the
+    processor, and a model's figure with them moved by up to 0.15 points.
+    """
+    fold = np.tile((rows - 1 - np.arange(rows)) % FOLDS, 2)
+    return [(np.flatnonzero(fold != k), np.flatnonzero(fold == k)) for k in range(FOLDS)]
 
 
 def fit(x: np.ndarray, targets: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, float]:

@@ -28,7 +28,7 @@ class ArenaJudge(TextJudge):
 
     @property
     def key(self) -> Mapping[str, Any]:
-        return {"arena": pairwise.template(), "judge": dict(self.backend.key)}
+        return {"arena": pairwise.template(), "reads": pairwise.READS, "judge": dict(self.backend.key)}
 
     def content(self, unit: Unit) -> str:
         return pairwise.question(prompt_text(unit.item.prompt), *(response.text for response in unit.responses))

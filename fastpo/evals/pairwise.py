@@ -19,6 +19,7 @@ import numpy as np
 
 from fastpo.errors import ConfigError, DataError, did_you_mean, quoted
 from fastpo.evals.alpaca_rows import named
+from fastpo.evals.asked import wilson
 from fastpo.evals.glm import need_scikit_learn
 from fastpo.sampling.items import Failure
 from fastpo.scoring.replies import answer_of, is_refusal
@@ -27,7 +28,10 @@ from fastpo.scoring.replies import answer_of, is_refusal
 VERDICTS = {"A>>B": (1.0, True), "A>B": (1.0, False), "A=B": (0.5, False), "B>A": (0.0, False), "B>>A": (0.0, True)}
 _OTHER_WORDS = {"A<B": "B>A", "A<<B": "B>>A", "B=A": "A=B", "B<A": "A>B", "B<<A": "A>>B"}
 _LABEL = r"\s*([AB]\s*(?:>>?|=|<<?)\s*[AB])\s*"
-_MARKED = (re.compile(rf"\[\[{_LABEL}\]\]"), re.compile(rf"\[{_LABEL}\]"))  # the first that occurs is what counts
+_MARKED = (  # the first that occurs is what counts
+    re.compile(rf"\[\[{_LABEL}\]\]", re.IGNORECASE), re.compile(rf"\[{_LABEL}\]", re.IGNORECASE)
+)  # fmt: skip
+READS = 1  # goes up where `read_verdict` reads a reply otherwise: verdicts are kept across runs
 CONTROLS = ("length", "markdown")
 _STYLE = ("length", "headers", "lists", "bold")
 _AT_ONCE = 50  # resamples that are fitted together
@@ -53,7 +57,7 @@ def read_verdict(reply: str) -> str | Failure:
     if isinstance(text, Failure):
         return text
     for pattern in _MARKED:
-        labels = {re.sub(r"\s", "", label) for label in pattern.findall(text)}
+        labels = {re.sub(r"\s", "", label).upper() for label in pattern.findall(text)}
         known = {_OTHER_WORDS.get(label, label) for label in labels}
         if known:
             [label, *others] = known
@@ -132,11 +136,13 @@ def read_judgments(
 
 @dataclass(frozen=True)
 class Standing:
-    """A model's score in percent, its interval, and its strength in log-odds against the baseline."""
+    """A model's score in percent, its interval, and its strength in log-odds against the baseline. No interval without
+    resamples, or of fewer than two prompts. Of a model that has won or lost everything, whose resamples are all alike,
+    it is Wilson's for so many prompts."""
 
     model: str
     score: float
-    interval: tuple[float, float]
+    interval: tuple[float, float] | None
     strength: float
     games: int
 
@@ -194,7 +200,7 @@ def arena(
     prompts = {prompt: number for number, prompt in enumerate(dict.fromkeys(game.prompt for game in played))}
     prompt_of = np.array([prompts[game.prompt] for game in played])
     fit = _Fit(x, points)
-    best = fit(counts)
+    best = fit.again(counts[None], fit(counts))[0]  # as the resamples are fitted, so that it lies among them
     draw, drawn = np.random.default_rng(seed), np.zeros((resamples, len(columns)))
     for start in range(0, resamples, _AT_ONCE):
         size = min(_AT_ONCE, resamples - start)
@@ -205,14 +211,27 @@ def arena(
     many = Counter(model for game in played for model in (game.a, game.b))
     standings = [Standing(baseline, 50.0, (50.0, 50.0), 0.0, many[baseline])]
     for model, column in columns.items():
+        interval = None
+        if resamples and len(prompts) > 1:
+            low, high = np.quantile(drawn[:, column], edges)
+            interval = _of_one_sided(played, model, level) or (float(low), float(high))
         score = float(_chance(best[column]))
-        low, high = np.quantile(drawn[:, column], edges) if resamples else (score, score)
-        standings.append(Standing(model, score, (float(low), float(high)), float(best[column]), many[model]))
+        standings.append(Standing(model, score, interval, float(best[column]), many[model]))
     standings.sort(key=lambda standing: -standing.strength)
     return Arena(
         baseline, tuple(standings), 100 * float((counts * points).sum() / counts.sum()), failed,
         dict(zip(named_styles, best[len(columns) :].tolist())),
     )  # fmt: skip
+
+
+def _of_one_sided(games: Sequence[Game], model: str, level: float) -> tuple[float, float] | None:
+    """The interval of a model that has won, or lost, all its games; else None."""
+    own = [game for game in games if model in (game.a, game.b)]
+    points = {VERDICTS[str(game.verdict)][0] if game.a == model else 1 - VERDICTS[str(game.verdict)][0] for game in own}
+    if points not in ({1.0}, {0.0}):
+        return None
+    low, high = wilson(points.pop(), len({game.prompt for game in own}), level)
+    return 100 * low, 100 * high
 
 
 def _chance(strength: Any) -> Any:

@@ -137,6 +137,13 @@ def test_a_judge_that_always_takes_the_first_is_seen_and_balanced(go, tmp_path):
     assert go("alpaca_eval", folder="both", judge=one_sided, both_orders=True).figures["model"]["win_rate"] == 50.0
 
 
+def test_a_better_score_is_one_win_in_the_arena(go):
+    """Scores say which answer is better and not by how much: three wins of a clear verdict are not theirs."""
+    found = go("arena", judge=size).figures["model"]["value"]
+    assert found == pytest.approx(go("win_rate", folder="plain", judge=size).figures["model"]["value"], abs=1e-3)
+    assert 0 < found < 100
+
+
 def test_arena_is_what_its_function_gives(go):
     found = go("arena", judge=Judged(), measure={"resamples": 50, "control": ["length"]}).figures["model"]
     games, styles = [], {}

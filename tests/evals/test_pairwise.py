@@ -55,6 +55,7 @@ def strengths_by_iteration(games, weight=3):
     [
         ("My own answer: 4. Both are right.\n[[A=B]]", "A=B"),
         ("[[A>>B]]", "A>>B"), ("Verdict: [[ B > A ]].", "B>A"), ("[B>>A]", "B>>A"), ("**[[A>B]]**", "A>B"),
+        ("[[a>>b]]", "A>>B"),
         ("[[A<B]]", "B>A"), ("[[A<<B]]", "B>>A"), ("[[B=A]]", "A=B"), ("[[B<A]]", "A>B"), ("[[B<<A]]", "A>>B"),
         ("[[A>B]] as I said: [[A>B]], which is [[B<A]]", "A>B"),
         ("not [A>B] alone, but [[A>>B]]", "A>>B"),
@@ -172,6 +173,17 @@ def test_a_model_that_wins_everything_has_a_score():
              (("new", "base"), ("base", "new"))]  # fmt: skip
     found = arena(games, "base", resamples=20).of("new")
     assert 99.9 < found.score <= 100 and np.isfinite(found.strength)
+
+
+def test_intervals_of_little():
+    """None without draws or of one prompt; of a model that has won everything as wide as so many prompts allow."""
+    several = both("p") + both("q") + both("r")
+    assert arena(several, "base", resamples=0).of("new").interval is None
+    assert arena(both("p"), "base").of("new").interval is None
+    low, high = arena(several, "base").of("new").interval
+    assert low == pytest.approx(100 * 3 / (3 + 1.96**2), abs=0.01) and high == 100
+    turned = arena(several, "new").of("base")
+    assert turned.interval == pytest.approx((0, 100 - low)) and turned.interval[0] <= turned.score <= turned.interval[1]
 
 
 def test_the_same_seed_the_same_interval():
