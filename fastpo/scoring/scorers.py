@@ -96,7 +96,7 @@ def _function(making: _Making, options: dict[str, Any]) -> FunctionScorer:
     if isinstance(function, str) and ".py:" in function:
         path, _, attribute = function.rpartition(":")
         function = f"{making.path(path)}:{attribute}"
-    return FunctionScorer(making.name, function, unit=options.get("unit", "response"), where=Path())
+    return FunctionScorer(making.name, function, unit=options.get("unit"), where=Path())
 
 
 def _verifier(making: _Making, options: dict[str, Any]) -> FunctionScorer:

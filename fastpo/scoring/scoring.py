@@ -116,10 +116,22 @@ _BY_UNIT: dict[str, tuple[str, ...]] = {
 }
 
 
+def _unit_of(function: Callable[..., Any]) -> UnitKind:
+    """What a function judges, by the names of its parameters."""
+    try:
+        names = set(inspect.signature(function).parameters)
+    except (TypeError, ValueError):  # a builtin
+        return "response"
+    if {"response", "completions"} & names:
+        return "response"
+    return "pair" if {"first", "second"} <= names else "list" if "responses" in names else "response"
+
+
 class FunctionScorer(BaseScorer):
     """A Python function.
 
     * `function`: a callable, "module:name", or "file.py:name" (from `where`).
+    * `unit`: None: as the parameters are named, `first` and `second`, or `responses`; else a response.
     * `f(prompt, response, meta) -> float | None`, for `unit="pair"` `f(prompt, first, second, meta)` -> P(first beats
       second), for `unit="list"` `f(prompt, responses, meta)` -> a value for each. The parameters are given by these
       names, or by position to a function that has others. Responses are texts; `meta` are the prompt's other columns.
@@ -130,14 +142,14 @@ class FunctionScorer(BaseScorer):
     """
 
     def __init__(
-        self, name: str, function: Callable[..., Any] | str, *, unit: UnitKind = "response",
+        self, name: str, function: Callable[..., Any] | str, *, unit: UnitKind | None = None,
         key: Mapping[str, Any] | None = None, where: Path = Path(),
     ):  # fmt: skip
-        self.name, self.unit = name, unit
-        if unit not in _BY_UNIT:
+        if unit is not None and unit not in _BY_UNIT:
             raise ConfigError(f"unit={unit!r}: expected response, pair or list{did_you_mean(str(unit), _BY_UNIT)}")
         found, of_file = load_function(function, where)
-        self.function = found
+        unit = unit or _unit_of(found)
+        self.name, self.unit, self.function = name, unit, found
         self._key = dict(key) if key is not None else {"function": _source_key(found)} | of_file | {"unit": unit}
         self._call = self._binding()
 
