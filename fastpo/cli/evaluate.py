@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(namespace: argparse.Namespace) -> int:
+    from fastpo.evals import summary
     from fastpo.evals.evaluate import evaluate
 
     given = ("baseline", "prompts", "verdicts", "annotations", "output_dir", "limit", "seed", "max_failed")
@@ -49,14 +50,7 @@ def run(namespace: argparse.Namespace) -> int:
     result = evaluate(namespace.name.replace("-", "_"), namespace.config, start_from=namespace.start_from,
                       dry_run=namespace.dry_run, **overrides)  # fmt: skip
     if result is not None:
-        for name, found in result.figures.items():
-            print(f"{name}: {_shown(found)}{', the best' if found.get('best') else ''}")
+        for line in (*summary.lines(result.result), *summary.remarks(result.result)):
+            print(line)
         print(f"in {result.output_dir}: result.json, report.html")
     return 0
-
-
-def _shown(found: dict) -> str:
-    if found["value"] is None:
-        return "no figure"
-    interval = found.get("interval")
-    return f"{found['value']:.4g}" + (f" ({interval[0]:.4g} to {interval[1]:.4g})" if interval else "")

@@ -24,6 +24,9 @@ class WildBench(Measure):
     name, figure, own_judge, compares = "wildbench", "WB-Reward or WB-Score, -100 to 100", "wildbench", False
     options = {"margin": 500, "max_words": wildbench.MAX_WORDS}
 
+    def of_unit(self, unit: str) -> tuple[str, float | None]:
+        return ("WB-Reward, -100 to 100", 0.0) if unit == "pair" else ("WB-Score, -100 to 100", None)
+
     def prompts(self, source: Any) -> list[Any]:
         return wildbench.load_tasks(source) if source is not None else wildbench.load_tasks()
 
@@ -38,6 +41,11 @@ class WildBench(Measure):
             )
         if asked.scorer.unit == "list" or isinstance(asked.scorer, Ensemble | FileJudge):
             raise ConfigError("wildbench needs one judge of pairs or of responses, or annotations")
+        if asked.scorer.unit == "response" and asked.baselines:
+            raise ConfigError(
+                "wildbench: a judge of responses gives WB-Score, which compares with nobody: leave baseline out, or "
+                "take a judge of pairs for WB-Reward"
+            )
 
     def _matches(self, asked: Asked) -> list[tuple[str, str]]:
         if asked.scorer.unit == "response":

@@ -127,7 +127,7 @@ def _known(values: Mapping[str, float | None]) -> list[float]:
 class AlpacaEval(_Stage):
     """AlpacaEval 2 (alpaca.py): raw and length-controlled win rate in percent."""
 
-    name, figure = "alpaca_eval", "length-controlled win rate, %"
+    name, figure, even = "alpaca_eval", "length-controlled win rate, %", 50.0
     options = {"form": None, "calibration": None, "resamples": 1000}
 
     def check(self, asked: Asked) -> None:
@@ -156,7 +156,7 @@ class AlpacaEval(_Stage):
             calibration = alpaca.load_calibration(calibration, prompts=prompts)
         found = alpaca.win_rates(rows, calibration=calibration, form=self.given["form"], allow_missing=True,
                                  resamples=self.given["resamples"], seed=seed)  # fmt: skip
-        more = {k: v for k, v in vars(found).items() if k not in ("model", "baseline", "interval")}
+        more = {k: v for k, v in vars(found).items() if k not in ("model", "interval")}
         return {"value": found.length_controlled, "error": found.lc_standard_error, "interval": found.lc_interval,
                 **more, "raw_interval": found.interval}  # fmt: skip
 
@@ -180,7 +180,7 @@ def _length(text: str | None) -> float:
 class Arena(_Stage):
     """Pairwise win rates in the form of Arena-Hard (pairwise.py), in percent."""
 
-    name, figure, own_judge, both = "arena", "win rate by Bradley-Terry, %", "arena", True
+    name, figure, own_judge, both, even = "arena", "win rate by Bradley-Terry, %", "arena", True, 50.0
     options = {"weight": 3, "control": (), "resamples": 1000, "level": 0.95, "category": None}
 
     def check(self, asked: Asked) -> None:
@@ -210,8 +210,8 @@ class Arena(_Stage):
         found = pairwise.arena(games, baseline, styles=styles, allow_missing=True, seed=seed, **given)
         return {
             one.model: {"value": one.score, "error": None, "interval": one.interval and list(one.interval),
-                        "strength": one.strength, "games": one.games, "points_of_the_first": found.first,
-                        "pairs_left_out": found.failed, "style": dict(found.style)}
+                        "baseline": baseline, "strength": one.strength, "games": one.games,
+                        "points_of_the_first": found.first, "pairs_left_out": found.failed, "style": dict(found.style)}
             for one in found.standings if one.model != baseline
         }  # fmt: skip
 
@@ -255,7 +255,7 @@ def verdict_of(p: float) -> str:
 class WinRate(_Stage):
     """Plain win rate of two policies on prompts of their domain, both orders (PUGC's), in percent."""
 
-    name, figure, both = "win_rate", "win rate, %", True
+    name, figure, both, even = "win_rate", "win rate, %", True, 50.0
 
     def figures(self, asked: Asked, folder: Path) -> dict[str, dict[str, Any]]:
         out = {}
@@ -271,12 +271,12 @@ class WinRate(_Stage):
 class Verifier(_Stage):
     """The mean of a verifier or a function over prompts with answers (MCTS-DPO's accuracy)."""
 
-    name, figure, compares = "verifier", "mean over prompts", False
+    name, figure, compares = "verifier", "mean score", False
 
     def check(self, asked: Asked) -> None:
-        super().check(asked)
         if asked.scorer.unit == "pair":
             raise ConfigError(f"{self.name} needs a judge of responses, such as {{kind: verifier, ...}}, not of pairs")
+        super().check(asked)
 
     def figures(self, asked: Asked, folder: Path) -> dict[str, dict[str, Any]]:
         return self.means(asked, self.scores(asked, folder))
@@ -305,23 +305,42 @@ def _around(values: Sequence[float]) -> list[float] | None:
 
 class HeldOut(Verifier):
     """Which of several checkpoints answers held-out prompts best (Instruct-SkillMix): mean scores, or win rates in
-    percent against the baseline where the judge compares; 100 prompts, drawn by the seed."""
+    percent against the baseline where the judge compares; 100 prompts, drawn by the seed.
+
+    `best` is the best of the models, where it can be told from the next one on the same prompts."""
 
     name, figure, both, limit = "held_out", "mean score, or win rate in %", True, 100
+
+    def of_unit(self, unit: str) -> tuple[str, float | None]:
+        return ("win rate, %", 50.0) if unit == "pair" else ("mean score", None)
 
     def check(self, asked: Asked) -> None:
         _Stage.check(self, asked)
 
     def figures(self, asked: Asked, folder: Path) -> dict[str, dict[str, Any]]:
+        values, scale = self.scores(asked, folder) if asked.scorer.unit != "pair" else self.wins(asked, folder), 1.0
         if asked.scorer.unit != "pair":
-            out = self.means(asked, self.scores(asked, folder))
+            out = self.means(asked, values)
         else:
-            out = {}
-            for model, values in self.wins(asked, folder).items():
-                known = _known(values)
-                out[model] = mean_of(known, 100.0) | {"left_out": len(asked.items) - len(known)}
-        known_ones = {model: found["value"] for model, found in out.items() if found["value"] is not None}
-        best = max(known_ones, key=lambda model: known_ones[model], default=None)
-        for model, found in out.items():
-            found["best"] = model == best
+            out, scale = {}, 100.0
+            for model, own in values.items():
+                known = _known(own)
+                out[model] = mean_of(known, scale) | {"left_out": len(asked.items) - len(known)}
+        ranked = sorted(
+            (model for model in asked.models if model in out and out[model]["value"] is not None),
+            key=lambda model: out[model]["value"], reverse=True,
+        )  # fmt: skip
+        for found in out.values():
+            found["best"] = False
+        if len(ranked) > 1:
+            best, following = ranked[:2]
+            apart = [
+                scale * (v - values[following][k]) for k, v in values[best].items()
+                if v is not None and values[following].get(k) is not None
+            ]  # fmt: skip
+            interval = _around(apart)
+            out[best]["best"] = interval is not None and interval[0] > 0
+            if not out[best]["best"] and apart:
+                out[best]["no_clear_difference"] = {"to": following, "value": statistics.fmean(apart),
+                                                    "interval": interval, "prompts": len(apart)}  # fmt: skip
         return out

@@ -13,19 +13,20 @@ what they depend on has changed. The figures are made anew each time.
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fastpo.checkpoints.run_lock import RunLock
 from fastpo.errors import ConfigError, did_you_mean
-from fastpo.evals.inputs import answers_of, drawn, there, verdict_rows
+from fastpo.evals.inputs import UNKNOWN_END, answers_of, drawn, there, verdict_rows
 from fastpo.evals.judging import FileJudge, cost, judge_of
 from fastpo.evals.measure import Asked, Measure
 from fastpo.evals.measures import measure_of
 from fastpo.evals.options import EvalConfig, Source, build, sources
 from fastpo.evals.page import write_page
+from fastpo.evals.summary import given_as, how, sampling
 from fastpo.loop import config as configs
 from fastpo.loop.requests import requests_of
 from fastpo.loop.sample_stage import read_samples, sample_stage
@@ -50,6 +51,7 @@ class EvalResult:
     name: str
     figures: dict[str, dict[str, Any]]
     counts: dict[str, Any]
+    result: dict[str, Any] = field(default_factory=dict)  # all that result.json holds
 
     @property
     def value(self) -> float | None:
@@ -112,12 +114,15 @@ def _of_annotations(measure: Measure, options: EvalConfig, dry_run: bool) -> Eva
         return None
     figures = measure.of_annotations(options.annotations, options.prompts, options.seed, options.baseline)
     folder = Path(options.output_dir)
-    result = {"name": measure.name, "figure": measure.figure, "figures": figures, "counts": {},
-              "options": _plain({**measure.given}), "annotations": _shown(options.annotations),
-              "versions": versions()}  # fmt: skip
-    write_json(folder / "result.json", _plain(result))
+    # Which of WildBench's figures it is, the annotations say: comparisons are given by the baseline's name.
+    figure, even = measure.of_unit("pair" if isinstance(options.annotations, Mapping) else "response")
+    result = _plain({
+        "name": measure.name, "figure": figure, "even": even, "figures": figures, "counts": {},
+        "options": {**measure.given}, "annotations": given_as(options.annotations), "versions": versions(),
+    })  # fmt: skip
+    write_json(folder / "result.json", result)
     write_page(folder, result, [], [], options.seed)
-    return EvalResult(folder, measure.name, figures, {})
+    return EvalResult(folder, measure.name, figures, {}, result)
 
 
 class Evaluation:
@@ -201,7 +206,7 @@ class Evaluation:
         assert one.policy is not None
         path, policy = self.folder / "sampled" / f"{one.name}.jsonl", one.policy
         sampler = getattr(self.make_sampler, "key", getattr(self.make_sampler, "__qualname__", None))
-        options = {"policy": policy, "sample": configs.as_json(one.sample), "seed": self.config.seed,
+        options = {"policy": policy, "sample": sampling(one), "seed": self.config.seed,
                    "prompts": digest([[item.id, _plain(item.prompt)] for item in self.items]),
                    "sampler": sampler}  # fmt: skip
 
@@ -256,18 +261,20 @@ class Evaluation:
                 found["answers"] = lengths(self.asked.answers[name], len(self.items))
         write_lines(self.folder / "answers.jsonl", answers)
         write_lines(self.folder / "verdicts.jsonl", verdicts)
+        figure, even = self.measure.of_unit(self.asked.scorer.unit)
         result = _plain({
-            "name": self.measure.name, "figure": self.measure.figure, "figures": figures,
+            "name": self.measure.name, "figure": figure, "even": even, "figures": figures,
             "baselines": {name: {"answers": lengths(self.asked.answers[name], len(self.items))}
                           for name in self.asked.baselines},
             "counts": counts, "options": {**self.measure.given, "both_orders": self.asked.both,
                                           "seed": self.config.seed, "limit": self.config.limit},
-            "models": {one.name: one.policy or _shown(one.answers) for one in self.sources},
+            "models": {one.name: one.policy or given_as(one.answers) for one in self.sources},
+            "how": how(self.config, self.sources, len(self.items), len(self.asked.every)),
             "judge": configs.as_json(dict(self.asked.scorer.key)), "keys": self._keys(), "versions": versions(),
         })  # fmt: skip
         write_json(self.folder / "result.json", result)
         write_page(self.folder, result, answers, verdicts, self.config.seed)
-        return EvalResult(self.folder, self.measure.name, figures, counts)
+        return EvalResult(self.folder, self.measure.name, figures, counts, result)
 
     def _answer_lines(self) -> list[dict[str, Any]]:
         prompts = {item.id: item.prompt for item in self.items}
@@ -276,13 +283,14 @@ class Evaluation:
             for name, own in found.items():
                 for response in own:
                     tokens = None if response.token_ids is None else len(response.token_ids)
+                    finished = None if UNKNOWN_END in response.meta else response.finished
                     lines.append({"id": name, "prompt": prompts[name], "model": model, "text": response.text,
-                                  "finished": response.finished, "tokens": tokens})  # fmt: skip
+                                  "finished": finished, "tokens": tokens})  # fmt: skip
         if self.measure.of_judge:
             for one in self.asked.items:
                 for k, text in enumerate(one.answers):
                     lines.append({"id": one.name, "prompt": one.prompt, "model": _place(k, one.num_correct),
-                                  "text": text, "finished": True, "tokens": None})  # fmt: skip
+                                  "text": text, "finished": None, "tokens": None})  # fmt: skip
         return lines
 
     def _keys(self) -> dict[str, str]:
@@ -308,12 +316,12 @@ class Evaluation:
 
 
 def lengths(answers: Mapping[str, Sequence[Response]], prompts: int) -> dict[str, Any]:
-    """Counts and means of a model's answers."""
+    """Counts and means of a model's answers; None where it is not known."""
     every = [response for own in answers.values() for response in own]
     tokens = [len(r.token_ids) for r in every if r.token_ids is not None]
     return {
         "answers": len(every), "missing": prompts - len(answers), "empty": sum(not r.text.strip() for r in every),
-        "cut off": sum(not r.finished for r in every),
+        "cut off": None if any(UNKNOWN_END in r.meta for r in every) else sum(not r.finished for r in every),
         "mean characters": sum(len(r.text) for r in every) / len(every) if every else None,
         "mean tokens": sum(tokens) / len(tokens) if tokens else None,
     }  # fmt: skip
@@ -342,7 +350,3 @@ def _plain(value: Any) -> Any:
     if value is None or isinstance(value, str | int | float | bool):
         return value
     return _plain(vars(value)) if hasattr(value, "__dataclass_fields__") else str(value)
-
-
-def _shown(given: Any) -> Any:
-    return str(given) if isinstance(given, str | Path) else f"{type(given).__name__} in memory"

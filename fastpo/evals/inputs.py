@@ -15,6 +15,7 @@ from fastpo.sampling.items import Item, Response, digest, prompt_text, seed_of
 
 _IDS, _PROMPTS, _TEXTS = ("id", "session_id"), (PROMPT, "instruction"), ("text", "output", "completion", "response")
 _MODELS = ("model", "generator")
+UNKNOWN_END = "unknown end"  # in the meta of an answer of which nobody says whether it ended by itself
 
 
 def prompts_of(source: Any) -> list[Item]:
@@ -67,6 +68,7 @@ def answers_of(source: Source, items: Sequence[Item], known: Sequence[Item] | No
     DataError for prompts without an answer or with two, and for answers to other prompts.
     """
     name, given = source.name, source.answers
+    ends: dict[str, bool] = {}
     if isinstance(given, str) and given.startswith(COLUMN):
         column = given.removeprefix(COLUMN)
         found = {item.id: item.meta[column] for item in items if column in item.meta}
@@ -78,15 +80,20 @@ def answers_of(source: Source, items: Sequence[Item], known: Sequence[Item] | No
             raise DataError(f"{name}: {len(given)} answers to {len(whole)} prompts")
         found = {item.id: text for item, text in zip(whole, given)}
     else:
-        found = _of_rows(source, items if known is None else known)
+        found = _of_rows(source, items if known is None else known, ends)
     refuse(f"answers of {name} are no texts", [k for k, v in found.items() if not isinstance(v, str)], len(found))
     strange = set(found) - {item.id for item in (items if known is None else known)}
     refuse(f"answers of {name} are to other prompts", [key for key in found if key in strange], len(found))
     refuse(f"prompts have no answer of {name}", [item.id for item in items if item.id not in found], len(items))
-    return {item.id: [Response(found[item.id], source=name)] for item in items}
+    return {
+        item.id: [Response(found[item.id], source=name, finished=ends.get(item.id, True),
+                           meta={} if item.id in ends else {UNKNOWN_END: True})]
+        for item in items
+    }  # fmt: skip
 
 
-def _of_rows(source: Source, items: Sequence[Item]) -> dict[str, Any]:
+def _of_rows(source: Source, items: Sequence[Item], ends: dict[str, bool]) -> dict[str, Any]:
+    """Texts by the prompts' ids; `ends` gets whether they ended by themselves, of rows that say so."""
     name = source.name
     rows = rows_of(source.answers, f"the answers of {name}", ())
     models = {str(row[c]) for row in rows for c in _MODELS if row.get(c) is not None}
@@ -104,6 +111,8 @@ def _of_rows(source: Source, items: Sequence[Item]) -> dict[str, Any]:
             asked = next((_name(row[c]) for c in _PROMPTS if row.get(c) is not None), None)
             own = by_prompt.get(asked, asked) if asked is not None else None
         text = next((row[c] for c in _TEXTS if row.get(c) is not None), None)
+        if own is not None and isinstance(row.get("finished"), bool):
+            ends[own] = row["finished"]
         ids.append(own)
         texts.append(text[0] if isinstance(text, list) and len(text) == 1 else text)
     refuse(f"answers of {name} have neither id nor prompt; numbers of the rows",

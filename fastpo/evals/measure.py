@@ -67,6 +67,7 @@ class Measure(abc.ABC):
 
     name = ""
     figure = ""  # what `value` is
+    even: float | None = None  # the value of models that are alike
     options: Mapping[str, Any] = {}
     own_judge = ""  # of `judging.judge_of`
     compares = True  # with a baseline
@@ -93,6 +94,10 @@ class Measure(abc.ABC):
     def baseline(self, items: Sequence[Any]) -> Any:
         """What is compared with where the options do not say."""
         return None
+
+    def of_unit(self, unit: str) -> tuple[str, float | None]:
+        """(what `value` is, the value of models that are alike) where the judge is of such units."""
+        return self.figure, self.even
 
     def check(self, asked: Asked) -> None:
         """ConfigError for what does not fit together."""

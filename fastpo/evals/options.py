@@ -21,7 +21,7 @@ from fastpo.loop.config import Options, Sample
 
 COLUMN = "column:"
 _SAMPLE = {"n": 1, "temperature": 0.0, "max_tokens": 1024, "check_logps": 0}
-_NOT_READ = ("sources", "drop_truncated", "check_logps", "tolerance")  # of the loop's section
+NOT_READ = ("sources", "drop_truncated", "check_logps", "tolerance")  # of the loop's section
 _OF_A_MODEL = ("policy", "answers", "model", "sample")
 
 
@@ -113,7 +113,7 @@ def _source(name: str, value: Any, sample: Options) -> Source:
 
 def sample_of(given: Options, where: str) -> Sample:
     for option in given:
-        if option in _NOT_READ:
+        if option in NOT_READ:
             raise ConfigError(f"{where}.{option} is the loop's: an evaluation judges every answer of the policy")
     sample: Sample = configs.section(Sample, {**_SAMPLE, **given}, where)
     if sample.n < 1 or sample.max_tokens < 1 or sample.temperature < 0 or not 0 < sample.top_p <= 1:

@@ -34,7 +34,7 @@ def test_a_win_rate_from_a_file_of_options(files, capsys, caplog):
     caplog.set_level(logging.INFO, "fastpo")
     assert cli.main(["evaluate", "win_rate", "--config", "eval.yaml"]) == 0
     captured = capsys.readouterr()
-    assert captured.out.splitlines()[0].startswith("model: 83.33 (") and "report.html" in captured.out
+    assert captured.out.splitlines()[0].startswith("model: win rate 83.33% (95%: ") and "report.html" in captured.out
     assert "win_rate: 12 prompts; no answers to sample; 24 judgements by judge" in caplog.messages
     assert {p.name for p in (files / "out").iterdir()} >= {
         "answers.jsonl",
@@ -56,7 +56,8 @@ def test_options_without_a_file(files, capsys):
     assert not (files / "out").exists()
     assert cli.main(argv) == 0
     new, old, _ = capsys.readouterr().out.splitlines()
-    assert new.startswith("new: 0.6667 (") and new.endswith(", the best") and old.startswith("old: 0 (0 to ")
+    assert new.startswith("new: mean score 0.6667 (95%: ") and new.endswith(", 12 prompts; the best")
+    assert old.startswith("old: mean score 0 (95%: 0 to ")
 
 
 @pytest.mark.parametrize("argv, message", [

@@ -243,7 +243,10 @@ def test_wildbench_is_what_its_functions_give(go, tmp_path):
     lines = list(read_lines(tmp_path / "out" / "verdicts.jsonl"))
     assert len(lines) == len(TASKS) - 1  # nobody is asked about an empty answer
     assert {frozenset(line["shown"]) for line in lines} == {frozenset(("model", "baseline"))}
-    score = go("wildbench", folder="score", **given, judge=lambda prompt, response, meta: 1 + len(response) % 10)
+    with pytest.raises(ConfigError, match="gives WB-Score, which compares with nobody: leave baseline out"):
+        go("wildbench", folder="none", **given, judge=size)
+    score = go("wildbench", folder="score", **given | {"baseline": None},
+               judge=lambda prompt, response, meta: 1 + len(response) % 10)  # fmt: skip
     rater = FunctionScorer("judge", lambda prompt, response, meta: 1 + len(response) % 10)
     assert score.value == wildbench.score(wildbench.rate(tasks, mine, rater).ratings).value
 
@@ -312,7 +315,7 @@ def test_two_policies_are_sampled_judged_and_read(go, policies, tmp_path):
     assert result["models"] == dict(zip("ab", policies)) and result["keys"].keys() == {"sample-a", "sample-b", "judge"}
     assert result["versions"]["fastpo"] and result["baselines"]["a"]["answers"]["mean tokens"] > 0
     page = (out / "report.html").read_text()
-    assert "a shown first, b second" in page and "95 %" in page
+    assert "a shown first, b second" in page and "holds 95%" in page
     # Answers that are there are those that were sampled.
     again = go("win_rate", folder="again", **given | {
         "models": {n: {"answers": str(out / "answers.jsonl"), "model": n} for n in "ab"}, "sample": None,
