@@ -64,7 +64,9 @@ def _dispatch(argv: Sequence[str]) -> int:
     if command in WITH_OTHER_OPTIONS:
         return _module(command).run(namespace, extras)
     if extras:
-        raise UsageError(f"unrecognised argument {extras[0]!r} (see fastpo {command or ''} --help)")
+        hint = getattr(_module(command), "hint", None) if command in COMMANDS else None
+        near = hint(extras) if hint else ""
+        raise UsageError(f"unrecognised argument {extras[0]!r}{near} (see fastpo {command or ''} --help)")
     if command is None:
         raise UsageError(f"no command given: {', '.join(COMMANDS)} (see fastpo --help)")
     return _module(command).run(namespace)

@@ -1,6 +1,8 @@
 """`fastpo evaluate NAME`: answers of policies, verdicts of a judge, a figure with its interval."""
 
 import argparse
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from fastpo.cli.parser import UsageError, assign
 
@@ -35,22 +37,51 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(namespace: argparse.Namespace) -> int:
     from fastpo.evals import summary
     from fastpo.evals.evaluate import evaluate
+    from fastpo.loop import config as configs
 
     given = ("baseline", "prompts", "verdicts", "annotations", "output_dir", "limit", "seed", "max_failed")
-    overrides = {name: getattr(namespace, name) for name in given if getattr(namespace, name) is not None}
+    options = configs.load(namespace.config) if namespace.config else {}
+    options |= {name: getattr(namespace, name) for name in given if getattr(namespace, name) is not None}
     named = [model.partition("=") for model in namespace.model]
     if len(named) == 1 and not named[0][1]:
-        overrides["model"] = named[0][0]
+        options = {k: v for k, v in options.items() if k != "models"} | {"model": named[0][0]}
     elif named:
         for name, sign, path in named:
             if not sign or not name or not path:
                 raise UsageError(f"--model {name}{sign}{path}: of several models each has a name, NAME=PATH")
-        overrides["models"] = {name: path for name, _, path in named}
-    assign(overrides, [one for group in namespace.assignments for one in group])
-    result = evaluate(namespace.name.replace("-", "_"), namespace.config, start_from=namespace.start_from,
-                      dry_run=namespace.dry_run, **overrides)  # fmt: skip
+        options = {k: v for k, v in options.items() if k != "model"} | {
+            "models": {name: path for name, _, path in named}
+        }
+    result = evaluate(namespace.name.replace("-", "_"), _assigned(options, namespace.assignments),
+                      start_from=namespace.start_from, dry_run=namespace.dry_run)  # fmt: skip
     if result is not None:
         for line in (*summary.lines(result.result), *summary.remarks(result.result)):
             print(line)
         print(f"in {result.output_dir}: result.json, report.html")
     return 0
+
+
+def hint(extras: Sequence[str]) -> str:
+    """What --set has where an option of a section stands alone: --max-tokens 96."""
+    from fastpo.cli.parser import section_hint
+    from fastpo.evals.options import SAMPLE_OPTIONS
+
+    return section_hint(extras, {"sample": SAMPLE_OPTIONS})
+
+
+def _assigned(options: dict[str, Any], assignments: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """Options with those of --set on top: a dotted name changes one option of its section, a name without a dot is the
+    whole of it. A judge of another kind shares no option with the one that the file has."""
+    from fastpo.loop import config as configs
+
+    dotted: dict[str, Any] = {}
+    for text in (one for group in assignments for one in group):
+        name = text.partition("=")[0]
+        if "." in name:
+            assign(dotted, [text])
+        else:
+            assign(options, [text])
+    judge, before = dotted.get("judge", {}), options.get("judge")
+    if isinstance(before, Mapping) and judge.get("kind", before.get("kind")) != before.get("kind"):
+        options = {**options, "judge": {}}
+    return configs.merged(options, dotted)

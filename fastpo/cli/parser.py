@@ -4,7 +4,7 @@ import argparse
 import difflib
 import re
 import shutil
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NoReturn
 
 from fastpo.errors import FastpoError
@@ -46,6 +46,18 @@ def kebab(argv: Sequence[str]) -> list[str]:
             token = name.replace("_", "-") + equals + value
         out.append(token)
     return out
+
+
+def section_hint(extras: Sequence[str], sections: Mapping[str, Collection[str]]) -> str:
+    """Of options that are a section's, as the end of a message: --max-tokens 96 is --set sample.max_tokens=96."""
+    name, equals, value = extras[0].removeprefix("--").partition("=")
+    name = name.replace("-", "_")
+    if not equals and len(extras) > 1 and not extras[1].startswith("--"):
+        value = extras[1]
+    for section, options in sections.items():
+        if extras[0].startswith("--") and name in options:
+            return f"; did you mean --set {section}.{name}={value or 'VALUE'}?"
+    return ""
 
 
 def assign(options: dict[str, Any], assignments: Sequence[str]) -> None:

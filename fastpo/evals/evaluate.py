@@ -26,6 +26,7 @@ from fastpo.evals.measure import Asked, Measure
 from fastpo.evals.measures import measure_of
 from fastpo.evals.options import EvalConfig, Source, build, sources
 from fastpo.evals.page import write_page
+from fastpo.evals.policies import check_policy
 from fastpo.evals.summary import given_as, how, sampling
 from fastpo.loop import config as configs
 from fastpo.loop.requests import requests_of
@@ -148,6 +149,9 @@ class Evaluation:
         self.items = measure.items(self.asked)
         known = measure.items(replace(self.asked, items=every))
         self.there = {one.name: answers_of(one, self.items, known) for one in self.sources if one.answers is not None}
+        for one in self.sources:
+            if one.policy is not None:
+                check_policy(one)
         self.asked.scorer = self._judge()
         both = measure.both if config.both_orders is None else config.both_orders
         if isinstance(self.asked.scorer, FileJudge) and config.both_orders is None:

@@ -8,6 +8,7 @@ sample: {temperature: 0.7, max_tokens: 1024}
 output_dir: eval
 """
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,10 +19,12 @@ from fastpo.data.sources import SUFFIXES
 from fastpo.errors import ConfigError, did_you_mean, shown
 from fastpo.loop import config as configs
 from fastpo.loop.config import Options, Sample
+from fastpo.sampling import make
 
 COLUMN = "column:"
 _SAMPLE = {"n": 1, "temperature": 0.0, "max_tokens": 1024, "check_logps": 0}
 NOT_READ = ("sources", "drop_truncated", "check_logps", "tolerance")  # of the loop's section
+SAMPLE_OPTIONS = tuple(f.name for f in dataclasses.fields(Sample) if f.name not in (*NOT_READ, "options"))
 _OF_A_MODEL = ("policy", "answers", "model", "sample")
 
 
@@ -116,6 +119,7 @@ def sample_of(given: Options, where: str) -> Sample:
         if option in NOT_READ:
             raise ConfigError(f"{where}.{option} is the loop's: an evaluation judges every answer of the policy")
     sample: Sample = configs.section(Sample, {**_SAMPLE, **given}, where)
+    make.check_options(sample, where)
     if sample.n < 1 or sample.max_tokens < 1 or sample.temperature < 0 or not 0 < sample.top_p <= 1:
         raise ConfigError(f"{where}: n and max_tokens are 1 or more, temperature 0 or more, top_p in (0, 1]")
     if sample.n > 1 and sample.temperature == 0:

@@ -40,17 +40,8 @@ def make_sampler(
 
     folder: of the log of a server that it starts. ConfigError names an engine or an option that there is not.
     """
-    if sample.engine not in _ENGINES:
-        near = did_you_mean(sample.engine, _ENGINES)
-        raise ConfigError(f"sample.engine={sample.engine!r}: expected one of {quoted(_ENGINES)}{near}")
+    check_options(sample)
     options = dict(sample.options)
-    known = [name for name in inspect.signature(_ENGINES[sample.engine]).parameters if name not in _OURS]
-    known += {"local": LOADING, "openai": ("model",)}.get(sample.engine, ())
-    for name in options:
-        if name not in known:
-            others = [n for n in _ENGINES if n != sample.engine and name in inspect.signature(_ENGINES[n]).parameters]
-            of = f" (it is one of sample.engine={others[0]})" if others else did_you_mean(name, known)
-            raise ConfigError(f"sample.{name}: sample.engine={sample.engine} has no such option{of}")
     if sample.engine == "local":
         return LocalSampler(policy, tokenizer, **options)
     if sample.engine == "ray":
@@ -58,6 +49,21 @@ def make_sampler(
     if "base_url" not in options:
         raise ConfigError("sample.engine=openai needs sample.base_url, the address of a server, up to and with /v1")
     return ServerSampler(policy, tokenizer, log_path=Path(folder) / "server.log", **options)
+
+
+def check_options(sample: Section, where: str = "sample") -> None:
+    """ConfigError for an engine that there is not, and for an option that neither it nor the section has."""
+    if sample.engine not in _ENGINES:
+        near = did_you_mean(sample.engine, _ENGINES)
+        raise ConfigError(f"{where}.engine={sample.engine!r}: expected one of {quoted(_ENGINES)}{near}")
+    known = [name for name in inspect.signature(_ENGINES[sample.engine]).parameters if name not in _OURS]
+    known += {"local": LOADING, "openai": ("model",)}.get(sample.engine, ())
+    for name in sample.options:
+        if name not in known:
+            others = [n for n in _ENGINES if n != sample.engine and name in inspect.signature(_ENGINES[n]).parameters]
+            near = did_you_mean(name, [*getattr(sample, "__dict__", ()), *known])
+            of = f" (it is one of {where}.engine={others[0]})" if others else near
+            raise ConfigError(f"{where}.{name}: {where}.engine={sample.engine} has no such option{of}")
 
 
 @contextlib.contextmanager

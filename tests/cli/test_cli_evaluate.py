@@ -69,8 +69,63 @@ def test_options_without_a_file(files, capsys):
     (["evaluate", "win_rate", "--config", "eval.yaml", "--set", "judge"], "expected NAME=VALUE"),
     (["evaluate", "win_rate", "--config", "eval.yaml", "--baseline", "prompts.jsonl"], "12 of 12 answers of baseline"),
     (["evaluate", "win_rate", "--config", "eval.yaml", "--modle", "a"], "unrecognised argument '--modle'"),
+    (["evaluate", "win_rate", "--config", "eval.yaml", "--max-tokens", "96"],
+     "'--max-tokens'; did you mean --set sample.max_tokens=96"),
+    (["evaluate", "win_rate", "--config", "eval.yaml", "--top_p=0.5"], "did you mean --set sample.top_p=0.5"),
+    (["evaluate", "win_rate", "--config", "eval.yaml", "--dry-run", "--set", "sample.max_token=9"],
+     "sample.max_token: .* did you mean 'max_tokens'"),
+    (["evaluate", "win_rate", "--config", "eval.yaml", "--dry-run", "--set", "sample.temprature=0.5"],
+     "did you mean 'temperature'"),
+    (["evaluate", "win_rate", "--config", "eval.yaml", "--dry-run", "--set", "judge.functoin=x"],
+     "no option 'functoin'.* did you mean 'function'"),
 ])  # fmt: skip
 def test_mistakes_are_one_line(files, capsys, argv, message):
     assert cli.main(argv) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and re.search(message, lines[0]), lines
+
+
+def test_a_dotted_option_changes_one_of_its_section(files, capsys):
+    """The judge of the file stays a function, its file is another; and --model is in the place of `models`."""
+    (files / "shorter.py").write_text("def shorter(prompt, response, meta):\n    return -float(len(response))\n")
+    argv = ["evaluate", "win_rate", "--config", "eval.yaml", "--output-dir", "second"]
+    assert cli.main([*argv, "--set", "judge.function=shorter.py:shorter"]) == 0
+    assert "win rate 16.67%" in capsys.readouterr().out
+    (files / "models.yaml").write_text((files / "eval.yaml").read_text().replace("model: new", "models: {a: new")
+                                       .replace(".jsonl\nbaseline", ".jsonl}\nbaseline"))  # fmt: skip
+    argv = ["evaluate", "win_rate", "--config", "models.yaml", "--output-dir"]
+    assert cli.main([*argv, "third", "--model", "old.jsonl"]) == 0
+    assert capsys.readouterr().out.startswith("model: win rate 50%")
+    assert cli.main([*argv, "fourth", "--model", "b=new.jsonl"]) == 0
+    assert capsys.readouterr().out.startswith("b: win rate 83.33%")
+    # A judge of another kind is another judge.
+    assert cli.main([*argv, "fifth", "--set", "judge.kind=verifier", "--set", "judge.verifier=exact_match"]) == 0
+    assert "win rate 83.33%" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path, message", [
+    ("./dop", "model: there is no folder 'dop'; did you mean 'dpo'?"),
+    ("runs/loop/iter-2/tarin", "there is no folder 'runs/loop/iter-2/tarin'; did you mean 'runs/loop/iter-2/train'?"),
+    ("rnus/loop/iter-2", "did you mean 'runs'?"),
+    ("runs/loop/iter-2", "the folder 'runs/loop/iter-2' holds no model (no config.json); did you mean "
+                         "'runs/loop/iter-2/train'?"),
+    ("judge.py", "'judge.py' is a file and no model's folder"),
+    ("dop", "did you mean 'dpo'?"),
+])  # fmt: skip
+def test_a_model_that_is_not_there_is_found_before_anything_is_asked(files, capsys, monkeypatch, path, message):
+    from fastpo.errors import ConfigError
+    from fastpo.evals import policies
+
+    asked = []
+
+    def hub(name):
+        asked.append(name)
+        raise ConfigError(f"cannot load a tokenizer from {name!r}")
+
+    monkeypatch.setattr(policies, "load_tokenizer", hub)
+    for folder in ("dpo", "runs/loop/iter-2/train"):
+        (files / folder).mkdir(parents=True)
+        (files / folder / "config.json").write_text("{}")
+    assert cli.main(["evaluate", "win_rate", "--config", "eval.yaml", "--dry-run", "--model", path]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert message in line and asked == (["dop"] if path == "dop" else [])
