@@ -1,7 +1,8 @@
-"""Answers of a model to questions, scored: rows of K responses that `fastpo train` takes..
+"""Answers of a model to questions, scored: rows of K responses that `fastpo train` takes.
 
     python examples/sample.py MODEL ROWS.jsonl                  # 4 answers to each training question, into ROWS.jsonl
     python examples/sample.py MODEL --held-out --responses 8    # how right and how long its answers to the others are
+    ... --questions FILE.jsonl                                  # these questions, for `fastpo evaluate`
 
 The questions are about capitals. An answer that names the capital scores 1, less a hundredth a word: right and short
 is better than right and long, and anything wrong scores 0. Answers that reach --max-new-tokens are left out: their end
@@ -38,6 +39,11 @@ def score(answer: str, capital: str) -> float:
     return max(0.0, 1 - len(answer.split()) / 100) if right else 0.0
 
 
+def right(prompt, response: str, meta) -> float:
+    """1 where the response names the capital: a judge for `fastpo evaluate verifier`."""
+    return float(score(response, meta["answer"]) > 0)
+
+
 @torch.no_grad()
 def answers(model, tokenizer, questions: list[str], k: int, limit: int) -> list[list[str]]:
     """K answers to each question, or the greedy one for k = 0; those that did not end are left out."""
@@ -62,6 +68,7 @@ def main() -> None:
     parser.add_argument("--held-out", action="store_true")
     parser.add_argument("--responses", type=int, default=4, help="answers drawn to a question; 0: the greedy one")
     parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--questions", metavar="FILE", help="write the questions and their answers there")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
@@ -69,6 +76,11 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(args.model).eval()
     chosen = list(CAPITALS.items())[slice(TRAIN, None) if args.held_out else slice(TRAIN)]
     questions = [f"What is the capital of {country}?" for country, _ in chosen]
+    if args.questions:
+        with open(args.questions, "w", encoding="utf-8") as file:
+            for question, (country, capital) in zip(questions, chosen):
+                prompt = [{"role": "user", "content": question}]
+                file.write(json.dumps({"id": country, "prompt": prompt, "answer": capital}) + "\n")
     given = answers(model, tokenizer, questions, args.responses, args.max_new_tokens)
     scores = [[score(text, capital) for text in texts] for texts, (_, capital) in zip(given, chosen)]
     flat, words = sum(scores, []), [len(text.split()) for texts in given for text in texts]

@@ -129,7 +129,10 @@ def test_sample_scores_and_writes_rows(toy, tmp_path, monkeypatch, capsys):
     assert re.search(r"^128 answers, (\d+) that end, \1 of them right, ", main(str(out), *limit))
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert rows and all(0 < r["score"] < 1 for row in rows for r in row["responses"])
-    held_out = main("--held-out", "--responses", "0", *limit)
+    held_out = main("--held-out", "--responses", "0", "--questions", str(tmp_path / "questions.jsonl"), *limit)
+    [first, *_] = [json.loads(line) for line in (tmp_path / "questions.jsonl").read_text().splitlines()]
+    assert first["id"] == "w32" and sample.right(first["prompt"], "It is w.", first) == 1.0
+    assert sample.right(first["prompt"], "No.", first) == 0.0
     assert re.search(r"^16 answers, \d+ that end", held_out) and str(out) not in held_out
     args = {"output_dir": str(tmp_path / "run"), "use_cpu": True, "bf16": False, "max_steps": 1, "logging_steps": 1,
             "save_final": False, "report": False, "disable_tqdm": True}  # fmt: skip

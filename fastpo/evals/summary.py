@@ -35,7 +35,9 @@ def sentence(result: Mapping[str, Any], name: str) -> str:
 def _figure(result: Mapping[str, Any], found: Mapping[str, Any], alone: bool) -> str:
     label, _, unit = result["figure"].partition(", ")
     if found["value"] is None:
-        return f"{label}: no figure"
+        parts = found.get("subsets") or {}  # of pairs of one's own RewardBench has no score
+        some = [f"{name} {number(value)}" for name, value in list(parts.items())[:6]]
+        return f"{label}: no figure" + (f", for others are missing; right in {', '.join(some)}" if some else "")
     percent = "%" if unit == "%" else ""
     text = f"{label} {number(found['value'])}{percent}{_around(found)}"
     if unit and not percent:

@@ -96,6 +96,12 @@ def test_wildbench_names_the_figure_that_was_computed(go, unit, name):
     assert summary.lines(found)[0].startswith(f"model: {name} ") and "of -100 to 100" in summary.lines(found)[0]
 
 
+def test_pairs_of_ones_own_have_their_share_of_right_ones(go):
+    rows = [{"id": k, "subset": "shp", "prompt": "q", "chosen": "yes" * k, "rejected": "ny"} for k in range(1, 5)]
+    found = go("rewardbench", prompts=rows).result
+    assert summary.lines(found) == ["judge: score: no figure, for others are missing; right in shp 1"]
+
+
 # ---- what a reader must know
 
 
