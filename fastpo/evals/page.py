@@ -25,13 +25,13 @@ _WORDS = {
     "of_another_judge": "of another judge, asked again",
     "value": "figure",
     "error": "standard error",
-    "interval": "holds 95%",
+    "interval": "95% interval",
     "prompts": "prompts",
     "lc_standard_error": "standard error, length-controlled",
-    "lc_interval": "holds 95%, length-controlled",
+    "lc_interval": "95% interval, length-controlled",
     "lc_package_error": "standard error as the alpaca-eval package has it",
     "win_rate": "raw win rate, %",
-    "raw_interval": "holds 95%, raw",
+    "raw_interval": "95% interval, raw",
     "standard_error": "standard error, raw",
     "discrete_win_rate": "win rate of wins and half the ties, %",
     "mean_length": "mean characters of an answer",
@@ -74,6 +74,7 @@ _ORDERS = {
     "first": "both orders name what is shown first",
     "gap": "mean difference between the orders",
 }
+_STYLE = ".warnings + .tiles { margin-top: 12px; }\n"
 _OF_THE_HEAD = (
     "value",
     "error",
@@ -105,7 +106,7 @@ def write_page(
     ]
     save(
         folder / "report.html",
-        document(f"{result['name']}: {folder.resolve().name}", "\n".join(filter(None, sections)), STYLE),
+        document(f"{result['name']}: {folder.resolve().name}", "\n".join(filter(None, sections)), STYLE + _STYLE),
     )
 
 
@@ -154,7 +155,7 @@ def _figures(result: Mapping[str, Any]) -> str:
         if apart and apart["value"] is not None:
             rows.append([f"{name}, difference to {apart['to']}", summary.signed(apart["value"]), _interval(apart)])
         rows.append([name + _best(found), _value(found), _interval(found)])
-    whole = grid(["", result["figure"], "holds 95%"], rows, counts=True)
+    whole = grid(["", result["figure"], "95% interval"], rows, counts=True)
     for name, found in result["figures"].items():
         rest = {k: v for k, v in found.items() if k not in _OF_THE_HEAD}
         shown = list(_rows(rest))
@@ -229,7 +230,10 @@ def _examples(
     chosen = _chosen(found, models, random.Random(seed_of(seed, "evaluate", "page")))
     if not chosen:
         return ""
-    note = f"{len(chosen)} prompts, drawn by the seed, those first whose answers differ, wins and losses in equal parts"
+    note = (
+        f"{len(chosen)} prompts, drawn by the seed: those first whose answers differ, wins and losses in equal parts "
+        "where there are such"
+    )
     shown = "".join(_example(*found[name]) for name in chosen)
     return f'<p class="said">{note}; all are in answers.jsonl and verdicts.jsonl.</p>{shown}'
 

@@ -315,7 +315,7 @@ def test_two_policies_are_sampled_judged_and_read(go, policies, tmp_path):
     assert result["models"] == dict(zip("ab", policies)) and result["keys"].keys() == {"sample-a", "sample-b", "judge"}
     assert result["versions"]["fastpo"] and result["baselines"]["a"]["answers"]["mean tokens"] > 0
     page = (out / "report.html").read_text()
-    assert "a shown first, b second" in page and "holds 95%" in page
+    assert "a shown first, b second" in page and "95% interval" in page
     # Answers that are there are those that were sampled.
     again = go("win_rate", folder="again", **given | {
         "models": {n: {"answers": str(out / "answers.jsonl"), "model": n} for n in "ab"}, "sample": None,
