@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from fastpo.errors import ConfigError, DataError, did_you_mean, quoted
-from fastpo.evals.alpaca_rows import named
+from fastpo.evals.asked import named
 from fastpo.evals.glm import need_scikit_learn
 from fastpo.sampling.items import Failure
 from fastpo.scoring.replies import answer_of, is_refusal
