@@ -15,7 +15,7 @@ from fastpo.sampling.items import seed_of
 
 EXAMPLES = 12  # prompts to read
 _COUNTS = {"units": "judgements", "asked": "asked by the run that ended", "from_cache": "kept from other runs"}
-_OF_THE_HEAD = ("value", "error", "interval", "answers", "best")
+_OF_THE_HEAD = ("value", "error", "interval", "answers", "best", "note")
 
 
 def write_page(
@@ -66,6 +66,8 @@ def _interval(found: Mapping[str, Any]) -> str:
 def _figures(result: Mapping[str, Any]) -> str:
     rows = [[name + _best(found), _value(found), _interval(found)] for name, found in result["figures"].items()]
     whole = grid(["", "figure", "95 %"], rows, counts=True)
+    noted = {name: found["note"] for name, found in result["figures"].items() if found.get("note")}
+    whole += "".join(f'<p class="said">{escape(name)}: {escape(note)}.</p>' for name, note in noted.items())
     for name, found in result["figures"].items():
         rest = {k: v for k, v in found.items() if k not in _OF_THE_HEAD and v is not None}
         if rest:
