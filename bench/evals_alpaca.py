@@ -11,9 +11,11 @@ the annotations is written: figures alone.
 GroupKFold sorts groups of equal size as numpy does on the processor (findings/group_k_fold_sorts.sh), and the
 leaderboard's figures were made on several machines.
 
-The leaderboard's difficulties and gamed baselines are files of a hub. What the repository itself says of them is enough
-for its regression (see `recovered`): difficulties from annotations that carry the regression's own predictions and from
-its published weights; of the gamed baselines their lengths, and the two sums by which their preferences enter.
+The leaderboard's difficulties and gamed baselines are files of a hub. The repository has the gamed baselines'
+annotations (results/gpt4_1106_preview_{verbose,concise}/), above 4 MiB, which a copy without large files lacks, as ours
+does. What such a copy says of them is enough for the regression (see `recovered`): difficulties from annotations that
+carry the regression's own predictions and from its published weights; of the gamed baselines their lengths, and the two
+sums by which their preferences enter.
 """
 
 import argparse
@@ -242,7 +244,8 @@ def model_rows(repository: Repository, calibration: Calibration, resamples: int)
         row |= {
             "prompts": minimal.prompts, "empty_answers": minimal.empty_answers, "win_rate": minimal.win_rate,
             "standard_error": minimal.standard_error, "minimal": minimal.length_controlled,
-            "minimal_error": minimal.lc_standard_error, "full": full.length_controlled,
+            "minimal_error": minimal.lc_standard_error, "minimal_note": minimal.note, "full_note": full.note,
+            "full": full.length_controlled,
             "full_by_place": shifted.length_controlled, "full_error": full.lc_standard_error,
             "full_interval": full.lc_interval, "full_package_error": full.lc_package_error,
             "coefficients": full.coefficients, "inverse_penalty": shifted.inverse_penalty,
@@ -332,6 +335,10 @@ def notes(row: dict[str, Any], prompts: int) -> str:
     return "; ".join(said)
 
 
+def noted(rows: list[dict[str, Any]], form: str, what: str) -> int:
+    return sum(what in (row[form] or "") for row in rows)
+
+
 def markdown(result: dict[str, Any]) -> str:
     here = [row for row in result["rows"] if "win_rate" in row]
     absent = [row["model"] for row in result["rows"] if "win_rate" not in row]
@@ -357,6 +364,11 @@ def markdown(result: dict[str, Any]) -> str:
         f"{spread['published_ratio_median']:.1f}, {spread['published_ratio_least']:.1f} to "
         f"{spread['published_ratio_most']:.1f}. Of the minimal form the package's is 0.",
         "",
+        "Figures without an interval, because length and model cannot be told apart or the penalty has set the model's "
+        f"coefficient to 0: {noted(here, 'minimal_note', 'no interval')} of the minimal form, "
+        f"{noted(here, 'full_note', 'no interval')} of the full. So far from the raw rate that the package would warn: "
+        f"{noted(here, 'minimal_note', 'raw one is')} and {noted(here, 'full_note', 'raw one is')}.",
+        "",
         f"The calibration is the repository's own: difficulties from the predictions in the annotations of "
         f"{', '.join(gamed['difficulties_from'])}, the gamed baselines' two sums from the published weights of "
         f"{gamed['models']} models (median {gamed['sums'][0]:.2f} and {gamed['sums'][1]:.2f}; between the quartiles "
@@ -380,8 +392,9 @@ def markdown(result: dict[str, Any]) -> str:
     lines += [
         "",
         "`full` takes the difficulties by place, as the package does, so that it can be held against the published",
-        "figure. Where C differs: the gamed baselines' own preferences, which the choice sees, are not in the",
-        "repository, and the solver's stop decides between values of C that are as good.",
+        "figure. Where C differs: the gamed baselines' own preferences, which the choice sees, are in annotations of",
+        f"the repository that are not read here ({' and '.join(f'results/{name}' for name in GAMED)},",
+        "files above 4 MiB that our copy lacks), and the solver's stop decides between values of C that are as good.",
         "",
         f"Not in the checkout ({len(absent)}): {', '.join(absent)}.",
         "",

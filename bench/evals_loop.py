@@ -194,7 +194,9 @@ def of_real(work: Path, model: str, data: Path, heldout_count: int, per_iteratio
 
 
 def pm(found: Mapping[str, Any], value: str = "value", interval: str = "interval") -> str:
-    low, high = found[interval] or (float("nan"),) * 2
+    if found[interval] is None:
+        return f"{found[value]:.1f}, no interval"
+    low, high = found[interval]
     return f"{found[value]:.1f} ({low:.1f} - {high:.1f})"
 
 
@@ -218,6 +220,7 @@ def table(title: str, result: Mapping[str, Any]) -> list[str]:
         f"{name} {of['value']:.3f} ({of['interval'][0]:.3f} - {of['interval'][1]:.3f}), "
         f"{of['answers']['mean characters']:.1f} characters" for name, of in base.items()
     )  # fmt: skip
+    notes = {name: note for name, of in result["judges"].items() if (note := of["alpaca_eval"].get("note"))}
     decided = next(iter(result["judges"].values()))["agreement"]["both orders"]
     return [
         f"**{title}**. The verifier's mean on {base['after']['prompts']:,} held-out prompts: {shown}. It prefers one "
@@ -226,6 +229,7 @@ def table(title: str, result: Mapping[str, Any]) -> list[str]:
         "before shown first | both orders | by place alone |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
         *(row(name, of) for name, of in result["judges"].items()), "",
+        *(f"* Length-controlled, {name}: {note}." for name, note in notes.items()), *([""] if notes else []),
     ]  # fmt: skip
 
 

@@ -41,17 +41,18 @@ if mode == "floor":  # the bounds themselves: they must fit each other, and one 
 pinned = {re.split("[=<>]", pin)[0] for pin in pins}
 print(*dict.fromkeys([r for r in asked if re.split("[=<>;]", r)[0] not in pinned] + pins), sep="\n")
 PY
+uv=$folder/uv/bin/uv
 if ! cmp --quiet "$folder/asked.new" "$folder/asked.txt"; then
-    uv=$folder/uv/bin/uv
     "$uv" pip compile --quiet --no-header --no-annotate --upgrade --python "$python" "$folder/asked.new" \
         --output-file "$folder/set.txt" > /dev/null
     "$uv" pip sync --quiet --python "$python" "$folder/set.txt"
     mv "$folder/asked.new" "$folder/asked.txt"
 fi
+"$uv" pip install --quiet --python "$python" --no-deps -e .  # with the extension, built in this checkout
 main='^(torch|triton|transformers|peft|datasets|numpy|bitsandbytes|accelerate|trl)=='
 echo "$mode: $(grep -E "$main" "$folder/set.txt" | paste -sd ' ')"
 
-export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONSAFEPATH=1
+export PYTHONSAFEPATH=1
 run=("$python" -m pytest -q)
 for argument in "$@"; do
     if [[ $argument == tests* ]]; then

@@ -6,6 +6,7 @@ code has it. The difficulties and the annotations of the two gamed baselines are
 figure is that of the minimal form and is called so.
 """
 
+import logging
 import multiprocessing
 import os
 from collections.abc import Iterable, Sequence
@@ -18,7 +19,9 @@ import numpy as np
 
 from fastpo.errors import ConfigError, DataError, did_you_mean, quoted, shown
 from fastpo.evals import glm
-from fastpo.evals.alpaca_rows import GAMED, Annotations, Calibration, load_calibration, named, read_annotations
+from fastpo.evals.alpaca_rows import GAMED, Annotations, Calibration, load_calibration, read_annotations
+from fastpo.evals.asked import refuse, standard_error
+from fastpo.evals.measure import mean_of
 
 __all__ = [
     "FULL", "MINIMAL", "NOREG", "Annotations", "Calibration", "WinRates", "leaderboard", "load_calibration",
@@ -29,6 +32,9 @@ FULL, NOREG, MINIMAL = "length_controlled_winrate", "length_controlled_noreg", "
 FORMS = (FULL, NOREG, MINIMAL)
 GAMED_WEIGHT = 0.2 / 2  # of a gamed baseline's row: lambda over the two baselines
 _AT_ONCE = 50  # resamples that are fitted together
+_APART = 0.1  # of `_Design.apart_from_length`: above, intervals of nominal 95 % hold 91 %, near 0 they hold 60 %
+
+log = logging.getLogger("fastpo")
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,8 @@ class WinRates:
     `standard_error` is the sample's, `lc_standard_error` by resampling the instructions and fitting again;
     `interval` and `lc_interval` hold 95 %. `lc_package_error` is what the alpaca-eval package calls the standard
     error: the spread of the predicted preferences over the root of their number, in which the regression itself is
-    taken for certain. `coefficients` are of length, difficulty and the model, those that the form has.
+    taken for certain. `coefficients` are of length, difficulty and the model, those that the form has. `note` says
+    what is amiss with the length-controlled rate, and why it has no interval where it has none.
     """
 
     model: str
@@ -46,6 +53,7 @@ class WinRates:
     prompts: int
     missing_preferences: int
     missing_answers: int
+    missing_baseline_answers: int
     empty_answers: int
     win_rate: float
     standard_error: float
@@ -62,14 +70,7 @@ class WinRates:
     lc_package_error: float
     coefficients: dict[str, float]
     inverse_penalty: float | None
-
-    def figures(self) -> dict[str, float | None]:
-        """The leaderboard's columns, the length-controlled one under the name of its form."""
-        return {
-            "win_rate": self.win_rate, "standard_error": self.standard_error,
-            "discrete_win_rate": self.discrete_win_rate, self.form: self.length_controlled,
-            "lc_standard_error": self.lc_standard_error,
-        }  # fmt: skip
+    note: str | None
 
 
 def win_rates(
@@ -84,6 +85,8 @@ def win_rates(
     instructions without a preference or an answer are left out of the fit and predicted all the same, as the package
     does, and counted. `resamples=0` gives no standard error of the length-controlled rate. Where the difference of
     lengths is constant there is nothing to control for, and the length-controlled rate is the raw one, without a fit.
+    Where length and model cannot be told apart, or all preferences are alike, the rate is the package's and has no
+    interval; a warning says what `note` does.
     DataError for bad annotations; ConfigError without scikit-learn.
     """
     glm.need_scikit_learn("AlpacaEval's length-controlled win rate")
@@ -105,29 +108,64 @@ def win_rates(
     rounded = np.where(raw == 0.5, 0.5, np.round(raw))
     coefficients, c = np.zeros(len(design.names)), None
     rate, error = 100 * float(raw.mean()), 100 * _error(raw)
+    low, high = mean_of(raw.tolist(), 100.0)["interval"]
+    interval = (max(0.0, min(low, rate)), min(100.0, max(high, rate)))  # Wilson's end at 100 is rounded to just below
+    notes: list[str] = []
     lc_error: float | None = None
     lc_interval: tuple[float, float] | None = None
     if rows.model == rows.baseline:  # a half by construction
         lc_rate, lc_spread = 50.0, 0.0
     elif not design.varies:
-        lc_rate, lc_spread, lc_error, lc_interval = rate, error, error, _around(rate, error)
+        lc_rate, lc_spread, lc_error, lc_interval = rate, error, error, interval
+        notes.append("all differences of length are the same: there is nothing to control for, this is the raw rate")
     else:
         coefficients, c = glm.fit(design.x, design.targets, design.weights)
         predicted = design.predicted(coefficients)
         lc_rate, lc_spread = 100 * float(predicted.mean()), 100 * _error(predicted)
-        if resamples:
+        notes += _unresolved(design, coefficients)
+        if resamples and not notes:
             drawn = 100 * _resampled(design, coefficients, c, resamples, seed)
             lc_error = float(drawn.std(ddof=1))
             lc_interval = float(np.quantile(drawn, 0.025)), float(np.quantile(drawn, 0.975))
+        if _extreme(rate, lc_rate):
+            notes.append(
+                f"the length-controlled rate is {lc_rate:.1f} where the raw one is {rate:.1f}: the alpaca-eval package "
+                "warns of so large a change as a sign that the regression failed"
+            )
+    note = "; ".join(notes) or None
+    if note is not None:
+        log.warning("%s: %s", rows.model, note)
     return WinRates(
         model=rows.model, baseline=rows.baseline, prompts=len(rows), missing_preferences=len(rows) - len(raw),
-        missing_answers=int(np.isnan(rows.lengths).sum()), empty_answers=int((rows.lengths == 0).sum()),
-        win_rate=rate, standard_error=error, interval=_around(rate, error),
+        missing_answers=int(np.isnan(rows.lengths).sum()),
+        missing_baseline_answers=int(np.isnan(rows.baseline_lengths).sum()),
+        empty_answers=int((rows.lengths == 0).sum()), win_rate=rate, standard_error=error, interval=interval,
         discrete_win_rate=100 * float(rounded.mean()), wins=wins, losses=losses, ties=ties,
         mean_length=float(np.nanmean(rows.lengths)), form=form, length_controlled=lc_rate, lc_standard_error=lc_error,
         lc_interval=lc_interval, lc_package_error=lc_spread,
-        coefficients=dict(zip(design.names, coefficients.tolist())), inverse_penalty=c,
+        coefficients=dict(zip(design.names, coefficients.tolist())), inverse_penalty=c, note=note,
     )  # fmt: skip
+
+
+def _unresolved(design: "_Design", coefficients: np.ndarray) -> list[str]:
+    """Why resampling gives this fit no interval that holds."""
+    targets = design.targets_of_rows[design.fitted]
+    if (targets == targets[0]).all():
+        return [f"all {len(targets)} preferences are {targets[0]:g}: resamples say nothing of the figure's error, and "
+                "it has no interval"]  # fmt: skip
+    if coefficients[-1] == 0:
+        return ["the regression's penalty has set the model's own coefficient to 0: the figure is shrunk to a half and "
+                "not measured, and has no interval"]  # fmt: skip
+    if design.apart_from_length < _APART:
+        return ["the differences of length are larger than their spread: length and model cannot be told apart, the "
+                "penalty decides between them, and the figure has no interval"]  # fmt: skip
+    return []
+
+
+def _extreme(raw: float, controlled: float) -> bool:
+    """The package's own rule of a change that it warns of: by more than 10 points, and by more than a quarter of what
+    there was to lose or to win."""
+    return controlled < raw - max(raw / 4, 10) or controlled > raw + max((100 - raw) / 4, 10)
 
 
 def leaderboard(sources: Iterable[Any], *, workers: int | None = None, **options: Any) -> list[WinRates]:
@@ -161,12 +199,10 @@ def _whole(rows: Annotations, allow_missing: bool) -> None:
         "answers of the baseline": np.isnan(rows.baseline_lengths),
     }  # fmt: skip
     for what, gone in lacking.items():
-        if gone.any() and not allow_missing:
+        if not allow_missing:
             which = [f"row {row}" if rows.prompts is None else rows.prompts[row] for row in np.flatnonzero(gone)]
-            raise DataError(
-                f"{rows.model}: {len(which)} of {len(rows)} {what} are missing: {named(which)}; "
-                "allow_missing=True leaves them out of the fit"
-            )
+            refuse(f"{what} are missing", which, len(rows), "; allow_missing=True leaves them out of the fit",
+                   who=rows.model)  # fmt: skip
     left = len(rows) - int(np.logical_or.reduce(list(lacking.values())).sum())
     if left < glm.FOLDS:
         raise DataError(f"{rows.model}: {left} whole annotations; the regression's {glm.FOLDS} folds need one each")
@@ -193,6 +229,14 @@ class _Design:
         """Whether the difference of lengths does."""
         known = self.apart[~np.isnan(self.apart)]
         return bool((known != known[0]).any())
+
+    @property
+    def apart_from_length(self) -> float:
+        """The share of the model's column that the other columns leave, 0 to 1: 0 where they are collinear."""
+        root = np.sqrt(self.weights)
+        x = self.x * root[:, None]
+        left = x[:, -1] - x[:, :-1] @ np.linalg.lstsq(x[:, :-1], x[:, -1])[0]
+        return float((left @ left) / (x[:, -1] @ x[:, -1]))
 
     @property
     def x(self) -> np.ndarray:
@@ -277,9 +321,4 @@ def _resampled(design: _Design, coefficients: np.ndarray, c: float, resamples: i
 
 
 def _error(values: np.ndarray) -> float:
-    """Standard error of a mean."""
-    return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0
-
-
-def _around(rate: float, error: float) -> tuple[float, float]:
-    return max(0.0, rate - 1.96 * error), min(100.0, rate + 1.96 * error)
+    return standard_error(values.tolist()) or 0.0

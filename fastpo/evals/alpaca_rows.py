@@ -7,7 +7,7 @@ import csv
 import gc
 import io
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,16 +16,11 @@ import numpy as np
 
 from fastpo.data.sources import load_rows
 from fastpo.errors import DataError, did_you_mean, one_line, quoted, shown
+from fastpo.evals.asked import named, refuse, refuse_repeated
 
 HUB, GAMED = "tatsu-lab/alpaca_eval", "df_gamed.csv"
 _COLUMNS = ("preference", "index", "std_delta_len", "instruction_difficulty")
-_NAMED = 3  # names that a message gives
-
-
-def named(names: Iterable[Any]) -> str:
-    names = list(names)
-    more = f", and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(shown(name, 60) for name in names[:_NAMED]) + more
+_REPEATED = "prompts occur more than once"
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,62 +52,39 @@ class Annotations:
                 )
             object.__setattr__(self, name, array)
             low, high = (0, 1) if name == "preferences" else (0, np.finfo(np.float64).max)
-            bad = np.flatnonzero((array < low) | (array > high))
-            if len(bad):
-                what = "preferences are not in [0, 1]" if name == "preferences" else f"{name} are negative or infinite"
-                raise DataError(
-                    f"{self.model}: {len(bad)} of {len(array)} {what}: "
-                    + named(f"row {row}: {array[row]:g}" for row in bad)
-                )
+            what = "preferences are not in [0, 1]" if name == "preferences" else f"{name} are negative or infinite"
+            bad = [f"row {row}: {array[row]:g}" for row in np.flatnonzero((array < low) | (array > high))]
+            refuse(what, bad, len(array), who=self.model)
         if not len(self.preferences):
             raise DataError(f"{self.model}: no annotations")
         if self.prompts is not None:
             object.__setattr__(self, "prompts", tuple(self.prompts))
             if len(self.prompts) != len(self.preferences):
                 raise DataError(f"{self.model}: {len(self.prompts)} prompts and {len(self.preferences)} preferences")
-            unrepeated(self.model, self.prompts)
+            refuse_repeated(_REPEATED, self.prompts, who=self.model)
 
     def __len__(self) -> int:
         return len(self.preferences)
-
-    def swapped(self) -> "Annotations":
-        """The baseline as the model and the model as the baseline."""
-        return replace(
-            self, preferences=1 - self.preferences, lengths=self.baseline_lengths, baseline_lengths=self.lengths,
-            model=self.baseline, baseline=self.model,
-        )  # fmt: skip
 
     def of_prompts(self, prompts: Sequence[str], allow_missing: bool = False) -> "Annotations":
         """The same rows in the order of `prompts`. DataError for annotations of other prompts, and for prompts without
         an annotation unless `allow_missing`, which leaves them out; by count and name."""
         if self.prompts is None:
             raise DataError(f"{self.model}: annotations without prompts cannot be compared with the prompts given")
-        unrepeated("the prompts", prompts)
+        refuse_repeated(_REPEATED, prompts)
         row = {prompt: number for number, prompt in enumerate(self.prompts)}
         wanted = set(prompts)
         strange = [prompt for prompt in self.prompts if prompt not in wanted]
-        if strange:
-            raise DataError(
-                f"{self.model}: {len(strange)} of {len(self)} annotations are of other prompts: {named(strange)}"
-            )
-        lacking = [prompt for prompt in prompts if prompt not in row]
-        if lacking and not allow_missing:
-            raise DataError(
-                f"{self.model}: {len(lacking)} of {len(prompts)} prompts have no annotation: {named(lacking)}; "
-                "allow_missing=True leaves them out"
-            )
+        refuse("annotations are of other prompts", strange, len(self), who=self.model)
+        if not allow_missing:
+            lacking = [prompt for prompt in prompts if prompt not in row]
+            refuse("prompts have no annotation", lacking, len(prompts), "; allow_missing=True leaves them out",
+                   who=self.model)  # fmt: skip
         order = [row[prompt] for prompt in prompts if prompt in row]
         return replace(
             self, preferences=self.preferences[order], lengths=self.lengths[order],
             baseline_lengths=self.baseline_lengths[order], prompts=tuple(self.prompts[number] for number in order),
         )  # fmt: skip
-
-
-def unrepeated(who: str, prompts: Sequence[str]) -> None:
-    seen: set[str] = set()
-    twice = [prompt for prompt in prompts if prompt in seen or seen.add(prompt)]  # type: ignore[func-returns-value]
-    if twice:
-        raise DataError(f"{who}: {len(twice)} of {len(prompts)} prompts are there more than once: {named(twice)}")
 
 
 def read_annotations(source: Any, *, model: str | None = None) -> Annotations:
@@ -155,11 +127,8 @@ def read_annotations(source: Any, *, model: str | None = None) -> Annotations:
     name = str(rows[0]["generator_2"])
     preferences = np.array([_number(row["preference"], name, number) for number, row in enumerate(rows)])
     bad = np.flatnonzero((preferences != 0) & ((preferences < 1) | (preferences > 2)))
-    if len(bad):
-        raise DataError(
-            f"{name}: {len(bad)} of {len(rows)} preferences are neither in [1, 2] nor 0, a tie: "
-            + named(f"row {row}: {preferences[row]:g}" for row in bad)
-        )
+    refuse("preferences are neither in [1, 2] nor 0, a tie", [f"row {row}: {preferences[row]:g}" for row in bad],
+           len(rows), who=name)  # fmt: skip
     asked = [row.get("instruction") for row in rows]
     return Annotations(
         np.where(preferences == 0, 0.5, preferences - 1),
@@ -246,7 +215,7 @@ class Calibration:
             object.__setattr__(self, "prompts", tuple(self.prompts))
             if len(self.prompts) != len(self.difficulties):
                 raise DataError(f"calibration: {len(self.prompts)} prompts, {len(self.difficulties)} difficulties")
-            unrepeated("calibration", self.prompts)
+            refuse_repeated(_REPEATED, self.prompts, who="calibration")
 
 
 def load_calibration(source: str | os.PathLike[str] = HUB, *, prompts: Sequence[str] | None = None) -> Calibration:

@@ -20,17 +20,23 @@ DRAWS = 1000  # of a bootstrap
 Term = tuple[float, np.ndarray, np.ndarray]  # weight, numerator [N], denominator [N] by prompt
 
 
-def refuse(what: str, bad: Sequence[Any], of: int, advice: str = "") -> None:
-    """DataError where `bad` is not empty: how many of how many, and which, the first of them by name."""
+def named(names: Iterable[Any]) -> str:
+    """The first of the names, and how many more there are."""
+    names = list(names)
+    rest = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(shown(name, 60) for name in names[:_NAMED]) + rest
+
+
+def refuse(what: str, bad: Sequence[Any], of: int, advice: str = "", *, who: str = "") -> None:
+    """DataError where `bad` is not empty: whose they are, how many of how many, and which, the first of them by
+    name."""
     if bad:
-        rest = f" and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""
-        names = ", ".join(shown(name, 60) for name in bad[:_NAMED])
-        raise DataError(f"{len(bad)} of {of} {what}: {names}{rest}{advice}")
+        raise DataError(f"{who}{': ' if who else ''}{len(bad)} of {of} {what}: {named(bad)}{advice}")
 
 
-def refuse_repeated(what: str, ids: Sequence[str]) -> None:
+def refuse_repeated(what: str, ids: Sequence[str], *, who: str = "") -> None:
     """DataError for ids that occur more than once."""
-    refuse(what, [name for name, count in Counter(ids).items() if count > 1], len(set(ids)))
+    refuse(what, [name for name, count in Counter(ids).items() if count > 1], len(set(ids)), who=who)
 
 
 def rows_of(source: Any, what: str, columns: Iterable[str], **options: Any) -> list[Mapping[str, Any]]:
@@ -67,12 +73,17 @@ def verdicts(scorer: Scorer, units: Sequence[Unit]) -> list[Verdict]:
     return [found.get(unit.key) or Verdict.failed("no verdict") for unit in units]
 
 
+def standard_error(values: Sequence[float]) -> float | None:
+    """Of a mean; of one value there is none."""
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+
+
 def wilson(share: float, count: int, level: float = 0.95) -> tuple[float, float]:
     """Wilson's interval (1927) of a share of `count` draws: it does not shrink to nothing where all are alike."""
     z = statistics.NormalDist().inv_cdf((1 + level) / 2)
     middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
     half = z * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2)) / (1 + z**2 / count)
-    return max(0.0, middle - half), min(1.0, middle + half)
+    return (max(0.0, middle - half) if share > 0 else 0.0), (min(1.0, middle + half) if share < 1 else 1.0)
 
 
 def resampled(terms: Sequence[Term], seed: int = 0, draws: int = DRAWS) -> float | None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from fastpo.errors import ConfigError, quoted
 from fastpo.evals import rewardbench, wildbench
-from fastpo.evals.asked import refuse, rows_of
+from fastpo.evals.asked import refuse, refuse_repeated, rows_of
 from fastpo.evals.judging import FileJudge, Kept, kept
 from fastpo.evals.measure import Asked, Measure, plus_minus
 from fastpo.sampling.items import Item, Response, Unit
@@ -167,11 +167,8 @@ class RewardBench(Measure):
     def check(self, asked: Asked) -> None:
         if isinstance(asked.scorer, FileJudge):
             raise ConfigError("rewardbench takes scores that are there as annotations: rows of id, subset and scores")
-        if self._of_pairs(asked) is False and asked.scorer.unit == "pair":
+        if asked.scorer.unit == "pair" and not _are_pairs(asked.items):
             raise ConfigError("RewardBench 2 compares four answers and more: it needs a judge of responses or of lists")
-
-    def _of_pairs(self, asked: Asked) -> bool:
-        return all(one.subset in (*rewardbench.WEIGHTS, *rewardbench.PRIOR) for one in asked.items)
 
     def units(self, asked: Asked) -> Iterator[Unit]:
         for one in asked.items:
@@ -189,8 +186,9 @@ class RewardBench(Measure):
             asked.max_failed, done,
         )  # fmt: skip
         given: dict[str, Any] = {"failed": self.given["failed"], "seed": asked.seed}
-        if self._of_pairs(asked):
-            result = rewardbench.evaluate_pairs(asked.items, scorer, tie=self.given["tie"], **given)
+        if _are_pairs(asked.items):
+            tie = rewardbench.tie_of(asked.scorer) if self.given["tie"] is None else self.given["tie"]
+            result = rewardbench.evaluate_pairs(asked.items, scorer, tie=tie, **given)
         else:
             result = rewardbench.evaluate_choices(asked.items, scorer, **given)
         return result, list(scorer.members.values()) if isinstance(scorer, Ensemble) else [scorer]
@@ -211,13 +209,23 @@ class RewardBench(Measure):
             raise ConfigError("rewardbench's annotations are scores of the answers in prompts: give prompts too")
         choices = self.prompts(prompts)
         rows = rows_of(source, "the scores", ("id", "subset", "scores"))
-        scores = {f"{row['subset']}/{row['id']}": list(row["scores"]) for row in rows}
-        names = {one.name for one in choices}
-        refuse("scores are of other prompts", [name for name in scores if name not in names], len(scores))
-        pairs = all(one.subset in (*rewardbench.WEIGHTS, *rewardbench.PRIOR) for one in choices)
-        if pairs:
-            return {"judge": _bench(rewardbench.of_pairs(choices, scores, tie=self.given["tie"] or 0.0))}
-        return {"judge": _bench(rewardbench.of_choices(choices, scores, seed=seed))}
+        names = [f"{row['subset']}/{row['id']}" for row in rows]
+        refuse_repeated("scores are there more than once", names)
+        scores = {name: list(row["scores"]) for name, row in zip(names, rows)}
+        known = {one.name for one in choices}
+        refuse("scores are of other prompts", [name for name in names if name not in known], len(names))
+        if _are_pairs(choices):
+            tie, taken = self.given["tie"] or 0.0, rewardbench.PAIRS_FAILED
+            result = rewardbench.of_pairs(choices, scores, tie=tie)
+        else:
+            result, taken = rewardbench.of_choices(choices, scores, seed=seed), rewardbench.CHOICES_FAILED
+        rewardbench.settle_failures(result.failed, len(choices), "the annotations", self.given["failed"], taken)
+        return {"judge": _bench(result)}
+
+
+def _are_pairs(choices: Sequence[rewardbench.Choice]) -> bool:
+    """Whether they are RewardBench's first version's."""
+    return all(one.subset in (*rewardbench.WEIGHTS, *rewardbench.PRIOR) for one in choices)
 
 
 def _bench(result: rewardbench.Result) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from fastpo.evals import alpaca, glm, pairwise
 from fastpo.evals.asked import rows_of
 from fastpo.evals.inputs import prompts_of, with_names
 from fastpo.evals.judging import FIVE, FileJudge, lines_of
-from fastpo.evals.measure import Asked, Measure, Z, mean_of
+from fastpo.evals.measure import Asked, Measure, mean_of, plus_minus
 from fastpo.loop.score_stage import pair_values, plan_units, read_scores, read_verdicts, score_stage
 from fastpo.sampling.items import Item, Response, Unit, prompt_text, seed_of
 from fastpo.scoring.scoring import Ensemble
@@ -128,7 +128,7 @@ class AlpacaEval(_Stage):
     """AlpacaEval 2 (alpaca.py): raw and length-controlled win rate in percent."""
 
     name, figure, even = "alpaca_eval", "length-controlled win rate, %", 50.0
-    options = {"form": None, "calibration": None, "resamples": 1000}
+    options = {"form": None, "calibration": None, "resamples": 1000, "allow_missing": False}
 
     def check(self, asked: Asked) -> None:
         glm.need_scikit_learn("AlpacaEval's length-controlled win rate")
@@ -147,15 +147,18 @@ class AlpacaEval(_Stage):
                 [_length(asked.text(asked.baseline, item.id)) for item in asked.items],  # type: ignore[arg-type]
                 model, asked.baseline, tuple(prompt_text(item.prompt) for item in asked.items),
             )  # fmt: skip
-            out[model] = self._figure(rows, [prompt_text(item.prompt) for item in asked.every], asked.seed)
+            every = [prompt_text(item.prompt) for item in asked.every]
+            out[model] = self._figure(rows, every, asked.seed, allow_missing=True)  # max_failed has judged of them
         return out
 
-    def _figure(self, rows: alpaca.Annotations, prompts: Sequence[str] | None, seed: int) -> dict[str, Any]:
+    def _figure(
+        self, rows: alpaca.Annotations, prompts: Sequence[str] | None, seed: int, allow_missing: bool
+    ) -> dict[str, Any]:
         calibration = self.given["calibration"]
         if calibration is not None:
             calibration = alpaca.load_calibration(calibration, prompts=prompts)
-        found = alpaca.win_rates(rows, calibration=calibration, form=self.given["form"], allow_missing=True,
-                                 resamples=self.given["resamples"], seed=seed)  # fmt: skip
+        found = alpaca.win_rates(rows, calibration=calibration, form=self.given["form"],
+                                 allow_missing=allow_missing, resamples=self.given["resamples"], seed=seed)  # fmt: skip
         more = {k: v for k, v in vars(found).items() if k not in ("model", "interval")}
         return {"value": found.length_controlled, "error": found.lc_standard_error, "interval": found.lc_interval,
                 **more, "raw_interval": found.interval}  # fmt: skip
@@ -164,9 +167,10 @@ class AlpacaEval(_Stage):
         glm.need_scikit_learn("AlpacaEval's length-controlled win rate")
         rows = alpaca.read_annotations(source)
         known = None if prompts is None else [prompt_text(item.prompt) for item in prompts_of(prompts)]
+        allow_missing = self.given["allow_missing"]
         if known is not None:
-            rows = rows.of_prompts(known)
-        return {rows.model: self._figure(rows, known, seed)}
+            rows = rows.of_prompts(known, allow_missing)
+        return {rows.model: self._figure(rows, known, seed, allow_missing)}
 
 
 def _nan(value: float | None) -> float:
@@ -181,7 +185,7 @@ class Arena(_Stage):
     """Pairwise win rates in the form of Arena-Hard (pairwise.py), in percent."""
 
     name, figure, own_judge, both, even = "arena", "win rate by Bradley-Terry, %", "arena", True, 50.0
-    options = {"weight": 3, "control": (), "resamples": 1000, "level": 0.95, "category": None}
+    options = {"weight": 3, "control": (), "resamples": 1000, "level": 0.95, "category": None, "allow_missing": False}
 
     def check(self, asked: Asked) -> None:
         glm.need_scikit_learn("a Bradley-Terry fit")
@@ -201,13 +205,16 @@ class Arena(_Stage):
             (item.id, model): pairwise.style_of(text)
             for item in asked.items for model in asked.answers if (text := asked.text(model, item.id)) is not None
         }  # fmt: skip
-        return self._figure(games, asked.baseline, styles, asked.seed)
+        return self._figure(games, asked.baseline, styles, asked.seed, allow_missing=True)  # as of alpaca_eval
 
-    def _figure(self, games: Sequence[pairwise.Game], baseline: str, styles: Any, seed: int) -> dict[str, Any]:
+    def _figure(
+        self, games: Sequence[pairwise.Game], baseline: str, styles: Any, seed: int, allow_missing: bool
+    ) -> dict[str, Any]:
         control = self.given["control"]
         given = {**self.given, "control": (control,) if isinstance(control, str) else tuple(control)}
+        given |= {"allow_missing": allow_missing}
         del given["category"]
-        found = pairwise.arena(games, baseline, styles=styles, allow_missing=True, seed=seed, **given)
+        found = pairwise.arena(games, baseline, styles=styles, seed=seed, **given)
         return {
             one.model: {"value": one.score, "error": None, "interval": one.interval and list(one.interval),
                         "baseline": baseline, "strength": one.strength, "games": one.games,
@@ -232,7 +239,8 @@ class Arena(_Stage):
             raise DataError(f"the games have no one model that is in all of them ({found}): give baseline, by name")
         if self.given["control"]:
             raise ConfigError("control needs answers, which annotations of the arena do not have")
-        return self._figure(games, str(baseline) if baseline is not None else everywhere.pop(), None, seed)
+        baseline = str(baseline) if baseline is not None else everywhere.pop()
+        return self._figure(games, baseline, None, seed, self.given["allow_missing"])
 
     def _rows(self, source: Any) -> list[Any]:
         folder = Path(source) if isinstance(source, str | Path) else None
@@ -290,17 +298,10 @@ class Verifier(_Stage):
                 theirs = values[asked.baselines[0]]
                 apart = [v - theirs[k] for k, v in own.items() if v is not None and theirs.get(k) is not None]
                 found = mean_of(apart)
-                out[model]["difference"] = {"to": asked.baseline, "value": found["value"], "error": found["error"],
-                                            "interval": _around(apart), "prompts": len(apart)}  # fmt: skip
+                # Differences may all be 0 or 1 and are no shares: no interval of Wilson's.
+                around = plus_minus(found["value"], found["error"])
+                out[model]["difference"] = {"to": asked.baseline, **around, "prompts": len(apart)}
         return out
-
-
-def _around(values: Sequence[float]) -> list[float] | None:
-    """Of differences, which may all be 0 or 1 and are no shares."""
-    if len(values) < 2:
-        return None
-    mean, error = statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
-    return [mean - Z * error, mean + Z * error]
 
 
 class HeldOut(Verifier):
@@ -338,9 +339,10 @@ class HeldOut(Verifier):
                 scale * (v - values[following][k]) for k, v in values[best].items()
                 if v is not None and values[following].get(k) is not None
             ]  # fmt: skip
-            interval = _around(apart)
+            mean = mean_of(apart)
+            around = plus_minus(mean["value"], mean["error"])
+            interval = around["interval"]
             out[best]["best"] = interval is not None and interval[0] > 0
             if not out[best]["best"] and apart:
-                out[best]["no_clear_difference"] = {"to": following, "value": statistics.fmean(apart),
-                                                    "interval": interval, "prompts": len(apart)}  # fmt: skip
+                out[best]["no_clear_difference"] = {"to": following, **around, "prompts": len(apart)}  # fmt: skip
         return out

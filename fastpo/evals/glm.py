@@ -53,8 +53,9 @@ def _by_the_solver(
     _liblinear.set_verbosity_wrap(0)
     seed = state.randint(np.iinfo("i").max)
     labels, weights = np.array(y, dtype=np.float64), np.array(weights, dtype=np.float64)
+    # No weights of the classes, which are 1: liblinear prints a line for each that has a weight and no rows.
     found, _ = _liblinear.train_wrap(
-        np.ascontiguousarray(x), labels, False, _L1_LOGISTIC, _TOLERANCE, -1.0, c, np.ones(2), _ITERATIONS, seed, 0.1,
+        np.ascontiguousarray(x), labels, False, _L1_LOGISTIC, _TOLERANCE, -1.0, c, np.ones(0), _ITERATIONS, seed, 0.1,
         weights,
     )  # fmt: skip
     return found[0]

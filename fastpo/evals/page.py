@@ -145,7 +145,7 @@ def _value(found: Mapping[str, Any]) -> str:
 
 def _interval(found: Mapping[str, Any]) -> str:
     given = found.get("interval")
-    return f"{shown_number(given[0])} to {shown_number(given[1])}" if given else str(found.get("note") or "–")
+    return f"{shown_number(given[0])} to {shown_number(given[1])}" if given else "–"
 
 
 def _figures(result: Mapping[str, Any]) -> str:

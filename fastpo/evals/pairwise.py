@@ -18,8 +18,7 @@ from typing import Any
 import numpy as np
 
 from fastpo.errors import ConfigError, DataError, did_you_mean, quoted
-from fastpo.evals.alpaca_rows import named
-from fastpo.evals.asked import wilson
+from fastpo.evals.asked import named, refuse, wilson
 from fastpo.evals.glm import need_scikit_learn
 from fastpo.sampling.items import Failure
 from fastpo.scoring.replies import answer_of, is_refusal
@@ -126,11 +125,7 @@ def read_judgments(
         for (a, b), game in zip(((other, model), (model, other)), two):
             label = game.get("score") if isinstance(game, Mapping) else None
             games.append(Game(str(prompt), str(a), str(b), None if label is None else _OTHER_WORDS.get(label, label)))
-    if bad:
-        raise DataError(
-            f"{len(bad)} of {count} judgments lack uid, model, baseline or two games; numbers of the rows: "
-            + named(map(str, bad))
-        )
+    refuse("judgments lack uid, model, baseline or two games; numbers of the rows", bad, count)
     return games
 
 

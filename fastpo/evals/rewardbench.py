@@ -17,8 +17,10 @@ from typing import Any, Literal
 import numpy as np
 
 from fastpo.errors import ConfigError, DataError, did_you_mean
-from fastpo.evals.asked import refuse, refuse_repeated, resampled, rows_of, value_of, verdicts
+from fastpo.evals.asked import refuse, refuse_repeated, resampled, rows_of, standard_error, value_of, verdicts
+from fastpo.evals.text_judge import TextJudge
 from fastpo.sampling.items import Item, Prompt, Response, Scorer, Scores, Unit, Verdict, seed_of
+from fastpo.scoring.judges import Judge
 from fastpo.scoring.scoring import Ensemble
 
 log = logging.getLogger("fastpo")
@@ -58,6 +60,7 @@ PRIOR_WEIGHT = 0.5  # beside 1 of each section
 DOMAINS = ("Factuality", "Precise IF", "Math", "Safety", "Focus", "Ties")  # RewardBench 2
 TIES = "Ties"
 OnFailure = Literal["count", "refuse"]
+PAIRS_FAILED, CHOICES_FAILED = "half a point each", "scores below all others"
 
 
 # ---- rows
@@ -300,7 +303,7 @@ def of_choices(choices: Sequence[Choice], scores: Mapping[str, Sequence[float | 
             filled = [-math.inf if s is None else s for s in given]
             results.setdefault(choice.subset, []).append(best_of_result(filled))
     subsets = {name: statistics.fmean(values) for name, values in results.items()}
-    errors = {name: _error(values) for name, values in results.items()}
+    errors = {name: standard_error(values) for name, values in results.items()}
     counts = {name: len(values) for name, values in results.items()}
     of_ties = ties_score(ties, seed) if ties else None
     if of_ties is not None:
@@ -327,7 +330,7 @@ def _check_scores(choices: Sequence[Choice], scores: Mapping[str, Sequence[float
 def _pair_figures(results: Mapping[str, list[float]], failed: Mapping[str, str]) -> Result:
     subsets = {name: statistics.fmean(values) for name, values in results.items()}
     sections, prior = section_scores(subsets), prior_score(subsets)
-    errors: dict[str, float | None] = {name: _error(values) for name, values in results.items()}
+    errors: dict[str, float | None] = {name: standard_error(values) for name, values in results.items()}
     for section, names in SECTIONS.items():
         given = [name for name in names if name in subsets]
         if given:
@@ -348,11 +351,6 @@ def _pair_figures(results: Mapping[str, list[float]], failed: Mapping[str, str])
     )  # fmt: skip
 
 
-def _error(values: Sequence[float]) -> float | None:
-    """Standard error of a mean."""
-    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-
-
 def _joined(parts: Sequence[tuple[float, float | None]]) -> float | None:
     """Of a weighted sum of independent means."""
     if any(error is None for _, error in parts):
@@ -370,15 +368,14 @@ def evaluate_pairs(
 
     * A scorer of responses scores both answers; of lists, both at once; of pairs, P(the first is better). What is shown
       together stands in an order drawn with `seed` for each prompt alone.
-    * `tie`: what equal scores are worth: by default 0 of a scorer of responses, as of the code's reward models, else
-      1/2, as of its judges. For a judge that scores responses pass 1/2.
+    * `tie`: what equal scores are worth: by default `tie_of(scorer)`.
     * `failed`: "count" takes a failed verdict for half a point, as the code does, and says so once; "refuse" raises
       DataError by name and count.
     """
     if tie is None:
-        tie = 0.0 if scorer.unit == "response" else 0.5
+        tie = tie_of(scorer)
     scores, status = _ask(pairs, scorer, seed)
-    _settle_failures(status, len(pairs), scorer.name, failed, "half a point each")
+    settle_failures(status, len(pairs), repr(scorer.name), failed, PAIRS_FAILED)
     result = of_pairs(pairs, scores, tie=tie)
     return Result(**{**vars(result), "failed": status})
 
@@ -393,18 +390,28 @@ def evaluate_choices(
     if scorer.unit == "pair":
         raise ConfigError("RewardBench 2 compares four answers and more: it needs a scorer of responses or of lists")
     scores, status = _ask(choices, scorer, seed)
-    _settle_failures(status, len(choices), scorer.name, failed, "scores below all others")
+    settle_failures(status, len(choices), repr(scorer.name), failed, CHOICES_FAILED)
     return Result(**{**vars(of_choices(choices, scores, seed=seed)), "failed": status})
 
 
-def _settle_failures(status: Mapping[str, str], of: int, scorer: str, failed: OnFailure, taken: str) -> None:
+def tie_of(scorer: Any) -> float:
+    """What equal scores of a scorer are worth: 1/2 of language models that judge and of whatever compares, as the
+    code's own judges get, those that rate each answer too; 0 of reward models. Of an ensemble the least of its
+    members'."""
+    if isinstance(scorer, Ensemble):
+        return min(tie_of(member) for member in scorer.members.values())
+    return 0.5 if scorer.unit != "response" or isinstance(scorer, Judge | TextJudge) else 0.0
+
+
+def settle_failures(status: Mapping[str, str], of: int, whose: str, failed: OnFailure, taken: str) -> None:
+    """What failed, by name: refused, or said once with what it is `taken` as."""
     if failed not in ("count", "refuse"):
         raise ConfigError(f"failed={failed!r}: expected count or refuse")
     if failed == "refuse":
-        refuse(f"prompts have no verdict of {scorer!r}", [f"{n} ({s})" for n, s in status.items()], of,
+        refuse(f"prompts have no verdict of {whose}", [f"{n} ({s})" for n, s in status.items()], of,
                "; failed='count' takes them as RewardBench's code does")  # fmt: skip
     elif status:
-        log.warning("%d of %d prompts have a failed verdict of %r, taken as %s", len(status), of, scorer, taken)
+        log.warning("%d of %d prompts have a failed verdict of %s, taken as %s", len(status), of, whose, taken)
 
 
 def _ask(choices: Sequence[Choice], scorer: Any, seed: int) -> tuple[dict[str, list[float | None]], dict[str, str]]:

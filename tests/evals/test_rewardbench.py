@@ -5,18 +5,22 @@ import logging
 import math
 import random
 import statistics
+import types
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
+import fastpo
 import rewardbench_parity as made
 from fastpo.errors import ConfigError, DataError
 from fastpo.evals import rewardbench as rb
+from fastpo.evals.text_judge import TextJudge
 from fastpo.sampling.items import Verdict
+from fastpo.scoring.judges import Judge
 from fastpo.scoring.scorers import make_scorer
-from fastpo.scoring.scoring import BaseScorer, FunctionScorer
+from fastpo.scoring.scoring import BaseScorer, Ensemble, FunctionScorer
 
 FROZEN = json.loads((Path(__file__).parent / "rewardbench_parity.json").read_text())
 SEEDS = made.SEEDS
@@ -155,6 +159,39 @@ def test_ties_of_judges_are_worth_half():
     assert (
         rb.evaluate_choices(rb.load_choices(choices()), FunctionScorer("s", same["response"])).subsets["Math"] == 0.25
     )
+
+
+class Seven(TextJudge):
+    """A language model that rates every answer 7."""
+
+    key, unit, benchmark = {"judge": "seven"}, "response", "RewardBench"
+
+    def __init__(self):
+        super().__init__("seven", types.SimpleNamespace(exact=False, close=lambda: None, answers=self.answers))
+
+    def answers(self, questions, read):
+        yield from ((n, read("7")) for n in range(len(questions)))
+
+    def content(self, unit):
+        return unit.responses[0].text
+
+    def value(self, reply):
+        return float(reply)
+
+
+def test_ties_of_language_models_that_rate_answers_are_worth_half(tmp_path):
+    """run_judge_ratings gives equal ratings no winner, for which run_generative.py counts 1/2."""
+    rows = rb.load_pairs(pairs())
+    assert rb.evaluate_pairs(rows, Seven()).score == 0.5 and rb.evaluate_pairs(rows, Seven(), tie=0).score == 0
+    backend = types.SimpleNamespace(exact=False, key={}, identity={})
+    judge = Judge("judge", backend, "response")
+    value_of_seven = FunctionScorer("f", lambda prompt, response, meta: 7.0)
+    members = {"seven": Seven(), "f": value_of_seven}
+    assert [rb.tie_of(s) for s in (judge, value_of_seven, Ensemble("e", members))] == [0.5, 0.0, 0.0]
+    del members["f"]
+    assert rb.tie_of(Ensemble("e", members)) == 0.5
+    found = fastpo.evaluate("rewardbench", {"prompts": pairs(), "judge": Seven(), "output_dir": str(tmp_path)})
+    assert found.figures["seven"]["value"] == 0.5
 
 
 def test_prior_sets_have_half_a_weight():

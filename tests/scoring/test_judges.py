@@ -1,5 +1,6 @@
 """Judges behind a server that misbehaves, and in this process: nothing that is no verdict becomes a number."""
 
+import importlib.util
 import json
 import math
 import socket
@@ -371,6 +372,8 @@ def test_transformers_serve_as_a_judge(saved, tmp_path):
 
     if not is_serve_available():
         pytest.skip("transformers serve is not installed: needs fastapi, uvicorn, pydantic, openai")
+    if importlib.util.find_spec("transformers.cli.serving.systemone") is None:
+        pytest.skip("this transformers serves no typed decisions")
     template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     path = saved("served", template=template)
     with socket.socket() as probe:
