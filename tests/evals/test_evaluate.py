@@ -8,6 +8,21 @@ import sys
 import types
 
 import pytest
+from evaluate_cases import (
+    BENCH,
+    COUNT,
+    MINE,
+    PROMPTS,
+    TASKS,
+    THEIRS,
+    Judged,
+    answers_to,
+    longer,
+    preferences,
+    quarters,
+    result_of,
+    size,
+)
 
 import fastpo
 from fastpo.errors import ConfigError, DataError, TrainingError
@@ -22,65 +37,6 @@ from fastpo.sampling.items import Item, Response, Scores, Unit, Verdict
 from fastpo.sampling.parts import read_lines
 from fastpo.scoring.judges import Judge
 from fastpo.scoring.scoring import BothOrders, Ensemble, FunctionScorer
-
-COUNT = 40
-
-
-def longer(prompt, first, second, meta):
-    """0.9 for the longer one."""
-    return 0.5 + 0.4 * ((len(first) > len(second)) - (len(first) < len(second)))
-
-
-def size(prompt, response, meta):
-    return float(len(response))
-
-
-class Judged:
-    """A judge of pairs by a function of what is shown, which counts its calls and can end at one of them."""
-
-    name, unit, exact, cached = "judge", "pair", False, False
-
-    def __init__(self, p=longer, stop=None, name="judge", cached=False):
-        self.p, self.stop, self.name, self.calls, self.cached = p, stop, name, 0, cached
-        self.key = {"judge": name}
-        self.identity = self.key
-
-    def content(self, unit):
-        return f"{unit.item.prompt} {' '.join(r.text for r in unit.responses)}"
-
-    def score(self, units):
-        for unit in units:
-            self.calls += 1
-            if self.calls == self.stop:
-                raise KeyboardInterrupt
-            value = self.p(unit.item.prompt, *(r.text for r in unit.responses), unit.item.meta)
-            yield unit, value if isinstance(value, Verdict) else Verdict(value)
-
-    def close(self):
-        pass
-
-
-def texts(letter, seed, least=1):
-    draw = random.Random(seed)
-    return [letter * draw.randint(least, 40) for _ in range(COUNT)]
-
-
-PROMPTS = [{"id": f"p{k}", "prompt": f"question {k}"} for k in range(COUNT)]
-MINE = [{"id": f"p{k}", "text": text} for k, text in enumerate(texts("a", 1))]
-THEIRS = [{"id": f"p{k}", "text": text} for k, text in enumerate(texts("b", 2))]
-
-
-@pytest.fixture
-def go(tmp_path):
-    """`go(NAME, **options)` in the test's folder `out`."""
-
-    def run(name, folder="out", **options):
-        given = {"prompts": PROMPTS, "output_dir": str(tmp_path / folder), **options}
-        if name != "rewardbench":
-            given = {"model": MINE, "baseline": THEIRS, **given}
-        return fastpo.evaluate(name, {k: v for k, v in given.items() if v is not None})
-
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -98,15 +54,7 @@ def policies(toy, tmp_path_factory):
     return out
 
 
-def result_of(folder):
-    return json.loads((folder / "result.json").read_text())
-
-
 # ---- figures, against the measures' own functions
-
-
-def preferences(mine=MINE, theirs=THEIRS):
-    return [longer("", a["text"], b["text"], {}) for a, b in zip(mine, theirs)]
 
 
 def test_alpaca_eval_is_what_win_rates_gives(go, tmp_path):
@@ -204,23 +152,6 @@ def test_wilsons_interval_covers_and_an_even_sample_has_one():
     assert 0.92 <= inside / 400 <= 0.99
 
 
-TASKS = [
-    {"id": f"w{k}", "conversation_input": [{"role": "user", "content": f"Task {k}"}], "checklist": [f"is it {k}?"],
-     "primary_tag": tag, "secondary_tags": []}
-    for k, tag in enumerate(["Math", "Planning", "Coding & Debugging", "Editing", "Information seeking"] * 4)
-]  # fmt: skip
-
-
-def answers_to(rows, seed):
-    draw = random.Random(seed)
-    return {row["id"]: "x" * draw.randint(1, 60) if k else "" for k, row in enumerate(rows)}  # the first is empty
-
-
-def quarters(prompt, first, second, meta):
-    assert meta["checklist"]
-    return min(1.0, max(0.0, 0.5 + (len(first) - len(second)) // 10 / 4))
-
-
 def test_wildbench_is_what_its_functions_give(go, tmp_path):
     mine, theirs = answers_to(TASKS, 1), answers_to(TASKS, 2)
     tasks = wildbench.load_tasks(TASKS)
@@ -252,12 +183,6 @@ def test_wildbench_of_three_baselines(go):
     with pytest.raises(ConfigError, match="are its own: 'gpt-4-turbo"):
         go("wildbench", folder="other", prompts=TASKS, model=mine, judge=FunctionScorer("j", quarters, unit="pair"),
            baseline={"x": {"answers": mine}, "y": {"answers": mine}})  # fmt: skip
-
-
-BENCH = [
-    {"id": k, "subset": subset, "prompt": f"q{k}", "chosen": "y" * (3 + k % 5), "rejected": "n" * (3 + k % 3)}
-    for k, subset in enumerate(["hep-python", "math-prm", "alpacaeval-easy"] * 6)
-]  # fmt: skip
 
 
 @pytest.mark.parametrize("judge", [
