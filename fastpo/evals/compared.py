@@ -11,12 +11,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fastpo.errors import ConfigError, DataError, quoted
+from fastpo.data.sources import column_names
+from fastpo.errors import ConfigError, DataError, did_you_mean, quoted
 from fastpo.evals import alpaca, glm, pairwise
-from fastpo.evals.asked import rows_of
+from fastpo.evals.asked import refuse, rows_of
 from fastpo.evals.inputs import prompts_of, with_names
 from fastpo.evals.judging import FIVE, FileJudge, lines_of
 from fastpo.evals.measure import Asked, Measure, Z, mean_of
+from fastpo.evals.measure_options import COUNT, RESAMPLES, Option, is_count, is_number
 from fastpo.loop.score_stage import pair_values, plan_units, read_scores, read_verdicts, score_stage
 from fastpo.sampling.items import Item, Response, Unit, prompt_text, seed_of
 from fastpo.scoring.scoring import Ensemble
@@ -128,11 +130,30 @@ class AlpacaEval(_Stage):
     """AlpacaEval 2 (alpaca.py): raw and length-controlled win rate in percent."""
 
     name, figure = "alpaca_eval", "length-controlled win rate, %"
-    options = {"form": None, "calibration": None, "resamples": 1000}
+    options = {
+        "form": Option(None, names=alpaca.FORMS, none=True),
+        "calibration": Option(None, "a path", lambda value: isinstance(value, str | Path), none=True),
+        "resamples": RESAMPLES,
+    }
 
     def check(self, asked: Asked) -> None:
         glm.need_scikit_learn("AlpacaEval's length-controlled win rate")
         super().check(asked)
+        if len(asked.items) < glm.FOLDS:
+            raise ConfigError(
+                f"{self.name}: {len(asked.items)} prompts; its regression's {glm.FOLDS} folds need one each"
+            )
+        self._calibration([prompt_text(item.prompt) for item in asked.every])
+
+    def _calibration(self, prompts: Sequence[str] | None) -> alpaca.Calibration | None:
+        """What the options name; ConfigError where the form needs what is not in it."""
+        source, form = self.given["calibration"], self.given["form"]
+        found = None if source is None else alpaca.load_calibration(source, prompts=prompts)
+        if found is None and form in (alpaca.FULL, alpaca.NOREG):
+            raise ConfigError(f"measure.form {form!r} needs measure.calibration, the path of df_gamed.csv")
+        if found is not None and form == alpaca.FULL and not len(found.gamed_index):
+            raise ConfigError(f"measure.form {form!r} needs gamed baselines, which the calibration {source} lacks")
+        return found
 
     def baseline(self, items: Sequence[Any]) -> Any:
         return "column:output" if items and all("output" in item.meta for item in items) else None
@@ -151,11 +172,8 @@ class AlpacaEval(_Stage):
         return out
 
     def _figure(self, rows: alpaca.Annotations, prompts: Sequence[str] | None, seed: int) -> dict[str, Any]:
-        calibration = self.given["calibration"]
-        if calibration is not None:
-            calibration = alpaca.load_calibration(calibration, prompts=prompts)
-        found = alpaca.win_rates(rows, calibration=calibration, form=self.given["form"], allow_missing=True,
-                                 resamples=self.given["resamples"], seed=seed)  # fmt: skip
+        given = {name: self.given[name] for name in ("form", "resamples")}
+        found = alpaca.win_rates(rows, calibration=self._calibration(prompts), allow_missing=True, seed=seed, **given)
         more = {k: v for k, v in vars(found).items() if k not in ("model", "baseline", "interval")}
         return {"value": found.length_controlled, "error": found.lc_standard_error, "interval": found.lc_interval,
                 **more, "raw_interval": found.interval}  # fmt: skip
@@ -181,11 +199,18 @@ class Arena(_Stage):
     """Pairwise win rates in the form of Arena-Hard (pairwise.py), in percent."""
 
     name, figure, own_judge, both = "arena", "win rate by Bradley-Terry, %", "arena", True
-    options = {"weight": 3, "control": (), "resamples": 1000, "level": 0.95, "category": None}
+    options = {
+        "weight": Option(3, COUNT, is_count),
+        "control": Option((), names=pairwise.CONTROLS, many=True),
+        "resamples": RESAMPLES,
+        "level": Option(0.95, "a number between 0 and 1", lambda value: is_number(value) and 0 < value < 1),
+        "category": Option(None, "a text", lambda value: isinstance(value, str), none=True),
+    }
 
     def check(self, asked: Asked) -> None:
         glm.need_scikit_learn("a Bradley-Terry fit")
         super().check(asked)
+        self._no_category()
         if asked.scorer.unit == "pair" and not asked.both:
             raise ConfigError("arena needs each pair in both orders: leave both_orders out")
 
@@ -221,9 +246,8 @@ class Arena(_Stage):
             games = pairwise.read_judgments(rows, self.given["category"], baseline)
             baseline = games[0].a if baseline is None else baseline
         else:
-            rows = rows_of(rows, "the games", ("a", "b"))
-            games = [pairwise.Game(str(r.get("prompt", r.get("id"))), str(r["a"]), str(r["b"]), r.get("verdict"))
-                     for r in rows]  # fmt: skip
+            self._no_category()
+            games = _games(rows)
         everywhere = set.intersection(*({game.a, game.b} for game in games))
         if baseline is None and len(everywhere) != 1:
             found = quoted(sorted(everywhere)) or "none"
@@ -231,6 +255,10 @@ class Arena(_Stage):
         if self.given["control"]:
             raise ConfigError("control needs answers, which annotations of the arena do not have")
         return self._figure(games, str(baseline) if baseline is not None else everywhere.pop(), None, seed)
+
+    def _no_category(self) -> None:
+        if self.given["category"] is not None:
+            raise ConfigError("measure.category chooses among Arena-Hard's judgments, and none are given: leave it out")
 
     def _rows(self, source: Any) -> list[Any]:
         folder = Path(source) if isinstance(source, str | Path) else None
@@ -240,6 +268,20 @@ class Arena(_Stage):
         if not files:
             raise DataError(f"{folder} holds no .jsonl file of games")
         return [row for file in files for row in rows_of(file, "the games", ())]
+
+
+def _games(source: Sequence[Mapping[str, Any]]) -> list[pairwise.Game]:
+    rows = rows_of(source, "the games", ("a", "b"))
+    known = column_names(rows)
+    if "verdict" not in known:
+        raise DataError(f"the games have no column 'verdict', only {quoted(known)}{did_you_mean('verdict', known)}")
+    refuse("games have no verdict, which is null where it failed; numbers of the rows",
+           [number for number, row in enumerate(rows) if "verdict" not in row], len(rows))  # fmt: skip
+    prompts = [row.get("prompt") if row.get("prompt") is not None else row.get("id") for row in rows]
+    refuse("games have neither prompt nor id; numbers of the rows",
+           [number for number, prompt in enumerate(prompts) if prompt is None], len(rows))  # fmt: skip
+    return [pairwise.Game(str(prompt), str(row["a"]), str(row["b"]), row["verdict"])
+            for prompt, row in zip(prompts, rows)]  # fmt: skip
 
 
 def verdict_of(p: float) -> str:

@@ -18,6 +18,7 @@ from fastpo.data.sources import SUFFIXES
 from fastpo.errors import ConfigError, did_you_mean, shown
 from fastpo.loop import config as configs
 from fastpo.loop.config import Options, Sample
+from fastpo.training.start_checks import check_output_dir
 
 COLUMN = "column:"
 _SAMPLE = {"n": 1, "temperature": 0.0, "max_tokens": 1024, "check_logps": 0}
@@ -61,6 +62,7 @@ def build(options: Options) -> EvalConfig:
     if options.get("output_dir") is None:
         raise ConfigError("fastpo evaluate needs output_dir: give it in the config or as --output-dir")
     config: EvalConfig = configs.section(EvalConfig, options, "")
+    check_output_dir(config.output_dir)
     if config.model is not None and config.models:
         raise ConfigError("model is the one model, models are several by name: give one of the two")
     if config.limit is not None and config.limit < 1:
