@@ -25,7 +25,9 @@ from fastpo.scoring.scoring import Ensemble
 
 
 class _Stage(Measure):
-    """A prompt with the answers of all models is one item."""
+    """A prompt with the answers of all models is one item. `needs_both`: whether a pair must have both orders."""
+
+    needs_both = False
 
     def units(self, asked: Asked) -> Iterator[Unit]:
         first = asked.scorer
@@ -44,7 +46,10 @@ class _Stage(Measure):
         def before(response: Response) -> int:
             if response.source == asked.baseline:
                 return 1
-            return 2 * (random.Random(seed_of(self.name, asked.seed, item.id, response.source)).random() < 0.5)
+            drawn = random.Random(seed_of(self.name, asked.seed, item.id, response.source)).random() < 0.5
+            if isinstance(asked.scorer, FileJudge):  # as they were shown when they were judged
+                drawn = asked.scorer.second(item.id, response.source, str(asked.baseline), drawn)
+            return 2 * drawn
 
         return tuple(sorted(item.responses, key=before))
 
@@ -54,10 +59,16 @@ class _Stage(Measure):
             raise ConfigError(f"{self.name}: the judge compares pairs: give baseline, a policy or a file of answers")
         if len(asked.baselines) > 1:
             raise ConfigError(f"{self.name} has one baseline, not {quoted(asked.baselines)}")
+        if asked.scorer.unit == "pair" and self.needs_both and not asked.both:
+            raise ConfigError(f"{self.name} needs each pair in both orders: leave both_orders out")
+        if isinstance(asked.scorer, FileJudge):
+            units = list(self.units(asked))
+            asked.scorer.refuse_others(units, {item.id for item in asked.every})
+            asked.scorer.check(units, one_will_do=not self.needs_both)
 
     def judge(self, asked: Asked, folder: Path) -> dict[str, Any]:
-        if isinstance(asked.scorer, FileJudge):
-            asked.scorer.check(list(self.units(asked)))
+        if isinstance(asked.scorer, FileJudge):  # again, of the answers that there are now
+            asked.scorer.check(list(self.units(asked)), one_will_do=not self.needs_both)
         return score_stage(asked.scorer, self.judged(asked), folder, plan=_plan(asked), both_orders=asked.both,
                            max_failed=asked.max_failed)  # fmt: skip
 
@@ -91,14 +102,14 @@ class _Stage(Measure):
     def wins(self, asked: Asked, folder: Path) -> dict[str, dict[str, float | None]]:
         """P(the model's answer is better), by model and prompt: the mean of both orders where there are two."""
         both = asked.both or asked.scorer.unit != "pair"
-        of: dict[str, dict[tuple[str, str], dict[Any, Any]]] = {}
+        of: dict[str, dict[str, dict[Any, Any]]] = {}
         for name, first, second, p in self.games(asked, folder):
             model = second if first == asked.baseline else first
             place = (0, 1) if first == model else (1, 0)
-            of.setdefault(model, {}).setdefault((name, model), {})[place] = "failed" if p is None else p
+            of.setdefault(model, {}).setdefault(name, {})[place] = "failed" if p is None else p
         out: dict[str, dict[str, float | None]] = {model: {} for model in asked.rivals}
         for model, found in of.items():
-            for (name, _), verdicts in found.items():
+            for name, verdicts in found.items():
                 for (i, _), p in pair_values(verdicts, both).items():
                     out[model][name] = p if i == 0 or p is None else 1 - p
         return out
@@ -199,6 +210,7 @@ class Arena(_Stage):
     """Pairwise win rates in the form of Arena-Hard (pairwise.py), in percent."""
 
     name, figure, own_judge, both = "arena", "win rate by Bradley-Terry, %", "arena", True
+    needs_both = True
     options = {
         "weight": Option(3, COUNT, is_count),
         "control": Option((), names=pairwise.CONTROLS, many=True),
@@ -211,8 +223,6 @@ class Arena(_Stage):
         glm.need_scikit_learn("a Bradley-Terry fit")
         super().check(asked)
         self._no_category()
-        if asked.scorer.unit == "pair" and not asked.both:
-            raise ConfigError("arena needs each pair in both orders: leave both_orders out")
 
     def figures(self, asked: Asked, folder: Path) -> dict[str, dict[str, Any]]:
         assert asked.baseline is not None

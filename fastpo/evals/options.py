@@ -36,7 +36,7 @@ class EvalConfig:
     models: Options = field(default_factory=dict)  # by name: a policy, a file of answers, or {policy, answers, sample}
     baseline: Any = None  # what they are compared with: one of them by name, or as they are given
     judge: Any = None  # a scorer's section (docs/loop-scorers.md)
-    verdicts: Any = None  # in its place, a file of verdicts as verdicts.jsonl has them
+    verdicts: Any = None  # in its place, a file as verdicts.jsonl, or {verdicts: FILE, judge: NAME} of several judges'
     annotations: Any = None  # in the place of answers and judge, a file in the measure's own format
     sample: Options = field(default_factory=dict)  # how policies answer, as in the loop: greedy, 1024 tokens
     both_orders: bool | None = None  # pairs in both orders; None: as the measure has it

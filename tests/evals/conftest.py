@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 sys.path.append(str(Path(__file__).resolve().parent))
@@ -25,3 +26,16 @@ def go(tmp_path):
         return fastpo.evaluate(name, {k: v for k, v in given.items() if v is not None})
 
     return run
+
+
+@pytest.fixture(scope="session")
+def policies(toy, tmp_path_factory):
+    """Two policies of the toy kind."""
+    out = []
+    for seed in (0, 1):
+        folder = tmp_path_factory.mktemp(f"policy-{seed}")
+        toy.tokenizer().save_pretrained(folder)
+        torch.manual_seed(seed)
+        toy.model().save_pretrained(folder)
+        out.append(str(folder))
+    return out

@@ -28,7 +28,7 @@ import fastpo
 from fastpo.errors import ConfigError, DataError, TrainingError
 from fastpo.evals import alpaca, pairwise, rewardbench, wildbench
 from fastpo.evals.compared import verdict_of
-from fastpo.evals.judging import ArenaJudge, FileJudge, cost, judge_of
+from fastpo.evals.judging import ArenaJudge, judge_of
 from fastpo.evals.measure import mean_of
 from fastpo.evals.measures import MEASURES
 from fastpo.evals.wildbench_judge import WildBenchJudge
@@ -37,22 +37,6 @@ from fastpo.sampling.items import Item, Response, Scores, Unit, Verdict
 from fastpo.sampling.parts import read_lines
 from fastpo.scoring.judges import Judge
 from fastpo.scoring.scoring import BothOrders, Ensemble, FunctionScorer
-
-
-@pytest.fixture(scope="module")
-def policies(toy, tmp_path_factory):
-    """Two policies of the toy kind."""
-    out = []
-    for seed in (0, 1):
-        folder = tmp_path_factory.mktemp(f"policy-{seed}")
-        toy.tokenizer().save_pretrained(folder)
-        import torch
-
-        torch.manual_seed(seed)
-        toy.model().save_pretrained(folder)
-        out.append(str(folder))
-    return out
-
 
 # ---- figures, against the measures' own functions
 
@@ -388,31 +372,6 @@ def test_a_failed_judgement_is_never_a_number(go, tmp_path):
     assert "failed: refused" in (tmp_path / "arena" / "report.html").read_text()
     with pytest.raises(TrainingError, match="failed on .* of 80 units, more than max_failed=0.02 allows: 2 refused"):
         go("win_rate", folder="strict", judge=Judged(fails), max_failed=None)
-
-
-# ---- cost
-
-
-def test_cost_is_one_line_and_nothing_is_asked(go, policies, capsys, tmp_path):
-    judge = Judged()
-    options = {"prompts": PROMPTS, "model": policies[0], "baseline": policies[1], "judge": judge,
-               "output_dir": str(tmp_path / "none"), "sample": {"max_tokens": 10}}  # fmt: skip
-    assert fastpo.evaluate("win_rate", options, dry_run=True) is None
-    characters = sum(2 * len(f"{row['prompt']} {'x' * 40} {'x' * 40}") for row in PROMPTS)
-    assert capsys.readouterr().out == (
-        "win_rate: 40 prompts; 80 answers to sample, at most 800 tokens; 80 judgements by judge, at most "
-        f"{characters // 4:,} prompt tokens at four characters each\n"
-    )
-    assert judge.calls == 0 and not (tmp_path / "none").exists()
-
-
-def test_cost_of_functions_files_and_ensembles():
-    item = Item("a", "12345678", responses=(Response("1234"), Response("1234")))
-    units = [Unit(item, 0), Unit(item, 1)]
-    assert cost(FunctionScorer("f", size), units) == (2, 0)
-    both = Ensemble("e", {"f": FunctionScorer("f", size), "j": Judged()})
-    assert cost(both, units) == (4, 2 * 13 // 4)
-    assert cost(FileJudge([{"id": "a", "shown": ["x"], "value": 1.0}]), units) == (2, 0)
 
 
 # ---- what is refused

@@ -1,22 +1,34 @@
 """fastpo.evaluate: what is wrong is said in one line before anything is asked; the cost; verdicts given back."""
 
 import json
+import logging
 import random
+import types
 
 import pytest
 from evaluate_cases import (
     BENCH,
+    COUNT,
     MINE,
     PROMPTS,
     TASKS,
     THEIRS,
     Judged,
     answers_to,
+    preferences,
+    quarters,
+    result_of,
     size,
 )
 
+import fastpo
 from fastpo.errors import ConfigError, DataError, FastpoError
+from fastpo.evals.judging import ArenaJudge, FileJudge, cost
 from fastpo.evals.measure import mean_of
+from fastpo.sampling.items import Item, Response, Unit
+from fastpo.sampling.parts import read_lines
+from fastpo.scoring.judges import ServerBackend
+from fastpo.scoring.scoring import Ensemble, FunctionScorer
 
 # ---- what holds 95 %
 
@@ -192,3 +204,193 @@ def test_a_score_that_failed_counts_where_that_is_asked_for(go):
     rows = [{**SCORES[0], "scores": [None, 1.0]}, *SCORES[1:]]
     found = go("rewardbench", prompts=BENCH, annotations=rows, measure={"failed": "count"}).figures["judge"]
     assert found["subsets"]["hep-python"] == pytest.approx(5.5 / 6)
+
+
+# ---- verdicts that are there
+
+
+def verdicts_of(go, tmp_path, judge, name="win_rate", **options):
+    go(name, folder="judged", judge=judge, **options)
+    return list(read_lines(tmp_path / "judged" / "verdicts.jsonl"))
+
+
+def test_one_lost_line_or_one_stray_one_is_refused_and_changes_no_figure(go, tmp_path):
+    rows = verdicts_of(go, tmp_path, Judged(lambda *shown: 1.0))
+    assert go("win_rate", verdicts=rows).value == 50.0
+    for name in ("win_rate", "arena"):
+        with pytest.raises(DataError, match=r"1 of 80 verdicts are missing: 'p0 / \w+ / \w+'$"):
+            go(name, folder="lost", verdicts=rows[1:])
+    stray = [{**rows[0], "shown": ["other", "baseline"]}, {**rows[0], "id": "zzz"}]
+    with pytest.raises(DataError, match="2 of 82 verdicts are of prompts or models that nobody asks about: 'p0 / oth"):
+        go("win_rate", folder="stray", verdicts=rows + stray)
+    with pytest.raises(DataError, match="1 of 80 verdicts are there more than once: 'p0 / "):
+        go("win_rate", folder="twice", verdicts=[*rows, rows[0]])
+
+
+def test_verdicts_of_prompts_that_limit_leaves_out_are_counted(go, tmp_path, caplog):
+    rows = verdicts_of(go, tmp_path, Judged())
+    with caplog.at_level(logging.INFO, "fastpo"):
+        assert go("win_rate", verdicts=rows, limit=5).counts["verdicts"]["units"] == 10
+    assert [r.message for r in caplog.records if "leaves out" in r.message] == [
+        "70 of 80 verdicts are of prompts that limit leaves out"
+    ]
+    with pytest.raises(DataError, match="1 of 81 verdicts are of prompts or models"):
+        go("win_rate", folder="b", verdicts=[*rows, {**rows[0], "id": "zzz"}], limit=5)
+
+
+def test_verdicts_in_one_order_are_taken_as_they_were_shown(go, tmp_path):
+    rows = verdicts_of(go, tmp_path, Judged(), name="alpaca_eval", measure={"resamples": 0})
+    own = result_of(tmp_path / "judged")["figures"]["model"]["win_rate"]
+    found = go("alpaca_eval", verdicts=rows, seed=7, measure={"resamples": 0})
+    assert found.figures["model"]["win_rate"] == own
+    again = list(read_lines(tmp_path / "out" / "verdicts.jsonl"))
+    assert [line["shown"] for line in again] == [row["shown"] for row in rows]  # whatever the seed draws
+    with pytest.raises(DataError, match="40 of 80 verdicts are missing: .*; both_orders: false takes each pair in the"):
+        go("win_rate", folder="b", verdicts=rows)
+    one_order = go("win_rate", folder="c", verdicts=rows, both_orders=False)
+    assert one_order.value == pytest.approx(100 * sum(preferences()) / COUNT)
+    with pytest.raises(DataError, match=r"40 of 80 verdicts are missing: [^;]*$"):  # nobody set both_orders
+        go("arena", folder="d", verdicts=rows)
+
+
+def test_a_pair_in_both_orders_asks_for_both_of_all(go, tmp_path):
+    rows = verdicts_of(go, tmp_path, Judged(), name="alpaca_eval", both_orders=True, measure={"resamples": 0})
+    assert go("alpaca_eval", verdicts=rows, measure={"resamples": 0}).counts["verdicts"]["units"] == 2 * COUNT
+    with pytest.raises(DataError, match=r"1 of 80 verdicts are missing: [^;]*$"):
+        go("alpaca_eval", folder="b", verdicts=rows[1:])
+
+
+def test_of_several_judges_one_is_named(go, tmp_path):
+    same = FunctionScorer("b", lambda prompt, response, meta: 1.0)
+    verdicts_of(go, tmp_path, Ensemble("both", {"a": FunctionScorer("a", size), "b": same}))
+    path = str(tmp_path / "judged" / "verdicts.jsonl")
+    with pytest.raises(DataError, match=r"are of 'a', 'b', 'both': say which, {verdicts: FILE, judge: NAME}"):
+        go("win_rate", verdicts=path)
+    own = result_of(tmp_path / "judged")["figures"]["model"]["value"]
+    assert go("win_rate", folder="both", verdicts={"verdicts": path, "judge": "both"}).value == own
+    assert go("win_rate", folder="b", verdicts={"verdicts": path, "judge": "b"}).value == 50.0
+    with pytest.raises(DataError, match="no verdicts of the judge 'bot', only of .*; did you mean 'both'"):
+        go("win_rate", folder="c", verdicts={"verdicts": path, "judge": "bot"})
+    with pytest.raises(ConfigError, match="verdicts has no option 'judges'; did you mean 'judge'"):
+        go("win_rate", folder="d", verdicts={"verdicts": path, "judges": "both"})
+
+
+def test_verdicts_on_several_answers_a_prompt_stand_in_their_order():
+    item = Item("p", "q", responses=tuple(Response(text, source=name) for text, name in zip("abcd", "mmxm")))
+    units = [Unit(item, i) for i in range(4)]
+    rows = [{"id": "p", "shown": [name], "value": value} for name, value in zip("mmxm", (1.0, 2.0, 3.0, 4.0))]
+    judge = FileJudge(rows)
+    judge.check(units, one_will_do=True)
+    assert [verdict.value for _, verdict in judge.score(units)] == [1.0, 2.0, 3.0, 4.0]
+    with pytest.raises(DataError, match="1 of 4 verdicts are missing: 'p / m'"):
+        FileJudge(rows[1:]).check(units, one_will_do=True)
+
+
+def test_verdicts_of_several_answers_are_given_back(go, policies, tmp_path):
+    prompts = [{"id": str(k), "prompt": f"w{k}"} for k in range(6)]
+    given = {"prompts": prompts, "model": policies[0], "baseline": None,
+             "sample": {"n": 3, "temperature": 1.0, "max_tokens": 4}}  # fmt: skip
+    judge = FunctionScorer("judge", lambda prompt, response, meta: float(sum(map(ord, response)) % 7))
+    rows = verdicts_of(go, tmp_path, judge, "verifier", **given)
+    assert len(rows) == 18
+    assert go("verifier", verdicts=rows, **given).value == result_of(tmp_path / "judged")["figures"]["model"]["value"]
+
+
+SHOWN = [5, [], ["a", "b", "c"], [["model"], "baseline"], {"model": 1}]
+
+
+@pytest.mark.parametrize("shown", SHOWN, ids=repr)
+def test_names_that_are_none_are_refused(shown, go):
+    with pytest.raises(DataError, match="1 of 1 verdicts have no names of one or two models under shown: .p0: "):
+        go("win_rate", verdicts=[{"id": "p0", "shown": shown, "value": 1.0}])
+
+
+# ---- what has changed
+
+
+def test_the_option_that_was_changed_is_named(go, policies):
+    go("win_rate", judge=size)
+    for given, message in (
+        ({"limit": 6}, "stage judge was done with limit=None, now it is 6"),
+        ({"seed": 7}, "stage judge was done with seed=42, now it is 7"),
+        ({"limit": 6, "seed": 7}, "stage judge was done with limit=None, now it is 6"),
+        ({"model": THEIRS}, "stage judge was done with texts.answers of model="),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            go("win_rate", judge=size, **given)
+    given = {"model": policies[0], "baseline": None, "judge": size, "sample": {"max_tokens": 2}, "folder": "sampled"}
+    prompts = [{"id": str(k), "prompt": f"w{k}"} for k in range(6)]
+    go("verifier", prompts=prompts, **given, limit=3)
+    with pytest.raises(ConfigError, match="stage sample-model was done with limit=3, now it is 4"):
+        go("verifier", prompts=prompts, **given, limit=4)
+    with pytest.raises(ConfigError, match="stage sample-model was done with seed=42, now it is 1"):
+        go("verifier", prompts=prompts, **given, limit=3, seed=1)
+
+
+# ---- cost
+
+
+@pytest.fixture
+def line(tmp_path, capsys):
+    """The line that a dry run prints, of `go`'s options."""
+
+    def run(name, start_from=None, **options):
+        given = {"prompts": PROMPTS, "model": MINE, "baseline": THEIRS, "output_dir": str(tmp_path / "out"), **options}
+        assert fastpo.evaluate(name, given, dry_run=True, start_from=start_from) is None
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_cost_is_one_line_and_nothing_is_asked(line, policies, tmp_path):
+    judge = Judged()
+    found = line("win_rate", model=policies[0], baseline=policies[1], judge=judge, sample={"max_tokens": 10})
+    characters = sum(2 * len(f"{row['prompt']} {'x' * 40} {'x' * 40}") for row in PROMPTS)
+    assert found == (
+        "win_rate: 40 prompts; 80 answers to sample, at most 800 tokens; 80 judgements by judge, at most "
+        f"{characters // 4:,} prompt tokens at four characters each\n"
+    )
+    assert judge.calls == 0 and not (tmp_path / "out").exists()
+
+
+def test_what_is_done_is_not_counted_again(go, line, policies):
+    given = {"model": policies[0], "baseline": THEIRS, "sample": {"max_tokens": 3}}
+    with pytest.raises(KeyboardInterrupt):
+        go("win_rate", **given, judge=Judged(stop=18))
+    assert "no answers to sample; 63 judgements by judge, 17 more are done, about " in line(
+        "win_rate", **given, judge=Judged()
+    )
+    go("win_rate", **given, judge=Judged())
+    whole = line("win_rate", **given, judge=Judged())
+    assert whole == "win_rate: 40 prompts; no answers to sample; no judgements left for judge\n"
+    assert "; 80 judgements by judge, about " in line("win_rate", **given, judge=of_another_key())
+    assert "40 answers to sample" in line("win_rate", **given | {"sample": {"max_tokens": 4}}, judge=Judged())
+    assert "no answers to sample; 80 judgements" in line("win_rate", "judge", **given, judge=Judged())
+    assert "40 answers to sample, at most 120 tokens; 80 judg" in line("win_rate", "sample", **given, judge=Judged())
+
+
+def of_another_key():
+    judge = Judged()
+    judge.key = judge.identity = {"judge": "another"}
+    return judge
+
+
+def test_of_wildbench_nobody_is_asked_about_an_empty_answer(go, line):
+    given = {"prompts": TASKS, "model": answers_to(TASKS, 1), "baseline": {"answers": answers_to(TASKS, 2)}}
+    assert f"; {len(TASKS) - 1} judgements by judge" in line("wildbench", **given, judge=Judged(quarters))
+    with pytest.raises(KeyboardInterrupt):
+        go("wildbench", **given, judge=Judged(quarters, stop=9))
+    assert "; 11 judgements by judge, 8 more are done" in line("wildbench", **given, judge=Judged(quarters))
+
+
+def test_cost_of_functions_files_ensembles_and_judges_that_write():
+    item = Item("a", "12345678", responses=(Response("1234"), Response("1234")))
+    units = [Unit(item, 0), Unit(item, 1)]
+    assert cost(FunctionScorer("f", size), units) == (2, 0, 0, 0)
+    both = Ensemble("e", {"f": FunctionScorer("f", size), "j": Judged()})
+    assert cost(both, units) == (4, 2 * 13 // 4, 0, 0)
+    assert cost(FileJudge([{"id": "a", "shown": ["x"], "value": 1.0}]), units) == (2, 0, 0, 0)
+    client, pair = types.SimpleNamespace(close=lambda: None), [Unit(item, 0, 1), Unit(item, 1, 0)]
+    for options, tokens in (({}, 2 * 300), ({"temperature": 0.7}, 4 * 300), ({"by": "logprobs"}, 0)):
+        judge = ArenaJudge("judge", ServerBackend(client, "m", max_tokens=300, **options))
+        assert cost(judge, pair).written == tokens
