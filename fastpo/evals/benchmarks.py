@@ -8,11 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fastpo.errors import ConfigError, quoted
+from fastpo.data.sources import column_names
+from fastpo.errors import ConfigError, did_you_mean, quoted
 from fastpo.evals import rewardbench, wildbench
 from fastpo.evals.asked import refuse, refuse_repeated, rows_of
 from fastpo.evals.judging import FileJudge, Kept, kept
 from fastpo.evals.measure import Asked, Measure, plus_minus
+from fastpo.evals.measure_options import COUNT, Option, is_count, is_number, is_whole
 from fastpo.sampling.items import Item, Response, Unit
 from fastpo.scoring.scoring import Ensemble
 
@@ -22,7 +24,10 @@ class WildBench(Measure):
     (wildbench.py)."""
 
     name, figure, own_judge, compares = "wildbench", "WB-Reward or WB-Score, -100 to 100", "wildbench", False
-    options = {"margin": 500, "max_words": wildbench.MAX_WORDS}
+    options = {
+        "margin": Option(500, "a number", is_number),
+        "max_words": Option(wildbench.MAX_WORDS, COUNT, is_count, none=True),
+    }
 
     def of_unit(self, unit: str) -> tuple[str, float | None]:
         return ("WB-Reward, -100 to 100", 0.0) if unit == "pair" else ("WB-Score, -100 to 100", None)
@@ -46,6 +51,12 @@ class WildBench(Measure):
                 "wildbench: a judge of responses gives WB-Score, which compares with nobody: leave baseline out, or "
                 "take a judge of pairs for WB-Reward"
             )
+        if asked.scorer.unit == "pair":
+            _check_baselines(asked.baselines)
+
+    @property
+    def _max_words(self) -> int:
+        return self.given["max_words"] or 0  # 0: the whole
 
     def _matches(self, asked: Asked) -> list[tuple[str, str]]:
         if asked.scorer.unit == "response":
@@ -55,9 +66,11 @@ class WildBench(Measure):
     def units(self, asked: Asked) -> Iterator[Unit]:
         for names in self._matches(asked):
             for task in asked.items:
-                texts = [asked.text(name, task.id) for name in names if name]
+                texts = [asked.text(name, task.id) or "" for name in names if name]
+                if not all(text.strip() for text in texts):
+                    continue  # nobody is asked about an answer that is empty
                 item = Item(task.id, list(task.turns), meta={"checklist": list(task.checklist)})
-                shown = [Response(wildbench.shortened(t or "", self.given["max_words"])) for t in texts]
+                shown = [Response(wildbench.shortened(text, self._max_words)) for text in texts]
                 yield Unit(item.with_responses(shown), 0, 1 if len(shown) > 1 else None)
 
     def _judged(
@@ -74,11 +87,9 @@ class WildBench(Measure):
             )  # fmt: skip
             if other:
                 theirs = {task.id: asked.text(other, task.id) or "" for task in tasks}
-                judged = wildbench.compare(
-                    tasks, mine, theirs, scorer, seed=asked.seed, max_words=self.given["max_words"]
-                )
+                judged = wildbench.compare(tasks, mine, theirs, scorer, seed=asked.seed, max_words=self._max_words)
             else:
-                judged = wildbench.rate(tasks, mine, scorer, max_words=self.given["max_words"])
+                judged = wildbench.rate(tasks, mine, scorer, max_words=self._max_words)
             out[model, other] = judged, scorer
         return out
 
@@ -114,20 +125,29 @@ class WildBench(Measure):
         if len(against) == 1:
             [one] = figures.values()
             return plus_minus(one.value, one.error) | {"task_macro": one.task_macro} | more
-        if set(against) <= set(wildbench.BASELINES):
-            mixed = wildbench.mixture(figures, model)
-            error, _ = wildbench.mixture_errors(against, margin, groups=groups, model=model, seed=seed)
-            missing = list(mixed.missing)
-            return plus_minus(mixed.value, error) | {"task_macro": mixed.task_macro, "missing": missing} | more
-        raise ConfigError(f"several baselines of WildBench are its own: {quoted(wildbench.BASELINES)}")
+        mixed = wildbench.mixture(figures, model)
+        error, _ = wildbench.mixture_errors(against, margin, groups=groups, model=model, seed=seed)
+        missing = list(mixed.missing)
+        return plus_minus(mixed.value, error) | {"task_macro": mixed.task_macro, "missing": missing} | more
 
     def of_annotations(self, source: Any, prompts: Any, seed: int, baseline: Any = None) -> dict[str, dict[str, Any]]:
         """A file of ratings, or files of comparisons by the baseline's name."""
         groups = None if prompts is None else wildbench.groups_of(wildbench.load_tasks(prompts))
         if not isinstance(source, Mapping):
             return {"model": _score(wildbench.read_ratings(source), groups, seed)}
+        _check_baselines([str(name) for name in source])
         against = {str(name): wildbench.read_comparisons(rows, str(name)) for name, rows in source.items()}
         return {"model": self._reward(against, groups, "model", seed)}
+
+
+def _check_baselines(names: Sequence[str]) -> None:
+    """ConfigError for several of which one is not WildBench's: only of its own there is a mean."""
+    foreign = next((name for name in names if name not in wildbench.BASELINES), None)
+    if len(names) > 1 and foreign is not None:
+        near = did_you_mean(foreign, wildbench.BASELINES)
+        raise ConfigError(
+            f"several baselines of WildBench are its own: {quoted(wildbench.BASELINES)}, not {foreign!r}{near}"
+        )
 
 
 def _of_places(names: Sequence[str], unit: Unit) -> list[str]:
@@ -146,20 +166,26 @@ class RewardBench(Measure):
     """
 
     name, figure, compares, of_judge = "rewardbench", "score, 0 to 1", False, True
-    options = {"version": None, "failed": "refuse", "tie": None}
+    options = {
+        "version": Option(None, "1 or 2", lambda value: is_whole(value) and value in (1, 2), none=True),
+        "failed": Option("refuse", names=("refuse", "count")),
+        "tie": Option(None, "a number from 0 to 1", lambda value: is_number(value) and 0 <= value <= 1, none=True),
+    }
 
     def prompts(self, source: Any) -> list[Any]:
         if source is None:
             return rewardbench.load_choices() if self._version([]) == 2 else rewardbench.load_pairs()
         rows = rows_of(source, "RewardBench's rows", ("chosen",))
+        if "id" in column_names(rows):
+            refuse("rows have no id; numbers of the rows",
+                   [number for number, row in enumerate(rows) if row.get("id") is None], len(rows))  # fmt: skip
         return rewardbench.load_choices(rows) if self._version(rows) == 2 else rewardbench.load_pairs(rows)
 
     def _version(self, rows: Sequence[Mapping[str, Any]]) -> int:
-        given = self.given["version"]
-        if given not in (None, 1, 2):
-            raise ConfigError(f"measure.version={given!r}: expected 1 or 2")
-        lists = bool(rows) and isinstance(rows[0]["chosen"], list | tuple) and isinstance(rows[0]["chosen"][0], str)
-        return given or (2 if lists else 1)
+        if self.given["version"] is not None:
+            return self.given["version"]
+        chosen = rows[0]["chosen"] if rows else ()
+        return 2 if isinstance(chosen, list | tuple) and chosen and isinstance(chosen[0], str) else 1
 
     def items(self, asked: Asked) -> list[Item]:
         return [Item(one.name, one.prompt) for one in asked.items]
@@ -209,8 +235,10 @@ class RewardBench(Measure):
             raise ConfigError("rewardbench's annotations are scores of the answers in prompts: give prompts too")
         choices = self.prompts(prompts)
         rows = rows_of(source, "the scores", ("id", "subset", "scores"))
-        names = [f"{row['subset']}/{row['id']}" for row in rows]
-        refuse_repeated("scores are there more than once", names)
+        wrong = [f"{_name(row)}: {row['scores']!r}" for row in rows if not _are_scores(row["scores"])]
+        refuse("scores are no lists of numbers, null where one failed", wrong, len(rows))
+        names = [_name(row) for row in rows]
+        refuse_repeated("prompts have scores more than once", names)
         scores = {name: list(row["scores"]) for name, row in zip(names, rows)}
         known = {one.name for one in choices}
         refuse("scores are of other prompts", [name for name in names if name not in known], len(names))
@@ -226,6 +254,14 @@ class RewardBench(Measure):
 def _are_pairs(choices: Sequence[rewardbench.Choice]) -> bool:
     """Whether they are RewardBench's first version's."""
     return all(one.subset in (*rewardbench.WEIGHTS, *rewardbench.PRIOR) for one in choices)
+
+
+def _name(row: Mapping[str, Any]) -> str:
+    return f"{row['subset']}/{row['id']}"
+
+
+def _are_scores(given: Any) -> bool:
+    return isinstance(given, list | tuple) and all(one is None or is_number(one) for one in given)
 
 
 def _bench(result: rewardbench.Result) -> dict[str, Any]:

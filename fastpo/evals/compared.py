@@ -11,19 +11,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fastpo.errors import ConfigError, DataError, quoted
+from fastpo.data.sources import column_names
+from fastpo.errors import ConfigError, DataError, did_you_mean, quoted
 from fastpo.evals import alpaca, glm, pairwise
-from fastpo.evals.asked import rows_of
+from fastpo.evals.asked import refuse, rows_of
 from fastpo.evals.inputs import prompts_of, with_names
 from fastpo.evals.judging import FIVE, FileJudge, lines_of
 from fastpo.evals.measure import Asked, Measure, mean_of, plus_minus
+from fastpo.evals.measure_options import ALLOW_MISSING, COUNT, RESAMPLES, Option, is_count, is_number
 from fastpo.loop.score_stage import pair_values, plan_units, read_scores, read_verdicts, score_stage
 from fastpo.sampling.items import Item, Response, Unit, prompt_text, seed_of
 from fastpo.scoring.scoring import Ensemble
 
 
 class _Stage(Measure):
-    """A prompt with the answers of all models is one item."""
+    """A prompt with the answers of all models is one item. `needs_both`: whether a pair must have both orders."""
+
+    needs_both = False
 
     def units(self, asked: Asked) -> Iterator[Unit]:
         first = asked.scorer
@@ -42,7 +46,10 @@ class _Stage(Measure):
         def before(response: Response) -> int:
             if response.source == asked.baseline:
                 return 1
-            return 2 * (random.Random(seed_of(self.name, asked.seed, item.id, response.source)).random() < 0.5)
+            drawn = random.Random(seed_of(self.name, asked.seed, item.id, response.source)).random() < 0.5
+            if isinstance(asked.scorer, FileJudge):  # as they were shown when they were judged
+                drawn = asked.scorer.second(item.id, response.source, str(asked.baseline), drawn)
+            return 2 * drawn
 
         return tuple(sorted(item.responses, key=before))
 
@@ -52,10 +59,16 @@ class _Stage(Measure):
             raise ConfigError(f"{self.name}: the judge compares pairs: give baseline, a policy or a file of answers")
         if len(asked.baselines) > 1:
             raise ConfigError(f"{self.name} has one baseline, not {quoted(asked.baselines)}")
+        if asked.scorer.unit == "pair" and self.needs_both and not asked.both:
+            raise ConfigError(f"{self.name} needs each pair in both orders: leave both_orders out")
+        if isinstance(asked.scorer, FileJudge):
+            units = list(self.units(asked))
+            asked.scorer.refuse_others(units, {item.id for item in asked.every})
+            asked.scorer.check(units, one_will_do=not self.needs_both)
 
     def judge(self, asked: Asked, folder: Path) -> dict[str, Any]:
-        if isinstance(asked.scorer, FileJudge):
-            asked.scorer.check(list(self.units(asked)))
+        if isinstance(asked.scorer, FileJudge):  # again, of the answers that there are now
+            asked.scorer.check(list(self.units(asked)), one_will_do=not self.needs_both)
         return score_stage(asked.scorer, self.judged(asked), folder, plan=_plan(asked), both_orders=asked.both,
                            max_failed=asked.max_failed)  # fmt: skip
 
@@ -89,14 +102,14 @@ class _Stage(Measure):
     def wins(self, asked: Asked, folder: Path) -> dict[str, dict[str, float | None]]:
         """P(the model's answer is better), by model and prompt: the mean of both orders where there are two."""
         both = asked.both or asked.scorer.unit != "pair"
-        of: dict[str, dict[tuple[str, str], dict[Any, Any]]] = {}
+        of: dict[str, dict[str, dict[Any, Any]]] = {}
         for name, first, second, p in self.games(asked, folder):
             model = second if first == asked.baseline else first
             place = (0, 1) if first == model else (1, 0)
-            of.setdefault(model, {}).setdefault((name, model), {})[place] = "failed" if p is None else p
+            of.setdefault(model, {}).setdefault(name, {})[place] = "failed" if p is None else p
         out: dict[str, dict[str, float | None]] = {model: {} for model in asked.rivals}
         for model, found in of.items():
-            for (name, _), verdicts in found.items():
+            for name, verdicts in found.items():
                 for (i, _), p in pair_values(verdicts, both).items():
                     out[model][name] = p if i == 0 or p is None else 1 - p
         return out
@@ -128,11 +141,31 @@ class AlpacaEval(_Stage):
     """AlpacaEval 2 (alpaca.py): raw and length-controlled win rate in percent."""
 
     name, figure, even = "alpaca_eval", "length-controlled win rate, %", 50.0
-    options = {"form": None, "calibration": None, "resamples": 1000, "allow_missing": False}
+    options = {
+        "form": Option(None, names=alpaca.FORMS, none=True),
+        "calibration": Option(None, "a path", lambda value: isinstance(value, str | Path), none=True),
+        "resamples": RESAMPLES,
+        "allow_missing": ALLOW_MISSING,
+    }
 
     def check(self, asked: Asked) -> None:
         glm.need_scikit_learn("AlpacaEval's length-controlled win rate")
         super().check(asked)
+        if len(asked.items) < glm.FOLDS:
+            raise ConfigError(
+                f"{self.name}: {len(asked.items)} prompts; its regression's {glm.FOLDS} folds need one each"
+            )
+        self._calibration([prompt_text(item.prompt) for item in asked.every])
+
+    def _calibration(self, prompts: Sequence[str] | None) -> alpaca.Calibration | None:
+        """What the options name; ConfigError where the form needs what is not in it."""
+        source, form = self.given["calibration"], self.given["form"]
+        found = None if source is None else alpaca.load_calibration(source, prompts=prompts)
+        if found is None and form in (alpaca.FULL, alpaca.NOREG):
+            raise ConfigError(f"measure.form {form!r} needs measure.calibration, the path of df_gamed.csv")
+        if found is not None and form == alpaca.FULL and not len(found.gamed_index):
+            raise ConfigError(f"measure.form {form!r} needs gamed baselines, which the calibration {source} lacks")
+        return found
 
     def baseline(self, items: Sequence[Any]) -> Any:
         return "column:output" if items and all("output" in item.meta for item in items) else None
@@ -154,11 +187,9 @@ class AlpacaEval(_Stage):
     def _figure(
         self, rows: alpaca.Annotations, prompts: Sequence[str] | None, seed: int, allow_missing: bool
     ) -> dict[str, Any]:
-        calibration = self.given["calibration"]
-        if calibration is not None:
-            calibration = alpaca.load_calibration(calibration, prompts=prompts)
-        found = alpaca.win_rates(rows, calibration=calibration, form=self.given["form"],
-                                 allow_missing=allow_missing, resamples=self.given["resamples"], seed=seed)  # fmt: skip
+        given = {name: self.given[name] for name in ("form", "resamples")}
+        found = alpaca.win_rates(rows, calibration=self._calibration(prompts), allow_missing=allow_missing, seed=seed,
+                                 **given)  # fmt: skip
         more = {k: v for k, v in vars(found).items() if k not in ("model", "interval")}
         return {"value": found.length_controlled, "error": found.lc_standard_error, "interval": found.lc_interval,
                 **more, "raw_interval": found.interval}  # fmt: skip
@@ -185,13 +216,20 @@ class Arena(_Stage):
     """Pairwise win rates in the form of Arena-Hard (pairwise.py), in percent."""
 
     name, figure, own_judge, both, even = "arena", "win rate by Bradley-Terry, %", "arena", True, 50.0
-    options = {"weight": 3, "control": (), "resamples": 1000, "level": 0.95, "category": None, "allow_missing": False}
+    needs_both = True
+    options = {
+        "weight": Option(3, COUNT, is_count),
+        "control": Option((), names=pairwise.CONTROLS, many=True),
+        "resamples": RESAMPLES,
+        "level": Option(0.95, "a number between 0 and 1", lambda value: is_number(value) and 0 < value < 1),
+        "category": Option(None, "a text", lambda value: isinstance(value, str), none=True),
+        "allow_missing": ALLOW_MISSING,
+    }
 
     def check(self, asked: Asked) -> None:
         glm.need_scikit_learn("a Bradley-Terry fit")
         super().check(asked)
-        if asked.scorer.unit == "pair" and not asked.both:
-            raise ConfigError("arena needs each pair in both orders: leave both_orders out")
+        self._no_category()
 
     def figures(self, asked: Asked, folder: Path) -> dict[str, dict[str, Any]]:
         assert asked.baseline is not None
@@ -230,9 +268,8 @@ class Arena(_Stage):
             games = pairwise.read_judgments(rows, self.given["category"], baseline)
             baseline = games[0].a if baseline is None else baseline
         else:
-            rows = rows_of(rows, "the games", ("a", "b"))
-            games = [pairwise.Game(str(r.get("prompt", r.get("id"))), str(r["a"]), str(r["b"]), r.get("verdict"))
-                     for r in rows]  # fmt: skip
+            self._no_category()
+            games = _games(rows)
         everywhere = set.intersection(*({game.a, game.b} for game in games))
         if baseline is None and len(everywhere) != 1:
             found = quoted(sorted(everywhere)) or "none"
@@ -242,6 +279,10 @@ class Arena(_Stage):
         baseline = str(baseline) if baseline is not None else everywhere.pop()
         return self._figure(games, baseline, None, seed, self.given["allow_missing"])
 
+    def _no_category(self) -> None:
+        if self.given["category"] is not None:
+            raise ConfigError("measure.category chooses among Arena-Hard's judgments, and none are given: leave it out")
+
     def _rows(self, source: Any) -> list[Any]:
         folder = Path(source) if isinstance(source, str | Path) else None
         if folder is None or not folder.is_dir():
@@ -250,6 +291,20 @@ class Arena(_Stage):
         if not files:
             raise DataError(f"{folder} holds no .jsonl file of games")
         return [row for file in files for row in rows_of(file, "the games", ())]
+
+
+def _games(source: Sequence[Mapping[str, Any]]) -> list[pairwise.Game]:
+    rows = rows_of(source, "the games", ("a", "b"))
+    known = column_names(rows)
+    if "verdict" not in known:
+        raise DataError(f"the games have no column 'verdict', only {quoted(known)}{did_you_mean('verdict', known)}")
+    refuse("games have no verdict, which is null where it failed; numbers of the rows",
+           [number for number, row in enumerate(rows) if "verdict" not in row], len(rows))  # fmt: skip
+    prompts = [row.get("prompt") if row.get("prompt") is not None else row.get("id") for row in rows]
+    refuse("games have neither prompt nor id; numbers of the rows",
+           [number for number, prompt in enumerate(prompts) if prompt is None], len(rows))  # fmt: skip
+    return [pairwise.Game(str(prompt), str(row["a"]), str(row["b"]), row["verdict"])
+            for prompt, row in zip(prompts, rows)]  # fmt: skip
 
 
 SLIGHT = {"A>>B": "A>B", "B>>A": "B>A"}

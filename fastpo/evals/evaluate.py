@@ -21,7 +21,7 @@ from typing import Any
 from fastpo.checkpoints.run_lock import RunLock
 from fastpo.errors import ConfigError, did_you_mean
 from fastpo.evals.inputs import UNKNOWN_END, answers_of, drawn, there, verdict_rows
-from fastpo.evals.judging import FileJudge, cost, judge_of
+from fastpo.evals.judging import Cost, FileJudge, cost, judge_of, verdicts_so_far
 from fastpo.evals.measure import Asked, Measure
 from fastpo.evals.measures import measure_of
 from fastpo.evals.options import EvalConfig, Source, build, sources
@@ -36,7 +36,7 @@ from fastpo.models.loading import load_tokenizer
 from fastpo.report.outputs import ensure_log_handler
 from fastpo.sampling import make
 from fastpo.sampling.items import Item, Response, Sampler, digest
-from fastpo.sampling.parts import read_json, write_json, write_lines
+from fastpo.sampling.parts import lines_so_far, read_json, write_json, write_lines
 
 log = logging.getLogger("fastpo")
 JUDGE = "judge"
@@ -88,7 +88,7 @@ def evaluate(
         return _of_annotations(measure, options, dry_run)
     made = Evaluation(measure, options, sampler)
     if dry_run:
-        print(made.cost())
+        print(made.cost(start_from))
         return None
     lock = RunLock(made.folder)
     lock.take()
@@ -135,6 +135,7 @@ class Evaluation:
         every = measure.prompts(config.prompts)
         limit = config.limit if config.limit is not None else measure.limit
         items = drawn(every, limit, config.seed)
+        self._limit = len(items) if len(items) < len(every) else None
         if config.baseline is None and measure.compares:
             config = replace(config, baseline=measure.baseline(items))
         models, others = sources(config)
@@ -155,9 +156,8 @@ class Evaluation:
         self.asked.scorer = self._judge()
         both = measure.both if config.both_orders is None else config.both_orders
         if isinstance(self.asked.scorer, FileJudge) and config.both_orders is None:
-            both = self.asked.scorer.both
+            both = both or self.asked.scorer.both
         self.asked.both = both and self.asked.scorer.unit == "pair"
-        measure.check(self.asked)
         if not self.sources and not measure.of_judge:
             raise ConfigError(f"{measure.name} needs model, a policy or a file of answers")
         several = [one.name for one in self.sources if one.sample.n > 1 and one.policy is not None]
@@ -166,6 +166,7 @@ class Evaluation:
                 f"{several[0]}: sample.n is above 1, and {measure.name} judges one answer a prompt: several are for "
                 "verifier and held_out, by a judge of responses"
             )
+        measure.check(replace(self.asked, answers=self._expected()[0]))
 
     def _judge(self) -> Any:
         config = self.config
@@ -180,25 +181,41 @@ class Evaluation:
 
     # ---- before the start
 
-    def cost(self) -> str:
-        """One line: what would be sampled and judged."""
-        answers: dict[str, dict[str, list[Response]]] = {}
-        sampled = tokens = 0
+    def cost(self, start_from: str | None = None) -> str:
+        """One line: what is still to be sampled and judged."""
+        redone = [] if start_from is None else self._from(start_from)
+        answers, left = self._expected(redone)
+        sampled = sum(left.values())
+        tokens = sum(left[one.name] * one.sample.max_tokens for one in self.sources if one.name in left)
+        samples = f"{sampled:,} answers to sample, at most {tokens:,} tokens" if sampled else "no answers to sample"
+        asked = replace(self.asked, answers=answers)
+        state = self._state(self.judging(asked), redone)
+        units = () if state == "done" else self.measure.units(asked)
+        done = verdicts_so_far(asked.scorer, self.folder / "judged") if state == "running" else None
+        judged = _cost_line(asked.scorer.name, cost(asked.scorer, units, done), "at most" if sampled else "about")
+        return f"{self.measure.name}: {len(self.items):,} prompts; {samples}; {judged}"
+
+    def _state(self, stage: Stage, redone: Sequence[str]) -> str:
+        """ "done", or "running" where it was begun; "" where it was not, or with other options."""
+        found = None if stage.name in redone else Iteration(self.folder, log.info).manifest(stage.name)
+        same = found is not None and digest(found["options"]) == digest(dict(stage.options))
+        return found["state"] if found is not None and same else ""
+
+    def _expected(self, redone: Sequence[str] = ()) -> tuple[dict[str, dict[str, list[Response]]], dict[str, int]]:
+        """(answers of all models, those to come being as long as they may be; how many are to come, by model)."""
+        answers, left = dict(self.there), {}
         for one in self.sources:
-            if one.name in self.there:
-                answers[one.name] = self.there[one.name]
+            if one.policy is None:
+                continue
+            state, path = self._state(self._sampling(one), redone), self._sampled(one)
+            if state == "done" and path.exists():
+                answers[one.name] = self._read(one)
                 continue
             text = _LONGEST * one.sample.max_tokens
             answers[one.name] = {i.id: [Response(text, source=one.name)] * one.sample.n for i in self.items}
-            sampled += len(self.items) * one.sample.n
-            tokens += len(self.items) * one.sample.n * one.sample.max_tokens
-        asked = replace(self.asked, answers=answers)
-        calls, shown_tokens = cost(asked.scorer, self.measure.units(asked))
-        most = "at most" if sampled else "about"
-        judged = f"{calls:,} judgements by {asked.scorer.name}"
-        judged += f", {most} {shown_tokens:,} prompt tokens at four characters each" if shown_tokens else ""
-        samples = f"{sampled:,} answers to sample, at most {tokens:,} tokens" if sampled else "no answers to sample"
-        return f"{self.measure.name}: {len(self.items):,} prompts; {samples}; {judged}"
+            there = sum("status" not in line for line in lines_so_far(path)) if state == "running" else 0
+            left[one.name] = len(self.items) * one.sample.n - there
+        return answers, left
 
     # ---- the stages
 
@@ -208,11 +225,11 @@ class Evaluation:
 
     def _sampling(self, one: Source) -> Stage:
         assert one.policy is not None
-        path, policy = self.folder / "sampled" / f"{one.name}.jsonl", one.policy
+        path, policy = self._sampled(one), one.policy
         sampler = getattr(self.make_sampler, "key", getattr(self.make_sampler, "__qualname__", None))
         options = {"policy": policy, "sample": sampling(one), "seed": self.config.seed,
-                   "prompts": digest([[item.id, _plain(item.prompt)] for item in self.items]),
-                   "sampler": sampler}  # fmt: skip
+                   "limit": self._limit, "sampler": sampler,
+                   "texts": {"prompts": digest([[item.id, _plain(item.prompt)] for item in self.items])}}  # fmt: skip
 
         def work() -> Mapping[str, Any]:
             requests = requests_of(self.items, one.sample, partial(_encoded, policy), self.config.seed, "evaluate")
@@ -229,15 +246,15 @@ class Evaluation:
             return self.make_sampler(one.policy)
         return make.make_sampler(one.sample, one.policy, load_tokenizer(one.policy), self.folder / "sampled")
 
-    def judging(self) -> Stage:
-        asked, folder = self.asked, self.folder / "judged"
-        texts = {
-            name: {key: [r.text for r in own] for key, own in found.items()} for name, found in asked.answers.items()
-        }
+    def judging(self, asked: Asked) -> Stage:
+        folder = self.folder / "judged"
+        # What a person changed has a name that comes before the texts that changed with it: the first is what is said.
+        texts = {"prompts": digest(_plain([_of_prompt(item) for item in asked.items]))}
+        for name, found in asked.answers.items():
+            texts[f"answers of {name}"] = digest({key: [r.text for r in own] for key, own in found.items()})
         options = {"measure": self.measure.name, "judge": configs.as_json(dict(asked.scorer.key)),
                    "both_orders": asked.both, "baselines": asked.baselines, "seed": self.config.seed,
-                   "prompts": digest(_plain([_of_prompt(item) for item in asked.items])), "answers": digest(texts),
-                   "max_words": self.measure.given.get("max_words")}  # fmt: skip
+                   "limit": self._limit, "max_words": self.measure.given.get("max_words"), "texts": texts}  # fmt: skip
         return Stage(JUDGE, options, {}, [folder], lambda: self.measure.judge(asked, folder))
 
     def answers(self) -> dict[str, dict[str, list[Response]]]:
@@ -245,9 +262,17 @@ class Evaluation:
         found = dict(self.there)
         for one in self.sources:
             if one.policy is not None:
-                own = read_samples(self.folder / "sampled" / f"{one.name}.jsonl")
-                found[one.name] = {key: [replace(r, source=one.name) for r in all_] for key, all_ in own.items()}
+                found[one.name] = self._read(one)
         return {one.name: found[one.name] for one in self.sources}
+
+    def _sampled(self, one: Source) -> Path:
+        return self.folder / "sampled" / f"{one.name}.jsonl"
+
+    def _read(self, one: Source) -> dict[str, list[Response]]:
+        return {
+            key: [replace(response, source=one.name) for response in own]
+            for key, own in read_samples(self._sampled(one)).items()
+        }
 
     def __call__(self) -> EvalResult:
         """What is not done yet, then the figures."""
@@ -257,7 +282,7 @@ class Evaluation:
         for stage in self.stages():
             counts["answers"][stage.name.removeprefix("sample-")] = dict(folder.run(stage)["counts"])
         self.asked.answers = self.answers()
-        counts["verdicts"] = {k: v for k, v in folder.run(self.judging())["counts"].items() if k != "members"}
+        counts["verdicts"] = {k: v for k, v in folder.run(self.judging(self.asked))["counts"].items() if k != "members"}
         answers, verdicts = self._answer_lines(), list(self.measure.verdicts(self.asked, self.folder / "judged"))
         figures = self.measure.figures(self.asked, self.folder / "judged")
         for name, found in figures.items():
@@ -302,15 +327,18 @@ class Evaluation:
         names = [stage.name for stage in self.stages()] + [JUDGE]
         return {name: (read_json(self.folder / "stages" / f"{name}.json") or {}).get("key", "") for name in names}
 
-    def redo_from(self, where: str) -> None:
-        """Move aside what was done from a stage on."""
-        stages = self.stages()
-        names = [stage.name for stage in stages]
+    def _from(self, where: str) -> list[str]:
+        """The stages that are done again from this one on; ConfigError where there is none of that name."""
+        names = [stage.name for stage in self.stages()]
         if where not in ("sample", JUDGE, *names):
             raise ConfigError(f"--from {where}: no stage {where!r}{did_you_mean(where, ('sample', JUDGE, *names))}")
-        redone = [stage for stage in stages if where in ("sample", stage.name)]
-        outputs = [path for stage in redone for path in stage.outputs] + [self.folder / "judged"]
-        moved = [stage.name for stage in redone] + [JUDGE]
+        return [name for name in names if where in ("sample", name)] + [JUDGE]
+
+    def redo_from(self, where: str) -> None:
+        """Move aside what was done from a stage on."""
+        moved = self._from(where)
+        outputs = [path for stage in self.stages() if stage.name in moved for path in stage.outputs]
+        outputs.append(self.folder / "judged")
         old = Iteration(self.folder, log.info).set_aside(moved, outputs)
         if old is not None:
             log.info("%s moved to %s", ", ".join(moved), old.name)
@@ -329,6 +357,13 @@ def lengths(answers: Mapping[str, Sequence[Response]], prompts: int) -> dict[str
         "mean characters": sum(len(r.text) for r in every) / len(every) if every else None,
         "mean tokens": sum(tokens) / len(tokens) if tokens else None,
     }  # fmt: skip
+
+
+def _cost_line(judge: str, of: Cost, most: str) -> str:
+    line = f"{of.calls:,} judgements by {judge}" if of.calls else f"no judgements left for {judge}"
+    line += f", {of.done:,} more are done" if of.calls and of.done else ""
+    line += f", {most} {of.shown:,} prompt tokens at four characters each" if of.shown else ""
+    return line + (f", at most {of.written:,} tokens of replies" if of.written else "")
 
 
 def _encoded(policy: str, prompts: Sequence[Any]) -> list[tuple[int, ...]]:

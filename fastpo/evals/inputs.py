@@ -1,5 +1,6 @@
 """What an evaluation reads: prompts in the formats of the benchmarks, answers, verdicts. Refused by name and count."""
 
+import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -7,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastpo.data.sources import load_rows
-from fastpo.errors import ConfigError, DataError, quoted
+from fastpo.errors import ConfigError, DataError, did_you_mean, quoted
 from fastpo.evals.asked import refuse, refuse_repeated, rows_of
 from fastpo.evals.options import COLUMN, Source
 from fastpo.loop.prompts import PROMPT, read_prompts
@@ -125,27 +126,53 @@ def _of_rows(source: Source, items: Sequence[Item], ends: dict[str, bool]) -> di
 
 def verdict_rows(source: Any) -> list[dict[str, Any]]:
     """Rows of verdicts.jsonl: `id`, `shown` (the models' names as they were shown), `value`, `status` where it failed.
+    Of a file with the verdicts of several judges {verdicts: FILE, judge: NAME}.
 
-    DataError for rows that lack one, values that are no numbers or, of pairs, not in [0, 1], and verdicts that are
-    there twice.
+    DataError for rows that lack one, names that are none, values that are no numbers or, of pairs, not in [0, 1].
     """
+    source, judge = _judge_of(source)
     rows = [dict(row) for row in rows_of(source, "the verdicts", ("id", "shown"))]
-    bad, twice = [], []
+    judges = list(dict.fromkeys(str(row["judge"]) for row in rows if row.get("judge") is not None))
+    if judge is not None and judge not in judges:
+        raise DataError(
+            f"no verdicts of the judge {judge!r}, only of {quoted(judges[:5])}{did_you_mean(judge, judges)}"
+        )
+    if judge is None and len(judges) > 1:
+        raise DataError(f"the verdicts are of {quoted(judges[:5])}: say which, {{verdicts: FILE, judge: NAME}}")
+    rows = [row for row in rows if judge is None or row.get("judge") == judge]
+    refuse("verdicts have no names of one or two models under shown",
+           [f"{row['id']}: {row['shown']!r}" for row in rows if not _named(row["shown"])], len(rows))  # fmt: skip
+    bad = []
     for row in rows:
         row["id"], row["shown"] = str(row["id"]), _names(row["shown"])
-        value, name = row.get("value"), f"{row['id']} {' / '.join(row['shown'])}"
-        twice.append(name)
-        right = isinstance(value, int | float) and not isinstance(value, bool) and value == value
+        value = row.get("value")
+        right = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
         right = right and (len(row["shown"]) == 1 or 0 <= value <= 1)
-        if not 1 <= len(row["shown"]) <= 2 or not (right or (value is None and row.get("status", "ok") != "ok")):
-            bad.append(f"{name}: {value!r}")
+        if not (right or (value is None and row.get("status", "ok") != "ok")):
+            bad.append(f"{row['id']} {' / '.join(row['shown'])}: {value!r}")
     refuse("verdicts are none (a number, of pairs in [0, 1], or a status)", bad, len(rows))
-    refuse_repeated("verdicts are there more than once", twice)
     return rows
 
 
-def _names(given: Any) -> list[str]:
-    return [given] if isinstance(given, str) else [str(one) for one in given]
+def _judge_of(source: Any) -> tuple[Any, str | None]:
+    """(where the verdicts are, whose)."""
+    if not isinstance(source, Mapping):
+        return source, None
+    for key in source:
+        if key not in ("verdicts", "judge"):
+            raise ConfigError(f"verdicts has no option {key!r}{did_you_mean(str(key), ('verdicts', 'judge'))}")
+    if source.get("verdicts") is None or source.get("judge") is None:
+        raise ConfigError("verdicts of one of several judges are {verdicts: FILE, judge: NAME}")
+    return source["verdicts"], str(source["judge"])
+
+
+def _named(given: Any) -> bool:
+    names = [given] if isinstance(given, str) else given
+    return isinstance(names, list | tuple) and 1 <= len(names) <= 2 and all(isinstance(n, str) for n in names)
+
+
+def _names(given: str | Sequence[str]) -> list[str]:
+    return [given] if isinstance(given, str) else list(given)
 
 
 def with_names(items: Sequence[Item], answers: Mapping[str, Mapping[str, Sequence[Response]]]) -> list[Item]:

@@ -2,9 +2,12 @@
 would cost; and their verdicts as lines.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import copy
+import logging
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastpo.errors import ConfigError
 from fastpo.evals import pairwise
@@ -13,10 +16,11 @@ from fastpo.evals.text_judge import TextJudge
 from fastpo.evals.wildbench_judge import WildBenchJudge
 from fastpo.loop.score_stage import as_verdict, read_verdicts, unit_stage
 from fastpo.sampling.items import Failure, Scorer, Unit, Verdict, digest, prompt_text
-from fastpo.sampling.parts import read_json, read_lines
+from fastpo.sampling.parts import lines_so_far, read_json, read_lines
 from fastpo.scoring.scorers import make_scorer
 from fastpo.scoring.scoring import BaseScorer, BothOrders, Ensemble, FunctionScorer
 
+log = logging.getLogger("fastpo")
 CHARACTERS = 4  # of a token, where none is counted
 FIVE = {"A>>B": 1.0, "A>B": 0.75, "A=B": 0.5, "B>A": 0.25, "B>>A": 0.0}  # P(the first is better)
 
@@ -39,42 +43,67 @@ class ArenaJudge(TextJudge):
 
 
 class FileJudge(BaseScorer):
-    """Verdicts that are there, by prompt and by the names of the models that were shown.
+    """Verdicts that are there, by prompt and by the names of the models in the order in which they were shown.
 
-    `both`: whether all pairs are there in both orders; a pair that has one order has the other too, as 1 - P.
+    Of several answers of a model to a prompt the verdicts stand in their order. `both`: whether any pair is there in
+    both orders.
     """
 
     name = "verdicts"
 
     def __init__(self, rows: Sequence[Mapping[str, Any]]):
-        self.of = {(row["id"], *row["shown"]): row for row in rows}
+        self.of: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+        for row in rows:
+            self.of.setdefault((row["id"], *row["shown"]), []).append(row)
         self.unit = "pair" if any(len(row["shown"]) == 2 for row in rows) else "response"
-        self.both = self.unit == "pair" and all((i, *names[::-1]) in self.of for i, *names in self.of)
+        self.both = any(self._other(name) in self.of for name in self.of if len(name) == 3)
+        self._key = {"verdicts": digest(list(rows))}
 
     @property
     def key(self) -> Mapping[str, Any]:
-        return {"verdicts": digest(list(self.of.values()))}
+        return self._key
 
-    def check(self, units: Sequence[Unit]) -> None:
-        """DataError for units without a verdict, by name and count."""
-        lacking = [_shown(unit) for unit in units if self._of(unit) is None]
-        refuse("verdicts are missing", [" / ".join(name) for name in lacking], len(units))
+    def second(self, prompt: str, model: str, baseline: str, drawn: bool) -> bool:
+        """Whether the model's answer was shown after the baseline's, of a pair that is there in one order; else as
+        `drawn`."""
+        first, second = (prompt, model, baseline) in self.of, (prompt, baseline, model) in self.of
+        return second if first != second else drawn
 
-    def _of(self, unit: Unit) -> Verdict | None:
-        name = _shown(unit)
-        if name in self.of:
-            row = self.of[name]
-            return Verdict.failed(row.get("status", "failed")) if row.get("value") is None else Verdict(row["value"])
-        other = self.of.get((name[0], *name[:0:-1]))
-        if other is None or self.both or len(name) < 3:
-            return None
-        return (
-            Verdict.failed(other.get("status", "failed")) if other.get("value") is None else Verdict(1 - other["value"])
-        )
+    def check(self, units: Sequence[Unit], *, one_will_do: bool) -> None:
+        """DataError for units without a verdict, or with more than one, by name and count. `one_will_do`: each pair may
+        be judged in one order."""
+        asked = Counter(map(_shown, units))
+        lacking = [name for name, count in asked.items() if len(self.of.get(name, ())) < count]
+        one_order = one_will_do and not self.both and all(self._other(name) in self.of for name in lacking)
+        refuse("verdicts are missing", [" / ".join(name) for name in lacking], len(units),
+               "; both_orders: false takes each pair in the order that is there" if one_order else "")  # fmt: skip
+        twice = [name for name, count in asked.items() if len(self.of[name]) > count]
+        refuse("verdicts are there more than once", [" / ".join(name) for name in twice], len(units))
+
+    def refuse_others(self, units: Sequence[Unit], known: Collection[str]) -> None:
+        """DataError for verdicts on what nobody asks about, by name and count; those of the `known` prompts that are
+        not among the units' were left out by `limit`, and are only counted."""
+        prompts = {unit.item.id for unit in units}
+        pairs = {frozenset(_shown(unit)[1:]) for unit in units}
+        rest = [name for name in self.of if name[0] in prompts or name[0] not in known]
+        strange = [name for name in rest if name[0] not in prompts or frozenset(name[1:]) not in pairs]
+        what = "verdicts are of prompts or models that nobody asks about"
+        refuse(what, [" / ".join(name) for name in strange], len(self.of))
+        if left_out := len(self.of) - len(rest):
+            log.info("%d of %d verdicts are of prompts that limit leaves out", left_out, len(self.of))
+
+    @staticmethod
+    def _other(name: tuple[str, ...]) -> tuple[str, ...]:
+        return (name[0], *name[:0:-1])
 
     def score(self, units: Sequence[Unit]) -> Iterator[tuple[Unit, Verdict]]:
         for unit in units:
-            yield unit, self._of(unit) or Verdict.failed("no verdict")
+            own, rows = unit.responses[0].source, self.of.get(_shown(unit), [])
+            before = unit.item.responses[: unit.i] if unit.j is None else ()
+            place = sum(response.source == own for response in before)
+            row: Mapping[str, Any] = rows[place] if place < len(rows) else {"status": "no verdict"}
+            failed = row.get("value") is None
+            yield unit, Verdict.failed(row.get("status", "failed")) if failed else Verdict(row["value"])
 
 
 def _shown(unit: Unit) -> tuple[str, ...]:
@@ -152,8 +181,8 @@ def kept(scorer: Any, folder: Path, names: Callable[[Unit], list[str]], max_fail
     if not isinstance(scorer, Ensemble):
         return Kept(scorer, folder, names, max_failed, done=done)
     members = {name: Kept(member, folder, names, max_failed, done=done) for name, member in scorer.members.items()}
-    made = object.__new__(type(scorer))
-    made.__dict__ |= {**vars(scorer), "members": members}
+    made = copy.copy(scorer)
+    made.members = members
     return made
 
 
@@ -177,14 +206,56 @@ def scorers_in(scorer: Any) -> list[Any]:
     return list(scorer.members.values()) if isinstance(scorer, Ensemble) else [scorer]
 
 
-def cost(scorer: Any, units: Iterable[Unit]) -> tuple[int, int]:
-    """(calls, about how many tokens they show) of a judge; functions and files show none."""
-    calls = characters = 0
-    reading = [s for s in scorers_in(scorer) if not isinstance(s, FunctionScorer | FileJudge)]
+class Cost(NamedTuple):
+    """What a judge has still to say: its calls, about how many tokens it is shown and at most writes (of language
+    models); `done`: calls that are behind it."""
+
+    calls: int
+    shown: int
+    written: int
+    done: int
+
+
+def cost(scorer: Any, units: Iterable[Unit], done: Counter[Any] | None = None) -> Cost:
+    """Of functions and files no tokens. `done`: what `verdicts_so_far` gives."""
+    left, calls, characters, written, behind = Counter(done or {}), 0, 0, 0, 0
     for unit in units:
-        calls += len(scorers_in(scorer))
-        characters += sum(_characters(one, unit) for one in reading)
-    return calls, characters // CHARACTERS
+        for one in scorers_in(scorer):
+            key = _key(one.name, *unit.key)
+            if left[key]:
+                left[key] -= 1
+                behind += 1
+                continue
+            calls += 1
+            characters += 0 if isinstance(one, FunctionScorer | FileJudge) else _characters(one, unit)
+            written += _reply_tokens(one)
+    return Cost(calls, characters // CHARACTERS, written, behind)
+
+
+def verdicts_so_far(scorer: Any, folder: Path) -> Counter[Any]:
+    """How many verdicts on a unit, whichever was shown first, are in the files of a stage that has not ended."""
+    found: Counter[Any] = Counter()
+    for one in scorers_in(scorer):
+        paths = [path for path in folder.rglob("part-0000.jsonl") if path.parent.name == one.name]
+        own = digest(dict(one.key))[:8] if paths else ""
+        for path in paths:
+            lines = [line for line in lines_so_far(path) if line["key"].partition("-")[0] == own]
+            last = {(line["id"], line["i"], line["j"]): line["value"] for line in lines}
+            found.update(_key(one.name, *unit) for unit, value in last.items() if value is not None)
+    return found
+
+
+def _key(scorer: str, name: str, i: int | None, j: int | None) -> tuple[str, str, frozenset[int | None]]:
+    return scorer, name, frozenset((i, j))
+
+
+def _reply_tokens(scorer: Any) -> int:
+    """The most that a language model writes of one verdict; 0 of one that only says how probable labels are."""
+    backend = getattr(scorer, "backend", None)
+    if getattr(backend, "by", None) != "text":
+        return 0
+    attempts = 2 if backend.temperature > 0 else 1  # a reply that cannot be read is asked for once more
+    return attempts * int(backend.decoding["max_tokens"])
 
 
 def _characters(scorer: Scorer, unit: Unit) -> int:

@@ -1,15 +1,16 @@
 """What every measure is: which prompts it reads, what it asks of a judge, and the figure that comes of it."""
 
 import abc
-import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastpo.errors import ConfigError, did_you_mean
+from fastpo.errors import ConfigError
+from fastpo.evals.asked import standard_error, wilson
 from fastpo.evals.inputs import prompts_of
+from fastpo.evals.measure_options import Option, checked
 from fastpo.sampling.items import Item, Response, Unit
 
 Z = 1.96  # of 95 %
@@ -46,29 +47,34 @@ class Asked:
 
 
 def mean_of(values: Sequence[float], scale: float = 1.0) -> dict[str, Any]:
-    """A mean over prompts, its standard error and what holds 95 %: Wilson's interval of zeros and ones, which does not
-    shrink to nothing where all are alike, else 1.96 standard errors either way."""
+    """A mean over prompts, its standard error and what holds 95 %.
+
+    Of zeros, halves and ones Wilson's interval, which does not shrink to nothing where all are alike: ties vary less
+    than wins and losses of the same mean, so that it holds at least as much. Else 1.96 standard errors either way, of
+    shares not beyond 0 and 1.
+    """
     if not values:
         return {"value": None, "error": None, "interval": None, "prompts": 0}
     mean, count = statistics.fmean(values), len(values)
-    error = statistics.stdev(values) / math.sqrt(count) if count > 1 else None
-    if set(values) <= {0.0, 1.0}:
-        middle = (mean + Z**2 / (2 * count)) / (1 + Z**2 / count)
-        half = Z * math.sqrt(mean * (1 - mean) / count + Z**2 / (4 * count**2)) / (1 + Z**2 / count)
-        interval: list[float] | None = [scale * max(0.0, middle - half), scale * min(1.0, middle + half)]
+    error = standard_error(values)
+    if set(values) <= {0.0, 0.5, 1.0}:
+        edges = list(wilson(mean, count))
     else:
-        interval = None if error is None else [scale * (mean - Z * error), scale * (mean + Z * error)]
+        edges = [] if error is None else [mean - Z * error, mean + Z * error]
+    if all(0 <= value <= 1 for value in values):
+        edges = [min(1.0, max(0.0, edge)) for edge in edges]
+    interval = [scale * edge for edge in edges] or None
     return {"value": scale * mean, "error": None if error is None else scale * error, "interval": interval,
             "prompts": count}  # fmt: skip
 
 
 class Measure(abc.ABC):
-    """One of the names. `options`: its own with their defaults."""
+    """One of the names. `options`: its own."""
 
     name = ""
     figure = ""  # what `value` is
     even: float | None = None  # the value of models that are alike
-    options: Mapping[str, Any] = {}
+    options: Mapping[str, Option] = {}
     own_judge = ""  # of `judging.judge_of`
     compares = True  # with a baseline
     of_judge = False  # the judge itself: the answers are the rows'
@@ -76,13 +82,7 @@ class Measure(abc.ABC):
     limit: int | None = None
 
     def __init__(self, given: Mapping[str, Any]):
-        for option in given:
-            if option not in self.options:
-                known = f", only {', '.join(self.options)}" if self.options else ""
-                raise ConfigError(
-                    f"measure: {self.name} has no option {option!r}{known}{did_you_mean(str(option), self.options)}"
-                )
-        self.given = {**self.options, **given}
+        self.given = checked(self.name, self.options, given)
 
     def prompts(self, source: Any) -> list[Any]:
         return prompts_of(source)

@@ -20,6 +20,7 @@ from fastpo.errors import ConfigError, did_you_mean, shown
 from fastpo.loop import config as configs
 from fastpo.loop.config import Options, Sample
 from fastpo.sampling import make
+from fastpo.training.start_checks import check_output_dir
 
 COLUMN = "column:"
 _SAMPLE = {"n": 1, "temperature": 0.0, "max_tokens": 1024, "check_logps": 0}
@@ -38,7 +39,7 @@ class EvalConfig:
     models: Options = field(default_factory=dict)  # by name: a policy, a file of answers, or {policy, answers, sample}
     baseline: Any = None  # what they are compared with: one of them by name, or as they are given
     judge: Any = None  # a scorer's section (docs/loop-scorers.md)
-    verdicts: Any = None  # in its place, a file of verdicts as verdicts.jsonl has them
+    verdicts: Any = None  # in its place, a file as verdicts.jsonl, or {verdicts: FILE, judge: NAME} of several judges'
     annotations: Any = None  # in the place of answers and judge, a file in the measure's own format
     sample: Options = field(default_factory=dict)  # how policies answer, as in the loop: greedy, 1024 tokens
     both_orders: bool | None = None  # pairs in both orders; None: as the measure has it
@@ -64,6 +65,7 @@ def build(options: Options) -> EvalConfig:
     if options.get("output_dir") is None:
         raise ConfigError("fastpo evaluate needs output_dir: give it in the config or as --output-dir")
     config: EvalConfig = configs.section(EvalConfig, options, "")
+    check_output_dir(config.output_dir)
     if config.model is not None and config.models:
         raise ConfigError("model is the one model, models are several by name: give one of the two")
     if config.limit is not None and config.limit < 1:

@@ -78,12 +78,16 @@ def load_tasks(source: Any = DATA_SET) -> list[Task]:
                     f"prompt {name!r}: no task {shown(tag)} in WildBench{did_you_mean(str(tag), GROUP_OF_TAG)}"
                 )
         turns = tuple(row["conversation_input"])
-        if not turns or not all(isinstance(turn, Mapping) and isinstance(turn.get("content"), str) for turn in turns):
+        if not turns or not all(map(_is_turn, turns)):
             bad.append(name)
         tasks.append(Task(str(name), turns, tuple(row["checklist"]), tags))
-    refuse("prompts are no conversation", bad, len(rows))
+    refuse("prompts are no turns with role and content", bad, len(rows))
     refuse_repeated("prompts occur more than once", [task.id for task in tasks])
     return tasks
+
+
+def _is_turn(given: Any) -> bool:
+    return isinstance(given, Mapping) and all(isinstance(given.get(name), str) for name in ("role", "content"))
 
 
 def groups_of(tasks: Sequence[Task]) -> dict[str, tuple[str, ...]]:

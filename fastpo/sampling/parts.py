@@ -95,6 +95,21 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
             yield loads(line)
 
 
+def lines_so_far(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a file that may still grow, up to the first that is not whole; none where there is no file. The file
+    stays as it is."""
+    if not path.exists():
+        return
+    with open(path, "rb") as file:
+        for line in file:
+            if not line.endswith(b"\n"):
+                return
+            try:
+                yield loads(line)
+            except ValueError:  # whoever opens the file to go on says so
+                return
+
+
 def write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> int:
     """Write them all under this name at once; returns how many there were."""
     count = 0

@@ -68,7 +68,7 @@ def test_what_a_figure_says_of_itself_is_in_the_result_and_on_the_page(go, tmp_p
     found = go("alpaca_eval", annotations=rows)["new"]
     assert found["interval"] is None and found["error"] is None and found["raw_interval"] is not None
     assert result_of(tmp_path / "out")["figures"]["new"]["note"] == found["note"]
-    said = f"new: {html.escape(found['note'])}.</p>"
+    said = f"; {html.escape(found['note'])}</p>"  # the end of the model's sentence
     assert said in (tmp_path / "out" / "report.html").read_text()
 
 
@@ -81,7 +81,7 @@ def test_rewardbenchs_annotations_that_failed_or_are_repeated(go, caplog):
     found = go("rewardbench", **given, measure={"failed": "count"})["judge"]
     assert found["subsets"] == pytest.approx(dict.fromkeys(("hep-python", "math-prm", "alpacaeval-easy"), 5 / 6))
     assert len(found["failed"]) == 6 and "6 of 18 prompts have a failed verdict of the annotations" in caplog.text
-    with pytest.raises(DataError, match="^2 of 18 scores are there more than once: 'hep-python/6', 'math-prm/7'$"):
+    with pytest.raises(DataError, match="^2 of 18 prompts have scores more than once: 'hep-python/6', 'math-prm/7'$"):
         go("rewardbench", prompts=BENCH, annotations=[*rows, *rows[6:8]])
     many = [{"id": str(k), "subset": "Math", "prompt": "q", "chosen": ["y"], "rejected": ["a", "b", "c"]}
             for k in range(3)]  # fmt: skip

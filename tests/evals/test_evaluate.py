@@ -8,12 +8,27 @@ import sys
 import types
 
 import pytest
+from evaluate_cases import (
+    BENCH,
+    COUNT,
+    MINE,
+    PROMPTS,
+    TASKS,
+    THEIRS,
+    Judged,
+    answers_to,
+    longer,
+    preferences,
+    quarters,
+    result_of,
+    size,
+)
 
 import fastpo
 from fastpo.errors import ConfigError, DataError, TrainingError
 from fastpo.evals import alpaca, pairwise, rewardbench, wildbench
 from fastpo.evals.compared import verdict_of
-from fastpo.evals.judging import ArenaJudge, FileJudge, cost, judge_of
+from fastpo.evals.judging import ArenaJudge, judge_of
 from fastpo.evals.measure import mean_of
 from fastpo.evals.measures import MEASURES
 from fastpo.evals.wildbench_judge import WildBenchJudge
@@ -23,90 +38,7 @@ from fastpo.sampling.parts import read_lines
 from fastpo.scoring.judges import Judge
 from fastpo.scoring.scoring import BothOrders, Ensemble, FunctionScorer
 
-COUNT = 40
-
-
-def longer(prompt, first, second, meta):
-    """0.9 for the longer one."""
-    return 0.5 + 0.4 * ((len(first) > len(second)) - (len(first) < len(second)))
-
-
-def size(prompt, response, meta):
-    return float(len(response))
-
-
-class Judged:
-    """A judge of pairs by a function of what is shown, which counts its calls and can end at one of them."""
-
-    name, unit, exact, cached = "judge", "pair", False, False
-
-    def __init__(self, p=longer, stop=None, name="judge", cached=False):
-        self.p, self.stop, self.name, self.calls, self.cached = p, stop, name, 0, cached
-        self.key = {"judge": name}
-        self.identity = self.key
-
-    def content(self, unit):
-        return f"{unit.item.prompt} {' '.join(r.text for r in unit.responses)}"
-
-    def score(self, units):
-        for unit in units:
-            self.calls += 1
-            if self.calls == self.stop:
-                raise KeyboardInterrupt
-            value = self.p(unit.item.prompt, *(r.text for r in unit.responses), unit.item.meta)
-            yield unit, value if isinstance(value, Verdict) else Verdict(value)
-
-    def close(self):
-        pass
-
-
-def texts(letter, seed, least=1):
-    draw = random.Random(seed)
-    return [letter * draw.randint(least, 40) for _ in range(COUNT)]
-
-
-PROMPTS = [{"id": f"p{k}", "prompt": f"question {k}"} for k in range(COUNT)]
-MINE = [{"id": f"p{k}", "text": text} for k, text in enumerate(texts("a", 1))]
-THEIRS = [{"id": f"p{k}", "text": text} for k, text in enumerate(texts("b", 2))]
-
-
-@pytest.fixture
-def go(tmp_path):
-    """`go(NAME, **options)` in the test's folder `out`."""
-
-    def run(name, folder="out", **options):
-        given = {"prompts": PROMPTS, "output_dir": str(tmp_path / folder), **options}
-        if name != "rewardbench":
-            given = {"model": MINE, "baseline": THEIRS, **given}
-        return fastpo.evaluate(name, {k: v for k, v in given.items() if v is not None})
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def policies(toy, tmp_path_factory):
-    """Two policies of the toy kind."""
-    out = []
-    for seed in (0, 1):
-        folder = tmp_path_factory.mktemp(f"policy-{seed}")
-        toy.tokenizer().save_pretrained(folder)
-        import torch
-
-        torch.manual_seed(seed)
-        toy.model().save_pretrained(folder)
-        out.append(str(folder))
-    return out
-
-
-def result_of(folder):
-    return json.loads((folder / "result.json").read_text())
-
-
 # ---- figures, against the measures' own functions
-
-
-def preferences(mine=MINE, theirs=THEIRS):
-    return [longer("", a["text"], b["text"], {}) for a, b in zip(mine, theirs)]
 
 
 def test_alpaca_eval_is_what_win_rates_gives(go, tmp_path):
@@ -185,7 +117,7 @@ def test_accuracy_with_a_difference_to_the_baseline(go):
     right = [{**row, "text": "a" * (10 if k % 4 else 3)} for k, row in enumerate(MINE)]
     found = go("verifier", prompts=prompts, model=right, judge={"kind": "verifier", "verifier": "exact_match"})
     mine, theirs = found.figures["model"], found.figures["baseline"]
-    assert mine["value"] == 0.75 and mine["interval"] == pytest.approx([0.598057, 0.858130], abs=1e-6)  # Wilson
+    assert mine["value"] == 0.75 and mine["interval"] == pytest.approx([0.598060, 0.858129], abs=1e-6)  # Wilson
     assert mine["difference"]["value"] == pytest.approx(0.75 - theirs["value"])
     assert mine["answers"]["mean characters"] == pytest.approx(8.25)
     loops = evaluation.figures({str(k): Scores([float(k % 4 > 0)]) for k in range(COUNT)}, None, COUNT)
@@ -209,23 +141,6 @@ def test_wilsons_interval_covers_and_an_even_sample_has_one():
         low, high = mean_of([float(draw.random() < 0.9) for _ in range(60)])["interval"]
         inside += low <= 0.9 <= high
     assert 0.92 <= inside / 400 <= 0.99
-
-
-TASKS = [
-    {"id": f"w{k}", "conversation_input": [{"role": "user", "content": f"Task {k}"}], "checklist": [f"is it {k}?"],
-     "primary_tag": tag, "secondary_tags": []}
-    for k, tag in enumerate(["Math", "Planning", "Coding & Debugging", "Editing", "Information seeking"] * 4)
-]  # fmt: skip
-
-
-def answers_to(rows, seed):
-    draw = random.Random(seed)
-    return {row["id"]: "x" * draw.randint(1, 60) if k else "" for k, row in enumerate(rows)}  # the first is empty
-
-
-def quarters(prompt, first, second, meta):
-    assert meta["checklist"]
-    return min(1.0, max(0.0, 0.5 + (len(first) - len(second)) // 10 / 4))
 
 
 def test_wildbench_is_what_its_functions_give(go, tmp_path):
@@ -262,12 +177,6 @@ def test_wildbench_of_three_baselines(go):
     with pytest.raises(ConfigError, match="are its own: 'gpt-4-turbo"):
         go("wildbench", folder="other", prompts=TASKS, model=mine, judge=FunctionScorer("j", quarters, unit="pair"),
            baseline={"x": {"answers": mine}, "y": {"answers": mine}})  # fmt: skip
-
-
-BENCH = [
-    {"id": k, "subset": subset, "prompt": f"q{k}", "chosen": "y" * (3 + k % 5), "rejected": "n" * (3 + k % 3)}
-    for k, subset in enumerate(["hep-python", "math-prm", "alpacaeval-easy"] * 6)
-]  # fmt: skip
 
 
 @pytest.mark.parametrize("judge", [
@@ -473,31 +382,6 @@ def test_a_failed_judgement_is_never_a_number(go, tmp_path):
     assert "failed: refused" in (tmp_path / "arena" / "report.html").read_text()
     with pytest.raises(TrainingError, match="failed on .* of 80 units, more than max_failed=0.02 allows: 2 refused"):
         go("win_rate", folder="strict", judge=Judged(fails), max_failed=None)
-
-
-# ---- cost
-
-
-def test_cost_is_one_line_and_nothing_is_asked(go, policies, capsys, tmp_path):
-    judge = Judged()
-    options = {"prompts": PROMPTS, "model": policies[0], "baseline": policies[1], "judge": judge,
-               "output_dir": str(tmp_path / "none"), "sample": {"max_tokens": 10}}  # fmt: skip
-    assert fastpo.evaluate("win_rate", options, dry_run=True) is None
-    characters = sum(2 * len(f"{row['prompt']} {'x' * 40} {'x' * 40}") for row in PROMPTS)
-    assert capsys.readouterr().out == (
-        "win_rate: 40 prompts; 80 answers to sample, at most 800 tokens; 80 judgements by judge, at most "
-        f"{characters // 4:,} prompt tokens at four characters each\n"
-    )
-    assert judge.calls == 0 and not (tmp_path / "none").exists()
-
-
-def test_cost_of_functions_files_and_ensembles():
-    item = Item("a", "12345678", responses=(Response("1234"), Response("1234")))
-    units = [Unit(item, 0), Unit(item, 1)]
-    assert cost(FunctionScorer("f", size), units) == (2, 0)
-    both = Ensemble("e", {"f": FunctionScorer("f", size), "j": Judged()})
-    assert cost(both, units) == (4, 2 * 13 // 4)
-    assert cost(FileJudge([{"id": "a", "shown": ["x"], "value": 1.0}]), units) == (2, 0)
 
 
 # ---- what is refused

@@ -55,7 +55,9 @@ def test_a_win_rate_names_itself_the_baseline_the_prompts_and_whether_it_is_a_di
 def test_alpacas_line_has_the_raw_rate_and_the_form(go):
     sizes = {f"p{k}": "x" * (1 + k % 5) for k in range(COUNT)}
     [line] = summary.lines(go("alpaca_eval", model=yes(18), baseline={"answers": sizes}).result)
-    assert re.match(r"model: length-controlled win rate [\d.]+% .*form length_controlled_minimal, raw win rate", line)
+    assert re.match(
+        r"model: length-controlled win rate [\d.]+%.*, form length_controlled_minimal, raw win rate [\d.]+%", line
+    )
 
 
 def test_the_difference_to_the_baseline_stands_first(go):

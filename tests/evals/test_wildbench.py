@@ -375,7 +375,7 @@ def test_bad_prompts():
     rows = prompts()[:3]
     for change, message in (
         ({"primary_tag": "Maths"}, "no task 'Maths' in WildBench; did you mean 'Math'"),
-        ({"conversation_input": []}, "^1 of 3 prompts are no conversation: '00000000'$"),
+        ({"conversation_input": []}, "^1 of 3 prompts are no turns with role and content: '00000000'$"),
         ({"checklist": None}, "^1 of 3 rows of WildBench's prompts have no 'checklist'"),
         ({"id": rows[1]["id"]}, "^1 of 2 prompts occur more than once: '00000001'$"),
         ({"id": None}, "row 0 of WildBench's prompts has neither session_id nor id"),

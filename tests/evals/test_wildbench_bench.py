@@ -33,7 +33,8 @@ def clone(tmp_path_factory):
             write(tables / f"pairwise-{short}-K={margin}.json", FROZEN["reward"][str(margin)][short])
         write(tables / f"all_stat_wildbench.{margin}.json", FROZEN["merged"][str(margin)])
     write(folder / "prompts.json", [
-        {**row, "conversation_input": [{"content": "q"}], "checklist": []} for row in made.made_prompts()
+        {**row, "conversation_input": [{"role": "user", "content": "q"}], "checklist": []}
+        for row in made.made_prompts()
     ])  # fmt: skip
     git(folder, "init", "-q")
     git(folder, "add", ".")
