@@ -2,7 +2,7 @@
 
     python examples/sample.py MODEL ROWS.jsonl                  # 4 answers to each training question, into ROWS.jsonl
     python examples/sample.py MODEL --held-out --responses 8    # how right and how long its answers to the others are
-    ... --questions FILE.jsonl                                  # these questions, for `fastpo evaluate`
+    python examples/sample.py --held-out --questions FILE.jsonl # these questions alone, for `fastpo evaluate`
 
 The questions are about capitals. An answer that names the capital scores 1, less a hundredth a word: right and short
 is better than right and long, and anything wrong scores 0. Answers that reach --max-new-tokens are left out: their end
@@ -63,7 +63,7 @@ def answers(model, tokenizer, questions: list[str], k: int, limit: int) -> list[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
+    parser.add_argument("model", nargs="?")
     parser.add_argument("rows", nargs="?")
     parser.add_argument("--held-out", action="store_true")
     parser.add_argument("--responses", type=int, default=4, help="answers drawn to a question; 0: the greedy one")
@@ -71,9 +71,8 @@ def main() -> None:
     parser.add_argument("--questions", metavar="FILE", help="write the questions and their answers there")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    torch.manual_seed(args.seed)
-    tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
-    model = AutoModelForCausalLM.from_pretrained(args.model).eval()
+    if args.model is None and args.questions is None:
+        parser.error("give a model, or --questions alone")
     chosen = list(CAPITALS.items())[slice(TRAIN, None) if args.held_out else slice(TRAIN)]
     questions = [f"What is the capital of {country}?" for country, _ in chosen]
     if args.questions:
@@ -81,6 +80,11 @@ def main() -> None:
             for question, (country, capital) in zip(questions, chosen):
                 prompt = [{"role": "user", "content": question}]
                 file.write(json.dumps({"id": country, "prompt": prompt, "answer": capital}) + "\n")
+    if args.model is None:
+        return
+    torch.manual_seed(args.seed)
+    tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
+    model = AutoModelForCausalLM.from_pretrained(args.model).eval()
     given = answers(model, tokenizer, questions, args.responses, args.max_new_tokens)
     scores = [[score(text, capital) for text in texts] for texts, (_, capital) in zip(given, chosen)]
     flat, words = sum(scores, []), [len(text.split()) for texts in given for text in texts]

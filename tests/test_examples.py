@@ -129,7 +129,9 @@ def test_sample_scores_and_writes_rows(toy, tmp_path, monkeypatch, capsys):
     assert re.search(r"^128 answers, (\d+) that end, \1 of them right, ", main(str(out), *limit))
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert rows and all(0 < r["score"] < 1 for row in rows for r in row["responses"])
-    held_out = main("--held-out", "--responses", "0", "--questions", str(tmp_path / "questions.jsonl"), *limit)
+    held_out = main("--held-out", "--responses", "0", *limit)
+    monkeypatch.setattr(sys, "argv", ["sample.py", "--held-out", "--questions", str(tmp_path / "questions.jsonl")])
+    sample.main()
     [first, *_] = [json.loads(line) for line in (tmp_path / "questions.jsonl").read_text().splitlines()]
     assert first["id"] == "w32" and sample.right(first["prompt"], "It is w.", first) == 1.0
     assert sample.right(first["prompt"], "No.", first) == 0.0

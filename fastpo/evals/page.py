@@ -20,7 +20,7 @@ _WORDS = {
     "units": "judgements",
     "ok": "with a verdict",
     "failed": "failed",
-    "asked": "asked in this run",
+    "asked": "asked of the judge",
     "from_cache": "kept from other runs",
     "of_another_judge": "of another judge, asked again",
     "value": "figure",
