@@ -3,9 +3,10 @@
 import re
 from pathlib import Path
 
+from huggingface_hub import HfApi, try_to_load_from_cache
+
 from fastpo.errors import ConfigError, nearest
 from fastpo.evals.options import Source
-from fastpo.models.loading import load_tokenizer
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")  # NAME or OWNER/NAME: all else is a path
 _MODEL_FILES = ("config.json", "adapter_config.json")
@@ -22,12 +23,22 @@ def check_policy(source: Source) -> None:
         return
     if path.is_file():
         raise ConfigError(f"{name}: '{path}' is a file and no model's folder; for its answers give {{answers: {path}}}")
-    if not _HUB_NAME.fullmatch(source.policy):
+    in_a_folder = len(path.parts) > 1 and Path(path.parts[0]).is_dir()  # runs/dop, where there is runs
+    if in_a_folder or not _HUB_NAME.fullmatch(source.policy):
         raise ConfigError(f"{name}: there is no folder '{path}'{_nearest(path)}")
+    if not _on_a_hub(source.policy):
+        raise ConfigError(f"{name}: there is no folder '{path}' here, and no hub answers for a model{_nearest(path)}")
+
+
+def _on_a_hub(name: str) -> bool:
+    """One request, where the name is not in the cache: loading asks for each file six times where no hub is reached."""
+    if isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return True
     try:
-        load_tokenizer(source.policy)
-    except ConfigError as error:
-        raise ConfigError(f"{name}: no folder here, and no model of a hub: {error}{_nearest(path)}") from error
+        HfApi().model_info(name, timeout=10)
+        return True
+    except Exception:  # no such model, no network, none wanted
+        return isinstance(try_to_load_from_cache(name, "adapter_config.json"), str)
 
 
 def _inside(folder: Path) -> str:

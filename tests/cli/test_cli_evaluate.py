@@ -109,20 +109,16 @@ def test_a_dotted_option_changes_one_of_its_section(files, capsys):
     ("rnus/loop/iter-2", "did you mean 'runs'?"),
     ("runs/loop/iter-2", "the folder 'runs/loop/iter-2' holds no model (no config.json); did you mean "
                          "'runs/loop/iter-2/train'?"),
+    ("runs/lop", "there is no folder 'runs/lop'; did you mean 'runs/loop'?"),
     ("judge.py", "'judge.py' is a file and no model's folder"),
     ("dop", "did you mean 'dpo'?"),
 ])  # fmt: skip
 def test_a_model_that_is_not_there_is_found_before_anything_is_asked(files, capsys, monkeypatch, path, message):
-    from fastpo.errors import ConfigError
     from fastpo.evals import policies
 
     asked = []
 
-    def hub(name):
-        asked.append(name)
-        raise ConfigError(f"cannot load a tokenizer from {name!r}")
-
-    monkeypatch.setattr(policies, "load_tokenizer", hub)
+    monkeypatch.setattr(policies, "_on_a_hub", asked.append)
     for folder in ("dpo", "runs/loop/iter-2/train"):
         (files / folder).mkdir(parents=True)
         (files / folder / "config.json").write_text("{}")
