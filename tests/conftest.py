@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+sys.path.append(str(Path(__file__).parent))  # the scripts beside this file
+from preloaded import Preloaded  # noqa: E402  # which minds forked processes' locks too
+
 # Before torch and transformers are imported.
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", MPLBACKEND="Agg", PYTHONSAFEPATH="1")
 # Test models are tiny: a second thread costs more than it brings, ten times as much where the cores are busy.
@@ -71,9 +74,6 @@ def repo_root() -> Path:
 @pytest.fixture(scope="session")
 def preloaded(_own_cache: None, tmp_path_factory: pytest.TempPathFactory):
     """`preloaded.run("-c", code, ...)`, `.start(...)`: Python processes that need no time to import (preloaded.py)."""
-    sys.path.append(str(Path(__file__).parent))
-    from preloaded import Preloaded
-
     server = Preloaded(tmp_path_factory.mktemp("preloaded"))
     yield server
     server.close()

@@ -11,10 +11,17 @@ import runpy
 import signal
 import subprocess
 import sys
+import threading
 import time
 import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from tqdm import tqdm
+
+# tqdm's lock is one for all forked processes: one that is killed while it draws keeps it, and the others wait for ever.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: tqdm.set_lock(threading.RLock()))
 
 
 class Process:

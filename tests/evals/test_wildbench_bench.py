@@ -75,6 +75,7 @@ def test_a_whole_clone_with_tasks(clone, tmp_path):
     assert "| some-7b-chat | v2.0625 |" in text and "computed above" in text
 
 
+@pytest.mark.slow
 def test_missing_files_are_named_and_wrong_figures_are_an_error(clone, tmp_path):
     other = tmp_path / "clone"
     git(tmp_path, "clone", "-q", "--no-hardlinks", str(clone), str(other))

@@ -126,7 +126,9 @@ def same(got: torch.Tensor, want: torch.Tensor) -> float:
     return float((got.exp() - want.exp()).abs().max())
 
 
-@pytest.mark.parametrize("game", GAMES)
+@pytest.mark.parametrize(
+    "game", [name if name == "rps" else pytest.param(name, marks=pytest.mark.slow) for name in GAMES]
+)
 def test_dno_is_multiplicative_weights(tmp_path, game):
     prefs, eta = GAMES[game], 0.5
     policies, _ = play(
@@ -136,6 +138,7 @@ def test_dno_is_multiplicative_weights(tmp_path, game):
         assert same(after, games.mwu(prefs, before, eta=eta)) < 1e-3
 
 
+@pytest.mark.slow
 def test_sppo(tmp_path):
     prefs, eta = GAMES["weighted rps"], 0.2
     policies, _ = play(
@@ -145,6 +148,7 @@ def test_sppo(tmp_path):
         assert same(after, exact_sppo(prefs, before, eta=1 / eta)) < 1e-3
 
 
+@pytest.mark.slow
 def test_dno_prct(tmp_path):
     prefs, eta = GAMES["weighted rps"], 4.0
     select = {"policy": "all", "labels": "soft", "min_chosen": None, "margin": 0.0, "margin_if_chosen_sampled": None,
@@ -157,6 +161,7 @@ def test_dno_prct(tmp_path):
         assert same(after, games.dno_prct(prefs, before, eta=eta)) < 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exchanged", [False, True])
 def test_inpo_and_with_its_references_exchanged(tmp_path, exchanged):
     prefs, eta, tau = GAMES["weighted rps"], 0.5, 0.4

@@ -39,7 +39,9 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.slow) if case == "adapter" else case for case in CASES]
+)
 def test_compiled_trains_as_uncompiled(toy, run, case):
     options = dict(CASES[case])
     rest = {"eval_dataset": toy.rows(5, seed=1)}
@@ -59,6 +61,7 @@ def test_compiled_trains_as_uncompiled(toy, run, case):
         assert (ours[name] - w).abs().max() <= 1e-5 * w.abs().max(), name
 
 
+@pytest.mark.slow
 def test_names_and_resume(toy, run, tmp_path):
     """A checkpoint of a compiled run has the model's own names, and the run goes on from it bit for bit. Half of the
     steps compile as much as all, though each has other sizes: what is compiled is for any number of tokens."""

@@ -416,7 +416,8 @@ def test_a_layer_that_peft_computes_otherwise_is_left_to_it(monkeypatch, caplog)
 
 
 @pytest.mark.parametrize("options", [
-    {}, {"gradient_checkpointing": True}, {"bf16": True}, {"torch_compile_backend": "aot_eager"},
+    {}, {"gradient_checkpointing": True}, {"bf16": True},
+    pytest.param({"torch_compile_backend": "aot_eager"}, marks=pytest.mark.slow),
 ], ids=["fp32", "checkpointed", "autocast", "compiled"])  # fmt: skip
 def test_a_run_is_that_of_peft_s_layers(toy, tmp_path, options, monkeypatch):
     """Losses, gradients' norms and weights of a run, and its adapter's names; the base is its reference, exactly. A

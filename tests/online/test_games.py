@@ -154,6 +154,7 @@ def test_online_ipo(tmp_path):
     reaches(found, fixed_point(CYCLIC, REF, TAU, 0.0), *others)
 
 
+@pytest.mark.slow
 def test_ipo_md(tmp_path):
     found = play(tmp_path, "ipo_md", Matrix(CYCLIC), beta=TAU)
     others = fixed_point(CYCLIC, REF, TAU / 2, 0.5), fixed_point(CYCLIC, REF, TAU, 0.0)
@@ -167,11 +168,13 @@ def test_nash_md(tmp_path, share):
     reaches(found, fixed_point(CYCLIC, REF, TAU, share), *others)
 
 
+@pytest.mark.slow
 def test_spo_with_a_reverse_kl_finds_the_regularised_nash(tmp_path):
     found = play(tmp_path, "spo", Matrix(CYCLIC), beta=TAU, kl_estimator="k2")
     reaches(found, fixed_point(CYCLIC, REF, TAU, 0.0), fixed_point(CYCLIC, REF, TAU / 2, 0.0))
 
 
+@pytest.mark.slow
 def test_spo_alone_goes_round_its_equilibrium(tmp_path):
     prefs = games.rock_paper_scissors()
     path = play(tmp_path, "spo", Matrix(prefs), whole=True, max_steps=280, lr_scheduler_type="constant",
@@ -207,6 +210,7 @@ def xpo_point(prefs: torch.Tensor, beta: float, alpha: float) -> torch.Tensor:
     return logits.log_softmax(-1)
 
 
+@pytest.mark.slow
 def test_xpo_on_a_coin(tmp_path):
     prefs, beta, alpha = games.bradley_terry(REWARDS), 0.5, 0.1
     found = play(tmp_path, "xpo", Matrix(prefs, tosses=True), beta=beta, num_generations=2, prompts=32,

@@ -63,7 +63,14 @@ def committed() -> dict[tuple[str, str], dict]:
     return {(row["case"], row["target"]): row for row in aot.read_record()["kernels"]}
 
 
-@pytest.mark.parametrize("case, target", SUBSET)
+QUICK = {"fused-bf16-4096", "row-bf16-128256", "row-bf16-128256-all", "split-100-bf16-128256-all", "combine-splits-all",
+         "slice-fwd-bf16-8192-entropy", "pairs-sppo", "dlogp-ld_dpo", "adamw-bf16-master", "tree-dq-bf16-64-all",
+         "tree-fwd-bf16-80-ungrouped"}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "case, target", [pytest.param(*one, marks=[] if one[0] in QUICK else pytest.mark.slow) for one in SUBSET]
+)
 def test_compiles_no_worse_than_the_committed_table(case, target, committed):
     path = aot.record_path()
     if not path.exists():

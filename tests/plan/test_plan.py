@@ -351,6 +351,7 @@ def test_plans_that_cannot_be_made(folder, capsys, options, words):
     assert words in error and "Traceback" not in error
 
 
+@pytest.mark.slow
 def test_which_max_tokens_is_assumed(folder, capsys):
     """The default of the device that training would use here, or of the one that is named; and it is said."""
     given = ("--model", folder, "--memory", "80GiB")

@@ -137,6 +137,7 @@ def families(toy):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen3", "lora"])
 def test_the_line_between_no_layer_and_all_is_an_upper_bound(toy, family):
     """Peaks fall with every layer that is checkpointed, none is above the line that `decide` goes by, and the line asks
@@ -187,6 +188,7 @@ def llama_8b(folder, layers=32):
     return str(folder)
 
 
+@pytest.mark.slow
 def test_a_full_fine_tune_of_8b_on_a_card_of_139_gib(tmp_path, caplog):
     """By default: fp32 copies would take 30 GiB that are not there, and the log says so; with stochastic rounding the
     run fits with 92% of the memory, the N x V matrix kept and the fewest layers checkpointed."""
@@ -283,6 +285,7 @@ def test_a_run_is_settled_by_its_own_rows(toy, monkeypatch):
     assert (given.max_tokens, given.config.max_tokens) == (118, 118)
 
 
+@pytest.mark.slow
 def test_max_tokens_and_layers_together(toy, monkeypatch):
     """Layers for a micro-batch of the usual size, max_tokens for what is left then, the head's budget for the rest."""
     model, config = toy.model(**SIZES), TrainConfig(loss_type="simpo", max_tokens="auto")

@@ -17,6 +17,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 from rank_runs import RUNS, STOPS  # noqa: E402
 
 LAYOUTS = ["ddp", "fsdp"]
+QUICK = ("dpo", "tied", "idle", "rows", "few prompts", "reward", "lora")  # whose runs are not left out with QUICK=1
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +61,9 @@ def assert_same_log(a, b, rel):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
     "case",
-    ["dpo", "tied", "idle", "tr-dpo", "inpo", "orpo", "rows", "all pairs", "lists", "kto", "bco", "aot",
-     "checkpointing", "few prompts", "named", "reward"],
+    [case if case in QUICK else pytest.param(case, marks=pytest.mark.slow)
+     for case in ("dpo", "tied", "idle", "tr-dpo", "inpo", "orpo", "rows", "all pairs", "lists", "kto", "bco", "aot",
+                  "checkpointing", "few prompts", "named", "reward")],
 )  # fmt: skip
 def test_ranks_change_nothing(results, case, layout):
     """SGD in fp32: every logged number, evaluations included, and the final weights."""
@@ -106,7 +108,10 @@ def test_every_evaluation_counts_every_pair_once(results):
         assert len(x) == 2 and x == pytest.approx(y, rel=1e-5)
 
 
-@pytest.mark.parametrize("case, layout", RUNS, ids=map(", ".join, RUNS))
+@pytest.mark.parametrize(
+    "case, layout",
+    [pytest.param(*run, id=", ".join(run), marks=[] if run[0] in QUICK else pytest.mark.slow) for run in RUNS],
+)
 def test_what_is_saved_is_the_model(results, case, layout):
     """Gathered from shards, tied, adapter or in 16 bits: `from_pretrained` reads what training ended with."""
     assert results[case][layout]["saved"]
@@ -162,6 +167,7 @@ def torchrun(saved, output, *options, processes=2):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
 
 
+@pytest.mark.slow
 def test_torchrun_trains_and_a_dead_rank_stops_the_others(saved, tmp_path):
     """SIGKILL of one rank: the launcher stops the other within a minute, the checkpoint stands, and is resumed."""
     out = tmp_path / "run"

@@ -228,6 +228,7 @@ def runs(once):
     return folder, json.loads((folder / "codes.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS and /proc are Linux's")
 def test_under_a_hard_memory_limit(runs):
     """A process whose address space may grow by 64 MiB from the first step on trains the same model."""

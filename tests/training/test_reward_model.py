@@ -219,6 +219,7 @@ def test_what_is_saved_scores_as_it_was_trained(toy, run, tmp_path, pads):
     assert "Rewards of responses" in (tmp_path / "out" / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_the_cards_code_runs(toy, run, tmp_path):
     run(toy.rows(16), output_dir=str(tmp_path / "out"), save_final=True)
     code = (tmp_path / "out" / "README.md").read_text().split("```python\n")[1].split("```")[0]
