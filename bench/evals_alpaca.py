@@ -392,8 +392,8 @@ def markdown(result: dict[str, Any]) -> str:
     lines += [
         "",
         "`full` takes the difficulties by place, as the package does, so that it can be held against the published",
-        "figure. Where C differs: C is chosen by folds, and below 1.9 scikit-learn's folds were those of the processor;",
-        "and the gamed baselines' own preferences, which the choice sees, are in annotations of the repository that are",
+        "figure. Where C differs: folds choose it, and below 1.9 scikit-learn's folds were those of the processor; and",
+        "the gamed baselines' own preferences, which the choice sees, are in annotations of the repository that are",
         f"not read here ({' and '.join(f'results/{name}' for name in GAMED)}, files above 4 MiB that our copy lacks).",
         "",
         f"Not in the checkout ({len(absent)}): {', '.join(absent)}.",

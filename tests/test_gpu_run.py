@@ -225,7 +225,8 @@ def test_the_plan(gpu_run, tmp_path, monkeypatch):
 
 
 def test_shards_are_a_partition(tmp_path):
-    (tmp_path / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text())
+    for name in ("conftest.py", "preloaded.py"):
+        (tmp_path / name).write_text((ROOT / "tests" / name).read_text())
     (tmp_path / "test_some.py").write_text(
         "import pytest\n@pytest.mark.parametrize('i', range(40))\ndef test_one(i): pass\n"
     )
