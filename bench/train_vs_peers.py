@@ -7,11 +7,11 @@
 
 The peers are of the `bench` extra (TRL, Liger); one that is not installed is a row with its reason. Each run is one
 fresh process; runs of the providers alternate; medians are reported. Same rows in the same order, same initial weights,
-same step; CPU runs are fp32 without gradient checkpointing, GPU runs bf16 with it. `seconds` is everything between the
-call and its return, divided by the optimiser steps: tokenisation, guards, reference pass and training. Memory on a CPU
-is the peak resident size over that of the interpreter with its imports, tokenizer and rows loaded, so model, gradients
-and optimiser state count; on a GPU the allocator's peak. FASTPO_CACHE is empty in every run: no reference pass is
-saved.
+same step; CPU runs are fp32, or bf16 by --dtype, without gradient checkpointing, GPU runs bf16 with it. `seconds` is
+everything between the call and its return, divided by the optimiser steps: tokenisation, guards, reference pass and
+training. Memory on a CPU is the peak resident size over that of the interpreter with its imports, tokenizer and rows
+loaded, so model, gradients and optimiser state count; on a GPU the allocator's peak. FASTPO_CACHE is empty in every
+run: no reference pass is saved.
 
 Providers: `fastpo`; `fastpo_unshared` (`share_prompts=never`); `trl` (reference model in memory, one forward in each
 step, TRL's default); `trl_precompute` (`precompute_ref_log_probs=True`); `trl_liger` (`use_liger_kernel=True`, where
@@ -432,11 +432,16 @@ def summarise(name: str, runs: dict[str, list[dict]], steps: int, gemm_flops: fl
     return summary
 
 
+def _dtype(report: dict) -> str:
+    return "bf16 weights" if report.get("dtype") == "bfloat16" else "fp32"
+
+
 def markdown(report: dict) -> str:
     env = report["environment"]
     lines = [
         f"TRL {env['trl']}, transformers {env['transformers']}, torch {env['torch']}, {env['machine']}, "
-        f"{report['threads']} threads. CPU: fp32, Llama of layers x hidden size, V=32,000, untied head. Sigmoid loss. "
+        f"{report['threads']} threads. CPU: {_dtype(report)}, Llama of layers x hidden size, V=32,000, untied head. "
+        "Sigmoid loss. "
         f"A large GEMM runs at {report['gemm_flops'] / 1e9:,.0f} GFLOP/s. Real tokens are TRL's: responses with their "
         "prompts, once a pair.",
         "",
@@ -535,7 +540,7 @@ def main() -> int:
     ours = [p for p in providers if p.startswith("fastpo")]
     order = [p for p in providers if p not in ours]
     order = [*ours, *order[:1], *ours * (args.repeats > 1), *order[1:], *ours * max(args.repeats - 2, 0)]
-    report = {"environment": common.environment(), "threads": args.threads, "scenarios": {}}
+    report = {"environment": common.environment(), "threads": args.threads, "dtype": args.dtype, "scenarios": {}}
     report["gemm_flops"] = gemm_rate(args.device, args.threads, args.dtype)
     for name in chosen:
         runs: dict[str, list[dict]] = {provider: [] for provider in providers}
