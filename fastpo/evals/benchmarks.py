@@ -124,11 +124,11 @@ class WildBench(Measure):
         more = {"margin": margin, "margins": margins, "baselines": by}
         if len(against) == 1:
             [one] = figures.values()
-            return plus_minus(one.value, one.error) | {"task_macro": one.task_macro} | more
+            return _around(one.value, one.error) | {"task_macro": one.task_macro} | more
         mixed = wildbench.mixture(figures, model)
         error, _ = wildbench.mixture_errors(against, margin, groups=groups, model=model, seed=seed)
         missing = list(mixed.missing)
-        return plus_minus(mixed.value, error) | {"task_macro": mixed.task_macro, "missing": missing} | more
+        return _around(mixed.value, error) | {"task_macro": mixed.task_macro, "missing": missing} | more
 
     def of_annotations(self, source: Any, prompts: Any, seed: int, baseline: Any = None) -> dict[str, dict[str, Any]]:
         """A file of ratings, or files of comparisons by the baseline's name."""
@@ -156,7 +156,7 @@ def _of_places(names: Sequence[str], unit: Unit) -> list[str]:
 
 def _score(ratings: Sequence[wildbench.Rating], groups: Any, seed: int) -> dict[str, Any]:
     found = wildbench.score(ratings, groups=groups, seed=seed)
-    return plus_minus(found.value, found.error) | {k: v for k, v in vars(found).items() if k not in ("value", "error")}
+    return _around(found.value, found.error) | {k: v for k, v in vars(found).items() if k not in ("value", "error")}
 
 
 class RewardBench(Measure):
@@ -264,11 +264,19 @@ def _are_scores(given: Any) -> bool:
     return isinstance(given, list | tuple) and all(one is None or is_number(one) for one in given)
 
 
+def _around(value: float | None, error: float | None) -> dict[str, Any]:
+    """No interval, and a `note`, where prompts that are all alike say nothing of how far the figure varies."""
+    if error == 0:
+        note = "all prompts are alike, which says nothing of how far it varies: no interval"
+        return {"value": value, "error": error, "interval": None, "note": note}
+    return plus_minus(value, error)
+
+
 def _bench(result: rewardbench.Result) -> dict[str, Any]:
     more = {k: v for k, v in vars(result).items() if k not in ("score", "ties", "failed", "missing")}
     more |= {"ties": None if result.ties is None else vars(result.ties), "missing": list(result.missing),
              "failed": dict(result.failed)}  # fmt: skip
-    return plus_minus(result.score, result.errors.get("score")) | {k: dict(v) if isinstance(v, Mapping) else v
+    return _around(result.score, result.errors.get("score")) | {k: dict(v) if isinstance(v, Mapping) else v
                                                                     for k, v in more.items()}  # fmt: skip
 
 

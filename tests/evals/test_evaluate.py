@@ -194,6 +194,17 @@ def test_rewardbench_is_what_its_function_gives(go, tmp_path, judge):
     }
 
 
+def test_prompts_that_are_all_alike_give_no_interval(go):
+    """60 (60 to 60) of ratings that are all 8 is no interval of 95 %."""
+    texts = {key: "x" * (3 + n) for n, key in enumerate(answers_to(TASKS, 1))}
+    own = {"prompts": TASKS, "model": texts, "baseline": None}
+    found = go("wildbench", **own, judge=lambda prompt, response, meta: 8.0).figures["model"]
+    assert found["value"] == pytest.approx(60) and found["interval"] is None and "are alike" in found["note"]
+    found = go("wildbench", **own, folder="other", judge=lambda prompt, response, meta: 3.0 + len(response) % 5)
+    found = found.figures["model"]
+    assert found["interval"] is not None and "note" not in found
+
+
 def test_rewardbench_2_is_known_by_its_rows(go):
     wrong = ["n", "nn", "nnn"]
     rows = [{"id": str(k), "subset": "Math", "prompt": f"q{k}", "chosen": ["y" * (k % 6)], "rejected": wrong}
